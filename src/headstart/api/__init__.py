@@ -1,0 +1,1 @@
+"""The HTTP interface: OpenAI's conventions, and named caches."""

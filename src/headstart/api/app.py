@@ -1,0 +1,55 @@
+"""The ASGI application over a service that someone else loads and closes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+
+from headstart import __version__
+from headstart.api import caches, completions, errors
+from headstart.api.middleware import JsonBodies, RequestIds
+from headstart.errors import HeadstartError, ModelLoading, Unavailable
+from headstart.service.server import Service
+
+router = APIRouter()
+
+
+def create_app(service: Service) -> FastAPI:
+    app = FastAPI(title="Headstart", version=__version__)
+    app.state.service = service
+    app.add_middleware(JsonBodies, max_bytes=int(service.settings.max_body_mb * (1 << 20)))
+    app.add_middleware(RequestIds)
+    errors.install(app)
+    for part in (router, completions.router, caches.router):
+        app.include_router(part)
+    return app
+
+
+@router.get("/health")
+async def health(request: Request) -> dict[str, Any]:
+    """200 when every model answers; 503 while one loads or can't run."""
+    service: Service = request.app.state.service
+    states = {name: model.engine.state for name, model in service.models.items()}
+    if not service.ready:
+        failed = [model.engine.failure for model in service.models.values() if model.engine.failure]
+        error: HeadstartError = Unavailable(failed[0]) if failed else ModelLoading("A model is loading.")
+        error.details = {"models": states}
+        raise error
+    return {"status": "ok", "models": states}
+
+
+@router.get("/v1/models")
+async def list_models(request: Request) -> dict[str, Any]:
+    service: Service = request.app.state.service
+    return {"object": "list", "data": [_model(service, name) for name in service.names()]}
+
+
+@router.get("/v1/models/{name:path}")
+async def show_model(request: Request, name: str) -> dict[str, Any]:
+    return _model(request.app.state.service, name)
+
+
+def _model(service: Service, name: str) -> dict[str, Any]:
+    model = service.model(name)
+    return {"id": name, "object": "model", "created": model.created, "owned_by": "headstart"}

@@ -1,0 +1,171 @@
+"""POST /v1/chat/completions and /v1/completions."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+from starlette.responses import Response
+
+from headstart.api.schemas import (
+    COMPLETION_MAX_TOKENS,
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+)
+from headstart.api.streaming import EventStream, begun, while_connected
+from headstart.service.generation import Prepared, Result, Text
+from headstart.service.server import Service
+
+router = APIRouter(prefix="/v1")
+
+# How long a stream waits for its first token before it begins without: till then a failure is an HTTP error.
+BEGIN_SECONDS = 5.0
+
+Json = dict[str, Any]
+
+
+@router.post("/chat/completions")
+async def chat_completions(request: Request, body: ChatRequest) -> Response:
+    """Answers a chat; with `use_cache` the named prompt is its system message."""
+    service: Service = request.app.state.service
+    limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    messages = [message.plain() for message in body.messages]
+    model = service.model(body.model)
+    prepared = await service.generation.prepare_chat(model, messages, body.options(limit))
+    return await _answer(request, body, prepared, Chat(body.model))
+
+
+@router.post("/completions")
+async def completions(request: Request, body: CompletionRequest) -> Response:
+    """Continues a text; with `use_cache` the named prompt goes before it."""
+    service: Service = request.app.state.service
+    limit = COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    model = service.model(body.model)
+    prepared = await service.generation.prepare_text(model, body.text(), body.options(limit))
+    return await _answer(request, body, prepared, Completion(body.model))
+
+
+class Chat:
+    """The shapes of chat completions. `id` and `created` are the same in all chunks of an answer."""
+
+    prefix, object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, model: str) -> None:
+        self.head = {"id": self.prefix + uuid.uuid4().hex, "created": int(time.time()), "model": model}
+
+    def whole(self, text: str, result: Result) -> Json:
+        return self._object(self.object, self._choice(text, result.finish_reason)) | _account(result)
+
+    def chunk(self, text: str | None, finish_reason: str | None) -> Json:
+        return self._object(self.chunk_object, self._chunk_choice(text, finish_reason))
+
+    def usage_chunk(self, result: Result) -> Json:
+        return self._object(self.chunk_object, None) | {"usage": usage(result)}
+
+    def opening(self) -> Json | None:
+        choice = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+        return self._object(self.chunk_object, choice)
+
+    def _object(self, kind: str, choice: Json | None) -> Json:
+        return {"object": kind, **self.head, "choices": [] if choice is None else [choice]}
+
+    def _choice(self, text: str, finish_reason: str) -> Json:
+        message = {"role": "assistant", "content": text}
+        return {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}
+
+    def _chunk_choice(self, text: str | None, finish_reason: str | None) -> Json:
+        delta = {} if text is None else {"content": text}
+        return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+
+
+class Completion(Chat):
+    """The shapes of text completions, the same for chunks."""
+
+    prefix, object, chunk_object = "cmpl-", "text_completion", "text_completion"
+
+    def opening(self) -> Json | None:
+        return None
+
+    def _choice(self, text: str, finish_reason: str) -> Json:
+        return self._chunk_choice(text, finish_reason)
+
+    def _chunk_choice(self, text: str | None, finish_reason: str | None) -> Json:
+        return {"index": 0, "text": text or "", "logprobs": None, "finish_reason": finish_reason}
+
+
+async def _answer(request: Request, body: GenerationRequest, prepared: Prepared, shape: Chat) -> Response:
+    service: Service = request.app.state.service
+    events = service.generation.run(prepared)
+    if body.stream:
+        started = await begun(request, events, BEGIN_SECONDS)
+        return EventStream(_chunks(started, shape, body.include_usage))
+    return JSONResponse(await while_connected(request, _whole(events, shape)))
+
+
+async def _whole(events: AsyncGenerator[Text | Result, None], shape: Chat) -> Json:
+    text = ""
+    async with aclosing(events):
+        async for event in events:
+            if isinstance(event, Result):
+                return shape.whole(text, event)
+            text += event.text
+    raise AssertionError("an answer ends with its result")
+
+
+async def _chunks(
+    events: AsyncGenerator[Text | Result, None], shape: Chat, include_usage: bool
+) -> AsyncGenerator[Json, None]:
+    # OpenAI's clients expect `usage: null` on every chunk but the last once they have asked for it.
+    extra: Json = {"usage": None} if include_usage else {}
+    async with aclosing(events):
+        if opening := shape.opening():
+            yield opening | extra
+        async for event in events:
+            if isinstance(event, Text):
+                yield shape.chunk(event.text, None) | extra
+            else:
+                yield shape.chunk(None, event.finish_reason) | extra | {"timings": timings(event)}
+                if include_usage:
+                    yield shape.usage_chunk(event)
+
+
+def _account(result: Result) -> Json:
+    return {"usage": usage(result), "timings": timings(result)}
+
+
+def usage(result: Result) -> Json:
+    """OpenAI's usage, and for a named cache whether the engine started from its state."""
+    stats = result.stats
+    account: Json = {
+        "prompt_tokens": stats.prompt_tokens,
+        "completion_tokens": result.n_tokens,
+        "total_tokens": stats.prompt_tokens + result.n_tokens,
+        "prompt_tokens_details": {"cached_tokens": stats.cached_tokens},
+    }
+    if result.cache_hit is not None:
+        account["cache_hit"] = result.cache_hit
+        account["cached_prompts"] = [result.cache_name] if result.cache_hit else []
+    if result.miss:
+        account["cache_miss_reason"] = result.miss
+    return account
+
+
+def timings(result: Result) -> Json:
+    """llama-server's names, and ours for what it doesn't tell; all as the engine measured them."""
+    stats = result.stats
+    return {
+        "cache_n": stats.cached_tokens,
+        "prompt_n": stats.evaluated_tokens,
+        "prompt_ms": round(stats.prefill_ms, 3),
+        "predicted_n": result.n_tokens,
+        "predicted_ms": round(stats.decode_ms, 3),
+        "queue_ms": round(stats.queue_ms, 3),
+        "restore_ms": round(stats.restore_ms, 3),
+        "ttft_ms": round(stats.ttft_ms, 3),
+    }

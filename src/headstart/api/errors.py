@@ -1,0 +1,75 @@
+"""Every error in OpenAI's one shape: {"error": {"message", "type", "param", "code", …}}."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from headstart.errors import BadRequest, HeadstartError, NotFound
+
+log = logging.getLogger(__name__)
+
+
+def body(error: HeadstartError) -> dict[str, Any]:
+    return {
+        "error": {
+            "message": error.message,
+            "type": error.type,
+            "param": error.param,
+            "code": error.code,
+            **error.details,
+        }
+    }
+
+
+def response(error: HeadstartError, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    headers = dict(headers or {})
+    if error.retry_after is not None:
+        headers["retry-after"] = str(error.retry_after)
+    if not error.retryable:
+        headers["x-should-retry"] = "false"
+    return JSONResponse(body(error), error.status, headers)
+
+
+def install(app: FastAPI) -> None:
+    @app.exception_handler(HeadstartError)
+    async def _known(_: Request, error: HeadstartError) -> JSONResponse:
+        return response(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        return response(_from_validation(error))
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> JSONResponse:
+        if error.status_code == 404:
+            known: HeadstartError = NotFound(f"There is nothing at {request.method} {request.url.path}.")
+        else:
+            known = BadRequest(str(error.detail))
+            known.status = error.status_code
+        return response(known, error.headers)
+
+    @app.exception_handler(Exception)
+    async def _unknown(request: Request, error: Exception) -> JSONResponse:
+        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        return response(HeadstartError("Something went wrong inside the server; its log says what."))
+
+
+def _from_validation(error: RequestValidationError) -> BadRequest:
+    """The first problem, with the field it is about."""
+    problem = error.errors()[0]
+    if problem["type"] == "json_invalid":
+        return BadRequest(f"The body is not JSON: {problem['ctx']['error']}.")
+    # A union of types reports each alternative as a further part of the location.
+    place = [str(part) for part in problem["loc"] if part != "body"]
+    field = ".".join(part for part in place if part.replace("_", "").isalnum() and part not in TYPE_NAMES)
+    return BadRequest(f"{field or 'The body'}: {problem['msg']}.", param=field or None)
+
+
+TYPE_NAMES = {"str", "TextPart", "constrained"}

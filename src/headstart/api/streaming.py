@@ -1,0 +1,141 @@
+"""Server-sent events, and noticing that a client has left."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from contextlib import aclosing, suppress
+from typing import Any, TypeVar
+
+import msgspec
+from fastapi import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from headstart.api import errors
+from headstart.errors import HeadstartError
+
+T = TypeVar("T")
+
+KEEP_ALIVE_SECONDS = 10.0
+COMMENT = b": still working\n\n"
+DONE = b"data: [DONE]\n\n"
+
+
+class ClientLeft(HeadstartError):
+    """Nobody reads this one; 499 is for the log."""
+
+    status = 499
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client goes away; then raises ClientLeft."""
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(_disconnected(request.receive))
+    try:
+        await asyncio.wait([task, watch], return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientLeft("The client left.")
+        return task.result()
+    finally:
+        watch.cancel()
+        if not task.done():
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """Sends each JSON object as an event, comments while there is none for long, and [DONE]. An error after
+    the start becomes an event with an `error` key. When the client leaves, `events` is closed."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[Any, None]) -> None:
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self.events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sending = asyncio.ensure_future(self._send(send))
+        watch = asyncio.ensure_future(_disconnected(receive))
+        try:
+            await asyncio.wait([sending, watch], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            watch.cancel()
+            sending.cancel()
+            # Sending to a client that has left raises OSError on some servers.
+            with suppress(asyncio.CancelledError, OSError):
+                await sending
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async with aclosing(_with_comments(self.events)) as frames:
+            async for frame in frames:
+                await send({"type": "http.response.body", "body": frame, "more_body": True})
+        await send({"type": "http.response.body", "body": DONE, "more_body": False})
+
+
+async def _with_comments(events: AsyncGenerator[Any, None]) -> AsyncGenerator[bytes, None]:
+    async with aclosing(events):
+        following = asyncio.ensure_future(_next(events))
+        try:
+            while True:
+                await asyncio.wait([following], timeout=KEEP_ALIVE_SECONDS)
+                if not following.done():
+                    yield COMMENT
+                    continue
+                event = following.result()
+                if event is None:
+                    return
+                yield b"data: " + msgspec.json.encode(event) + b"\n\n"
+                following = asyncio.ensure_future(_next(events))
+        except HeadstartError as error:
+            yield b"data: " + msgspec.json.encode(errors.body(error)) + b"\n\n"
+        finally:
+            following.cancel()
+            with suppress(asyncio.CancelledError, HeadstartError):
+                await following
+
+
+async def _next(events: AsyncIterator[T]) -> T | None:
+    return await anext(events, None)
+
+
+async def begun(request: Request, events: AsyncGenerator[T, None], seconds: float) -> AsyncGenerator[T, None]:
+    """The same events, once the first is there or `seconds` are over, so that an early failure is still an
+    HTTP error. Raises what `events` raises till then, or ClientLeft."""
+    first = asyncio.ensure_future(_next(events))
+
+    async def wait() -> None:
+        await asyncio.wait([first], timeout=seconds)
+        if first.done():
+            first.result()
+
+    try:
+        await while_connected(request, wait())
+    except BaseException:
+        first.cancel()
+        with suppress(asyncio.CancelledError, HeadstartError):
+            await first
+        await events.aclose()
+        raise
+    return _rejoined(first, events)
+
+
+async def _rejoined(
+    first: asyncio.Task[T | None], events: AsyncGenerator[T, None]
+) -> AsyncGenerator[T, None]:
+    async with aclosing(events):
+        try:
+            event = await first
+            while event is not None:
+                yield event
+                event = await _next(events)
+        finally:
+            first.cancel()

@@ -1,0 +1,79 @@
+"""What is known about a cache without reading its states."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from msgspec import Struct
+
+Form = Literal["chat", "completion"]
+FORMS: tuple[Form, ...] = ("chat", "completion")
+Identity = tuple[int, int, int, int]
+# Why a named state was not used. Those about the request itself leave the state as it is; the state is built
+# anew after the others.
+MissReason = Literal[
+    "corrupt",
+    "model_changed",
+    "engine_changed",
+    "settings_changed",
+    "template_changed",
+    "restore_failed",
+    "too_short",
+    "prompt_differs",
+    "cache_prompt_false",
+]
+KEEPS_STATE: frozenset[MissReason] = frozenset({"too_short", "prompt_differs", "cache_prompt_false"})
+
+
+class Fingerprint(Struct, frozen=True):
+    """What a state depends on. `weights` is the SHA-256 of the model file, `engine` the version that computed
+    it, `settings` those of the engine that change its bytes, `template` a hash of the chat template."""
+
+    weights: str
+    engine: str
+    settings: dict[str, str]
+    template: str
+
+    def changed_since(self, other: Fingerprint) -> MissReason | None:
+        """Why a state with the `other` fingerprint can't be used under this one."""
+        if self.weights != other.weights:
+            return "model_changed"
+        if self.engine != other.engine:
+            return "engine_changed"
+        if self.settings != other.settings:
+            return "settings_changed"
+        return None if self.template == other.template else "template_changed"
+
+
+class StoredForm(Struct, frozen=True):
+    """Where a form's token ids (int32) and state lie in the file, in bytes from its start."""
+
+    n_tokens: int
+    tokens_offset: int
+    state_offset: int
+    state_bytes: int
+
+
+class Entry(Struct, frozen=True):
+    """A cache. Times are seconds since 1970; `identity` is that of the file which was read or written."""
+
+    model: str
+    name: str
+    prompt: str
+    version: int
+    created: float
+    updated: float
+    fingerprint: Fingerprint
+    forms: dict[Form, StoredForm]
+    build_ms: float
+    ttft_ms: float
+    identity: Identity = (0, 0, 0, 0)
+
+    @property
+    def size_bytes(self) -> int:
+        return self.identity[2]
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the longest form."""
+        return max((form.n_tokens for form in self.forms.values()), default=0)

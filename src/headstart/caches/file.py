@@ -1,0 +1,183 @@
+"""The cache file: safetensors, so that standard tools can open it.
+
+    8 bytes    length of the header, little-endian
+    header     JSON: for each form the tensors `<form>.tokens` (I32) and `<form>.state` (U8), and as
+               `__metadata__`: format, entry (JSON), `blake3 <tensor>` of each, and `blake3` of the header
+    tensors    in the header's order, without gaps
+
+Format 1. The hash of the header is taken over its JSON with sorted keys and without the hash itself.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from struct import Struct
+from typing import Any, BinaryIO
+
+import msgspec
+from blake3 import blake3
+
+from headstart.caches.entry import Entry, Form, Identity, StoredForm
+
+FORMAT = "headstart/1"
+LENGTH = Struct("<Q")
+MAX_HEADER = 64 << 20
+ALIGN = 64
+COPY_BYTES = 1 << 20
+
+
+class Corrupt(Exception):
+    """The file is not what was written."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One form to be written: its token ids and the file that holds its state."""
+
+    tokens: list[int]
+    state_path: Path
+
+
+def identity_of(stat: os.stat_result) -> Identity:
+    return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+
+def write(file: BinaryIO, entry: Entry, parts: Mapping[Form, Part]) -> Entry:
+    """Writes the whole file and syncs it; returns the entry with its forms and identity filled in.
+
+    Raises OSError, ENOSPC included, with the file in an unknown state."""
+    tensors: dict[str, dict[str, Any]] = {}
+    hashes: dict[str, str] = {}
+    at = 0
+    ids = {form: _int32(part.tokens) for form, part in parts.items()}
+    for form, data in ids.items():
+        tensors[f"{form}.tokens"] = _tensor("I32", len(data) // 4, at, len(data))
+        hashes[f"blake3 {form}.tokens"] = blake3(data).hexdigest()
+        at += len(data)
+    for form, part in parts.items():
+        size = part.state_path.stat().st_size
+        tensors[f"{form}.state"] = _tensor("U8", size, at, size)
+        hashes[f"blake3 {form}.state"] = _hash_file(part.state_path)
+        at += size
+    described = msgspec.structs.replace(entry, forms={}, identity=(0, 0, 0, 0))
+    metadata = {"format": FORMAT, "entry": msgspec.json.encode(described).decode(), **hashes}
+    header: dict[str, Any] = {"__metadata__": metadata, **tensors}
+    metadata["blake3"] = _hash_header(header)
+    text = json.dumps(header).encode()
+    text += b" " * (-(LENGTH.size + len(text)) % ALIGN)
+    file.write(LENGTH.pack(len(text)) + text + b"".join(ids.values()))
+    for part in parts.values():
+        _append(file, part.state_path)
+    file.flush()
+    os.fsync(file.fileno())
+    return msgspec.structs.replace(
+        entry,
+        forms=_forms(header, LENGTH.size + len(text)),
+        identity=identity_of(os.fstat(file.fileno())),
+    )
+
+
+def read(path: Path) -> Entry:
+    """Reads and checks the header. Raises Corrupt, or OSError when the file can't be opened."""
+    with _open(path) as file:
+        header, start = _read_header(file)
+        stat = os.fstat(file.fileno())
+    try:
+        entry = msgspec.json.decode(header["__metadata__"]["entry"], type=Entry)
+        forms = _forms(header, start)
+        end = max([start, *(form.state_offset + form.state_bytes for form in forms.values())])
+    except (KeyError, ValueError, TypeError, msgspec.MsgspecError) as error:
+        raise Corrupt(f"{path}: {error}") from error
+    if end != stat.st_size:
+        raise Corrupt(f"{path}: {stat.st_size} bytes instead of {end}")
+    return msgspec.structs.replace(entry, forms=forms, identity=identity_of(stat))
+
+
+def verify(path: Path, identity: Identity) -> dict[Form, list[int]]:
+    """Checks every hash of the file, which must still be the one with this identity; returns the token ids of
+    each form. Raises Corrupt, or OSError when the file can't be opened."""
+    with _open(path) as file:
+        header, start = _read_header(file)
+        if identity_of(os.fstat(file.fileno())) != identity:
+            raise Corrupt(f"{path}: changed while it was being read")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapping, memoryview(mapping) as view:
+            tokens: dict[Form, list[int]] = {}
+            for name, tensor in header.items():
+                if name == "__metadata__":
+                    continue
+                begin, end = tensor["data_offsets"]
+                with view[start + begin : start + end] as data:
+                    digest = blake3(data, max_threads=blake3.AUTO).hexdigest()
+                    if digest != header["__metadata__"][f"blake3 {name}"]:
+                        raise Corrupt(f"{path}: wrong hash of {name}")
+                    form, _, kind = name.partition(".")
+                    if kind == "tokens":
+                        tokens[form] = data.cast("i").tolist()  # type: ignore[index]
+    return tokens
+
+
+def _open(path: Path) -> BinaryIO:
+    return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb")
+
+
+def _read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
+    start = file.read(LENGTH.size)
+    length = LENGTH.unpack(start)[0] if len(start) == LENGTH.size else 0
+    if not 0 < length <= MAX_HEADER:
+        raise Corrupt(f"{file.name}: no header")
+    try:
+        header = json.loads(file.read(length))
+        metadata = header["__metadata__"]
+        if metadata["format"] != FORMAT:
+            raise Corrupt(f"{file.name}: format {metadata['format']!r} instead of {FORMAT!r}")
+        if metadata["blake3"] != _hash_header(header):
+            raise Corrupt(f"{file.name}: wrong hash of the header")
+    except (ValueError, KeyError, TypeError) as error:
+        raise Corrupt(f"{file.name}: unreadable header") from error
+    return header, LENGTH.size + length
+
+
+def _hash_header(header: Mapping[str, Any]) -> str:
+    metadata = {key: value for key, value in header["__metadata__"].items() if key != "blake3"}
+    text = json.dumps({**header, "__metadata__": metadata}, sort_keys=True)
+    return blake3(text.encode()).hexdigest()
+
+
+def _tensor(dtype: str, n: int, at: int, size: int) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": [n], "data_offsets": [at, at + size]}
+
+
+def _forms(header: Mapping[str, Any], start: int) -> dict[Form, StoredForm]:
+    forms: dict[Form, StoredForm] = {}
+    for name, tensor in header.items():
+        form, _, kind = name.partition(".")
+        if kind == "tokens":
+            state = header[f"{form}.state"]["data_offsets"]
+            forms[form] = StoredForm(  # type: ignore[index]
+                n_tokens=tensor["shape"][0],
+                tokens_offset=start + tensor["data_offsets"][0],
+                state_offset=start + state[0],
+                state_bytes=state[1] - state[0],
+            )
+    return forms
+
+
+def _int32(tokens: list[int]) -> bytes:
+    return b"".join(token.to_bytes(4, "little", signed=True) for token in tokens)
+
+
+def _hash_file(path: Path) -> str:
+    hasher = blake3(max_threads=blake3.AUTO)
+    hasher.update_mmap(path)
+    return hasher.hexdigest()
+
+
+def _append(file: BinaryIO, source: Path) -> None:
+    with source.open("rb") as state:
+        shutil.copyfileobj(state, file, COPY_BYTES)

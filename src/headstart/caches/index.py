@@ -1,0 +1,103 @@
+"""The SQLite index: entries as last seen, how often they were used, and hashes of weights files.
+
+Everything in it but the usage figures can be had from the files again; a database that can't be read is set
+aside and a new one made.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sqlite3
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from headstart.caches.entry import Entry, Identity
+
+log = logging.getLogger(__name__)
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS caches (
+    model TEXT NOT NULL, name TEXT NOT NULL, entry BLOB NOT NULL,
+    hits INTEGER NOT NULL DEFAULT 0, last_used REAL,
+    PRIMARY KEY (model, name)
+);
+CREATE TABLE IF NOT EXISTS weights (path TEXT PRIMARY KEY, identity TEXT NOT NULL, sha256 TEXT NOT NULL);
+"""
+
+
+@dataclass(frozen=True)
+class Usage:
+    hits: int = 0
+    last_used: float | None = None
+
+
+class Index:
+    """Used from one thread."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self.database = self._open(path)
+        except sqlite3.DatabaseError as error:
+            log.warning("the index %s can't be read (%s): making a new one", path, error)
+            for file in path.parent.glob(path.name + "*"):
+                file.unlink()
+            self.database = self._open(path)
+
+    @staticmethod
+    def _open(path: Path) -> sqlite3.Connection:
+        path.touch(mode=0o600)
+        database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = NORMAL")
+        database.executescript(SCHEMA)
+        database.execute("SELECT count(*) FROM caches").fetchone()
+        return database
+
+    def close(self) -> None:
+        self.database.close()
+
+    def entries(self) -> list[Entry]:
+        """Those that can be read; one written by another version of the program is read from its file."""
+        found = []
+        for (blob,) in self.database.execute("SELECT entry FROM caches"):
+            try:
+                found.append(msgspec.json.decode(blob, type=Entry))
+            except msgspec.MsgspecError:
+                continue
+        return found
+
+    def put(self, entry: Entry) -> None:
+        self.database.execute(
+            "INSERT INTO caches (model, name, entry) VALUES (?, ?, ?) "
+            "ON CONFLICT (model, name) DO UPDATE SET entry = excluded.entry",
+            (entry.model, entry.name, msgspec.json.encode(entry)),
+        )
+
+    def delete(self, model: str, name: str) -> None:
+        self.database.execute("DELETE FROM caches WHERE model = ? AND name = ?", (model, name))
+
+    def used(self, model: str, name: str, when: float) -> None:
+        self.database.execute(
+            "UPDATE caches SET hits = hits + 1, last_used = ? WHERE model = ? AND name = ?",
+            (when, model, name),
+        )
+
+    def usage(self, model: str, name: str) -> Usage:
+        row = self.database.execute(
+            "SELECT hits, last_used FROM caches WHERE model = ? AND name = ?", (model, name)
+        ).fetchone()
+        return Usage(*row) if row else Usage()
+
+    def weights_hash(self, path: str, identity: Identity) -> str | None:
+        row = self.database.execute(
+            "SELECT sha256 FROM weights WHERE path = ? AND identity = ?", (path, json.dumps(identity))
+        ).fetchone()
+        return str(row[0]) if row else None
+
+    def put_weights_hash(self, path: str, identity: Identity, sha256: str) -> None:
+        self.database.execute(
+            "INSERT OR REPLACE INTO weights VALUES (?, ?, ?)", (path, json.dumps(identity), sha256)
+        )

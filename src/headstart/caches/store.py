@@ -1,0 +1,227 @@
+"""The cache directory: finds, writes, verifies and deletes caches."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import hashlib
+import logging
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import time
+
+from headstart.caches import file
+from headstart.caches.entry import Entry, Form, Identity
+from headstart.caches.file import Corrupt, Part
+from headstart.caches.index import Index, Usage
+from headstart.errors import CacheNotFound, StartupError, StorageError, StorageFull
+from headstart.messages import StateRef
+from headstart.names import NAME
+
+log = logging.getLogger(__name__)
+
+SUFFIX = ".headstart"
+SCRATCH = ".tmp-"
+
+
+@dataclass(frozen=True)
+class VerifiedState:
+    """A form whose hashes were checked: its token ids, and where the engine finds the state."""
+
+    tokens: list[int]
+    ref: StateRef
+
+
+class Store:
+    """Owns `directory`, by a lock, as long as it is open. Use it from one thread; it hands slow work to
+    others itself."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory.absolute()
+        with storage_errors(f"the cache directory {self.directory}"):
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = self._take_lock()
+            self._remove_scratch()
+            self.index = Index(self.directory / "index.sqlite")
+        self._entries = {(entry.model, entry.name): entry for entry in self.index.entries()}
+        self._verified: dict[tuple[str, str], tuple[Identity, dict[Form, list[int]]]] = {}
+        self._reconcile()
+
+    def _take_lock(self) -> int:
+        lock = os.open(self.directory / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise StartupError(
+                f"Another Headstart server uses the cache directory {self.directory}. Stop it, or start "
+                "this one with another --cache-dir."
+            ) from None
+        return lock
+
+    def close(self) -> None:
+        self.index.close()
+        os.close(self._lock)
+
+    def path(self, model: str, name: str) -> Path:
+        assert NAME.fullmatch(model), model
+        assert NAME.fullmatch(name), name
+        return self.directory / model / (name + SUFFIX)
+
+    def _remove_scratch(self) -> None:
+        for left_over in self.directory.glob(f"*/{SCRATCH}*"):
+            left_over.unlink()
+
+    def _reconcile(self) -> None:
+        on_disk = set()
+        for path in self.directory.glob(f"*/*{SUFFIX}"):
+            key = (path.parent.name, path.name.removesuffix(SUFFIX))
+            if all(NAME.fullmatch(part) for part in key) and self._look(*key):
+                on_disk.add(key)
+        for key in self._entries.keys() - on_disk:
+            self._forget(*key)
+
+    def _look(self, model: str, name: str) -> Entry | None:
+        """The entry as the disk has it now. A damaged file keeps the entry the index remembers, so that its
+        state can be computed again; verification will refuse it."""
+        path = self.path(model, name)
+        known = self._entries.get((model, name))
+        try:
+            stat = path.lstat()
+        except FileNotFoundError:
+            self._forget(model, name)
+            return None
+        if known and known.identity == file.identity_of(stat):
+            return known
+        try:
+            entry = file.read(path)
+        except (Corrupt, OSError) as error:
+            log.warning("damaged cache file: %s", error)
+            return known
+        if (entry.model, entry.name) != (model, name):
+            log.warning("%s holds the cache %s of %s: ignored", path, entry.name, entry.model)
+            return known
+        self._remember(entry)
+        return entry
+
+    def _remember(self, entry: Entry) -> None:
+        self._entries[entry.model, entry.name] = entry
+        self.index.put(entry)
+
+    def _forget(self, model: str, name: str) -> None:
+        self._verified.pop((model, name), None)
+        if self._entries.pop((model, name), None):
+            self.index.delete(model, name)
+
+    def find(self, model: str, name: str) -> Entry:
+        """Raises CacheNotFound."""
+        entry = self._look(model, name)
+        if entry is None:
+            raise CacheNotFound(
+                f"Model {model!r} has no cache {name!r}. Create it with POST /v1/cache/{model}.",
+                param="use_cache",
+            )
+        return entry
+
+    def list(self, model: str | None = None) -> list[Entry]:
+        keys = sorted(key for key in self._entries if model in (None, key[0]))
+        return [entry for key in keys if (entry := self._look(*key))]
+
+    async def weights_hash(self, path: Path) -> str:
+        """The SHA-256 of a model file, computed once for each state of the file. Raises StorageError."""
+        with storage_errors(str(path)):
+            identity = file.identity_of(path.stat())
+            known = self.index.weights_hash(str(path), identity)
+            if known is None:
+                known = await asyncio.to_thread(_sha256, path)
+                self.index.put_weights_hash(str(path), identity, known)
+        return known
+
+    def usage(self, entry: Entry) -> Usage:
+        return self.index.usage(entry.model, entry.name)
+
+    def used(self, entry: Entry) -> None:
+        self.index.used(entry.model, entry.name, time())
+
+    async def verified(self, entry: Entry, form: Form) -> VerifiedState:
+        """Checks the file's hashes unless this very file was checked before. Raises Corrupt, also when the
+        file is gone."""
+        path = self.path(entry.model, entry.name)
+        identity, tokens = self._verified.get((entry.model, entry.name), (None, {}))
+        if identity != entry.identity:
+            try:
+                tokens = await asyncio.to_thread(file.verify, path, entry.identity)
+            except OSError as error:
+                raise Corrupt(str(error)) from error
+            self._verified[entry.model, entry.name] = (entry.identity, tokens)
+        stored = entry.forms[form]
+        ref = StateRef(str(path), stored.state_offset, stored.state_bytes, stored.n_tokens, entry.identity)
+        return VerifiedState(tokens[form], ref)
+
+    @contextmanager
+    def scratch(self, model: str) -> Iterator[Path]:
+        """A new empty file beside the model's caches, gone at the end. Raises StorageError."""
+        path = self.directory / model / f"{SCRATCH}{uuid.uuid4().hex}"
+        with storage_errors(f"the cache directory {self.directory}"):
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        try:
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+    async def put(self, entry: Entry, parts: Mapping[Form, Part]) -> Entry:
+        """Writes the cache, atomically replacing one of the same name; raises StorageError, the old one being
+        untouched. Returns the entry as stored."""
+        with self.scratch(entry.model) as path:
+            stored = await asyncio.to_thread(self._write, path, entry, parts)
+        tokens = {form: part.tokens for form, part in parts.items()}
+        self._verified[entry.model, entry.name] = (stored.identity, tokens)
+        self._remember(stored)
+        return stored
+
+    def _write(self, path: Path, entry: Entry, parts: Mapping[Form, Part]) -> Entry:
+        final = self.path(entry.model, entry.name)
+        with storage_errors(str(final)):
+            with path.open("r+b") as output:
+                written = file.write(output, entry, parts)
+            path.rename(final)
+            _sync_directory(final.parent)
+        return written
+
+    def delete(self, model: str, name: str) -> None:
+        """Raises CacheNotFound. Requests that have the file open go on reading it."""
+        self.find(model, name)
+        path = self.path(model, name)
+        with storage_errors(str(path)):
+            path.unlink(missing_ok=True)
+            _sync_directory(path.parent)
+        self._forget(model, name)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as weights:
+        return hashlib.file_digest(weights, "sha256").hexdigest()
+
+
+def _sync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def storage_errors(what: str) -> Iterator[None]:
+    """Turns OSError into StorageFull or StorageError about `what`."""
+    try:
+        yield
+    except OSError as error:
+        kind = StorageFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
+        raise kind(f"Can't write {what}: {error.strerror or error}") from error

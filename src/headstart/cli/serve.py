@@ -1,0 +1,97 @@
+"""`headstart serve`: runs the server in the foreground until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+
+import uvicorn
+
+from headstart.api.app import create_app
+from headstart.config import Settings
+from headstart.errors import StartupError
+from headstart.service.server import Service
+
+Say = Callable[[str], None]
+
+BANNER = """
+Headstart listens on {url} with {names}; caches in {directory}
+
+Name a prompt once:
+
+  curl {url}/v1/cache/{model} -d '{{
+    "cache_name": "assistant",
+    "prompt": "You are a helpful assistant. You answer in one short sentence."}}'
+
+and start every request from it:
+
+  curl {url}/v1/chat/completions -d '{{
+    "model": "{model}", "use_cache": "assistant", "max_tokens": 60,
+    "messages": [{{"role": "user", "content": "What is a KV cache?"}}]}}'
+"""
+
+
+def serve(settings: Settings, say: Say) -> None:
+    """Returns when the server was stopped. Raises StartupError when it can't start."""
+    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    asyncio.run(_serve(settings, say))
+
+
+async def _serve(settings: Settings, say: Say) -> None:
+    listener = _listen(settings.host, settings.port)
+    service = Service(settings)
+    config = uvicorn.Config(
+        create_app(service),
+        access_log=False,
+        log_config=None,
+        timeout_graceful_shutdown=settings.drain_seconds,
+        lifespan="off",
+    )
+    server = uvicorn.Server(config)
+    loading = asyncio.create_task(_load(service, server))
+    loading.add_done_callback(lambda _: _announce(loading, service, listener, say))
+    try:
+        await server.serve([listener])
+    finally:
+        loading.cancel()
+        await service.close()
+    if loading.done() and not loading.cancelled() and (error := loading.exception()):
+        raise error
+
+
+async def _load(service: Service, server: uvicorn.Server) -> None:
+    try:
+        await service.load()
+    except BaseException:
+        server.should_exit = True
+        raise
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(128)
+    except OSError as error:
+        listener.close()
+        raise StartupError(
+            f"Can't listen on {host}:{port}: {error.strerror}. Choose another with --host and --port."
+        ) from error
+    return listener
+
+
+def _announce(loading: asyncio.Task[None], service: Service, listener: socket.socket, say: Say) -> None:
+    if loading.cancelled() or loading.exception():
+        return
+    host, port = listener.getsockname()[:2]
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    model = service.names()[0]
+    say(
+        BANNER.format(
+            url=url, names=", ".join(service.names()), model=model, directory=service.store.directory
+        )
+    )

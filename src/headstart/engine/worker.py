@@ -1,0 +1,76 @@
+"""The worker process of one model: `python -m headstart.engine.worker FD SETTINGS`.
+
+It lives as long as its socket: when the server goes away, however that happens, so does the worker.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+import signal
+import socket
+import sys
+from functools import partial
+
+import msgspec
+
+from headstart.engine.channel import Frames, frame
+from headstart.engine.loop import Engine
+from headstart.engine.model import ModelError, load
+from headstart.messages import Command, EngineSettings, LoadFailed, Ready, Step, WorkerMessage
+
+
+class Worker:
+    def __init__(self, channel: socket.socket, settings: EngineSettings) -> None:
+        self.channel = channel
+        self.frames: Frames[Command] = Frames(Command)
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(channel, selectors.EVENT_READ, self._receive)
+        wake_reader, wake_writer = os.pipe()
+        self.selector.register(wake_reader, selectors.EVENT_READ, lambda: os.read(wake_reader, 4096))
+        model = load(settings)
+        self.engine = Engine(model, settings.prefill_chunk, wake=partial(os.write, wake_writer, b"w"))
+        self.send(Ready(model.info))
+
+    def send(self, message: WorkerMessage) -> None:
+        self.channel.sendall(frame(message))
+
+    def run(self) -> None:
+        """Steps while there is work, sleeps while there is none, ends when the server closes the socket."""
+        try:
+            while True:
+                for key, _ in self.selector.select(0 if self.engine.busy else None):
+                    key.data()
+                if events := self.engine.step():
+                    self.send(Step(events))
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            return
+
+    def _receive(self) -> None:
+        data = self.channel.recv(1 << 20)
+        if not data:
+            raise EOFError
+        for command in self.frames.feed(data):
+            self.engine.handle(command)
+
+
+def main() -> None:
+    # The server decides when to stop: a Ctrl-C reaches the whole group, but requests are drained first.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    logging.basicConfig(level=os.environ.get("HEADSTART_LOG_LEVEL", "WARNING").upper())
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    settings = msgspec.json.decode(sys.argv[2], type=EngineSettings)
+    try:
+        worker = Worker(channel, settings)
+    except ModelError as error:
+        channel.sendall(frame(LoadFailed(str(error))))
+        return
+    worker.run()
+    # Native destructors have nothing left to save, and crash now and then; the memory goes with the process.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

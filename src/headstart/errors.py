@@ -1,0 +1,129 @@
+"""Everything that can go wrong in a way a client must know about.
+
+    HeadstartError
+    ├── BadRequest                 400  the request can't be served as it is
+    │   ├── InvalidName            400  a cache name outside the allowed alphabet
+    │   └── ContextLengthExceeded  400  prompt longer than the model's context
+    ├── NotFound                   404
+    │   ├── ModelNotFound          404
+    │   └── CacheNotFound          404
+    ├── CacheConflict              409  the named cache is being built, or may not be replaced
+    ├── BodyTooLarge               413
+    ├── EngineError                500  the engine could not serve this one request
+    ├── StorageError               500  the cache directory can't be read or written
+    │   └── StorageFull            507
+    └── Unavailable                503  come back later
+        ├── ModelLoading           503
+        ├── Overloaded             503  the queue is full
+        └── EngineDied             503  the worker process ended; it is being restarted
+
+Each class carries its HTTP status, its OpenAI error type and its code; `headstart.api.errors` turns any of
+them into the one JSON shape. `retry_after` is in seconds; `retryable=False` tells SDKs not to try again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class HeadstartError(Exception):
+    """Base of every error a client may see. `details` are added to the JSON error object."""
+
+    status = 500
+    type = "server_error"
+    code: str | None = None
+    retry_after: int | None = None
+    retryable = True
+
+    def __init__(self, message: str, *, param: str | None = None, **details: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.details = details
+
+
+class BadRequest(HeadstartError):
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_value"
+
+
+class InvalidName(BadRequest):
+    code = "invalid_cache_name"
+
+
+class ContextLengthExceeded(BadRequest):
+    code = "context_length_exceeded"
+
+    def __init__(self, n_prompt_tokens: int, n_ctx: int, *, param: str) -> None:
+        super().__init__(
+            f"The prompt has {n_prompt_tokens} tokens; the context of this model holds {n_ctx}, "
+            "one of which must be left for the answer. Shorten the prompt or start the server with a "
+            "larger --ctx.",
+            param=param,
+            n_prompt_tokens=n_prompt_tokens,
+            n_ctx=n_ctx,
+        )
+
+
+class NotFound(HeadstartError):
+    status = 404
+    type = "invalid_request_error"
+    code = "not_found"
+
+
+class ModelNotFound(NotFound):
+    code = "model_not_found"
+
+
+class CacheNotFound(NotFound):
+    code = "cache_not_found"
+
+
+class CacheConflict(HeadstartError):
+    status = 409
+    type = "invalid_request_error"
+    code = "cache_conflict"
+    retryable = False
+
+
+class BodyTooLarge(HeadstartError):
+    status = 413
+    type = "invalid_request_error"
+    code = "body_too_large"
+
+
+class EngineError(HeadstartError):
+    code = "engine_error"
+
+
+class StorageError(HeadstartError):
+    code = "storage_error"
+    retryable = False
+
+
+class StorageFull(StorageError):
+    status = 507
+    code = "storage_full"
+
+
+class Unavailable(HeadstartError):
+    status = 503
+    code = "unavailable"
+    retry_after = 1
+
+
+class ModelLoading(Unavailable):
+    code = "model_loading"
+
+
+class Overloaded(Unavailable):
+    code = "overloaded"
+
+
+class EngineDied(Unavailable):
+    code = "engine_died"
+
+
+class StartupError(Exception):
+    """The server can't start; the message says what to do. Shown on the terminal, never over HTTP."""

@@ -1,0 +1,162 @@
+"""What crosses the socket between the server and a model's worker process: one page, all frozen.
+
+The engine speaks token ids and paths; text never crosses. A request is one `Submit`, answered by any number
+of `Progress` and `Token` events and exactly one terminal event, `Finished` or `Failed`, also after `Cancel`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from msgspec import Struct
+
+FinishReason = Literal["stop", "length", "saved", "cancelled"]
+Source = Literal["none", "slot", "file"]
+
+
+class EngineSettings(Struct, frozen=True):
+    """How a worker runs its model. `ctx` (tokens a slot), `threads`: 0 means by the model, the machine."""
+
+    path: str
+    slots: int
+    ctx: int
+    threads: int
+    prefill_chunk: int
+    flash_attention: bool
+
+
+class Sampling(Struct, frozen=True):
+    """Sampling parameters of one request; `temperature` 0 is greedy. Penalties look back over the last
+    `repeat_last_n` tokens, the prompt's included, as in llama.cpp. `seed` None: a fresh one each time."""
+
+    temperature: float = 0.8
+    top_p: float = 0.95
+    top_k: int = 40
+    min_p: float = 0.05
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repeat_penalty: float = 1.0
+    repeat_last_n: int = 64
+    seed: int | None = None
+
+
+class StateRef(Struct, frozen=True):
+    """Where a verified state lies: `nbytes` at `offset` of the file at `path`, computed from `n_tokens`
+    tokens. `identity` is what was verified: (device, inode, size, mtime in
+    ns); the engine refuses a file that has another."""
+
+    path: str
+    offset: int
+    nbytes: int
+    n_tokens: int
+    identity: tuple[int, int, int, int]
+
+
+# To the worker
+
+
+class Submit(Struct, frozen=True, tag=True):
+    """One sequence: prefill `tokens`, then generate up to `max_tokens`, or save the state to `save_path`.
+
+    `boundary`: where prefill is cut so that the values don't depend on whether the first `boundary` tokens
+    were computed or restored; 0 for none, below the number of tokens unless nothing is generated. Of a state
+    in `restore` no more than `boundary` tokens are used. `reuse=False`: every token is evaluated.
+    """
+
+    id: int
+    tokens: list[int]
+    boundary: int = 0
+    max_tokens: int = 0
+    sampling: Sampling = Sampling()
+    restore: StateRef | None = None
+    save_path: str | None = None
+    reuse: bool = True
+
+
+class Cancel(Struct, frozen=True, tag=True):
+    id: int
+
+
+Command = Submit | Cancel
+
+
+# From the worker
+
+
+class ModelInfo(Struct, frozen=True):
+    """`n_ctx`: tokens a sequence may hold. `can_cut`: a state may be shortened to any prefix of its tokens.
+    `engine` and `settings` name what a saved state depends on besides the weights."""
+
+    n_ctx: int
+    slots: int
+    can_cut: bool
+    engine: str
+    settings: dict[str, str]
+
+
+class Ready(Struct, frozen=True, tag=True):
+    info: ModelInfo
+
+
+class LoadFailed(Struct, frozen=True, tag=True):
+    message: str
+
+
+class Stats(Struct, frozen=True):
+    """Counted by the engine, times in milliseconds. cached + evaluated = prompt tokens; `ttft_ms` is from
+    arrival in the worker to the first sampled token (or the saved state); `saved_bytes` is 0 unless saved."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    evaluated_tokens: int
+    generated_tokens: int
+    source: Source
+    restored_bytes: int
+    saved_bytes: int
+    queue_ms: float
+    restore_ms: float
+    prefill_ms: float
+    decode_ms: float
+    ttft_ms: float
+
+
+class Progress(Struct, frozen=True, tag=True):
+    """Prefill has reached `computed` of `total` prompt tokens."""
+
+    id: int
+    computed: int
+    total: int
+
+
+class Token(Struct, frozen=True, tag=True):
+    id: int
+    token: int
+
+
+class Finished(Struct, frozen=True, tag=True):
+    id: int
+    reason: FinishReason
+    stats: Stats
+
+
+FailureKind = Literal["engine", "storage", "storage_full", "died"]
+
+
+class Failed(Struct, frozen=True, tag=True):
+    """`kind` "died" is what the client says for a worker that can't say anything any more."""
+
+    id: int
+    kind: FailureKind
+    message: str
+
+
+RequestEvent = Progress | Token | Finished | Failed
+
+
+class Step(Struct, frozen=True, tag=True):
+    """All events of one engine step, in order: one message a step, however many tokens it made."""
+
+    events: list[RequestEvent]
+
+
+WorkerMessage = Ready | LoadFailed | Step

@@ -1,0 +1,20 @@
+"""Names of caches and models: safe as file names everywhere."""
+
+from __future__ import annotations
+
+import re
+
+from headstart.errors import InvalidName
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
+
+
+def check_name(name: str, *, param: str) -> str:
+    """Returns the name; raises InvalidName unless it is one."""
+    if not NAME.fullmatch(name):
+        raise InvalidName(
+            f"{name[:80]!r} is not a name: 1 to 64 letters, digits, dots, underscores and hyphens, "
+            "the first a letter or digit.",
+            param=param,
+        )
+    return name

@@ -1,0 +1,55 @@
+"""The prompts of one model: requests to token ids, and the part of them that a cache can hold.
+
+The cached part of a chat is found without knowing the template: the cached messages are rendered before two
+different probe messages, and the tokens both begin with are the ones any later message leaves as they are.
+The last of these is left out of a state, so that a request always has a token to evaluate, and a token that
+merges with what follows it costs nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from datetime import date
+from functools import lru_cache
+
+from headstart.prompt.template import ChatTemplate, Message
+from headstart.prompt.tokenizer import Tokenizer
+from headstart.tokens import common_prefix
+
+PROBES = ("Why?", "3 x")
+REMEMBERED_OPENINGS = 256
+
+
+class Prompts:
+    """Not safe for use by several threads at once where `tokenizer` isn't; both real ones are."""
+
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate) -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+        self._opening = lru_cache(REMEMBERED_OPENINGS)(self._find_opening)
+
+    @property
+    def template_hash(self) -> str:
+        return hashlib.sha256(self.template.source.encode()).hexdigest()
+
+    def chat(self, messages: Sequence[Message]) -> list[int]:
+        """Raises BadRequest when the template refuses the messages."""
+        return self.tokenizer.encode(self.template.render(messages))
+
+    def text(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text)
+
+    def chat_opening(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens that every chat opening with these messages shares, but the last."""
+        # A template may write today's date, so what is remembered is remembered for a day.
+        return list(self._opening(tuple((m["role"], m["content"]) for m in messages), date.today()))
+
+    def text_opening(self, text: str) -> list[int]:
+        """The tokens of a text that others will continue, but the last."""
+        return self.text(text)[:-1]
+
+    def _find_opening(self, messages: tuple[tuple[str, str], ...], _day: date) -> tuple[int, ...]:
+        opening = [{"role": role, "content": content} for role, content in messages]
+        one, other = (self.chat([*opening, {"role": "user", "content": probe}]) for probe in PROBES)
+        return tuple(one[: max(common_prefix(one, other) - 1, 0)])

@@ -1,0 +1,116 @@
+"""Tokenizers: a model's own, read from its GGUF file without the weights, and the toy model's."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Protocol
+
+import llama_cpp as lib
+
+from headstart.errors import StartupError
+from headstart.toyspec import BOS, CONTROL, EOS, MERGES, N_BYTES, N_VOCAB, ToySpec
+
+
+class Tokenizer(Protocol):
+    """`bos_text` and `eos_text` are what a chat template may write for these tokens; `template` is the
+    model's own chat template, or the name of a built-in one, or None."""
+
+    bos_text: str
+    eos_text: str
+    template: str | None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a whole prompt: control tokens are recognised, a leading one added where the model
+        wants it (and not doubled)."""
+
+    def piece(self, token: int) -> bytes:
+        """The bytes a generated token stands for; control tokens stand for none."""
+
+
+def load_tokenizer(path: str) -> Tokenizer:
+    """Raises StartupError for a file that is not a GGUF model."""
+    return ToyTokenizer(path) if ToySpec.matches(path) else LlamaTokenizer(path)
+
+
+class LlamaTokenizer:
+    def __init__(self, path: str) -> None:
+        params = lib.llama_model_default_params()
+        params.vocab_only = True
+        lib.llama_log_set(_silence, None)
+        self.model = lib.llama_model_load_from_file(path.encode(), params)
+        if not self.model:
+            raise StartupError(f"{path} can't be read: no such file, or not a GGUF model llama.cpp knows")
+        self.vocab = lib.llama_model_get_vocab(self.model)
+        template = lib.llama_model_chat_template(self.model, None)
+        self.template = template.decode() if template else None
+        self.bos_text = self._control_text(lib.llama_vocab_bos(self.vocab))
+        self.eos_text = self._control_text(lib.llama_vocab_eos(self.vocab))
+        self.adds_bos = bool(lib.llama_vocab_get_add_bos(self.vocab))
+
+    def _control_text(self, token: int) -> str:
+        return "" if token < 0 else self._piece(token, special=True).decode(errors="replace")
+
+    def encode(self, text: str) -> list[int]:
+        if self.adds_bos and self.bos_text:
+            text = text.removeprefix(self.bos_text)
+        data = text.encode()
+        # A token stands for at least one byte; the rest is room for added control tokens.
+        tokens = (lib.llama_token * (len(data) + 8))()
+        n_tokens = lib.llama_tokenize(self.vocab, data, len(data), tokens, len(tokens), True, True)
+        if n_tokens < 0:
+            tokens = (lib.llama_token * -n_tokens)()
+            n_tokens = lib.llama_tokenize(self.vocab, data, len(data), tokens, len(tokens), True, True)
+        return tokens[:n_tokens]
+
+    def piece(self, token: int) -> bytes:
+        return self._piece(token, special=False)
+
+    def _piece(self, token: int, special: bool) -> bytes:
+        buffer = ctypes.create_string_buffer(64)
+        size = lib.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, special)
+        if size < 0:
+            buffer = ctypes.create_string_buffer(-size)
+            size = lib.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, special)
+        return buffer.raw[:size]
+
+
+@lib.llama_log_callback  # type: ignore[untyped-decorator]
+def _silence(_level: int, _text: bytes, _user: object) -> None:
+    """What goes wrong is told by StartupError."""
+
+
+class ToyTokenizer:
+    """Bytes, merged greedily from the left where a merge fits, so that text merges across a careless cut."""
+
+    bos_text, eos_text = "<s>", "</s>"
+
+    def __init__(self, path: str) -> None:
+        try:
+            self.template: str | None = ToySpec.parse(path).template
+        except ValueError as error:
+            raise StartupError(str(error)) from error
+        merges = sorted(enumerate(MERGES, N_BYTES), key=lambda item: -len(item[1]))
+        control = [(id_, text.encode()) for text, id_ in CONTROL.items()]
+        self.longest_first = control + merges
+        self.pieces = dict(enumerate(MERGES, N_BYTES))
+
+    def encode(self, text: str) -> list[int]:
+        data = text.encode()
+        tokens, at = [], 0
+        while at < len(data):
+            id_, size = self._match(data, at)
+            tokens.append(id_)
+            at += size
+        return tokens if tokens[:1] == [BOS] else [BOS, *tokens]
+
+    def _match(self, data: bytes, at: int) -> tuple[int, int]:
+        for id_, text in self.longest_first:
+            if data.startswith(text, at):
+                return id_, len(text)
+        return data[at], 1
+
+    def piece(self, token: int) -> bytes:
+        assert 0 <= token < N_VOCAB
+        if token < N_BYTES:
+            return bytes([token])
+        return b"" if BOS <= token <= EOS else self.pieces[token]

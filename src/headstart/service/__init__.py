@@ -1,0 +1,1 @@
+"""Where prompts, caches and engines meet, and the only place where they do."""

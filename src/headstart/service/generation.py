@@ -1,0 +1,190 @@
+"""One answer: from a request to tokens, through the engine, to text and a true account of it all."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Literal
+
+from headstart.caches.entry import KEEPS_STATE, Entry, MissReason
+from headstart.errors import BadRequest
+from headstart.messages import Finished, Sampling, Stats, Submit, Token
+from headstart.prompt.answer import AnswerText
+from headstart.prompt.template import Message
+from headstart.service.caching import Caching, Opening
+from headstart.service.model import ServedModel
+from headstart.tokens import common_prefix
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a request says besides its prompt. `max_tokens` None: to the end of the context. `reuse` False:
+    every prompt token is evaluated, nothing is taken from a cache or an earlier request."""
+
+    max_tokens: int | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: Sequence[str] = ()
+    use_cache: str | None = None
+    reuse: bool = True
+
+
+@dataclass(frozen=True)
+class Text:
+    """A piece of the answer, never empty."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """The end of an answer of `n_tokens` tokens. `cache_hit` is None when no cache was named, else whether
+    the engine started from its state; all counts are the engine's."""
+
+    finish_reason: Literal["stop", "length"]
+    n_tokens: int
+    stats: Stats
+    cache_hit: bool | None = None
+    cache_name: str | None = None
+    miss: MissReason | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request ready for the engine."""
+
+    model: ServedModel
+    submit: Submit
+    stop: Sequence[str]
+    entry: Entry | None = None
+    opening: Opening = field(default_factory=lambda: Opening(0))
+
+
+class Generation:
+    def __init__(self, caching: Caching) -> None:
+        self.caching = caching
+
+    async def prepare_chat(
+        self, model: ServedModel, messages: Sequence[Message], options: Options
+    ) -> Prepared:
+        """Raises BadRequest, CacheNotFound, ContextLengthExceeded or Unavailable."""
+        prompts = model.prompts
+        if options.use_cache is None:
+            tokens = await asyncio.to_thread(prompts.chat, messages)
+            return await self._without_cache(
+                model, tokens, options, lambda: prompts.chat_opening(_leading_system(messages)), "messages"
+            )
+        entry = await self.caching.find(model, options.use_cache)
+        tokens = await asyncio.to_thread(prompts.chat, _after_cached(entry.prompt, messages))
+        opening = await self.caching.open(model, entry, "chat", tokens)
+        return self._prepared(model, tokens, options, entry, opening, "messages")
+
+    async def prepare_text(self, model: ServedModel, prompt: str, options: Options) -> Prepared:
+        """Raises as `prepare_chat` does."""
+        prompts = model.prompts
+        if options.use_cache is None:
+            tokens = await asyncio.to_thread(prompts.text, prompt)
+            known = self.caching.known_opening(model, prompt)
+            return await self._without_cache(
+                model, tokens, options, lambda: prompts.text_opening(known), "prompt"
+            )
+        entry = await self.caching.find(model, options.use_cache)
+        tokens = await asyncio.to_thread(prompts.text, entry.prompt + prompt)
+        opening = await self.caching.open(model, entry, "completion", tokens)
+        return self._prepared(model, tokens, options, entry, opening, "prompt")
+
+    async def _without_cache(
+        self,
+        model: ServedModel,
+        tokens: list[int],
+        options: Options,
+        find_opening: Callable[[], list[int]],
+        param: str,
+    ) -> Prepared:
+        """Cuts the prefill where a cache of the same opening would end, so that the answer is the same."""
+        model.check_fits(len(tokens), param=param)
+        wanted = await asyncio.to_thread(find_opening)
+        boundary = max(min(common_prefix(wanted, tokens), len(tokens) - 1), 0)
+        return self._prepared(model, tokens, options, None, Opening(boundary), param)
+
+    def _prepared(
+        self,
+        model: ServedModel,
+        tokens: list[int],
+        options: Options,
+        entry: Entry | None,
+        opening: Opening,
+        param: str,
+    ) -> Prepared:
+        if not tokens:
+            raise BadRequest("The prompt is empty.", param=param)
+        model.check_fits(len(tokens), param=param)
+        room = model.info.n_ctx - len(tokens)
+        submit = Submit(
+            id=0,
+            tokens=tokens,
+            boundary=opening.boundary,
+            max_tokens=room if options.max_tokens is None else min(options.max_tokens, room),
+            sampling=options.sampling,
+            restore=opening.restore,
+            reuse=options.reuse,
+        )
+        model.engine.check_available()
+        if not options.reuse:
+            opening = Opening(opening.boundary, miss="cache_prompt_false")
+        return Prepared(model, submit, options.stop, entry, opening)
+
+    async def run(self, prepared: Prepared) -> AsyncGenerator[Text | Result, None]:
+        """Yields the answer's text and, last, one Result. Closing it early ends the sequence."""
+        answer = AnswerText(prepared.model.prompts.tokenizer.piece, prepared.stop)
+        n_tokens = 0
+        with prepared.model.engine.submit(prepared.submit) as running:
+            async for event in running:
+                match event:
+                    case Token(token=token) if not answer.stopped:
+                        if n_tokens == 0:
+                            self._heal(prepared, prepared.opening.miss)
+                        n_tokens += 1
+                        if text := answer.add(token):
+                            yield Text(text)
+                        if answer.stopped:
+                            running.cancel()
+                    case Finished(reason=reason, stats=stats):
+                        if text := answer.end():
+                            yield Text(text)
+                        miss = _miss(prepared, stats)
+                        self._heal(prepared, miss)
+                        if prepared.entry and miss is None:
+                            self.caching.store.used(prepared.entry)
+                        yield Result(
+                            finish_reason="length" if reason == "length" and not answer.stopped else "stop",
+                            n_tokens=n_tokens,
+                            stats=stats,
+                            cache_hit=None if prepared.entry is None else miss is None,
+                            cache_name=prepared.entry.name if prepared.entry else None,
+                            miss=miss,
+                        )
+
+    def _heal(self, prepared: Prepared, miss: MissReason | None) -> None:
+        """Has a state that could not be used computed again, once the request itself has its first token."""
+        if prepared.entry and miss and miss not in KEEPS_STATE:
+            self.caching.rebuild(prepared.model, prepared.entry)
+
+
+def _miss(prepared: Prepared, stats: Stats) -> MissReason | None:
+    """Why the named state was not used, by what the engine says it started from."""
+    if prepared.entry is None or prepared.opening.miss:
+        return prepared.opening.miss
+    used = 0 < prepared.opening.boundary <= stats.cached_tokens
+    return None if used else "restore_failed"
+
+
+def _leading_system(messages: Sequence[Message]) -> list[Message]:
+    return list(takewhile(lambda message: message["role"] == "system", messages))
+
+
+def _after_cached(prompt: str, messages: Sequence[Message]) -> list[Message]:
+    """The cached system message before the request's own; one equal to it is not repeated."""
+    cached: Message = {"role": "system", "content": prompt}
+    return [cached, *(messages[1:] if messages and messages[0] == cached else messages)]

@@ -1,0 +1,47 @@
+"""What the toy model's tokenizer and engine must agree on, and how its fault switches are written.
+
+A toy model is named by a path such as `toy:template=fold,ms_per_token=2`. It needs no weights: its
+tokens are bytes, some merged ones and four control tokens; what it predicts is a hash of its history.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+
+PREFIX = "toy:"
+N_BYTES = 256
+MERGES = (b"\n\n", b"  ", b"th", b"the", b"er", b"in", b"ing", b"us", b"def", b"\ndef")
+BOS, START, END, EOS = (N_BYTES + len(MERGES) + i for i in range(4))
+CONTROL = {"<s>": BOS, "<|im_start|>": START, "<|im_end|>": END, "</s>": EOS}
+N_VOCAB = EOS + 1
+
+
+@dataclass(frozen=True)
+class ToySpec:
+    """`ms_per_token` slows evaluation down; `can_cut=0` behaves like a recurrent model; `crash=decode`
+    kills the process by a signal at its first evaluation; `eos=0` never ends an answer by itself; `weights`
+    stands for the content of a weights file."""
+
+    template: str = "chatml"
+    ms_per_token: float = 0.0
+    can_cut: int = 1
+    crash: str = ""
+    ctx: int = 4096
+    eos: int = 1
+    weights: str = "toy"
+
+    @staticmethod
+    def matches(path: str) -> bool:
+        return path.startswith(PREFIX)
+
+    @classmethod
+    def parse(cls, path: str) -> ToySpec:
+        """Raises ValueError for a switch that does not exist."""
+        kinds = {name: type(default) for name, default in asdict(cls()).items()}
+        values: dict[str, object] = {}
+        for item in filter(None, path.removeprefix(PREFIX).split(",")):
+            name, _, value = item.partition("=")
+            if name not in kinds:
+                raise ValueError(f"the toy model has no switch {name!r}")
+            values[name] = kinds[name](value)
+        return replace(cls(), **values)  # type: ignore[arg-type]

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from servers import RunningServer, running_server
+
+StartServer = Callable[..., RunningServer]
+
+
+@pytest.fixture
+def start_server(tmp_path: Path) -> Iterator[StartServer]:
+    """Starts servers that end with the test: `start_server("--model", "toy=toy:", cache_dir=...)`."""
+    with ExitStack() as stack:
+
+        def start(
+            *flags: str, cache_dir: Path | None = None, env: dict[str, str] | None = None
+        ) -> RunningServer:
+            directory = cache_dir or tmp_path / "cache"
+            return stack.enter_context(running_server(directory, *flags, env=env))
+
+        yield start
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A server with the toy model, shared: tests use names of their own and leave nothing running."""
+    directory = tmp_path_factory.mktemp("toy") / "cache"
+    with running_server(directory, "--model", "toy=toy:", "--alias", "qwen3-0.6b=toy") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A server with SmolLM2, shared likewise; tests that use it are marked `real_model`."""
+    directory = tmp_path_factory.mktemp("real") / "cache"
+    with running_server(directory, "--alias", "qwen3-0.6b=smollm2") as server:
+        yield server

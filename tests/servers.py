@@ -1,0 +1,120 @@
+"""Real servers for tests: `headstart serve` as its user would start it, on a free port."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+READY_SECONDS = 60.0
+
+
+class RunningServer:
+    """A server process. `url` is its address, `http` a client for it; both change with a restart."""
+
+    def __init__(self, cache_dir: Path, *flags: str, env: dict[str, str] | None = None) -> None:
+        self.cache_dir = cache_dir
+        self.flags = flags
+        self.env = {**os.environ, **(env or {})}
+        self.start()
+
+    def start(self) -> None:
+        self.log = self.cache_dir.parent / f"{self.cache_dir.name}.log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "headstart", "serve", "--port", "0"),
+                    *("--cache-dir", str(self.cache_dir), *self.flags),
+                ],
+                stdout=log,
+                stderr=log,
+                env=self.env,
+            )
+        try:
+            self.url = self._wait_for_url()
+        except BaseException:
+            self.process.kill()
+            raise
+        self.http = httpx.Client(base_url=self.url, timeout=60)
+
+    def _wait_for_url(self) -> str:
+        deadline = time.monotonic() + READY_SECONDS
+        while time.monotonic() < deadline:
+            if found := re.search(r"listens on (http://\S+)", self.log.read_text()):
+                return found[1]
+            if self.process.poll() is not None:
+                raise AssertionError(f"the server ended:\n{self.log.read_text()}")
+            time.sleep(0.02)
+        raise AssertionError(f"the server is not ready:\n{self.log.read_text()}")
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        self.http.close()
+        self.process.send_signal(number)
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+
+    def restart(self) -> None:
+        self.stop()
+        self.start()
+
+    def workers(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children()
+
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        return self.http.post(path, json=body)
+
+    def create(self, name: str, prompt: str, model: str = "toy", **more: Any) -> dict[str, Any]:
+        response = self.post(f"/v1/cache/{model}", cache_name=name, prompt=prompt, **more)
+        assert response.status_code == 200, response.text
+        return response.json()  # type: ignore[no-any-return]
+
+    def chat(self, text: str, model: str = "toy", system: str = "", **more: Any) -> dict[str, Any]:
+        """One greedy chat answer; its body."""
+        opening = [{"role": "system", "content": system}] if system else []
+        response = self.post(
+            "/v1/chat/completions",
+            model=model,
+            messages=[*opening, {"role": "user", "content": text}],
+            **{"temperature": 0, "max_tokens": 24, **more},
+        )
+        assert response.status_code == 200, response.text
+        return response.json()  # type: ignore[no-any-return]
+
+    def files(self) -> list[str]:
+        """Names of everything under the cache directory but the index and the lock."""
+        return sorted(
+            str(path.relative_to(self.cache_dir))
+            for path in self.cache_dir.rglob("*")
+            if path.is_file() and not path.name.startswith((".lock", "index.sqlite"))
+        )
+
+
+@contextmanager
+def running_server(
+    cache_dir: Path, *flags: str, env: dict[str, str] | None = None
+) -> Iterator[RunningServer]:
+    server = RunningServer(cache_dir, *flags, env=env)
+    try:
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.stop()
+
+
+def said(answer: dict[str, Any]) -> str:
+    """The text of a chat or text completion."""
+    choice = answer["choices"][0]
+    return str(choice["message"]["content"] if "message" in choice else choice["text"])
