@@ -110,6 +110,7 @@ def running_server(
     try:
         yield server
     finally:
+        server.http.close()
         if server.process.poll() is None:
             server.stop()
 

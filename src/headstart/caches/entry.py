@@ -19,10 +19,13 @@ MissReason = Literal[
     "template_changed",
     "restore_failed",
     "too_short",
+    "form_not_built",
     "prompt_differs",
     "cache_prompt_false",
 ]
-KEEPS_STATE: frozenset[MissReason] = frozenset({"too_short", "prompt_differs", "cache_prompt_false"})
+KEEPS_STATE: frozenset[MissReason] = frozenset(
+    {"too_short", "form_not_built", "prompt_differs", "cache_prompt_false"}
+)
 
 
 class Fingerprint(Struct, frozen=True):

@@ -5,7 +5,7 @@
                `__metadata__`: format, entry (JSON), `blake3 <tensor>` of each, and `blake3` of the header
     tensors    in the header's order, without gaps
 
-Format 1. The hash of the header is taken over its JSON with sorted keys and without the hash itself.
+Format 1. The hash of the header is taken over its bytes, with zeros in the place of the hash itself.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from struct import Struct
@@ -29,7 +29,7 @@ FORMAT = "headstart/1"
 LENGTH = Struct("<Q")
 MAX_HEADER = 64 << 20
 ALIGN = 64
-COPY_BYTES = 1 << 20
+NO_HASH = "0" * 64
 
 
 class Corrupt(Exception):
@@ -38,10 +38,12 @@ class Corrupt(Exception):
 
 @dataclass(frozen=True)
 class Part:
-    """One form to be written: its token ids and the file that holds its state."""
+    """One form to be written: its token ids, and where its state is: `size` bytes at `offset` of a file."""
 
     tokens: list[int]
-    state_path: Path
+    path: Path
+    offset: int
+    size: int
 
 
 def identity_of(stat: os.stat_result) -> Identity:
@@ -61,19 +63,21 @@ def write(file: BinaryIO, entry: Entry, parts: Mapping[Form, Part]) -> Entry:
         hashes[f"blake3 {form}.tokens"] = blake3(data).hexdigest()
         at += len(data)
     for form, part in parts.items():
-        size = part.state_path.stat().st_size
-        tensors[f"{form}.state"] = _tensor("U8", size, at, size)
-        hashes[f"blake3 {form}.state"] = _hash_file(part.state_path)
-        at += size
+        tensors[f"{form}.state"] = _tensor("U8", part.size, at, part.size)
+        with _mapped(part) as state:
+            hashes[f"blake3 {form}.state"] = _hash(state)
+        at += part.size
     described = msgspec.structs.replace(entry, forms={}, identity=(0, 0, 0, 0))
-    metadata = {"format": FORMAT, "entry": msgspec.json.encode(described).decode(), **hashes}
+    content = msgspec.json.encode(described).decode()
+    metadata = {"format": FORMAT, "blake3": NO_HASH, "entry": content, **hashes}
     header: dict[str, Any] = {"__metadata__": metadata, **tensors}
-    metadata["blake3"] = _hash_header(header)
     text = json.dumps(header).encode()
     text += b" " * (-(LENGTH.size + len(text)) % ALIGN)
+    text = text.replace(NO_HASH.encode(), blake3(text).hexdigest().encode(), 1)
     file.write(LENGTH.pack(len(text)) + text + b"".join(ids.values()))
     for part in parts.values():
-        _append(file, part.state_path)
+        with _mapped(part) as state:
+            file.write(state)
     file.flush()
     os.fsync(file.fileno())
     return msgspec.structs.replace(
@@ -113,8 +117,7 @@ def verify(path: Path, identity: Identity) -> dict[Form, list[int]]:
                     continue
                 begin, end = tensor["data_offsets"]
                 with view[start + begin : start + end] as data:
-                    digest = blake3(data, max_threads=blake3.AUTO).hexdigest()
-                    if digest != header["__metadata__"][f"blake3 {name}"]:
+                    if _hash(data) != header["__metadata__"][f"blake3 {name}"]:
                         raise Corrupt(f"{path}: wrong hash of {name}")
                     form, _, kind = name.partition(".")
                     if kind == "tokens":
@@ -132,21 +135,17 @@ def _read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
     if not 0 < length <= MAX_HEADER:
         raise Corrupt(f"{file.name}: no header")
     try:
-        header = json.loads(file.read(length))
+        text = file.read(length)
+        header = json.loads(text)
         metadata = header["__metadata__"]
         if metadata["format"] != FORMAT:
             raise Corrupt(f"{file.name}: format {metadata['format']!r} instead of {FORMAT!r}")
-        if metadata["blake3"] != _hash_header(header):
+        unhashed = text.replace(metadata["blake3"].encode(), NO_HASH.encode(), 1)
+        if metadata["blake3"] != blake3(unhashed).hexdigest():
             raise Corrupt(f"{file.name}: wrong hash of the header")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Corrupt(f"{file.name}: unreadable header") from error
     return header, LENGTH.size + length
-
-
-def _hash_header(header: Mapping[str, Any]) -> str:
-    metadata = {key: value for key, value in header["__metadata__"].items() if key != "blake3"}
-    text = json.dumps({**header, "__metadata__": metadata}, sort_keys=True)
-    return blake3(text.encode()).hexdigest()
 
 
 def _tensor(dtype: str, n: int, at: int, size: int) -> dict[str, Any]:
@@ -172,12 +171,16 @@ def _int32(tokens: list[int]) -> bytes:
     return b"".join(token.to_bytes(4, "little", signed=True) for token in tokens)
 
 
-def _hash_file(path: Path) -> str:
-    hasher = blake3(max_threads=blake3.AUTO)
-    hasher.update_mmap(path)
-    return hasher.hexdigest()
+def _hash(data: memoryview) -> str:
+    return blake3(data, max_threads=blake3.AUTO).hexdigest()
 
 
-def _append(file: BinaryIO, source: Path) -> None:
-    with source.open("rb") as state:
-        shutil.copyfileobj(state, file, COPY_BYTES)
+@contextmanager
+def _mapped(part: Part) -> Iterator[memoryview]:
+    with (
+        _open(part.path) as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapping,
+        memoryview(mapping) as view,
+        view[part.offset : part.offset + part.size] as state,
+    ):
+        yield state

@@ -91,12 +91,11 @@ class Store:
         state can be computed again; verification will refuse it."""
         path = self.path(model, name)
         known = self._entries.get((model, name))
-        try:
-            stat = path.lstat()
-        except FileNotFoundError:
+        identity = _identity(path)
+        if identity is None:
             self._forget(model, name)
             return None
-        if known and known.identity == file.identity_of(stat):
+        if known and known.identity == identity:
             return known
         try:
             entry = file.read(path)
@@ -152,6 +151,8 @@ class Store:
         """Checks the file's hashes unless this very file was checked before. Raises Corrupt, also when the
         file is gone."""
         path = self.path(entry.model, entry.name)
+        if _identity(path) != entry.identity:
+            raise Corrupt(f"{path} is not the file it was")
         identity, tokens = self._verified.get((entry.model, entry.name), (None, {}))
         if identity != entry.identity:
             try:
@@ -202,6 +203,13 @@ class Store:
             path.unlink(missing_ok=True)
             _sync_directory(path.parent)
         self._forget(model, name)
+
+
+def _identity(path: Path) -> Identity | None:
+    try:
+        return file.identity_of(path.lstat())
+    except OSError:
+        return None
 
 
 def _sha256(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import socket
 from collections.abc import Callable
 
@@ -36,10 +37,6 @@ and start every request from it:
 def serve(settings: Settings, say: Say) -> None:
     """Returns when the server was stopped. Raises StartupError when it can't start."""
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
-    asyncio.run(_serve(settings, say))
-
-
-async def _serve(settings: Settings, say: Say) -> None:
     listener = _listen(settings.host, settings.port)
     service = Service(settings)
     config = uvicorn.Config(
@@ -49,7 +46,14 @@ async def _serve(settings: Settings, say: Say) -> None:
         timeout_graceful_shutdown=settings.drain_seconds,
         lifespan="off",
     )
-    server = uvicorn.Server(config)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # The server raises these again once it has drained; by then they have done what they are for.
+        signal.signal(number, lambda *_: None)
+    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+        runner.run(_serve(service, uvicorn.Server(config), listener, say))
+
+
+async def _serve(service: Service, server: uvicorn.Server, listener: socket.socket, say: Say) -> None:
     loading = asyncio.create_task(_load(service, server))
     loading.add_done_callback(lambda _: _announce(loading, service, listener, say))
     try:
@@ -71,7 +75,8 @@ async def _load(service: Service, server: uvicorn.Server) -> None:
 
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # Event loops turn Nagle's delay off only where the protocol is named.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))

@@ -33,6 +33,7 @@ class ToyModel:
             self.spec = ToySpec.parse(settings.path)
         except ValueError as error:
             raise ModelError(str(error)) from error
+        time.sleep(self.spec.load_ms / 1000)
         self.info = ModelInfo(
             n_ctx=min(settings.ctx or self.spec.ctx, self.spec.ctx),
             slots=settings.slots,

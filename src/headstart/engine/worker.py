@@ -11,6 +11,7 @@ import selectors
 import signal
 import socket
 import sys
+from contextlib import suppress
 from functools import partial
 
 import msgspec
@@ -65,7 +66,8 @@ def main() -> None:
     try:
         worker = Worker(channel, settings)
     except ModelError as error:
-        channel.sendall(frame(LoadFailed(str(error))))
+        with suppress(OSError):
+            channel.sendall(frame(LoadFailed(str(error))))
         return
     worker.run()
     # Native destructors have nothing left to save, and crash now and then; the memory goes with the process.

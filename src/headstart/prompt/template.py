@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from headstart.errors import BadRequest
+from headstart.errors import BadRequest, StartupError
 
 Message = Mapping[str, Any]
 
@@ -60,29 +60,35 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 class ChatTemplate:
-    """`source` is Jinja, or the name of a built-in template; None means ChatML."""
+    """`source` is Jinja, or the name of a built-in template; None means ChatML. Raises StartupError for what
+    is neither."""
 
     def __init__(self, source: str | None, bos_text: str, eos_text: str) -> None:
         self.source = BUILT_IN.get(source or "chatml", source or "")
         self.specials = {"bos_token": bos_text, "eos_token": eos_text}
-        self.compiled = _environment().from_string(self.source)
+        try:
+            self.compiled = _environment().from_string(self.source)
+        except TemplateError as error:
+            raise StartupError(f"The model's chat template is not valid Jinja: {error}") from error
 
     def render(self, messages: Sequence[Message]) -> str:
         """The prompt up to where the assistant's answer begins. System messages that the template refuses
         are folded into the user message that follows. Raises BadRequest with the template's own words."""
         try:
             return self._render(messages)
-        except TemplateError as error:
+        except BadRequest:
             folded = fold_system(messages)
             if folded == list(messages):
-                raise _refused(error) from error
-        try:
+                raise
             return self._render(folded)
-        except TemplateError as error:
-            raise _refused(error) from error
 
     def _render(self, messages: Sequence[Message]) -> str:
-        return self.compiled.render(messages=messages, add_generation_prompt=True, **self.specials)
+        # A template may stumble over what it did not expect in as many ways as any other code.
+        try:
+            return self.compiled.render(messages=messages, add_generation_prompt=True, **self.specials)
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            reason = f"The model's chat template refuses these messages: {error}"
+            raise BadRequest(reason, param="messages") from error
 
 
 def fold_system(messages: Sequence[Message]) -> list[Message]:
@@ -98,7 +104,3 @@ def fold_system(messages: Sequence[Message]) -> list[Message]:
         else:
             folded.append(message)
     return folded
-
-
-def _refused(error: TemplateError) -> BadRequest:
-    return BadRequest(f"The model's chat template refuses these messages: {error.message}", param="messages")

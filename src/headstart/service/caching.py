@@ -42,14 +42,16 @@ def opening_tokens(model: ServedModel, form: Form, prompt: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Build:
-    """What is to be computed and stored."""
+    """What is to be computed and stored; with `keep_states`, states that the previous version has already
+    are not computed again."""
 
     model: ServedModel
     name: str
     prompt: str
     forms: Sequence[Form]
     version: int
-    created: float
+    previous: Entry | None = None
+    keep_states: bool = True
     on_progress: OnProgress | None = None
 
 
@@ -93,7 +95,7 @@ class Caching:
         if reason := model.fingerprint.changed_since(entry.fingerprint):
             return Opening(boundary, miss=reason)
         if form not in entry.forms:
-            return Opening(boundary, miss="too_short")
+            return Opening(boundary, miss="form_not_built" if wanted else "too_short")
         try:
             state = await self.store.verified(entry, form)
         except Corrupt as error:
@@ -124,8 +126,8 @@ class Caching:
         previous = self._previous(model, name)
         if previous and not overwrite:
             raise CacheConflict(f"There is a cache {name!r} already.", param="cache_name")
-        version, created = (previous.version + 1, previous.created) if previous else (1, time())
-        build = self._start(Build(model, name, prompt, forms, version, created, on_progress))
+        version = previous.version + 1 if previous else 1
+        build = self._start(Build(model, name, prompt, forms, version, previous, on_progress=on_progress))
         try:
             return await asyncio.shield(build)
         finally:
@@ -141,7 +143,9 @@ class Caching:
         """Starts computing the states of `entry` again, unless that is being done; requests for it wait."""
         if (entry.model, entry.name) not in self._builds:
             forms = tuple(entry.forms) or FORMS
-            self._start(Build(model, entry.name, entry.prompt, forms, entry.version, entry.created))
+            self._start(
+                Build(model, entry.name, entry.prompt, forms, entry.version, entry, keep_states=False)
+            )
 
     def known_opening(self, model: ServedModel, text: str) -> str:
         """The longest cached completion prompt that `text` begins with; "" for none."""
@@ -182,22 +186,42 @@ class Caching:
             parts: dict[Form, Part] = {}
             stats: list[Stats] = []
             for form, tokens in wanted.items():
+                if kept := await self._kept(build, form, tokens):
+                    parts[form] = kept
+                    progress.next(len(tokens))
+                    continue
                 path = scratch.enter_context(self.store.scratch(model.name))
                 stats.append(await self._compute(model, tokens, path, progress))
-                parts[form] = Part(tokens, path)
+                parts[form] = Part(tokens, path, 0, stats[-1].saved_bytes)
+            now = time()
             entry = Entry(
                 model=model.name,
                 name=build.name,
                 prompt=build.prompt,
                 version=build.version,
-                created=build.created,
-                updated=time(),
+                created=build.previous.created if build.previous else now,
+                updated=now,
                 fingerprint=model.fingerprint,
                 forms={},
                 build_ms=sum(form.prefill_ms for form in stats),
-                ttft_ms=stats[0].ttft_ms if stats else 0.0,
+                ttft_ms=_ttft_ms(stats, build.previous),
             )
             return await self.store.put(entry, parts)
+
+    async def _kept(self, build: Build, form: Form, tokens: list[int]) -> Part | None:
+        """The state as it is stored already, where the same prompt is given again."""
+        entry = build.previous
+        if not (build.keep_states and entry and form in entry.forms):
+            return None
+        if build.model.fingerprint != entry.fingerprint:
+            return None
+        try:
+            state = await self.store.verified(entry, form)
+        except Corrupt:
+            return None
+        if state.tokens != tokens:
+            return None
+        return Part(tokens, Path(state.ref.path), state.ref.offset, state.ref.nbytes)
 
     async def _compute(self, model: ServedModel, tokens: list[int], path: Path, progress: _Sum) -> Stats:
         request = Submit(0, tokens, boundary=len(tokens), save_path=str(path))
@@ -225,3 +249,10 @@ class _Sum:
     def next(self, n_tokens: int) -> None:
         self.done += n_tokens
         self.tell(0)
+
+
+def _ttft_ms(stats: Sequence[Stats], previous: Entry | None) -> float:
+    """What the first token of the first form cost without the cache, now or when it was computed."""
+    if stats:
+        return stats[0].ttft_ms
+    return previous.ttft_ms if previous else 0.0

@@ -1,0 +1,114 @@
+"""Measures requests with a cache and without, at the client."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from statistics import median
+from time import perf_counter
+
+from headstart.cli.client import Client, Json, RequestFailed, cache_path
+from headstart.cli.examples import Example
+
+ANSWER_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class Run:
+    """One streamed answer. Milliseconds are from sending the request to the first text, or to the end of an
+    answer without any, and to the end. `usage` and `timings` are the server's account."""
+
+    text: str
+    ttft_ms: float
+    total_ms: float
+    usage: Json
+    timings: Json
+
+    @property
+    def cached_tokens(self) -> int:
+        return int(self.usage["prompt_tokens_details"]["cached_tokens"])
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The same request several times with a cache and without."""
+
+    example: Example
+    cache: Json
+    with_cache: list[Run] = field(default_factory=list)
+    without: list[Run] = field(default_factory=list)
+
+    @property
+    def same_answers(self) -> bool:
+        return len({run.text for run in (*self.with_cache, *self.without)}) == 1
+
+    def medians(self, measure: Callable[[Run], float]) -> tuple[float, float]:
+        """Without the cache and with it."""
+        return median(map(measure, self.without)), median(map(measure, self.with_cache))
+
+
+class Bench:
+    """Compares on one server, whose slots are at most `slots`. The caches it makes are deleted at the end."""
+
+    def __init__(self, client: Client, model: str, *, slots: int, prefix: str = "") -> None:
+        self.client = client
+        self.model = model
+        self.slots = slots
+        self.prefix = prefix
+        self._caches: dict[str, Json] = {}
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name in self._caches:
+            with suppress(RequestFailed):
+                self.client.call("DELETE", cache_path(self.model, name), "cache.deleted")
+
+    def compare(self, example: Example, repetitions: int) -> Comparison:
+        """Every run with the cache loads it from its file, provided that nobody else uses the server and that
+        `slots` is right."""
+        cache = self._cache(example)
+        comparison = Comparison(example, cache)
+        for _ in range(repetitions):
+            in_full = example.new.in_full(example.opening) | {"cache_prompt": False}
+            comparison.without.append(self._run(example.new.path, in_full))
+            self._fill_slots()
+            after = example.new.after(cache["cache_name"])
+            comparison.with_cache.append(self._run(example.new.path, after))
+        return comparison
+
+    def _cache(self, example: Example) -> Json:
+        name = self.prefix + example.cache_name
+        if name not in self._caches:
+            body = {"cache_name": name, "prompt": example.opening}
+            *_, self._caches[name] = self.client.events(cache_path(self.model), body)
+        return self._caches[name]
+
+    def _fill_slots(self) -> None:
+        """Leaves nothing in the slots that a cache's state could be taken from instead of its file."""
+        for _ in range(self.slots):
+            self._run("/v1/completions", {"prompt": "1, 2, 3,", "cache_prompt": False, "max_tokens": 1})
+
+    def _run(self, path: str, body: Json) -> Run:
+        settings = {"model": self.model, "temperature": 0, "max_tokens": ANSWER_TOKENS}
+        request = {**settings, **body, "stream_options": {"include_usage": True}}
+        pieces: list[str] = []
+        account: Json = {}
+        ttft_ms = 0.0
+        started = perf_counter()
+        for chunk in self.client.events(path, request):
+            if (piece := _text(chunk)) and not pieces:
+                ttft_ms = 1000 * (perf_counter() - started)
+            pieces += [piece] if piece else []
+            account |= {key: chunk[key] for key in ("usage", "timings") if chunk.get(key)}
+        total_ms = 1000 * (perf_counter() - started)
+        return Run("".join(pieces), ttft_ms or total_ms, total_ms, account["usage"], account["timings"])
+
+
+def _text(chunk: Json) -> str:
+    if not chunk["choices"]:
+        return ""
+    choice = chunk["choices"][0]
+    return str((choice["delta"].get("content") if "delta" in choice else choice["text"]) or "")

@@ -1,0 +1,88 @@
+"""The structure that the documents promise."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import headstart
+from headstart import errors
+
+ROOT = Path(headstart.__file__).parent
+# What each part may import of the others; a part is a package or a module of the top level.
+BOTTOM = {"errors", "config", "messages", "names", "tokens", "toyspec", "headstart"}
+ALLOWED = {
+    "errors": set(),
+    "names": {"errors"},
+    "tokens": set(),
+    "toyspec": set(),
+    "messages": set(),
+    "config": {"errors", "names"},
+    "engine": BOTTOM,
+    "prompt": BOTTOM,
+    "caches": BOTTOM,
+    "service": BOTTOM | {"engine", "prompt", "caches"},
+    "api": BOTTOM | {"service", "caches"},
+    "cli": BOTTOM | {"service", "api"},
+    "__init__": set(),
+    "__main__": {"cli"},
+}
+
+
+def _imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+    return found
+
+
+MODULES = sorted(ROOT.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_lower_layers_never_import_higher_ones(path: Path) -> None:
+    part = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    wanted = {name.split(".")[1] for name in _imports(path) if name.startswith("headstart.")}
+    assert wanted - {part} <= ALLOWED[part]
+
+
+def test_llama_cpp_is_imported_in_two_files_only() -> None:
+    users = [path for path in MODULES if any(name.startswith("llama_cpp") for name in _imports(path))]
+    assert [str(path.relative_to(ROOT)) for path in users] == ["engine/llama.py", "prompt/tokenizer.py"]
+
+
+def test_no_module_passes_300_lines() -> None:
+    assert {path.name: n for path in MODULES if (n := len(path.read_text().splitlines())) > 300} == {}
+
+
+def _tree(kind: type[errors.HeadstartError]) -> list[type[errors.HeadstartError]]:
+    return [kind, *(below for child in kind.__subclasses__() for below in _tree(child))]
+
+
+def test_every_error_is_drawn_in_the_tree_with_its_status() -> None:
+    drawn = {
+        line.split()[0].strip("│├└─ "): line
+        for line in (errors.__doc__ or "")
+        .replace("│", " ")
+        .replace("├──", "")
+        .replace("└──", "")
+        .splitlines()
+        if line.split()
+    }
+    for kind in _tree(errors.HeadstartError):
+        if kind.__module__ == errors.__name__ and kind is not errors.HeadstartError:
+            assert kind.__name__ in drawn
+            assert str(kind.status) in drawn[kind.__name__]
+
+
+def test_every_error_tells_its_type_and_code() -> None:
+    for kind in _tree(errors.HeadstartError):
+        if kind.__module__ == errors.__name__ and kind is not errors.HeadstartError:
+            assert kind.code
+            assert kind.type in ("invalid_request_error", "server_error")
+            assert (kind.status >= 500) == (kind.type == "server_error")

@@ -1,0 +1,206 @@
+"""The cache file and the directory: whole or absent, verified, readable by others."""
+
+from __future__ import annotations
+
+import os
+import random
+import stat
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from headstart.caches import file
+from headstart.caches.entry import Entry, Fingerprint
+from headstart.caches.file import Corrupt, Part
+from headstart.caches.store import Store, storage_errors
+from headstart.errors import CacheNotFound, StartupError, StorageError, StorageFull
+
+FINGERPRINT = Fingerprint("w", "e", {"a": "b"}, "t")
+ENTRY = Entry("toy", "one", "the prompt: ünï", 1, 10.0, 20.0, FINGERPRINT, {}, 1.0, 2.0)
+TOKENS = [1, 2, 300, 4]
+STATE = bytes(range(256)) * 40
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "cache")
+
+
+def _parts(directory: Path) -> dict[str, Part]:
+    (directory / "chat").write_bytes(STATE)
+    (directory / "completion").write_bytes(STATE[:777])
+    return {
+        "chat": Part(TOKENS, directory / "chat", 0, len(STATE)),
+        "completion": Part(TOKENS[:2], directory / "completion", 7, 770),
+    }
+
+
+async def _stored(store: Store, tmp_path: Path, entry: Entry = ENTRY) -> Entry:
+    return await store.put(entry, _parts(tmp_path))  # type: ignore[arg-type]
+
+
+async def test_a_cache_is_read_back_as_it_was_written(store: Store, tmp_path: Path) -> None:
+    written = await _stored(store, tmp_path)
+    path = store.path("toy", "one")
+    assert file.read(path) == written
+    assert file.verify(path, written.identity) == {"chat": TOKENS, "completion": TOKENS[:2]}
+    chat = written.forms["chat"]
+    assert path.read_bytes()[chat.state_offset :][: chat.state_bytes] == STATE
+    assert written.size_bytes == path.stat().st_size
+
+
+async def test_standard_tools_can_open_a_cache(store: Store, tmp_path: Path) -> None:
+    await _stored(store, tmp_path)
+    with safe_open(store.path("toy", "one"), "np") as tensors:
+        assert tensors.get_tensor("chat.tokens").tolist() == TOKENS
+        assert tensors.get_tensor("completion.state").tobytes() == STATE[7:777]
+        assert "the prompt: ünï" in tensors.metadata()["entry"]
+        assert tensors.metadata()["format"] == "headstart/1"
+
+
+async def test_files_are_readable_by_their_owner_alone(store: Store, tmp_path: Path) -> None:
+    await _stored(store, tmp_path)
+    modes = {
+        path.name: stat.S_IMODE(path.stat().st_mode)
+        for path in [store.directory, *store.directory.rglob("*")]
+    }
+    assert {mode for name, mode in modes.items() if name in ("cache", "toy")} == {0o700}
+    assert {mode for name, mode in modes.items() if name not in ("cache", "toy")} == {0o600}
+
+
+async def test_any_flipped_bit_is_noticed(store: Store, tmp_path: Path) -> None:
+    await _stored(store, tmp_path)
+    path = store.path("toy", "one")
+    whole = path.read_bytes()
+    rng = random.Random(1)
+    header = 8 + int.from_bytes(whole[:8], "little")
+    offsets = [*range(0, header, 7), *(rng.randrange(len(whole)) for _ in range(300))]
+    for offset in offsets:
+        damaged = bytearray(whole)
+        damaged[offset] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        with pytest.raises(Corrupt):
+            file.verify(path, file.identity_of(path.stat()))
+    assert len(offsets) > 400
+
+
+async def test_a_truncated_file_is_noticed_when_it_is_read(store: Store, tmp_path: Path) -> None:
+    await _stored(store, tmp_path)
+    path = store.path("toy", "one")
+    whole = path.read_bytes()
+    for size in [0, 1, 7, 8, 9, 100, 1000, len(whole) - 1]:
+        path.write_bytes(whole[:size])
+        with pytest.raises(Corrupt):
+            file.read(path)
+
+
+async def test_the_index_can_be_made_again_from_the_files(store: Store, tmp_path: Path) -> None:
+    written = await _stored(store, tmp_path)
+    store.close()
+    (store.directory / "index.sqlite").unlink()
+    again = Store(store.directory)
+    assert again.list() == [written]
+
+
+async def test_an_index_that_can_not_be_read_is_replaced(store: Store, tmp_path: Path) -> None:
+    written = await _stored(store, tmp_path)
+    store.close()
+    (store.directory / "index.sqlite").write_bytes(b"no database" * 100)
+    for leftover in ("index.sqlite-wal", "index.sqlite-shm"):
+        (store.directory / leftover).unlink(missing_ok=True)
+    assert Store(store.directory).list() == [written]
+
+
+async def test_a_file_put_there_by_hand_is_found_and_one_taken_away_is_gone(
+    store: Store, tmp_path: Path
+) -> None:
+    written = await _stored(store, tmp_path)
+    path = store.path("toy", "one")
+    content = path.read_bytes()
+    path.unlink()
+    with pytest.raises(CacheNotFound):
+        store.find("toy", "one")
+    path.write_bytes(content)
+    assert store.find("toy", "one").prompt == written.prompt
+
+
+async def test_a_file_under_another_caches_name_is_not_taken_for_it(store: Store, tmp_path: Path) -> None:
+    await _stored(store, tmp_path)
+    store.path("toy", "two").write_bytes(store.path("toy", "one").read_bytes())
+    with pytest.raises(CacheNotFound):
+        store.find("toy", "two")
+
+
+async def test_a_symbolic_link_is_not_followed(store: Store, tmp_path: Path) -> None:
+    await _stored(store, tmp_path)
+    outside = tmp_path / "outside"
+    store.path("toy", "one").rename(outside)
+    store.path("toy", "one").symlink_to(outside)
+    store.index.delete("toy", "one")
+    store.close()
+    with pytest.raises(CacheNotFound):
+        Store(store.directory).find("toy", "one")
+
+
+async def test_a_damaged_file_keeps_what_the_index_knows_so_that_it_can_be_built_again(
+    store: Store, tmp_path: Path
+) -> None:
+    written = await _stored(store, tmp_path)
+    store.path("toy", "one").write_bytes(b"rubbish")
+    entry = store.find("toy", "one")
+    assert entry.prompt == written.prompt
+    with pytest.raises(Corrupt):
+        await store.verified(entry, "chat")
+
+
+async def test_replacing_leaves_an_open_old_version_as_it_was(store: Store, tmp_path: Path) -> None:
+    await _stored(store, tmp_path)
+    path = store.path("toy", "one")
+    old = path.read_bytes()
+    with path.open("rb") as reader:
+        await store.put(ENTRY, {"chat": Part([9], tmp_path / "completion", 0, 5)})
+        assert reader.read() == old
+    assert path.read_bytes() != old
+
+
+async def test_a_write_that_fails_leaves_the_old_version_and_no_scratch_file(
+    store: Store, tmp_path: Path
+) -> None:
+    written = await _stored(store, tmp_path)
+    with pytest.raises(StorageError):
+        await store.put(ENTRY, {"chat": Part([9], tmp_path / "absent", 0, 5)})
+    assert store.find("toy", "one") == written
+    assert [path.name for path in (store.directory / "toy").iterdir()] == ["one.headstart"]
+
+
+def test_a_full_disk_is_told_apart_from_other_failures() -> None:
+    with pytest.raises(StorageFull), storage_errors("x"), Path("/dev/full").open("w") as full:
+        full.write("x" * 100_000)
+    with pytest.raises(StorageError), storage_errors("x"):
+        os.unlink("/absent/file")  # noqa: PTH108
+
+
+def test_what_an_interrupted_write_left_is_removed_at_the_next_start(tmp_path: Path) -> None:
+    left_over = tmp_path / "cache" / "toy" / ".tmp-1234"
+    left_over.parent.mkdir(parents=True)
+    left_over.write_text("half")
+    Store(tmp_path / "cache")
+    assert not left_over.exists()
+
+
+def test_a_directory_has_one_owner(store: Store) -> None:
+    with pytest.raises(StartupError, match="Another Headstart server"):
+        Store(store.directory)
+    store.close()
+    Store(store.directory)
+
+
+async def test_a_weights_file_is_hashed_again_only_when_it_has_changed(store: Store, tmp_path: Path) -> None:
+    weights = tmp_path / "weights"
+    weights.write_text("one")
+    first = await store.weights_hash(weights)
+    weights.write_text("other")
+    assert await store.weights_hash(weights) != first
+    store.index.put_weights_hash(str(weights), file.identity_of(weights.stat()), "remembered")
+    assert await store.weights_hash(weights) == "remembered"
