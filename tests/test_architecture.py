@@ -6,9 +6,12 @@ import ast
 from pathlib import Path
 
 import pytest
+from fastapi.routing import APIRoute
 
 import headstart
 from headstart import errors
+from headstart.api import app, caches, completions
+from headstart.config import Settings
 
 ROOT = Path(headstart.__file__).parent
 # What each part may import of the others; a part is a package or a module of the top level.
@@ -86,3 +89,23 @@ def test_every_error_tells_its_type_and_code() -> None:
             assert kind.code
             assert kind.type in ("invalid_request_error", "server_error")
             assert (kind.status >= 500) == (kind.type == "server_error")
+
+
+def test_every_setting_is_documented_with_its_default() -> None:
+    text = (ROOT.parents[1] / "docs" / "settings.md").read_text()
+    for name, field in Settings.model_fields.items():
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| `{name}` |")]
+        default = {} if field.default_factory else field.default
+        assert f"| `{str(default).lower() if isinstance(default, bool) else default}` |" in row
+        assert field.description
+        assert field.description in row
+
+
+def test_every_route_is_documented() -> None:
+    text = (ROOT.parents[1] / "docs" / "http-api.md").read_text()
+    routes = [route for router in (app.router, completions.router, caches.router) for route in router.routes]
+    assert len(routes) > 8
+    for route in routes:
+        assert isinstance(route, APIRoute)
+        path = route.path.replace("{name:path}", "{name}").replace("/v1/models/{name}", "/v1/models/{model}")
+        assert any(f"{method} {path}`" in text for method in route.methods), route.path

@@ -62,7 +62,7 @@ def test_a_build_that_crashes_at_its_first_decode_is_reported_with_the_cure(tmp_
         (["--model", "toy=toy:nonsense=1"], "nonsense"),
         (["--model", "toy=toy:template={{"], "Jinja"),
         (["--config", "/absent.toml"], "absent.toml"),
-        (["--slots", "0"], "slots"),
+        (["--slots", "-1"], "slots"),
         (["--host", "192.0.2.1", "--model", "toy=toy:"], "Can't listen"),
     ],
 )
@@ -177,8 +177,8 @@ def test_a_killed_worker_ends_its_streams_with_an_error_and_comes_back(
     }
     lines: list[str] = []
     with server.http.stream("POST", "/v1/chat/completions", json=body) as response:
-        for line in response.iter_lines():
-            lines += [line] if line else []
+        for line in filter(None, response.iter_lines()):
+            lines.append(line)
             if len(lines) == 4:
                 worker.send_signal(signal.SIGKILL)
     assert lines[-1] == "data: [DONE]"

@@ -34,7 +34,12 @@ class Settings(BaseSettings):
         default_factory=dict, description="Further names of models, each with the model it stands for."
     )
     cache_dir: Path = Field(Path("cache"), description="Where prompt states are kept.")
-    slots: int = Field(4, ge=1, le=64, description="Sequences a model runs at once.")
+    slots: int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="Sequences a model runs at once; 0 means 4, or as many as an eighth of the memory holds.",
+    )
     ctx: int = Field(
         0, ge=0, description="Tokens a sequence may hold; 0 means the model's own limit, at most 8192."
     )

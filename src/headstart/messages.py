@@ -15,7 +15,8 @@ Source = Literal["none", "slot", "file"]
 
 
 class EngineSettings(Struct, frozen=True):
-    """How a worker runs its model. `ctx` (tokens a slot), `threads`: 0 means by the model, the machine."""
+    """How a worker runs its model. For `slots`, `ctx` (tokens a slot) and `threads` 0 means: by the
+    model and the machine."""
 
     path: str
     slots: int

@@ -8,7 +8,7 @@ from fastapi import APIRouter, FastAPI, Request
 
 from headstart import __version__
 from headstart.api import caches, completions, errors
-from headstart.api.middleware import JsonBodies, RequestIds
+from headstart.api.middleware import JsonBodies, PlainPaths, RequestIds
 from headstart.errors import HeadstartError, ModelLoading, Unavailable
 from headstart.service.server import Service
 
@@ -19,6 +19,7 @@ def create_app(service: Service) -> FastAPI:
     app = FastAPI(title="Headstart", version=__version__)
     app.state.service = service
     app.add_middleware(JsonBodies, max_bytes=int(service.settings.max_body_mb * (1 << 20)))
+    app.add_middleware(PlainPaths)
     app.add_middleware(RequestIds)
     errors.install(app)
     for part in (router, completions.router, caches.router):
@@ -52,4 +53,12 @@ async def show_model(request: Request, name: str) -> dict[str, Any]:
 
 def _model(service: Service, name: str) -> dict[str, Any]:
     model = service.model(name)
-    return {"id": name, "object": "model", "created": model.created, "owned_by": "headstart"}
+    answer: dict[str, Any] = {
+        "id": name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "headstart",
+    }
+    if info := model.engine.info:
+        answer |= {"n_ctx": info.n_ctx, "slots": info.slots}
+    return answer

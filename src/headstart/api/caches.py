@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from headstart.api.schemas import CacheRequest
-from headstart.api.streaming import EventStream, while_connected
+from headstart.api.streaming import BEGIN_SECONDS, EventStream, begun, while_connected
 from headstart.caches.entry import Entry
 from headstart.names import check_name
 from headstart.service.model import ServedModel
@@ -33,7 +33,7 @@ async def create(request: Request, model: str, body: CacheRequest) -> Response:
     served = service.model(model)
     served.engine.check_available()
     if body.stream:
-        return EventStream(_progress(service, served, body))
+        return EventStream(await begun(request, _progress(service, served, body), BEGIN_SECONDS))
     return JSONResponse(await while_connected(request, _create(service, served, body)))
 
 
@@ -54,6 +54,7 @@ async def _create(service: Service, model: ServedModel, body: CacheRequest, on_p
         "version": entry.version,
         "size_mb": _megabytes(entry),
         "ttft_ms": round(entry.ttft_ms, 1),
+        "build_ms": round(entry.build_ms, 1),
         "tokens": entry.n_tokens,
         "forms": _forms(entry),
         "message": "Binary cache generated successfully",
@@ -102,7 +103,7 @@ async def show(request: Request, model: str, name: str) -> Json:
     """One cache, with its prompt."""
     service: Service = request.app.state.service
     served = service.model(model)
-    entry = service.store.find(served.name, check_name(name, param="name"))
+    entry = service.store.find(served.name, check_name(name, param="name"), param="name")
     return _described(service, entry) | {"prompt": entry.prompt}
 
 

@@ -18,14 +18,11 @@ from headstart.api.schemas import (
     CompletionRequest,
     GenerationRequest,
 )
-from headstart.api.streaming import EventStream, begun, while_connected
+from headstart.api.streaming import BEGIN_SECONDS, EventStream, begun, while_connected
 from headstart.service.generation import Prepared, Result, Text
 from headstart.service.server import Service
 
 router = APIRouter(prefix="/v1")
-
-# How long a stream waits for its first token before it begins without: till then a failure is an HTTP error.
-BEGIN_SECONDS = 5.0
 
 Json = dict[str, Any]
 
@@ -161,6 +158,7 @@ def timings(result: Result) -> Json:
     stats = result.stats
     return {
         "cache_n": stats.cached_tokens,
+        "cache_source": stats.source,
         "prompt_n": stats.evaluated_tokens,
         "prompt_ms": round(stats.prefill_ms, 3),
         "predicted_n": result.n_tokens,

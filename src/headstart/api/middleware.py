@@ -8,7 +8,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from headstart.api import errors
-from headstart.errors import BodyTooLarge
+from headstart.errors import BodyTooLarge, InvalidName
 
 
 class RequestIds:
@@ -30,6 +30,21 @@ class RequestIds:
             await send(message)
 
         await self.app(scope, receive, send_with_id)
+
+
+class PlainPaths:
+    """Refuses addresses with control characters: a route would match as if a line break at the end were not
+    there."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not scope["path"].isprintable():
+            error = InvalidName("The address has characters that can't be printed.", param="name")
+            await errors.response(error)(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
 
 
 class JsonBodies:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 from headstart.caches.entry import FORMS, Form
 from headstart.errors import BadRequest
@@ -13,7 +13,19 @@ from headstart.messages import Sampling
 from headstart.service.generation import Options
 
 COMPLETION_MAX_TOKENS = 16
-StopString = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
+
+
+def _encodable(text: str) -> str:
+    # JSON can write half a surrogate pair, which is no text and can't be tokenised.
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("Input should be valid Unicode") from None
+    return text
+
+
+Utf8 = Annotated[str, AfterValidator(_encodable)]
+StopString = Annotated[Utf8, StringConstraints(min_length=1, max_length=1000)]
 
 
 class Body(BaseModel):
@@ -27,21 +39,21 @@ class StreamOptions(Body):
 class GenerationRequest(Body):
     """What chat and text completions have in common."""
 
-    model: str
-    use_cache: str | None = Field(None, description="Name of the cache to start from.")
+    model: Utf8
+    use_cache: Utf8 | None = Field(None, description="Name of the cache to start from.")
     cache_prompt: bool = Field(
         True, description="False: evaluate every prompt token, taking nothing from caches or slots."
     )
     max_tokens: int | None = Field(None, ge=0)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
-    top_k: int | None = Field(None, ge=-1)
+    top_k: int | None = Field(None, ge=-1, lt=1 << 31)
     min_p: float | None = Field(None, ge=0, le=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repeat_penalty: float | None = Field(None, gt=0, le=10)
     repeat_last_n: int | None = Field(None, ge=0, le=4096)
-    seed: int | None = None
+    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
     stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -91,12 +103,12 @@ HARMLESS: dict[str, tuple[object, ...]] = {
 
 class TextPart(Body):
     type: Literal["text"]
-    text: str
+    text: Utf8
 
 
 class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Utf8 | list[TextPart]
 
     def plain(self) -> dict[str, str]:
         """Role and text, as chat templates want them."""
@@ -110,7 +122,7 @@ class ChatRequest(GenerationRequest):
 
 
 class CompletionRequest(GenerationRequest):
-    prompt: str | list[str] = Field(description="One text, or a list with one.")
+    prompt: Utf8 | list[Utf8] = Field(description="One text, or a list with one.")
 
     def text(self) -> str:
         """Raises BadRequest for anything but one text, or an empty one that continues nothing."""
@@ -125,8 +137,8 @@ class CompletionRequest(GenerationRequest):
 class CacheRequest(Body):
     model_config = ConfigDict(extra="allow", populate_by_name=True)
 
-    cache_name: str
-    prompt: str = Field(description="The system prompt in chats; the leading text in completions.")
+    cache_name: Utf8
+    prompt: Utf8 = Field(description="The system prompt in chats; the leading text in completions.")
     forms: list[Form] = Field(
         list(FORMS), alias="for", min_length=1, description="What the cache is for: chat, completion or both."
     )

@@ -17,6 +17,8 @@ from headstart.errors import HeadstartError
 
 T = TypeVar("T")
 
+# How long a stream waits for its first event before it begins without: till then a failure is an HTTP error.
+BEGIN_SECONDS = 5.0
 KEEP_ALIVE_SECONDS = 10.0
 COMMENT = b": still working\n\n"
 DONE = b"data: [DONE]\n\n"

@@ -117,13 +117,13 @@ class Store:
         if self._entries.pop((model, name), None):
             self.index.delete(model, name)
 
-    def find(self, model: str, name: str) -> Entry:
-        """Raises CacheNotFound."""
+    def find(self, model: str, name: str, *, param: str = "use_cache") -> Entry:
+        """Raises CacheNotFound, about the request's field `param`."""
         entry = self._look(model, name)
         if entry is None:
             raise CacheNotFound(
                 f"Model {model!r} has no cache {name!r}. Create it with POST /v1/cache/{model}.",
-                param="use_cache",
+                param=param,
             )
         return entry
 
@@ -197,7 +197,7 @@ class Store:
 
     def delete(self, model: str, name: str) -> None:
         """Raises CacheNotFound. Requests that have the file open go on reading it."""
-        self.find(model, name)
+        self.find(model, name, param="name")
         path = self.path(model, name)
         with storage_errors(str(path)):
             path.unlink(missing_ok=True)

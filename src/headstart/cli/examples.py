@@ -16,6 +16,7 @@ class Chat:
 
     messages: Sequence[Json]
     path: ClassVar[str] = "/v1/chat/completions"
+    form: ClassVar[str] = "chat"
 
     def after(self, cache_name: str) -> Json:
         return {"messages": self.messages, "use_cache": cache_name}
@@ -33,6 +34,7 @@ class Completion:
 
     prompt: str
     path: ClassVar[str] = "/v1/completions"
+    form: ClassVar[str] = "completion"
 
     def after(self, cache_name: str) -> Json:
         return {"prompt": self.prompt, "use_cache": cache_name}

@@ -127,11 +127,12 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
         raise typer.BadParameter("give the prompt as one of --prompt TEXT and --file PATH")
     if file is None:
         return prompt or ""
-    content = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
     try:
-        return content.decode()
+        return (sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()).decode()
+    except OSError as error:
+        raise typer.BadParameter(f"can't read {file}: {error.strerror}", param_hint="--file") from error
     except UnicodeDecodeError as error:
-        raise typer.BadParameter(f"the text is not UTF-8: {error}", param_hint="--file") from error
+        raise typer.BadParameter(f"{file} is not UTF-8 text: {error}", param_hint="--file") from error
 
 
 @cache.command("create")
@@ -141,10 +142,6 @@ def cache_create(
     file: Annotated[
         Path | None,
         typer.Option(
-            exists=True,
-            dir_okay=False,
-            readable=True,
-            allow_dash=True,
             metavar="PATH",
             help="A text file with the prompt, taken as it is to the last line break; - is standard input.",
         ),

@@ -49,12 +49,14 @@ class Comparison:
 
 
 class Bench:
-    """Compares on one server, whose slots are at most `slots`. The caches it makes are deleted at the end."""
+    """Compares on one model of a server, the first unless one is named. The caches it makes have names
+    that begin with `prefix`, and are deleted at the end. All methods raise RequestFailed."""
 
-    def __init__(self, client: Client, model: str, *, slots: int, prefix: str = "") -> None:
+    def __init__(self, client: Client, model: str | None = None, prefix: str = "") -> None:
+        served = client.model(model)
         self.client = client
-        self.model = model
-        self.slots = slots
+        self.model = str(served["id"])
+        self.slots = int(served["slots"])
         self.prefix = prefix
         self._caches: dict[str, Json] = {}
 
@@ -67,14 +69,13 @@ class Bench:
                 self.client.call("DELETE", cache_path(self.model, name), "cache.deleted")
 
     def compare(self, example: Example, repetitions: int) -> Comparison:
-        """Every run with the cache loads it from its file, provided that nobody else uses the server and that
-        `slots` is right."""
+        """Every run with the cache loads it from its file, provided that nobody else uses the server."""
         cache = self._cache(example)
         comparison = Comparison(example, cache)
         for _ in range(repetitions):
             in_full = example.new.in_full(example.opening) | {"cache_prompt": False}
             comparison.without.append(self._run(example.new.path, in_full))
-            self._fill_slots()
+            self.fill_slots()
             after = example.new.after(cache["cache_name"])
             comparison.with_cache.append(self._run(example.new.path, after))
         return comparison
@@ -86,7 +87,7 @@ class Bench:
             *_, self._caches[name] = self.client.events(cache_path(self.model), body)
         return self._caches[name]
 
-    def _fill_slots(self) -> None:
+    def fill_slots(self) -> None:
         """Leaves nothing in the slots that a cache's state could be taken from instead of its file."""
         for _ in range(self.slots):
             self._run("/v1/completions", {"prompt": "1, 2, 3,", "cache_prompt": False, "max_tokens": 1})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import os
 import signal
 import socket
 import sys
@@ -43,6 +44,7 @@ from headstart.messages import (
 log = logging.getLogger(__name__)
 
 READ_BYTES = 1 << 20
+SPIN_COUNT = "1000"
 RESTART_SECONDS = (0.0, 1.0, 5.0, 30.0)
 FAILURES = {
     "engine": EngineError,
@@ -95,7 +97,7 @@ class EngineClient:
     def __init__(self, name: str, settings: EngineSettings, max_waiting: int) -> None:
         self.name = name
         self.settings = settings
-        self.max_requests = settings.slots + max_waiting
+        self.max_waiting = max_waiting
         self.state: State = "loading"
         self.info: ModelInfo | None = None
         self.failure = ""
@@ -132,9 +134,9 @@ class EngineClient:
         """Raises Unavailable when a request could not be taken now."""
         if self.state == "failed":
             raise Unavailable(f"Model {self.name!r} can't run: {self.failure}")
-        if self._writer is None or self.state != "ready":
+        if self._writer is None or self.info is None or self.state != "ready":
             raise ModelLoading(f"Model {self.name!r} is still loading.")
-        if self.n_requests >= self.max_requests:
+        if self.n_requests >= self.info.slots + self.max_waiting:
             raise Overloaded(f"{self.n_requests} requests are running or waiting already.")
 
     def submit(self, request: Submit) -> Running:
@@ -168,10 +170,12 @@ class EngineClient:
         """Runs one worker process to its end; whether it had become ready."""
         ours, theirs = socket.socketpair()
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "headstart.engine.worker", str(theirs.fileno())),
+            # -P: what lies in the current folder is no part of the program.
+            *(sys.executable, "-P", "-m", "headstart.engine.worker", str(theirs.fileno())),
             msgspec.json.encode(self.settings).decode(),
             pass_fds=[theirs.fileno()],
             stdin=asyncio.subprocess.DEVNULL,
+            env=_worker_environment(),
         )
         theirs.close()
         self.pid = process.pid
@@ -232,6 +236,14 @@ async def _ended(process: asyncio.subprocess.Process) -> int:
     except TimeoutError:
         process.kill()
         return await process.wait()
+
+
+def _worker_environment() -> dict[str, str]:
+    """OpenMP's threads wait for each other by spinning, by default so long that a second busy process on the
+    same CPUs makes decoding tens of times slower (docs/architecture.md). What the user has set is kept."""
+    if "OMP_WAIT_POLICY" in os.environ:
+        return dict(os.environ)
+    return {"GOMP_SPINCOUNT": SPIN_COUNT, **os.environ}
 
 
 def _explain_exit(code: int) -> str:

@@ -23,6 +23,10 @@ from headstart.messages import EngineSettings, ModelInfo, Sampling
 log = logging.getLogger("llama.cpp")
 LOG_LEVELS = {2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}
 DEFAULT_CTX = 8192
+DEFAULT_SLOTS = 4
+# What the KV cache may take of the machine's memory where the number of slots is ours to choose.
+KV_MEMORY_SHARE = 1 / 8
+KV_VALUE_BYTES = 2
 
 
 @lib.llama_log_callback  # type: ignore[untyped-decorator]
@@ -84,6 +88,8 @@ class LlamaModel:
         if not self.model:
             raise ModelError(f"llama.cpp can't load {settings.path}: not a GGUF file it knows")
         self.vocab = lib.llama_model_get_vocab(self.model)
+        self.ctx = settings.ctx or min(lib.llama_model_n_ctx_train(self.model), DEFAULT_CTX)
+        self.slots = settings.slots or self._affordable_slots()
         self.context = lib.llama_init_from_model(self.model, self._context_params(settings))
         if not self.context:
             raise ModelError("llama.cpp can't make a context: too little memory? Try a smaller --ctx")
@@ -93,17 +99,35 @@ class LlamaModel:
         self.info = self._info(settings)
 
     def _context_params(self, settings: EngineSettings) -> Any:
-        ctx = settings.ctx or min(lib.llama_model_n_ctx_train(self.model), DEFAULT_CTX)
         threads = settings.threads or _available_cpus()
-        self.n_batch = max(settings.prefill_chunk, settings.slots)
+        self.n_batch = max(settings.prefill_chunk, self.slots)
         params = lib.llama_context_default_params()
-        params.n_ctx = ctx * settings.slots
+        params.n_ctx = self.ctx * self.slots
         params.n_batch = params.n_ubatch = self.n_batch
-        params.n_seq_max = settings.slots
+        params.n_seq_max = self.slots
         params.n_threads = params.n_threads_batch = threads
         params.flash_attn_type = int(settings.flash_attention)
         params.kv_unified = False
         return params
+
+    def _affordable_slots(self) -> int:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * KV_MEMORY_SHARE
+        return max(1, min(DEFAULT_SLOTS, int(memory / (self.ctx * self._kv_token_bytes()))))
+
+    def _kv_token_bytes(self) -> int:
+        """Bytes of KV cache a token takes if every layer attends to everything; some models take less."""
+        heads_kv = int(lib.llama_model_n_head_kv(self.model))
+        even = int(lib.llama_model_n_embd(self.model) // max(lib.llama_model_n_head(self.model), 1))
+        sizes = [self._metadata(f"attention.{kind}_length") or even for kind in ("key", "value")]
+        return int(lib.llama_model_n_layer(self.model)) * max(heads_kv, 1) * sum(sizes) * KV_VALUE_BYTES
+
+    def _metadata(self, key: str) -> int:
+        """A number from the GGUF file under the model's architecture; 0 where there is none."""
+        text = ctypes.create_string_buffer(64)
+        lib.llama_model_meta_val_str(self.model, b"general.architecture", text, len(text))
+        name = text.value + b"." + key.encode()
+        size = lib.llama_model_meta_val_str(self.model, name, text, len(text))
+        return int(text.value) if size > 0 and text.value.isdigit() else 0
 
     def _info(self, settings: EngineSettings) -> ModelInfo:
         whole_only = (
@@ -113,7 +137,7 @@ class LlamaModel:
         )
         return ModelInfo(
             n_ctx=lib.llama_n_ctx_seq(self.context),
-            slots=settings.slots,
+            slots=self.slots,
             can_cut=not whole_only,
             engine=f"llama-cpp-python {lib.__version__}",
             settings={

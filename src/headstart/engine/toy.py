@@ -16,6 +16,7 @@ from headstart.engine.model import ModelError, Piece, Sampler
 from headstart.messages import EngineSettings, ModelInfo, Sampling
 from headstart.toyspec import EOS, N_VOCAB, ToySpec
 
+DEFAULT_SLOTS = 4
 LETTERS = b"etaoinshrdlucmfwypvbgkjqxz  \n"
 
 
@@ -34,14 +35,15 @@ class ToyModel:
         except ValueError as error:
             raise ModelError(str(error)) from error
         time.sleep(self.spec.load_ms / 1000)
+        slots = settings.slots or DEFAULT_SLOTS
         self.info = ModelInfo(
             n_ctx=min(settings.ctx or self.spec.ctx, self.spec.ctx),
-            slots=settings.slots,
+            slots=slots,
             can_cut=bool(self.spec.can_cut),
             engine="toy",
             settings={"flash_attention": str(settings.flash_attention)},
         )
-        self.histories: list[list[int]] = [[] for _ in range(settings.slots)]
+        self.histories: list[list[int]] = [[] for _ in range(slots)]
         self.rows: list[list[int]] = []
 
     def evaluate(self, pieces: Seq[Piece]) -> None:

@@ -1,0 +1,133 @@
+"""What the command line needs of HTTP: a server's answers, and its errors in words for the terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import quote
+
+import httpx
+
+Json = dict[str, Any]
+
+TIMEOUT = httpx.Timeout(60, connect=5)
+LOOPBACK = ("all://127.0.0.1", "all://localhost", "all://[::1]")
+
+
+class RequestFailed(Exception):
+    """The server said no, or there is none; the message is its own, or says what to do."""
+
+
+class Client:
+    """The API of the server at `url`. All methods raise RequestFailed."""
+
+    def __init__(self, url: str) -> None:
+        self.url = (url if "://" in url else f"http://{url}").rstrip("/")
+        try:
+            # A proxy could not reach this machine's own server.
+            self._http = httpx.Client(
+                base_url=self.url, timeout=TIMEOUT, mounts=dict.fromkeys(LOOPBACK, None)
+            )
+        except httpx.InvalidURL as error:
+            raise RequestFailed(f"{url!r} is not the address of a server: {error}") from error
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.close()
+
+    def call(self, method: str, path: str, expected: str) -> Json:
+        """The answer, whose `object` is `expected`."""
+        with self._failures_told():
+            response = self._http.request(method, path)
+        answer = self._checked(response)
+        if answer.get("object") != expected:
+            raise self._not_headstart(response)
+        return answer
+
+    def events(self, path: str, body: Json) -> Iterator[Json]:
+        """The objects of a streamed answer, as they come. An error among them is raised."""
+        complete = False
+        with (
+            self._failures_told(),
+            self._http.stream("POST", path, json={**body, "stream": True}) as response,
+        ):
+            if response.status_code != 200:
+                response.read()
+                self._checked(response)
+            # Read to the end, also after [DONE]: otherwise the connection can't be used again.
+            for data in _event_data(response.iter_bytes()):
+                if data == b"[DONE]":
+                    complete = True
+                else:
+                    yield _without_error(json.loads(data))
+        if not complete:
+            raise RequestFailed(f"The answer of the server at {self.url} ended in the middle.")
+
+    def model(self, name: str | None = None) -> Json:
+        """What the server says of a model; without a name, of its first."""
+        if name is None:
+            first: Json = self.call("GET", "/v1/models", "list")["data"][0]
+            return first
+        return self.call("GET", f"/v1/models/{_quoted(name)}", "model")
+
+    def is_ready(self) -> bool:
+        """Whether a Headstart server with its models loaded answers; never raises."""
+        try:
+            with self._failures_told():
+                return "models" in self._checked(self._http.get("/health"))
+        except RequestFailed:
+            return False
+
+    @contextmanager
+    def _failures_told(self) -> Iterator[None]:
+        try:
+            yield
+        except httpx.ConnectError as error:
+            raise RequestFailed(
+                f"There is no server at {self.url}. Start one with `headstart serve`, or name another "
+                "with --url."
+            ) from error
+        except httpx.HTTPError as error:
+            reason = str(error) or type(error).__name__
+            raise RequestFailed(f"The server at {self.url} did not answer: {reason}") from error
+
+    def _checked(self, response: httpx.Response) -> Json:
+        try:
+            answer = response.json()
+        except ValueError:
+            raise self._not_headstart(response) from None
+        if not isinstance(answer, dict) or (response.is_error and "error" not in answer):
+            raise self._not_headstart(response)
+        return _without_error(answer)
+
+    def _not_headstart(self, response: httpx.Response) -> RequestFailed:
+        status = f"{response.status_code} {response.reason_phrase}".strip()
+        return RequestFailed(f"What answers at {response.url} ({status}) is not a Headstart server.")
+
+
+def cache_path(model: str, name: str | None = None) -> str:
+    """The path of a model's caches, or of one; neither name need be a valid one."""
+    return "/".join(["/v1/cache", *(_quoted(part) for part in (model, name) if part is not None)])
+
+
+def _quoted(part: str) -> str:
+    # Bare dots could be taken for "this" or "the upper folder" on the way.
+    return quote(part, safe="").replace(".", "%2E")
+
+
+def _event_data(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    # Only \n ends a line here: str.splitlines knows others, which JSON texts may contain as they are.
+    rest = b""
+    for chunk in chunks:
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from (line.removeprefix(b"data: ") for line in lines if line.startswith(b"data: "))
+
+
+def _without_error(answer: Json) -> Json:
+    if error := answer.get("error"):
+        raise RequestFailed(error["message"] if isinstance(error, dict) else str(error))
+    return answer
