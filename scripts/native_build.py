@@ -147,9 +147,7 @@ def find_compiler(language: str, env: Mapping[str, str]) -> Compiler | None:
         return None
     query = [*shlex.split(command), "-dM", "-E", "-x", dialect, "-"]
     try:
-        result = subprocess.run(
-            query, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True
-        )
+        result = subprocess.run(query, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return parse_compiler(command, result.stdout)
@@ -195,9 +193,7 @@ def prepare_venv() -> None:
     """Create .venv if it is missing, broken, of another Python or moved here from elsewhere."""
     probe = "import pip, sys; print('{}.{}'.format(*sys.version_info))"
     try:
-        result = subprocess.run(
-            [VENV_PYTHON, "-c", probe], capture_output=True, text=True, check=False
-        )
+        result = subprocess.run([VENV_PYTHON, "-c", probe], capture_output=True, text=True, check=False)
         version = result.stdout.strip()
     except OSError:
         version = ""

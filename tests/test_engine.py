@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 import pytest
 
@@ -43,7 +44,7 @@ class Driver:
         self.events: dict[int, list[RequestEvent]] = {}
         self.last_id = 0
 
-    def submit(self, tokens: list[int], max_tokens: int = 8, **more: object) -> int:
+    def submit(self, tokens: list[int], max_tokens: int = 8, **more: Any) -> int:
         self.last_id += 1
         request = Submit(self.last_id, tokens, max_tokens=max_tokens, **{"sampling": GREEDY, **more})
         self.events[request.id] = []
@@ -68,7 +69,7 @@ class Driver:
         assert sum(isinstance(event, Finished | Failed) for event in self.events[request]) == 1
         return end
 
-    def run(self, tokens: list[int], max_tokens: int = 8, **more: object) -> tuple[list[int], Finished]:
+    def run(self, tokens: list[int], max_tokens: int = 8, **more: Any) -> tuple[list[int], Finished]:
         request = self.submit(tokens, max_tokens, **more)
         self.finish()
         return self.tokens(request), self.end(request)

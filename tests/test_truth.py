@@ -32,7 +32,8 @@ def _check_counts(answer: dict[str, Any]) -> None:
 def _streamed(server: RunningServer, path: str, **body: Any) -> tuple[str, dict[str, Any]]:
     """The text of a stream, and its last chunk's usage."""
     body |= {"stream": True, "stream_options": {"include_usage": True}}
-    text, usage = "", {}
+    text = ""
+    usage: dict[str, Any] = {}
     with server.http.stream("POST", path, json=body) as response:
         for line in response.iter_lines():
             if line.startswith("data: {"):
@@ -205,7 +206,8 @@ def test_a_cache_for_one_endpoint_is_built_for_the_other_by_creating_it_again(
     start_server: StartServer,
 ) -> None:
     server = start_server("--model", "toy=toy:")
-    created = server.create("keeper", PROMPT, **{"for": ["chat"]})
+    body = {"cache_name": "keeper", "prompt": PROMPT, "for": ["chat"]}
+    created = server.post("/v1/cache/toy", **body).json()
     assert list(created["forms"]) == ["chat"]
     body = {"model": "toy", "prompt": "def x", "use_cache": "keeper", "temperature": 0}
     missed = server.post("/v1/completions", **body).json()

@@ -8,7 +8,7 @@ from fastapi import APIRouter, FastAPI, Request
 
 from headstart import __version__
 from headstart.api import caches, completions, errors
-from headstart.api.middleware import JsonBodies, PlainPaths, RequestIds
+from headstart.api.middleware import Faults, JsonBodies, PlainPaths, RequestIds
 from headstart.errors import HeadstartError, ModelLoading, Unavailable
 from headstart.service.server import Service
 
@@ -16,10 +16,11 @@ router = APIRouter()
 
 
 def create_app(service: Service) -> FastAPI:
-    app = FastAPI(title="Headstart", version=__version__)
+    app = FastAPI(title="Headstart", version=__version__, redirect_slashes=False)
     app.state.service = service
     app.add_middleware(JsonBodies, max_bytes=int(service.settings.max_body_mb * (1 << 20)))
     app.add_middleware(PlainPaths)
+    app.add_middleware(Faults)
     app.add_middleware(RequestIds)
     errors.install(app)
     for part in (router, completions.router, caches.router):

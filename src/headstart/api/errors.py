@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,8 +11,6 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from headstart.errors import BadRequest, HeadstartError, NotFound
-
-log = logging.getLogger(__name__)
 
 
 def body(error: HeadstartError) -> dict[str, Any]:
@@ -51,22 +48,19 @@ def install(app: FastAPI) -> None:
         if error.status_code == 404:
             known: HeadstartError = NotFound(f"There is nothing at {request.method} {request.url.path}.")
         else:
-            known = BadRequest(str(error.detail))
+            known = BadRequest(f"{error.detail}: {request.method} {request.url.path}.")
             known.status = error.status_code
+            known.code = error.detail.lower().replace(" ", "_")
         return response(known, error.headers)
-
-    @app.exception_handler(Exception)
-    async def _unknown(request: Request, error: Exception) -> JSONResponse:
-        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return response(HeadstartError("Something went wrong inside the server; its log says what."))
 
 
 def _from_validation(error: RequestValidationError) -> BadRequest:
     """The first problem, with the field it is about."""
-    problem = error.errors()[0]
+    # Of the alternatives of a union, the one that got furthest is what was meant.
+    problem = max(error.errors(), key=lambda found: len(found["loc"]))
     if problem["type"] == "json_invalid":
         return BadRequest(f"The body is not JSON: {problem['ctx']['error']}.")
-    # A union of types reports each alternative as a further part of the location.
+    # A union reports the type of each alternative as a part of the location.
     place = [str(part) for part in problem["loc"] if part != "body"]
     field = ".".join(part for part in place if part.replace("_", "").isalnum() and part not in TYPE_NAMES)
     return BadRequest(f"{field or 'The body'}: {problem['msg']}.", param=field or None)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from headstart.api import errors
-from headstart.errors import BodyTooLarge, InvalidName
+from headstart.errors import BodyTooLarge, HeadstartError, InvalidName
+
+log = logging.getLogger(__name__)
 
 
 class RequestIds:
@@ -30,6 +34,30 @@ class RequestIds:
             await send(message)
 
         await self.app(scope, receive, send_with_id)
+
+
+class Faults:
+    """Answers what no handler expected with the one error shape; the log says what it was."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def watched_send(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched_send)
+        except Exception:
+            log.exception("%s %s failed", scope.get("method"), scope.get("path"))
+            if started:
+                raise
+            fault = HeadstartError("Something went wrong inside the server; its log says what.")
+            await errors.response(fault)(scope, receive, send)
 
 
 class PlainPaths:
@@ -61,7 +89,10 @@ class JsonBodies:
             await self.app(scope, receive, send)
             return
         headers = MutableHeaders(scope=scope)
-        body = await self._read(headers, receive)
+        try:
+            body = await self._read(headers, receive)
+        except ClientDisconnect:
+            return
         if body is None:
             error = BodyTooLarge(f"The body is larger than {self.max_bytes} bytes.")
             await errors.response(error, {"connection": "close"})(scope, receive, send)
@@ -78,13 +109,15 @@ class JsonBodies:
         await self.app(scope, replay, send)
 
     async def _read(self, headers: Headers, receive: Receive) -> bytes | None:
-        """The body; None when it is too large."""
+        """The body; None when it is too large. Raises ClientDisconnect when its end never comes."""
         declared = headers.get("content-length", "0")
         if declared.isdecimal() and int(declared) > self.max_bytes:
             return None
         body = bytearray()
         while True:
             message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
             body += message.get("body", b"")
             if len(body) > self.max_bytes:
                 return None
