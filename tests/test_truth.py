@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from conftest import StartServer
@@ -209,12 +211,12 @@ def test_a_cache_for_one_endpoint_is_built_for_the_other_by_creating_it_again(
     body = {"cache_name": "keeper", "prompt": PROMPT, "for": ["chat"]}
     created = server.post("/v1/cache/toy", **body).json()
     assert list(created["forms"]) == ["chat"]
-    body = {"model": "toy", "prompt": "def x", "use_cache": "keeper", "temperature": 0}
-    missed = server.post("/v1/completions", **body).json()
+    question = {"model": "toy", "prompt": "def x", "use_cache": "keeper", "temperature": 0}
+    missed = server.post("/v1/completions", **question).json()
     assert _usage(missed) == (False, "form_not_built")
     updated = server.create("keeper", PROMPT)
     assert (updated["object"], updated["version"]) == ("cache.updated", 2)
-    hit = server.post("/v1/completions", **body).json()
+    hit = server.post("/v1/completions", **question).json()
     assert _usage(hit) == (True, None)
     assert said(hit) == said(missed)
 
@@ -262,3 +264,36 @@ def test_a_directory_can_be_copied_to_another_place(start_server: StartServer, t
     answer = moved.chat("Who?", use_cache="keeper")
     assert _usage(answer) == (True, None)
     assert said(answer) == expected
+
+
+def test_requests_during_replacements_each_answer_for_one_version_or_the_other(
+    start_server: StartServer,
+) -> None:
+    server = start_server("--model", "toy=toy:")
+    prompts = [PROMPT, "You are the ship. " * 12]
+    expected = {said(server.chat("Who?", system=prompt, cache_prompt=False)) for prompt in prompts}
+    server.create("keeper", prompts[0])
+    stop = threading.Event()
+
+    def replace() -> None:
+        with httpx.Client(base_url=server.url) as http:
+            for i in range(60):
+                if stop.is_set():
+                    return
+                body = {"cache_name": "keeper", "prompt": prompts[(i + 1) % 2]}
+                http.post("/v1/cache/toy", json=body).raise_for_status()
+
+    replacing = threading.Thread(target=replace)
+    replacing.start()
+    try:
+        answers = [server.chat("Who?", use_cache="keeper") for _ in range(60)]
+    finally:
+        stop.set()
+        replacing.join()
+    assert {said(answer) for answer in answers} <= expected
+    for answer in answers:
+        _check_counts(answer)
+    last = server.http.get("/v1/cache/toy/keeper").json()
+    final = server.chat("Who?", use_cache="keeper")
+    assert said(final) == said(server.chat("Who?", system=last["prompt"], cache_prompt=False))
+    assert server.files() == ["toy/keeper.headstart"]

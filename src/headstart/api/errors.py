@@ -50,19 +50,22 @@ def install(app: FastAPI) -> None:
         else:
             known = BadRequest(f"{error.detail}: {request.method} {request.url.path}.")
             known.status = error.status_code
-            known.code = error.detail.lower().replace(" ", "_")
+            known.code = "method_not_allowed" if error.status_code == 405 else BadRequest.code
         return response(known, error.headers)
 
 
 def _from_validation(error: RequestValidationError) -> BadRequest:
     """The first problem, with the field it is about."""
-    # Of the alternatives of a union, the one that got furthest is what was meant.
-    problem = max(error.errors(), key=lambda found: len(found["loc"]))
+    # Of the alternatives of a union, the one that got furthest is what was meant, or whose type was right.
+    problem = max(error.errors(), key=lambda e: (len(e["loc"]), not e["type"].endswith("_type")))
     if problem["type"] == "json_invalid":
         return BadRequest(f"The body is not JSON: {problem['ctx']['error']}.")
     # A union reports the type of each alternative as a part of the location.
     place = [str(part) for part in problem["loc"] if part != "body"]
-    field = ".".join(part for part in place if part.replace("_", "").isalnum() and part not in TYPE_NAMES)
+    place = [part for part in place if part.replace("_", "").isalnum() and part not in TYPE_NAMES]
+    while place and place[-1].isdecimal():
+        place.pop()
+    field = ".".join(place)
     return BadRequest(f"{field or 'The body'}: {problem['msg']}.", param=field or None)
 
 

@@ -78,14 +78,19 @@ class Caching:
         await asyncio.wait([build])
         return self.store.find(model.name, name)
 
-    async def open(self, model: ServedModel, entry: Entry, form: Form, tokens: list[int]) -> Opening:
-        """How a request whose prompt is `tokens` starts from the cache."""
+    async def open(self, model: ServedModel, entry: Entry, form: Form, tokens: list[int]) -> Opening | None:
+        """How a request whose prompt is `tokens` starts from the cache; None when the cache was replaced or
+        built again meanwhile, so that the request has to look at it anew."""
+        key = (entry.model, entry.name)
+        # A build that ends while the old state is looked at is one that had begun before.
+        build = self._builds.get(key)
         opening = await self._open(model, entry, form, tokens)
-        build = self._builds.get((entry.model, entry.name))
-        if not build or opening.miss is None or opening.miss in KEEPS_STATE:
+        if opening.miss is None or opening.miss in KEEPS_STATE:
             return opening
-        await asyncio.wait([build])
-        return await self._open(model, await self.find(model, entry.name), form, tokens)
+        if build := build or self._builds.get(key):
+            await asyncio.wait([build])
+            return None
+        return opening if self._current(model, entry.name) == entry else None
 
     async def _open(self, model: ServedModel, entry: Entry, form: Form, tokens: list[int]) -> Opening:
         wanted = await asyncio.to_thread(opening_tokens, model, form, entry.prompt)
@@ -123,7 +128,7 @@ class Caching:
         if not prompt:
             raise BadRequest("The prompt is empty: there is nothing to keep.", param="prompt")
         self._check_not_building(model, name)
-        previous = self._previous(model, name)
+        previous = self._current(model, name)
         if previous and not overwrite:
             raise CacheConflict(f"There is a cache {name!r} already.", param="cache_name")
         version = previous.version + 1 if previous else 1
@@ -140,8 +145,9 @@ class Caching:
         self.store.delete(model.name, name)
 
     def rebuild(self, model: ServedModel, entry: Entry) -> None:
-        """Starts computing the states of `entry` again, unless that is being done; requests for it wait."""
-        if (entry.model, entry.name) not in self._builds:
+        """Starts computing the states of `entry` again, unless that is being done or it was replaced;
+        requests for it wait."""
+        if (entry.model, entry.name) not in self._builds and self._current(model, entry.name) == entry:
             forms = tuple(entry.forms) or FORMS
             self._start(
                 Build(model, entry.name, entry.prompt, forms, entry.version, entry, keep_states=False)
@@ -156,7 +162,7 @@ class Caching:
         if (model.name, name) in self._builds:
             raise CacheConflict(f"The cache {name!r} is being built.", param="cache_name")
 
-    def _previous(self, model: ServedModel, name: str) -> Entry | None:
+    def _current(self, model: ServedModel, name: str) -> Entry | None:
         try:
             return self.store.find(model.name, name)
         except CacheNotFound:

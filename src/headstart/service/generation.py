@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Literal
 
-from headstart.caches.entry import KEEPS_STATE, Entry, MissReason
+from headstart.caches.entry import KEEPS_STATE, Entry, Form, MissReason
 from headstart.errors import BadRequest
 from headstart.messages import Finished, Sampling, Stats, Submit, Token
 from headstart.prompt.answer import AnswerText
@@ -75,10 +75,9 @@ class Generation:
             return await self._without_cache(
                 model, tokens, options, lambda: prompts.chat_opening(_leading_system(messages)), "messages"
             )
-        entry = await self.caching.find(model, options.use_cache)
-        tokens = await asyncio.to_thread(prompts.chat, _after_cached(entry.prompt, messages))
-        opening = await self.caching.open(model, entry, "chat", tokens)
-        return self._prepared(model, tokens, options, entry, opening, "messages")
+        return await self._with_cache(
+            model, options, "chat", lambda prompt: prompts.chat(_after_cached(prompt, messages)), "messages"
+        )
 
     async def prepare_text(self, model: ServedModel, prompt: str, options: Options) -> Prepared:
         """Raises as `prepare_chat` does."""
@@ -89,10 +88,21 @@ class Generation:
             return await self._without_cache(
                 model, tokens, options, lambda: prompts.text_opening(known), "prompt"
             )
-        entry = await self.caching.find(model, options.use_cache)
-        tokens = await asyncio.to_thread(prompts.text, entry.prompt + prompt)
-        opening = await self.caching.open(model, entry, "completion", tokens)
-        return self._prepared(model, tokens, options, entry, opening, "prompt")
+        return await self._with_cache(
+            model, options, "completion", lambda cached: prompts.text(cached + prompt), "prompt"
+        )
+
+    async def _with_cache(
+        self, model: ServedModel, options: Options, form: Form, encode: Callable[[str], list[int]], param: str
+    ) -> Prepared:
+        """`encode` gives the request's tokens after a cached prompt."""
+        assert options.use_cache is not None
+        opening = None
+        while opening is None:
+            entry = await self.caching.find(model, options.use_cache)
+            tokens = await asyncio.to_thread(encode, entry.prompt)
+            opening = await self.caching.open(model, entry, form, tokens)
+        return self._prepared(model, tokens, options, entry, opening, param)
 
     async def _without_cache(
         self,
