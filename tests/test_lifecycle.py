@@ -62,11 +62,16 @@ def test_a_build_that_crashes_at_its_first_decode_is_reported_with_the_cure(tmp_
         (["--model", "toy=toy:nonsense=1"], "nonsense"),
         (["--model", "toy=toy:template={{"], "Jinja"),
         (["--config", "/absent.toml"], "absent.toml"),
+        (["--config", "BROKEN"], "not valid TOML"),
+        (["--config", "TEMPLATE"], "absent.jinja"),
         (["--slots", "-1"], "slots"),
         (["--host", "192.0.2.1", "--model", "toy=toy:"], "Can't listen"),
     ],
 )
 def test_a_server_that_can_not_start_says_why(tmp_path: Path, flags: list[str], told: str) -> None:
+    (tmp_path / "BROKEN").write_text("port = = 1")
+    (tmp_path / "TEMPLATE").write_text('templates = {m = "/absent.jinja"}\nmodels = {m = "toy:"}\n')
+    flags = [str(tmp_path / flag) if flag.isupper() else flag for flag in flags]
     done = _headstart("serve", "--port", "0", "--cache-dir", str(tmp_path / "cache"), *flags)
     assert done.returncode != 0
     assert told in done.stderr

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -289,3 +290,37 @@ def test_a_worker_killed_in_mid_stream_is_replaced_and_the_cache_hits_from_its_f
     again = clerk.ask(**HARBOUR)
     check_from_file(again)
     assert said(again) == said(cold_chat)
+
+
+# As Gemma's does: the system text opens the first user turn.
+FOLDING = """{% set turns = messages %}{% set opening = '' %}
+{%- if messages[0]['role'] == 'system' %}
+{%- set opening = messages[0]['content'] + '\\n\\n' %}{% set turns = messages[1:] %}{% endif %}
+{%- for message in turns %}{{ '<|im_start|>' + message['role'] + '\\n' }}
+{%- if loop.first %}{{ opening }}{% endif %}{{ message['content'] + '<|im_end|>\\n' }}{% endfor %}
+{{- '<|im_start|>assistant\\n' }}"""
+
+
+def test_a_template_that_folds_the_system_text_into_the_users_turn_keeps_every_promise(
+    start_server: StartServer, tmp_path: Path
+) -> None:
+    template = tmp_path / "folding.jinja"
+    template.write_text(FOLDING)
+    env = {"HEADSTART_TEMPLATES": json.dumps({"smollm2": str(template)})}
+    server = start_server("--slots", "1", env=env)
+    clerk = Clerk(server)
+    opening = SYSTEM[:1500]
+    cold = clerk.ask(system=opening, **COLD)
+    server.create("harbour", opening, model="smollm2")
+    server.restart()
+    warm = clerk.ask(**HARBOUR)
+    streamed = clerk.ask(stream=True, **HARBOUR)
+    for answer in (warm, streamed):
+        assert answer["usage"]["cache_hit"] is True
+        assert answer["usage"]["prompt_tokens"] == cold["usage"]["prompt_tokens"]
+        assert (
+            answer["timings"]["prompt_n"] == answer["usage"]["prompt_tokens"] - answer["timings"]["cache_n"]
+        )
+        assert answer["timings"]["prompt_n"] <= 40
+    assert warm["timings"]["cache_source"] == "file"
+    assert said(cold) == said(warm) == said(streamed)

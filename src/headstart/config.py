@@ -33,6 +33,9 @@ class Settings(BaseSettings):
     aliases: dict[str, str] = Field(
         default_factory=dict, description="Further names of models, each with the model it stands for."
     )
+    templates: dict[str, Path] = Field(
+        default_factory=dict, description="Jinja files with chat templates to use instead of the models' own."
+    )
     cache_dir: Path = Field(Path("cache"), description="Where prompt states are kept.")
     slots: int = Field(
         0,
@@ -64,10 +67,11 @@ class Settings(BaseSettings):
         return table
 
     @model_validator(mode="after")
-    def _check_aliases(self) -> Settings:
-        for alias, name in self.aliases.items():
-            if name not in self.model_paths:
-                raise ValueError(f"alias {alias!r} stands for {name!r}, which is not a model")
+    def _check_models(self) -> Settings:
+        models = self.models or {DEFAULT_MODEL}
+        for name in (*self.aliases.values(), *self.templates):
+            if name not in models:
+                raise ValueError(f"{name!r} has an alias or a template, but is not a model")
         return self
 
     @property

@@ -101,7 +101,6 @@ class EngineClient:
         self.state: State = "loading"
         self.info: ModelInfo | None = None
         self.failure = ""
-        self.pid: int | None = None
         self._ids = itertools.count(1)
         self._requests: dict[int, Running] = {}
         self._writer: asyncio.StreamWriter | None = None
@@ -157,7 +156,10 @@ class EngineClient:
     async def _supervise(self) -> None:
         failures = 0
         while True:
-            was_ready = await self._run_worker()
+            try:
+                was_ready = await self._run_worker()
+            except OSError as error:
+                was_ready, self.failure = False, f"the worker process can't be started: {error}"
             failures = 0 if was_ready else failures + 1
             if not was_ready and (self.info is None or failures >= len(RESTART_SECONDS)):
                 self.state = "failed"
@@ -178,7 +180,6 @@ class EngineClient:
             env=_worker_environment(),
         )
         theirs.close()
-        self.pid = process.pid
         ready = False
         try:
             reader, self._writer = await asyncio.open_connection(sock=ours)
@@ -187,7 +188,6 @@ class EngineClient:
         finally:
             self._disconnect()
             reason = _explain_exit(await _ended(process))
-            self.pid = None
             self._fail_requests(reason)
         if not ready:
             self.failure = self.failure or reason

@@ -11,7 +11,7 @@ from headstart.caches.entry import Fingerprint
 from headstart.caches.store import Store
 from headstart.config import Settings
 from headstart.engine.client import EngineClient
-from headstart.errors import ContextLengthExceeded, ModelLoading
+from headstart.errors import ContextLengthExceeded, ModelLoading, StartupError
 from headstart.messages import EngineSettings, ModelInfo
 from headstart.prompt.prompts import Prompts
 from headstart.prompt.template import ChatTemplate
@@ -24,6 +24,7 @@ class ServedModel:
         self.name = name
         self.path = path if ToySpec.matches(path) else str(Path(path).expanduser().absolute())
         self.created = int(time())
+        self._template_file = settings.templates.get(name)
         self.engine = EngineClient(name, _engine_settings(self.path, settings), settings.max_waiting)
         self._prompts: Prompts | None = None
         self._weights = ""
@@ -32,7 +33,8 @@ class ServedModel:
         """Returns when the model answers requests. Raises StartupError."""
         self.engine.start()
         tokenizer = await asyncio.to_thread(load_tokenizer, self.path)
-        template = ChatTemplate(tokenizer.template, tokenizer.bos_text, tokenizer.eos_text)
+        source = _read(self._template_file) if self._template_file else tokenizer.template
+        template = ChatTemplate(source, tokenizer.bos_text, tokenizer.eos_text)
         self._prompts = Prompts(tokenizer, template)
         self._weights = await _weights_hash(self.path, store)
         await self.engine.wait_ready()
@@ -59,6 +61,13 @@ class ServedModel:
         """Raises ContextLengthExceeded unless a prompt of `n_tokens` leaves room for an answer."""
         if n_tokens >= self.info.n_ctx:
             raise ContextLengthExceeded(n_tokens, self.info.n_ctx, param=param)
+
+
+def _read(template: Path) -> str:
+    try:
+        return template.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartupError(f"The chat template {template} can't be read: {error}") from error
 
 
 def _engine_settings(path: str, settings: Settings) -> EngineSettings:
