@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
+
+Json = dict[str, Any]
 
 READY_SECONDS = 60.0
 
@@ -76,12 +79,12 @@ class RunningServer:
     def post(self, path: str, **body: Any) -> httpx.Response:
         return self.http.post(path, json=body)
 
-    def create(self, name: str, prompt: str, model: str = "toy", **more: Any) -> dict[str, Any]:
+    def create(self, name: str, prompt: str, model: str = "toy", **more: Any) -> Json:
         response = self.post(f"/v1/cache/{model}", cache_name=name, prompt=prompt, **more)
         assert response.status_code == 200, response.text
         return response.json()
 
-    def chat(self, text: str, model: str = "toy", system: str = "", **more: Any) -> dict[str, Any]:
+    def chat(self, text: str, model: str = "toy", system: str = "", **more: Any) -> Json:
         """One greedy chat answer; its body."""
         opening = [{"role": "system", "content": system}] if system else []
         response = self.post(
@@ -115,7 +118,26 @@ def running_server(
             server.stop()
 
 
-def said(answer: dict[str, Any]) -> str:
+def said(answer: Json) -> str:
     """The text of a chat or text completion."""
     choice = answer["choices"][0]
     return str(choice["message"]["content"] if "message" in choice else choice["text"])
+
+
+def events(response: httpx.Response) -> Iterator[Json]:
+    """The events of a stream, which must be closed by [DONE]. Dropping the iterator ends the request."""
+    assert response.status_code == 200, response.read()
+    for line in response.iter_lines():
+        if line == "data: [DONE]":
+            return
+        if line.startswith("data: "):
+            yield json.loads(line.removeprefix("data: "))
+    raise AssertionError("the stream ended without [DONE]")
+
+
+def eventually(is_so: Callable[[], bool], seconds: float = 20) -> None:
+    """Waits until it is so, and fails if it never is."""
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.01)

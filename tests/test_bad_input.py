@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,9 +17,7 @@ import pytest
 
 from conftest import StartServer
 from headstart.api.middleware import Faults, RequestIds
-from servers import RunningServer, running_server, said
-
-Json = dict[str, Any]
+from servers import Json, RunningServer, events, eventually, running_server, said
 
 CHAT, TEXT, CACHE = "/v1/chat/completions", "/v1/completions", "/v1/cache/toy"
 USER = {"role": "user", "content": "Why?"}
@@ -527,24 +524,6 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     env = {"HEADSTART_MAX_WAITING": "0"}
     with running_server(directory, "--model", SLOW, "--slots", "1", env=env) as server:
         yield server
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.01)
-
-
-def events(response: httpx.Response) -> Iterator[Json]:
-    """The events of a stream, which must be closed by [DONE]. Dropping the iterator ends the request."""
-    assert response.status_code == 200, response.read()
-    for line in response.iter_lines():
-        if line == "data: [DONE]":
-            return
-        if line.startswith("data: "):
-            yield json.loads(line.removeprefix("data: "))
-    raise AssertionError("the stream ended without [DONE]")
 
 
 def content(event: Json) -> str:

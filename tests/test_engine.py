@@ -11,8 +11,9 @@ import pytest
 
 from headstart.caches.file import identity_of
 from headstart.config import embedded_model
+from headstart.engine.loading import load
 from headstart.engine.loop import Engine
-from headstart.engine.model import Model, load
+from headstart.engine.model import Model
 from headstart.messages import (
     Cancel,
     EngineSettings,

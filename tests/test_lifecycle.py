@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from conftest import StartServer
-from servers import RunningServer, said
+from servers import RunningServer, eventually, said
 
 PROMPT = "You keep the lighthouse. " * 20
 
@@ -32,13 +32,6 @@ def _headstart(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, **env},
         check=False,
     )
-
-
-def _eventually(is_so: Any, seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.02)
 
 
 def _is_healthy(server: RunningServer) -> bool:
@@ -129,14 +122,14 @@ def test_health_is_503_while_the_model_loads_and_requests_are_told_to_come_back(
                     return False
                 return True
 
-            _eventually(answers)
+            eventually(answers)
             body = {"model": "toy", "messages": [{"role": "user", "content": "x"}]}
             for loading in (http.get("/health"), http.post("/v1/chat/completions", json=body)):
                 assert loading.status_code == 503
                 assert loading.json()["error"]["code"] == "model_loading"
                 assert int(loading.headers["retry-after"]) >= 1
             assert http.get("/v1/models").status_code == 200
-            _eventually(lambda: http.get("/health").status_code == 200)
+            eventually(lambda: http.get("/health").status_code == 200)
             assert http.post("/v1/chat/completions", json=body).status_code == 200
     finally:
         process.terminate()
@@ -161,7 +154,7 @@ def test_no_worker_outlives_its_server(start_server: StartServer) -> None:
     server = start_server("--model", "toy=toy:")
     (worker,) = server.workers()
     server.stop(signal.SIGKILL)
-    _eventually(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
+    eventually(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
 
 
 @pytest.mark.parametrize("model", ["toy", pytest.param("smollm2", marks=pytest.mark.real_model)])
@@ -190,7 +183,7 @@ def test_a_killed_worker_ends_its_streams_with_an_error_and_comes_back(
     error = json.loads(lines[-2].removeprefix("data: "))["error"]
     assert error["code"] == "engine_died"
     assert "SIGKILL" in error["message"]
-    _eventually(lambda: _is_healthy(server))
+    eventually(lambda: _is_healthy(server))
     after = server.chat("Who is there?", model=model, use_cache="keeper")
     assert after["usage"]["cache_hit"] is True
     assert said(after) == said(before)
@@ -211,13 +204,13 @@ def test_a_killed_worker_fails_waiting_and_building_requests_with_503(start_serv
     threads = [threading.Thread(target=post, args=request) for request in requests]
     for thread in threads:
         thread.start()
-    _eventually(lambda: any("tmp" in name for name in server.files()))
+    eventually(lambda: any("tmp" in name for name in server.files()))
     server.workers()[0].send_signal(signal.SIGKILL)
     for thread in threads:
         thread.join()
     assert [answer.status_code for answer in answers] == [503, 503]
     assert {answer.json()["error"]["code"] for answer in answers} <= {"engine_died", "model_loading"}
-    _eventually(lambda: _is_healthy(server))
+    eventually(lambda: _is_healthy(server))
     assert server.files() == []
     server.create("keeper", PROMPT)
 
@@ -265,7 +258,7 @@ def test_a_request_for_a_cache_being_built_waits_for_it(start_server: StartServe
     server = start_server("--model", "toy=toy:ms_per_token=1")
     thread = threading.Thread(target=lambda: server.create("keeper", PROMPT))
     thread.start()
-    _eventually(lambda: any("tmp" in name for name in server.files()))
+    eventually(lambda: any("tmp" in name for name in server.files()))
     answer = httpx.post(
         f"{server.url}/v1/chat/completions",
         json={"model": "toy", "use_cache": "keeper", "messages": [{"role": "user", "content": "x"}]},

@@ -10,15 +10,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import httpx
 import pytest
 
 from conftest import StartServer
-from servers import RunningServer, running_server, said
+from servers import Json, RunningServer, events, running_server, said
 
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(600)]
-
-Json = dict[str, Any]
 
 WHO = (
     "The harbour master",
@@ -62,17 +59,6 @@ NEW_TEXT = "\n\nThe clerk opened the book and read the first rule to the visitor
 HARBOUR: Json = {"use_cache": "harbour"}
 COLD: Json = {"cache_prompt": False}
 LIMIT = 48
-
-
-def events(response: httpx.Response) -> Iterator[Json]:
-    """The events of a stream, which must be closed by [DONE]. Dropping the iterator ends the request."""
-    assert response.status_code == 200, response.read()
-    for line in response.iter_lines():
-        if line == "data: [DONE]":
-            return
-        if line.startswith("data: "):
-            yield json.loads(line.removeprefix("data: "))
-    raise AssertionError("the stream ended without [DONE]")
 
 
 def text_of(event: Json) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import threading
@@ -13,7 +12,7 @@ import httpx
 import pytest
 
 from conftest import StartServer
-from servers import RunningServer, said
+from servers import RunningServer, events, said
 
 PROMPT = "You keep the lighthouse.\n\nEach evening you light the lamp, and " + " and ".join(
     f"watch ship number {i}" for i in range(60)
@@ -34,16 +33,11 @@ def _check_counts(answer: dict[str, Any]) -> None:
 def _streamed(server: RunningServer, path: str, **body: Any) -> tuple[str, dict[str, Any]]:
     """The text of a stream, and its last chunk's usage."""
     body |= {"stream": True, "stream_options": {"include_usage": True}}
-    text = ""
-    usage: dict[str, Any] = {}
     with server.http.stream("POST", path, json=body) as response:
-        for line in response.iter_lines():
-            if line.startswith("data: {"):
-                chunk = json.loads(line.removeprefix("data: "))
-                usage = chunk.get("usage") or usage
-                for choice in chunk["choices"]:
-                    text += choice.get("text") or choice.get("delta", {}).get("content") or ""
-    return text, usage
+        chunks = list(events(response))
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    text = "".join(c.get("text") or c.get("delta", {}).get("content") or "" for c in choices)
+    return text, chunks[-1]["usage"]
 
 
 @pytest.mark.parametrize("template", TEMPLATES)

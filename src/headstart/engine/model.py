@@ -6,8 +6,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Protocol
 
-from headstart.messages import EngineSettings, ModelInfo, Sampling
-from headstart.toyspec import ToySpec
+from headstart.messages import ModelInfo, Sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,22 +61,3 @@ class Model(Protocol):
 
     def restore(self, seq: int, state: memoryview) -> bool:
         """Fills a cleared sequence from a saved state; False, leaving unknown values, if it doesn't fit."""
-
-
-def load(settings: EngineSettings) -> Model:
-    """Loads the model named by `settings.path` and evaluates one token, so that a broken native build fails
-    here and not at the first request. Raises ModelError."""
-    model = _load(settings)
-    model.evaluate([Piece(0, 0, [0], sample=True)])
-    model.clear(0)
-    return model
-
-
-def _load(settings: EngineSettings) -> Model:
-    if ToySpec.matches(settings.path):
-        from headstart.engine.toy import ToyModel
-
-        return ToyModel(settings)
-    from headstart.engine.llama import LlamaModel
-
-    return LlamaModel(settings)

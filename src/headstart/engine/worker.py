@@ -17,8 +17,9 @@ from functools import partial
 import msgspec
 
 from headstart.engine.channel import Frames, frame
+from headstart.engine.loading import load
 from headstart.engine.loop import Engine
-from headstart.engine.model import ModelError, load
+from headstart.engine.model import ModelError
 from headstart.messages import Command, EngineSettings, LoadFailed, Ready, Step, WorkerMessage
 
 

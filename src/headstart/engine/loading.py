@@ -1,0 +1,26 @@
+"""Which model a path names, and whether it works."""
+
+from __future__ import annotations
+
+from headstart.engine.model import Model, Piece
+from headstart.messages import EngineSettings
+from headstart.toyspec import ToySpec
+
+
+def load(settings: EngineSettings) -> Model:
+    """Loads the model named by `settings.path` and evaluates one token, so that a broken native build fails
+    here and not at the first request. Raises ModelError."""
+    model = _load(settings)
+    model.evaluate([Piece(0, 0, [0], sample=True)])
+    model.clear(0)
+    return model
+
+
+def _load(settings: EngineSettings) -> Model:
+    if ToySpec.matches(settings.path):
+        from headstart.engine.toy import ToyModel
+
+        return ToyModel(settings)
+    from headstart.engine.llama import LlamaModel
+
+    return LlamaModel(settings)
