@@ -204,3 +204,12 @@ async def test_a_weights_file_is_hashed_again_only_when_it_has_changed(store: St
     assert await store.weights_hash(weights) != first
     store.index.put_weights_hash(str(weights), file.identity_of(weights.stat()), "remembered")
     assert await store.weights_hash(weights) == "remembered"
+
+
+async def test_a_cache_works_while_the_index_can_not_be_written(store: Store, tmp_path: Path) -> None:
+    store.index.database.execute("PRAGMA query_only = ON")
+    written = await _stored(store, tmp_path)
+    store.used(written)
+    assert (await store.verified(store.find("toy", "one"), "chat")).tokens == TOKENS
+    store.delete("toy", "one")
+    assert store.list() == []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import sqlite3
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +60,13 @@ class Index:
     def close(self) -> None:
         self.database.close()
 
+    def _write(self, statement: str, values: Sequence[object]) -> None:
+        """An index that can't be written, on a full disk say, is behind the files, which is no error."""
+        try:
+            self.database.execute(statement, values)
+        except sqlite3.OperationalError as error:
+            log.warning("the index can't be written: %s", error)
+
     def entries(self) -> list[Entry]:
         """Those that can be read; one written by another version of the program is read from its file."""
         found = []
@@ -70,17 +78,17 @@ class Index:
         return found
 
     def put(self, entry: Entry) -> None:
-        self.database.execute(
+        self._write(
             "INSERT INTO caches (model, name, entry) VALUES (?, ?, ?) "
             "ON CONFLICT (model, name) DO UPDATE SET entry = excluded.entry",
             (entry.model, entry.name, msgspec.json.encode(entry)),
         )
 
     def delete(self, model: str, name: str) -> None:
-        self.database.execute("DELETE FROM caches WHERE model = ? AND name = ?", (model, name))
+        self._write("DELETE FROM caches WHERE model = ? AND name = ?", (model, name))
 
     def used(self, model: str, name: str, when: float) -> None:
-        self.database.execute(
+        self._write(
             "UPDATE caches SET hits = hits + 1, last_used = ? WHERE model = ? AND name = ?",
             (when, model, name),
         )
@@ -98,6 +106,4 @@ class Index:
         return str(row[0]) if row else None
 
     def put_weights_hash(self, path: str, identity: Identity, sha256: str) -> None:
-        self.database.execute(
-            "INSERT OR REPLACE INTO weights VALUES (?, ?, ?)", (path, json.dumps(identity), sha256)
-        )
+        self._write("INSERT OR REPLACE INTO weights VALUES (?, ?, ?)", (path, json.dumps(identity), sha256))
