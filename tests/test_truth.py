@@ -112,8 +112,10 @@ def test_without_a_name_nothing_is_named_and_reuse_is_told(start_server: StartSe
     second = server.chat("Two?", system=PROMPT)
     assert first["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
     assert second["usage"]["prompt_tokens_details"]["cached_tokens"] > 400
-    assert "cache_hit" not in second["usage"]
-    assert "cached_prompts" not in second["usage"]
+    forced = server.chat("Two?", system=PROMPT, cache_prompt=False)
+    for answer in (first, second, forced):
+        assert not answer["usage"].keys() & {"cache_hit", "cached_prompts", "cache_miss_reason"}
+    assert forced["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
 
 
 def test_a_conversation_is_not_prefilled_again(start_server: StartServer) -> None:

@@ -95,12 +95,12 @@ class Caching:
     async def _open(self, model: ServedModel, entry: Entry, form: Form, tokens: list[int]) -> Opening:
         wanted = await asyncio.to_thread(opening_tokens, model, form, entry.prompt)
         boundary = min(common_prefix(wanted, tokens), len(tokens) - 1)
-        if boundary < len(wanted) and not model.info.can_cut:
-            return Opening(boundary, miss="prompt_differs")
         if reason := model.fingerprint.changed_since(entry.fingerprint):
             return Opening(boundary, miss=reason)
         if form not in entry.forms:
             return Opening(boundary, miss="form_not_built" if wanted else "too_short")
+        if boundary <= 0 or (boundary < len(wanted) and not model.info.can_cut):
+            return Opening(max(boundary, 0), miss="prompt_differs")
         try:
             state = await self.store.verified(entry, form)
         except Corrupt as error:

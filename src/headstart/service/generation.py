@@ -183,11 +183,12 @@ class Generation:
 
 
 def _miss(prepared: Prepared, stats: Stats) -> MissReason | None:
-    """Why the named state was not used, by what the engine says it started from."""
-    if prepared.entry is None or prepared.opening.miss:
+    """Why the named state was not used, by what the engine says it started from; None without a name."""
+    if prepared.entry is None:
+        return None
+    if prepared.opening.miss:
         return prepared.opening.miss
-    used = 0 < prepared.opening.boundary <= stats.cached_tokens
-    return None if used else "restore_failed"
+    return None if stats.cached_tokens >= prepared.opening.boundary else "restore_failed"
 
 
 def _leading_system(messages: Sequence[Message]) -> list[Message]:
