@@ -58,6 +58,8 @@ def test_a_build_that_crashes_at_its_first_decode_is_reported_with_the_cure(tmp_
         (["--config", "BROKEN"], "not valid TOML"),
         (["--config", "TEMPLATE"], "absent.jinja"),
         (["--slots", "-1"], "slots"),
+        (["--model", "toy=toy:", "--cache-dir", "/dev/null/cache"], "Not a directory"),
+        (["--model", "m=/"], "can't be read"),
         (["--host", "192.0.2.1", "--model", "toy=toy:"], "Can't listen"),
     ],
 )

@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from headstart import __version__
 from headstart.config import Settings, load_settings
-from headstart.errors import StartupError
+from headstart.errors import HeadstartError, StartupError
 
 if TYPE_CHECKING:
     from headstart.cli.client import Client
@@ -89,7 +89,7 @@ def serve(
             ctx=ctx,
         )
         run(settings, _say)
-    except StartupError as error:
+    except (StartupError, HeadstartError) as error:
         raise _failed(error) from error
 
 
