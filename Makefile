@@ -19,10 +19,13 @@ run: .venv/installed ## start the server with the default model (ARGS="--port 90
 test: .venv/installed-dev ## run all tests (ARGS="-k name")
 	@$(VENV_PYTHON) -m pytest $(ARGS)
 
+bench: .venv/installed-dev ## measure the time to the first text (ARGS="--rounds 3")
+	@$(VENV_PYTHON) bench/first_token.py $(ARGS)
+
 lint: .venv/installed-dev ## check style and types
 	$(VENV_PYTHON) -m ruff check .
 	$(VENV_PYTHON) -m ruff format --check .
-	$(VENV_PYTHON) -m mypy --strict src scripts
+	$(VENV_PYTHON) -m mypy --strict src scripts bench
 	$(VENV_PYTHON) -m mypy tests
 
 format: .venv/installed-dev ## reformat the code and fix what can be fixed
@@ -58,4 +61,4 @@ endef
 
 FORCE:
 
-.PHONY: help run test lint format engine rebuild clean FORCE
+.PHONY: help run test bench lint format engine rebuild clean FORCE
