@@ -1,0 +1,130 @@
+"""Builds caches: has the engine compute states, and stores them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from time import time
+
+from headstart.caches.entry import Entry, Form
+from headstart.caches.file import Corrupt, Part
+from headstart.caches.store import Store
+from headstart.errors import HeadstartError
+from headstart.messages import Finished, Progress, Stats, Submit
+from headstart.service.model import ServedModel
+
+OnProgress = Callable[[int, int], None]
+
+
+def opening_tokens(model: ServedModel, form: Form, prompt: str) -> list[int]:
+    """The tokens of a form's state, as they would be computed now."""
+    if form == "completion":
+        return model.prompts.text_opening(prompt)
+    return model.prompts.chat_opening([{"role": "system", "content": prompt}])
+
+
+@dataclass(frozen=True)
+class Build:
+    """What is to be computed and stored; with `keep_states`, states that the previous version has already
+    are not computed again."""
+
+    model: ServedModel
+    name: str
+    prompt: str
+    forms: Sequence[Form]
+    version: int
+    previous: Entry | None = None
+    keep_states: bool = True
+    on_progress: OnProgress | None = None
+
+
+class Builder:
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    async def build(self, build: Build) -> Entry:
+        """Raises ContextLengthExceeded, StorageError or what the engine raises; then nothing has changed."""
+        model = build.model
+        wanted: dict[Form, list[int]] = {}
+        for form in build.forms:
+            if tokens := await asyncio.to_thread(opening_tokens, model, form, build.prompt):
+                model.check_fits(len(tokens) + 1, param="prompt")
+                wanted[form] = tokens
+        progress = _Sum(sum(map(len, wanted.values())), build.on_progress)
+        with ExitStack() as scratch:
+            parts: dict[Form, Part] = {}
+            stats: list[Stats] = []
+            for form, tokens in wanted.items():
+                if kept := await self._kept(build, form, tokens):
+                    parts[form] = kept
+                    progress.next(len(tokens))
+                    continue
+                path = scratch.enter_context(self.store.scratch(model.name))
+                stats.append(await self._compute(model, tokens, path, progress))
+                parts[form] = Part(tokens, path, 0, stats[-1].saved_bytes)
+            now = time()
+            entry = Entry(
+                model=model.name,
+                name=build.name,
+                prompt=build.prompt,
+                version=build.version,
+                created=build.previous.created if build.previous else now,
+                updated=now,
+                fingerprint=model.fingerprint,
+                forms={},
+                build_ms=sum(form.prefill_ms for form in stats),
+                ttft_ms=_ttft_ms(stats, build.previous),
+            )
+            return await self.store.put(entry, parts)
+
+    async def _kept(self, build: Build, form: Form, tokens: list[int]) -> Part | None:
+        """The state as it is stored already, where the same prompt is given again."""
+        entry = build.previous
+        if not (build.keep_states and entry and form in entry.forms):
+            return None
+        if build.model.fingerprint != entry.fingerprint:
+            return None
+        try:
+            state = await self.store.verified(entry, form)
+        except Corrupt:
+            return None
+        if state.tokens != tokens:
+            return None
+        return Part(tokens, Path(state.ref.path), state.ref.offset, state.ref.nbytes)
+
+    async def _compute(self, model: ServedModel, tokens: list[int], path: Path, progress: _Sum) -> Stats:
+        request = Submit(0, tokens, boundary=len(tokens), save_path=str(path))
+        with model.engine.submit(request) as running:
+            async for event in running:
+                match event:
+                    case Progress(computed=computed):
+                        progress.tell(computed)
+                    case Finished(stats=stats):
+                        progress.next(len(tokens))
+                        return stats
+        raise HeadstartError("The engine ended the build without a result.")
+
+
+class _Sum:
+    """Progress over several prefills."""
+
+    def __init__(self, total: int, tell: OnProgress | None) -> None:
+        self.total, self.done, self._tell = total, 0, tell
+
+    def tell(self, computed: int) -> None:
+        if self._tell:
+            self._tell(self.done + computed, self.total)
+
+    def next(self, n_tokens: int) -> None:
+        self.done += n_tokens
+        self.tell(0)
+
+
+def _ttft_ms(stats: Sequence[Stats], previous: Entry | None) -> float:
+    """What the first token of the first form cost without the cache, now or when it was computed."""
+    if stats:
+        return stats[0].ttft_ms
+    return previous.ttft_ms if previous else 0.0
