@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,6 +21,7 @@ from typing import Any
 import httpx
 
 from headstart.cli.examples import long_example
+from headstart.cli.local import own_server
 
 MODEL = "smollm2"
 NAME = "bench"
@@ -39,21 +37,9 @@ class Answer:
 
 @contextmanager
 def server(cache_dir: Path) -> Iterator[httpx.Client]:
-    """A client of a server of its own."""
-    log = cache_dir.parent / "server.log"
-    command = [sys.executable, "-m", "headstart", "serve", "--port", "0", "--cache-dir", str(cache_dir)]
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output)
-    try:
-        while not (found := re.search(r"listens on (http://\S+)", log.read_text())):
-            if process.poll() is not None:
-                sys.exit(log.read_text())
-            time.sleep(0.02)
-        with httpx.Client(base_url=found[1], timeout=300) as http:
-            yield http
-    finally:
-        process.terminate()
-        process.wait()
+    """A client of a server of its own on this cache directory."""
+    with own_server("--cache-dir", str(cache_dir)) as url, httpx.Client(base_url=url, timeout=300) as http:
+        yield http
 
 
 def ask(http: httpx.Client, **fields: Any) -> Answer:
