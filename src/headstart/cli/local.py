@@ -21,8 +21,8 @@ STOP_SECONDS = 10
 
 @contextmanager
 def own_server(*flags: str) -> Iterator[str]:
-    """The address of a server on a free local port, with an empty cache directory. However the block is left,
-    short of SIGKILL, the server has ended and its files are gone. Raises RequestFailed when it can't start.
+    """The address of a server on a free local port, with an empty cache directory unless `flags` name another.
+    However the block is left, short of SIGKILL, the server has ended and its files are gone. Raises RequestFailed when it can't start.
     Takes over SIGTERM and SIGHUP, so it is for the main thread only."""
     with _signals_raised(), TemporaryDirectory(prefix="headstart-") as directory:
         log = Path(directory) / "server.log"
