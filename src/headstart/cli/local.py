@@ -21,9 +21,9 @@ STOP_SECONDS = 10
 
 @contextmanager
 def own_server(*flags: str) -> Iterator[str]:
-    """The address of a server on a free local port, with an empty cache directory unless `flags` name another.
-    However the block is left, short of SIGKILL, the server has ended and its files are gone. Raises RequestFailed when it can't start.
-    Takes over SIGTERM and SIGHUP, so it is for the main thread only."""
+    """The address of a server on a free local port; its cache directory is empty unless `flags` name another.
+    However the block is left, short of SIGKILL, the server has ended and its own files are gone. Raises
+    RequestFailed when it can't start. Takes over SIGTERM and SIGHUP, so it is for the main thread only."""
     with _signals_raised(), TemporaryDirectory(prefix="headstart-") as directory:
         log = Path(directory) / "server.log"
         place = ["--host", "127.0.0.1", "--port", "0", "--cache-dir", str(Path(directory) / "cache")]
