@@ -7,6 +7,7 @@
     ├── NotFound                   404
     │   ├── ModelNotFound          404
     │   └── CacheNotFound          404
+    ├── MethodNotAllowed           405
     ├── CacheConflict              409  the named cache is being built, or may not be replaced
     ├── BodyTooLarge               413
     ├── EngineError                500  the engine could not serve this one request
@@ -78,6 +79,12 @@ class ModelNotFound(NotFound):
 
 class CacheNotFound(NotFound):
     code = "cache_not_found"
+
+
+class MethodNotAllowed(HeadstartError):
+    status = 405
+    type = "invalid_request_error"
+    code = "method_not_allowed"
 
 
 class CacheConflict(HeadstartError):

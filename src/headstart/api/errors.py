@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from headstart.errors import BadRequest, HeadstartError, NotFound
+from headstart.errors import BadRequest, HeadstartError, MethodNotAllowed, NotFound
 
 
 def body(error: HeadstartError) -> dict[str, Any]:
@@ -45,12 +45,15 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
-        if error.status_code == 404:
-            known: HeadstartError = NotFound(f"There is nothing at {request.method} {request.url.path}.")
-        else:
-            known = BadRequest(f"{error.detail}: {request.method} {request.url.path}.")
-            known.status = error.status_code
-            known.code = "method_not_allowed" if error.status_code == 405 else BadRequest.code
+        asked = f"{request.method} {request.url.path}"
+        match error.status_code:
+            case 404:
+                known: HeadstartError = NotFound(f"There is nothing at {asked}.")
+            case 405:
+                known = MethodNotAllowed(f"{error.detail}: {asked}.")
+            case status:
+                known = BadRequest(f"{error.detail}: {asked}.")
+                known.status = status
         return response(known, error.headers)
 
 

@@ -49,10 +49,9 @@ class Fingerprint(Struct, frozen=True):
 
 
 class StoredForm(Struct, frozen=True):
-    """Where a form's token ids (int32) and state lie in the file, in bytes from its start."""
+    """How many tokens a form has, and where its state lies in the file, in bytes from its start."""
 
     n_tokens: int
-    tokens_offset: int
     state_offset: int
     state_bytes: int
 

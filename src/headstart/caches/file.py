@@ -160,7 +160,6 @@ def _forms(header: Mapping[str, Any], start: int) -> dict[Form, StoredForm]:
             state = header[f"{form}.state"]["data_offsets"]
             forms[form] = StoredForm(  # type: ignore[index]
                 n_tokens=tensor["shape"][0],
-                tokens_offset=start + tensor["data_offsets"][0],
                 state_offset=start + state[0],
                 state_bytes=state[1] - state[0],
             )

@@ -93,19 +93,23 @@ class Bench:
             self._run("/v1/completions", {"prompt": "1, 2, 3,", "cache_prompt": False, "max_tokens": 1})
 
     def _run(self, path: str, body: Json) -> Run:
-        settings = {"model": self.model, "temperature": 0, "max_tokens": ANSWER_TOKENS}
-        request = {**settings, **body, "stream_options": {"include_usage": True}}
-        pieces: list[str] = []
-        account: Json = {}
-        ttft_ms = 0.0
-        started = perf_counter()
-        for chunk in self.client.events(path, request):
-            if (piece := _text(chunk)) and not pieces:
-                ttft_ms = 1000 * (perf_counter() - started)
-            pieces += [piece] if piece else []
-            account |= {key: chunk[key] for key in ("usage", "timings") if chunk.get(key)}
-        total_ms = 1000 * (perf_counter() - started)
-        return Run("".join(pieces), ttft_ms or total_ms, total_ms, account["usage"], account["timings"])
+        return timed(self.client, path, {"model": self.model, "max_tokens": ANSWER_TOKENS, **body})
+
+
+def timed(client: Client, path: str, body: Json) -> Run:
+    """One greedy answer, streamed. Raises RequestFailed."""
+    request = {"temperature": 0, **body, "stream_options": {"include_usage": True}}
+    pieces: list[str] = []
+    account: Json = {}
+    ttft_ms = 0.0
+    started = perf_counter()
+    for chunk in client.events(path, request):
+        if (piece := _text(chunk)) and not pieces:
+            ttft_ms = 1000 * (perf_counter() - started)
+        pieces += [piece] if piece else []
+        account |= {key: chunk[key] for key in ("usage", "timings") if chunk.get(key)}
+    total_ms = 1000 * (perf_counter() - started)
+    return Run("".join(pieces), ttft_ms or total_ms, total_ms, account["usage"], account["timings"])
 
 
 def _text(chunk: Json) -> str:

@@ -27,11 +27,9 @@ class Prompts:
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate) -> None:
         self.tokenizer = tokenizer
         self.template = template
-        self._opening = lru_cache(REMEMBERED_OPENINGS)(self._find_opening)
-
-    @property
-    def template_hash(self) -> str:
-        return hashlib.sha256(self.template.source.encode()).hexdigest()
+        self.template_hash = hashlib.sha256(template.source.encode()).hexdigest()
+        self._chat_opening = lru_cache(REMEMBERED_OPENINGS)(self._find_chat_opening)
+        self._text_opening = lru_cache(REMEMBERED_OPENINGS)(self._find_text_opening)
 
     def chat(self, messages: Sequence[Message]) -> list[int]:
         """Raises BadRequest when the template refuses the messages."""
@@ -43,13 +41,16 @@ class Prompts:
     def chat_opening(self, messages: Sequence[Message]) -> list[int]:
         """The tokens that every chat opening with these messages shares, but the last."""
         # A template may write today's date, so what is remembered is remembered for a day.
-        return list(self._opening(tuple((m["role"], m["content"]) for m in messages), date.today()))
+        return list(self._chat_opening(tuple((m["role"], m["content"]) for m in messages), date.today()))
 
     def text_opening(self, text: str) -> list[int]:
         """The tokens of a text that others will continue, but the last."""
-        return self.text(text)[:-1]
+        return list(self._text_opening(text))
 
-    def _find_opening(self, messages: tuple[tuple[str, str], ...], _day: date) -> tuple[int, ...]:
+    def _find_text_opening(self, text: str) -> tuple[int, ...]:
+        return tuple(self.text(text)[:-1])
+
+    def _find_chat_opening(self, messages: tuple[tuple[str, str], ...], _day: date) -> tuple[int, ...]:
         opening = [{"role": role, "content": content} for role, content in messages]
         one, other = (self.chat([*opening, {"role": "user", "content": probe}]) for probe in PROBES)
         return tuple(one[: max(common_prefix(one, other) - 1, 0)])

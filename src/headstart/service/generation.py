@@ -140,7 +140,6 @@ class Generation:
             restore=opening.restore,
             reuse=options.reuse,
         )
-        model.engine.check_available()
         if not options.reuse:
             opening = Opening(opening.boundary, miss="cache_prompt_false")
         return Prepared(model, submit, options.stop, entry, opening)
@@ -164,7 +163,8 @@ class Generation:
                         if text := answer.end():
                             yield Text(text)
                         miss = _miss(prepared, stats)
-                        self._heal(prepared, miss)
+                        if n_tokens == 0 or prepared.opening.miss is None:
+                            self._heal(prepared, miss)
                         if prepared.entry and miss is None:
                             self.caching.store.used(prepared.entry)
                         yield Result(
