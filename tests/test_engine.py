@@ -4,108 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any
 
 import pytest
 
+from driver import CHUNK, OTHER, PROMPT, Driver, small_model
 from headstart.caches.file import identity_of
 from headstart.config import embedded_model
-from headstart.engine.loading import load
-from headstart.engine.loop import Engine
 from headstart.engine.model import Model
-from headstart.messages import (
-    Cancel,
-    EngineSettings,
-    Failed,
-    Finished,
-    Progress,
-    RequestEvent,
-    Sampling,
-    StateRef,
-    Submit,
-    Token,
-)
-
-CHUNK = 16
-GREEDY = Sampling(temperature=0)
-PROMPT = [5 + i * i % 190 for i in range(100)]
-OTHER = [7 + i * 3 % 190 for i in range(90)]
-
-
-class Driver:
-    """An engine stepped by hand; collects the events of each request."""
-
-    def __init__(self, model: Model) -> None:
-        for seq in range(model.info.slots):
-            model.clear(seq)
-        self.model = model
-        self.woken: SimpleQueue[None] = SimpleQueue()
-        self.engine = Engine(model, CHUNK, wake=lambda: self.woken.put(None))
-        self.events: dict[int, list[RequestEvent]] = {}
-        self.last_id = 0
-
-    def submit(self, tokens: list[int], max_tokens: int = 8, **more: Any) -> int:
-        self.last_id += 1
-        request = Submit(self.last_id, tokens, max_tokens=max_tokens, **{"sampling": GREEDY, **more})
-        self.events[request.id] = []
-        self.engine.handle(request)
-        return request.id
-
-    def step(self) -> None:
-        for event in self.engine.step():
-            self.events[event.id].append(event)
-        self.engine.scheduler.check_integrity()
-
-    def finish(self) -> None:
-        while self.engine.busy:
-            self.step()
-
-    def tokens(self, request: int) -> list[int]:
-        return [event.token for event in self.events[request] if isinstance(event, Token)]
-
-    def end(self, request: int) -> Finished:
-        end = self.events[request][-1]
-        assert isinstance(end, Finished), end
-        assert sum(isinstance(event, Finished | Failed) for event in self.events[request]) == 1
-        return end
-
-    def run(self, tokens: list[int], max_tokens: int = 8, **more: Any) -> tuple[list[int], Finished]:
-        request = self.submit(tokens, max_tokens, **more)
-        self.finish()
-        return self.tokens(request), self.end(request)
-
-    def save(self, tokens: list[int], path: Path) -> StateRef:
-        path.touch()
-        request = self.submit(tokens, 0, boundary=len(tokens), save_path=str(path))
-        self.finish()
-        self.woken.get(timeout=10)
-        self.step()
-        end = self.end(request)
-        assert end.reason == "saved"
-        stat = path.stat()
-        assert end.stats.saved_bytes == stat.st_size
-        return StateRef(str(path), 0, stat.st_size, len(tokens), identity_of(stat))
-
-    def evict(self) -> None:
-        """Fills every slot with something else."""
-        for i in range(self.model.info.slots):
-            self.submit([20 + i, *OTHER], 1, reuse=False)
-        self.finish()
-
-
-def _model(path: str, slots: int = 3) -> Model:
-    return load(EngineSettings(path, slots, 256, 2, CHUNK, flash_attention=False))
+from headstart.messages import Cancel, Failed, Progress, Sampling, StateRef
 
 
 @pytest.fixture(scope="module")
 def llama() -> Model:
-    return _model(embedded_model())
+    return small_model(embedded_model())
 
 
 @pytest.fixture(params=["toy", pytest.param("llama", marks=pytest.mark.real_model)])
 def driver(request: pytest.FixtureRequest) -> Iterator[Driver]:
-    model = _model("toy:eos=0") if request.param == "toy" else request.getfixturevalue("llama")
+    model = small_model("toy:eos=0") if request.param == "toy" else request.getfixturevalue("llama")
     driver = Driver(model)
     yield driver
     assert not driver.engine.busy
@@ -114,7 +30,7 @@ def driver(request: pytest.FixtureRequest) -> Iterator[Driver]:
 @pytest.fixture
 def whole_only() -> Driver:
     """A toy that can't cut states, as recurrent models can't."""
-    return Driver(_model("toy:eos=0,can_cut=0"))
+    return Driver(small_model("toy:eos=0,can_cut=0"))
 
 
 def test_a_restored_prefix_gives_the_same_tokens_as_a_computed_one(driver: Driver, tmp_path: Path) -> None:
@@ -315,7 +231,7 @@ def test_a_state_that_can_not_be_cut_is_never_cut(whole_only: Driver, tmp_path: 
 
 
 def test_an_evaluation_that_fails_fails_its_sequences_and_no_others() -> None:
-    driver = Driver(_model("toy:eos=0"))
+    driver = Driver(small_model("toy:eos=0"))
     expected, _ = driver.run(PROMPT, 30)
     good = driver.submit(PROMPT, 30)
     driver.step()

@@ -16,7 +16,8 @@ Source = Literal["none", "slot", "file"]
 
 class EngineSettings(Struct, frozen=True):
     """How a worker runs its model. For `slots`, `ctx` (tokens a slot) and `threads` 0 means: by the
-    model and the machine."""
+    model and the machine. `share_from`: how many tokens sequences must have in common to be run in the pool;
+    0: never."""
 
     path: str
     slots: int
@@ -24,6 +25,8 @@ class EngineSettings(Struct, frozen=True):
     threads: int
     prefill_chunk: int
     flash_attention: bool
+    max_step_ms: float = 200
+    share_from: int = 256
 
 
 class Sampling(Struct, frozen=True):
@@ -86,13 +89,15 @@ Command = Submit | Cancel
 
 class ModelInfo(Struct, frozen=True):
     """`n_ctx`: tokens a sequence may hold. `can_cut`: a state may be shortened to any prefix of its tokens.
-    `engine` and `settings` name what a saved state depends on besides the weights."""
+    `engine` and `settings` name what a saved state depends on besides the weights. `pool_tokens`: how many
+    tokens sequences with a common prefix may hold together; 0: there is no pool."""
 
     n_ctx: int
     slots: int
     can_cut: bool
     engine: str
     settings: dict[str, str]
+    pool_tokens: int = 0
 
 
 class Ready(Struct, frozen=True, tag=True):

@@ -21,6 +21,6 @@ def _load(settings: EngineSettings) -> Model:
         from headstart.engine.toy import ToyModel
 
         return ToyModel(settings)
-    from headstart.engine.llama import LlamaModel
+    from headstart.engine.llama.model import LlamaModel
 
     return LlamaModel(settings)

@@ -12,9 +12,11 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from time import monotonic
 
+from headstart.engine.actions import Action, Drop, Fill, Move, Start
+from headstart.engine.cuts import Cuts
 from headstart.engine.model import Model, ModelError
-from headstart.engine.scheduler import Placement, Scheduler, Work
-from headstart.engine.sequence import Sequence
+from headstart.engine.scheduler import Scheduler, Work
+from headstart.engine.sequence import Sequence, Slot
 from headstart.messages import (
     Cancel,
     Command,
@@ -39,9 +41,15 @@ class Engine:
     `wake` is called from another thread when a step would have something new to tell (a state was written).
     """
 
-    def __init__(self, model: Model, prefill_chunk: int, wake: Callable[[], object]) -> None:
+    def __init__(self, model: Model, cuts: Cuts, wake: Callable[[], object], *, share_from: int = 0) -> None:
         self.model = model
-        self.scheduler = Scheduler(model.info.slots, prefill_chunk, can_cut=model.info.can_cut)
+        self.scheduler = Scheduler(
+            model.info.slots,
+            cuts,
+            can_cut=model.info.can_cut,
+            pool_cells=model.info.pool_tokens,
+            share_from=share_from,
+        )
         self.events: list[RequestEvent] = []
         self.wake = wake
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="state-writer")
@@ -61,42 +69,75 @@ class Engine:
 
     def step(self) -> list[RequestEvent]:
         """Advances every running sequence, and returns what happened, in order."""
-        for placement in self.scheduler.admit():
-            self._place(placement)
+        for action in self.scheduler.admit():
+            self._act(action)
+        for action in self.scheduler.relieve():
+            self._act(action)
+        self._evaluate(self.scheduler.pooled())
         self._evaluate(self.scheduler.decoding())
         self._evaluate(self.scheduler.prefilling())
         self._collect_written()
         events, self.events = self.events, []
         return events
 
-    def _place(self, placement: Placement) -> None:
-        sequence, slot, boundary = placement.sequence, placement.slot, placement.sequence.request.boundary
+    def _act(self, action: Action) -> None:
+        match action:
+            case Start():
+                self._start(action)
+            case Fill(trunk=trunk, tokens=tokens, origin=origin):
+                filled = self._load(trunk, origin, len(tokens))
+                trunk.hold(tokens if filled else [], len(tokens) if filled else 0, len(tokens))
+            case Drop(seat=seat):
+                self.model.clear(seat.id)
+                seat.hold([], 0, 0)
+            case Move(sequence=sequence, slot=slot):
+                self._move(sequence, slot)
+
+    def _start(self, start: Start) -> None:
+        sequence, slot, keep = start.sequence, start.slot, start.keep
         sequence.placed = monotonic()
-        if placement.restore and self._restore(slot.id, placement.restore, placement.keep):
-            slot.hold(sequence.tokens[: placement.keep], placement.keep, boundary)
-            sequence.source = "file"
-        elif not placement.restore and placement.keep and self.model.cut(slot.id, placement.keep):
-            slot.hold(sequence.tokens[: placement.keep], min(slot.exact, placement.keep), boundary)
-            sequence.source = "slot"
+        exact = min(slot.exact, keep) if start.origin is None else keep
+        if keep and self._load(slot, start.origin, keep):
+            slot.hold(sequence.tokens[:keep], exact, sequence.request.boundary)
+            sequence.source = "file" if isinstance(start.origin, StateRef) else "slot"
         else:
             self.model.clear(slot.id)
-            slot.hold([], 0, boundary)
+            slot.hold([], 0, sequence.request.boundary)
         sequence.computed = sequence.cached = len(slot.tokens)
         sequence.restored = monotonic()
 
+    def _load(self, slot: Slot, origin: StateRef | Slot | None, keep: int) -> bool:
+        """Whether the slot now holds the first `keep` tokens of `origin`, or of what it held before."""
+        if origin is None:
+            return self.model.cut(slot.id, keep)
+        self.model.clear(slot.id)
+        if isinstance(origin, Slot):
+            return self.model.copy(origin.id, slot.id, keep)
+        return self._restore(slot.id, origin, keep)
+
+    def _move(self, sequence: Sequence, slot: Slot) -> None:
+        seat = sequence.slot
+        assert seat is not None
+        if not self._load(slot, seat, len(seat.tokens)):
+            self._fail(sequence, "the sequence could not be moved out of the pool")
+            slot.hold([], 0, 0)
+            return
+        slot.hold(seat.tokens, seat.exact, seat.boundary)
+        self.scheduler.moved(sequence, slot)
+        self._act(Drop(seat))
+
     def _restore(self, seq: int, state: StateRef, keep: int) -> bool:
-        """Whether the sequence now holds the state's first `keep` tokens; a file that is gone or changed is
-        no error, only a miss."""
-        self.model.clear(seq)
+        """Whether the cleared sequence now holds the state's first `keep` tokens; a file that is gone or
+        changed is no error, only a miss."""
         try:
             with Path(state.path).open("rb") as file:
                 stat = os.fstat(file.fileno())
                 if (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) != state.identity:
                     return False
-                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapping:
-                    end = state.offset + state.nbytes
-                    with memoryview(mapping) as view, view[state.offset : end] as data:
-                        restored = self.model.restore(seq, data)
+                # Private: the model may write before the state, and the file never changes.
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapping:
+                    with memoryview(mapping) as view:
+                        restored = self.model.restore(seq, view, state.offset, state.offset + state.nbytes)
                     return restored and (keep == state.n_tokens or self.model.cut(seq, keep))
         except OSError as error:
             log.warning("state not restored from %s: %s", state.path, error)
@@ -111,6 +152,7 @@ class Engine:
             for sequence, _ in work:
                 self._fail(sequence, str(error))
             return
+        self.scheduler.served(work)
         for row, (sequence, piece) in enumerate(work):
             self._advance(sequence, len(piece.tokens))
             if piece.sample:
@@ -123,7 +165,7 @@ class Engine:
         assert slot is not None
         if sequence.is_prefilling:
             sequence.evaluated += n_tokens
-            if slot.exact == sequence.computed:
+            if slot.exact == sequence.computed and not slot.pooled:
                 slot.exact += n_tokens
         slot.tokens += sequence.tokens[sequence.computed : sequence.computed + n_tokens]
         sequence.computed += n_tokens

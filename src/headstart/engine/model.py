@@ -31,7 +31,9 @@ class Sampler(Protocol):
 
 
 class Model(Protocol):
-    """A loaded model with room for `info.slots` sequences, numbered from 0, each of `info.n_ctx` tokens.
+    """A loaded model with room for `info.slots` sequences of `info.n_ctx` tokens, numbered from 0, each with
+    a KV stream of its own. Where `info.pool_tokens` is not 0 there is also a pool: that many KV cells shared
+    by sequences numbered from `info.slots`, as many as there are slots and one more.
 
     After a failed `evaluate` the sequences of its pieces hold unknown values and must be cleared.
     """
@@ -39,7 +41,8 @@ class Model(Protocol):
     info: ModelInfo
 
     def evaluate(self, pieces: Seq[Piece]) -> None:
-        """Computes the KV values of all pieces in one batch. Raises ModelError."""
+        """Computes the KV values of all pieces in one batch: sequences of the pool only, or none of them.
+        Raises ModelError."""
 
     def sampler(self, sampling: Sampling, history: Seq[int]) -> Sampler:
         """A sampler for a sequence whose prompt is `history`."""
@@ -56,8 +59,13 @@ class Model(Protocol):
     def cut(self, seq: int, n_tokens: int) -> bool:
         """Keeps the first `n_tokens` tokens only; False, leaving unknown values, where that can't be done."""
 
-    def save(self, seq: int) -> memoryview:
-        """A copy of the sequence's state. Raises ModelError."""
+    def copy(self, source: int, seq: int, n_tokens: int) -> bool:
+        """Fills a cleared sequence with the first `n_tokens` tokens of another; False, leaving unknown
+        values, where that can't be done. Within the pool both then use the same cells."""
 
-    def restore(self, seq: int, state: memoryview) -> bool:
-        """Fills a cleared sequence from a saved state; False, leaving unknown values, if it doesn't fit."""
+    def save(self, seq: int) -> memoryview:
+        """A copy of the sequence's state, which any sequence can be restored from. Raises ModelError."""
+
+    def restore(self, seq: int, memory: memoryview, start: int, end: int) -> bool:
+        """Fills a cleared sequence from the state at `start` to `end` of `memory`; False, leaving unknown
+        values, if it doesn't fit. What lies before the state may be overwritten."""

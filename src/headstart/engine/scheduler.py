@@ -7,31 +7,30 @@ Those with one, all sharing a batch, are decoding; the others take turns for `ch
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 
+from headstart.engine.actions import Action, Drop, Fill, Move, Origin, Start
+from headstart.engine.cuts import Cuts
 from headstart.engine.model import Piece
+from headstart.engine.pool import ANSWER_CELLS, Pool
 from headstart.engine.sequence import Sequence, Slot, reusable
 from headstart.messages import StateRef
 
 Work = list[tuple[Sequence, Piece]]
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Start `sequence` in `slot` from the first `keep` tokens of what the slot holds, or of `restore`."""
-
-    sequence: Sequence
-    slot: Slot
-    keep: int
-    restore: StateRef | None
-
-
 class Scheduler:
-    def __init__(self, n_slots: int, chunk: int, *, can_cut: bool) -> None:
-        self.chunk = chunk
+    """`share_from`: the number of common tokens from which sequences are run in the pool; 0: never. Each
+    action that an iterator yields must have been done before it is asked for the next."""
+
+    def __init__(
+        self, n_slots: int, cuts: Cuts, *, can_cut: bool = True, pool_cells: int = 0, share_from: int = 0
+    ) -> None:
+        self.cuts = cuts
         self.can_cut = can_cut
+        self.share_from = share_from
         self.slots = [Slot(i) for i in range(n_slots)]
+        self.pool = Pool(n_slots, pool_cells) if pool_cells and share_from and can_cut else None
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.step = 0
@@ -49,53 +48,181 @@ class Scheduler:
                 return sequence
         return None
 
-    def admit(self) -> Iterator[Placement]:
-        """Gives waiting sequences slots, first come first served, as long as there are free ones."""
+    def admit(self) -> Iterator[Action]:
+        """Starts waiting sequences, first come first served, as long as there is a slot for each. One whose
+        prefix another is just computing waits for it."""
         self.step += 1
-        while self.waiting and (idle := [slot for slot in self.slots if slot.sequence is None]):
-            sequence = self.waiting.popleft()
-            placement = self._place(sequence, idle)
-            placement.slot.sequence = sequence
-            sequence.slot = placement.slot
+        for sequence in list(self.waiting):
+            if len(self.running) == len(self.slots):
+                return
+            if self._is_being_computed(sequence):
+                continue
+            self.waiting.remove(sequence)
+            for action in self._start(sequence):
+                if isinstance(action, Start):
+                    self._take(sequence, action.slot)
+                yield action
+
+    def _take(self, sequence: Sequence, slot: Slot) -> None:
+        slot.sequence = sequence
+        sequence.slot = slot
+        if sequence not in self.running:
             self.running.append(sequence)
-            yield placement
 
-    def _place(self, sequence: Sequence, idle: list[Slot]) -> Placement:
+    def _start(self, sequence: Sequence) -> Iterator[Action]:
         request = sequence.request
+        free = [slot for slot in self.slots if slot.sequence is None]
+        keep, best = max(
+            ((reusable(slot, request, self.cuts, can_cut=self.can_cut), slot) for slot in free),
+            key=lambda choice: choice[0],
+        )
+        if self.pool and (seat := self._seat(self.pool, sequence, keep)):
+            yield from seat
+            return
+        origin = self._origin(sequence)
+        usable = request.boundary if isinstance(origin, Slot) else _usable(origin, request.boundary)
+        if origin and usable > keep:
+            yield Start(sequence, _least_useful(free), usable, origin)
+        else:
+            yield Start(sequence, best if keep else _least_useful(free), keep, None)
 
-        def kept(slot: Slot) -> int:
-            return reusable(slot, request, self.chunk, can_cut=self.can_cut)
+    def _origin(self, sequence: Sequence) -> StateRef | Slot | None:
+        """Where the sequence's whole opening can be had from, without its being computed again."""
+        request = sequence.request
+        if not request.reuse:
+            return None
+        return request.restore or self._holder(request.tokens, request.boundary)
 
-        best = max(idle, key=kept)
-        keep = kept(best)
-        restore = request.restore
-        if restore and request.reuse and (usable := min(restore.n_tokens, request.boundary)) > keep:
-            return Placement(sequence, _least_useful(idle), usable, restore)
-        if keep:
-            return Placement(sequence, best, keep, None)
-        return Placement(sequence, _least_useful(idle), 0, None)
+    def _holder(self, tokens: list[int], boundary: int) -> Slot | None:
+        """A slot, also one in use, that holds the exact values of an opening."""
+        if not (0 < boundary < len(tokens) and self.can_cut):
+            return None
+        places = (*self.slots, self.pool.trunk) if self.pool else self.slots
+        for slot in places:
+            if slot.boundary == boundary <= slot.exact and slot.tokens[:boundary] == tokens[:boundary]:
+                return slot
+        return None
+
+    def _is_being_computed(self, sequence: Sequence) -> bool:
+        request = sequence.request
+        if not (request.reuse and request.boundary and self.can_cut) or request.restore:
+            return False
+        if request.save_path or self._holder(request.tokens, request.boundary):
+            return False
+        return any(
+            other.computed < request.boundary and _same_opening(other, sequence) for other in self.running
+        )
+
+    def _seat(self, pool: Pool, sequence: Sequence, keep: int) -> Iterator[Action] | None:
+        """How the sequence starts in the pool; None where a slot of its own is better. `keep`: tokens that a
+        free slot holds already."""
+        request, boundary = sequence.request, sequence.request.boundary
+        if not request.reuse or not request.max_tokens or boundary < self.share_from:
+            return None
+        shares = pool.prefix == request.tokens[:boundary]
+        if shares and (seat := pool.continued_by(sequence)) and len(seat.tokens) > keep:
+            return iter([Start(sequence, seat, len(seat.tokens), None)])
+        if keep > boundary or (keep == boundary and not pool.running and not self._has_company(sequence)):
+            return None
+        if not shares:
+            origin = self._origin(sequence)
+            if pool.running or origin is None or _usable(origin, boundary) < boundary:
+                return None
+            return self._refill(pool, sequence, origin) if self._has_company(sequence) else None
+        needed = sequence.n_prompt - boundary + ANSWER_CELLS
+        if needed > pool.cells - len(pool.prefix) - self._cells_in_use(pool):
+            return None
+        return self._join(pool, sequence, needed)
+
+    def _cells_in_use(self, pool: Pool) -> int:
+        running = (seat for seat in pool.seats if seat.sequence)
+        return sum(len(seat.tokens) - len(pool.prefix) for seat in running)
+
+    def _join(self, pool: Pool, sequence: Sequence, needed: int) -> Iterator[Action]:
+        # Alone in the pool it computes the same bits as in a slot of its own, if nothing lies before it.
+        for seat in pool.idle():
+            if pool.running and pool.free >= needed:
+                break
+            yield Drop(seat)
+        yield from self._sit(pool, sequence)
+
+    def _sit(self, pool: Pool, sequence: Sequence) -> Iterator[Action]:
+        seat = pool.empty_seat()
+        if seat.tokens:
+            yield Drop(seat)
+        yield Start(sequence, seat, len(pool.prefix), pool.trunk if pool.prefix else None)
+
+    def _refill(self, pool: Pool, sequence: Sequence, origin: StateRef | Slot) -> Iterator[Action]:
+        for seat in pool.idle():
+            yield Drop(seat)
+        yield Fill(pool.trunk, sequence.request.tokens[: sequence.request.boundary], origin)
+        yield from self._sit(pool, sequence)
+
+    def _has_company(self, sequence: Sequence) -> bool:
+        """Whether another sequence could use the same opening now."""
+        others = (other for other in (*self.running, *self.waiting) if other is not sequence)
+        return any(other.request.max_tokens and _same_opening(other, sequence) for other in others)
+
+    def relieve(self) -> Iterator[Action]:
+        """Keeps what idle seats hold within bounds, and the next batch of the pool within its cells."""
+        if not (pool := self.pool):
+            return
+        if pool.running:
+            for seat in pool.excess():
+                yield Drop(seat)
+        while (members := self._members()) and pool.free < _n_tokens(self.pooled()):
+            if idle := pool.idle():
+                yield Drop(idle[0])
+                continue
+            sequence = max(members, key=lambda member: member.arrived)
+            free = [slot for slot in self.slots if slot.sequence is None]
+            yield Move(sequence, _least_useful(free))
+
+    def moved(self, sequence: Sequence, slot: Slot) -> None:
+        assert sequence.slot is not None
+        sequence.slot.sequence = None
+        self._take(sequence, slot)
+
+    def _members(self) -> list[Sequence]:
+        return [sequence for sequence in self.running if sequence.slot and sequence.slot.pooled]
 
     def decoding(self) -> Work:
-        """One token of each sequence that has its prompt behind it."""
-        return [
-            (sequence, sequence.next_piece(self.chunk))
-            for sequence in self.running
-            if not sequence.is_prefilling
-        ]
+        """One token of each sequence in a slot of its own that has its prompt behind it."""
+        return self._pieces(s for s in self._unpooled() if not s.is_prefilling)
 
     def prefilling(self) -> Work:
-        """Whole chunks of up to `chunk` tokens in all, the sequence served longest ago first."""
+        """Whole chunks of those that haven't, within one step's bounds, the one served longest ago first."""
+        return self._chunks(s for s in self._unpooled() if s.is_prefilling)
+
+    def pooled(self) -> Work:
+        """Both of those in the pool: there a mixed batch costs less than two."""
+        members = self._members()
+        return self._pieces(s for s in members if not s.is_prefilling) + self._chunks(
+            s for s in members if s.is_prefilling
+        )
+
+    def _unpooled(self) -> list[Sequence]:
+        return [sequence for sequence in self.running if sequence.slot and not sequence.slot.pooled]
+
+    def _pieces(self, sequences: Iterable[Sequence]) -> Work:
+        return [(sequence, sequence.next_piece(self.cuts)) for sequence in sequences]
+
+    def _chunks(self, sequences: Iterable[Sequence]) -> Work:
         work: Work = []
-        budget = self.chunk
-        for sequence in sorted(self.running, key=lambda sequence: sequence.last_step):
-            if not sequence.is_prefilling:
-                continue
-            piece = sequence.next_piece(self.chunk)
-            if len(piece.tokens) <= budget:
-                sequence.last_step = self.step
-                budget -= len(piece.tokens)
+        n_left, ms_left = self.cuts.chunk, self.cuts.longest_ms
+        for sequence in sorted(sequences, key=lambda sequence: sequence.last_step):
+            piece = sequence.next_piece(self.cuts)
+            cost = self.cuts.cost(piece.start, len(piece.tokens))
+            if len(piece.tokens) <= n_left and (cost <= ms_left or not work):
+                n_left -= len(piece.tokens)
+                ms_left -= cost
                 work.append((sequence, piece))
         return work
+
+    def served(self, work: Work) -> None:
+        """The pieces have been evaluated in this step."""
+        for sequence, _ in work:
+            sequence.last_step = self.step
 
     def remove(self, sequence: Sequence) -> None:
         """Ends a sequence; its slot is free, and keeps what it holds for later requests."""
@@ -108,14 +235,37 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Holds whenever no step is running; called by tests and when the engine becomes idle."""
-        assert {id(s.slot) for s in self.running} == {id(s) for s in self.slots if s.sequence}
+        places = [*self.slots, *(self.pool.seats if self.pool else ())]
+        assert {id(s.slot) for s in self.running} == {id(s) for s in places if s.sequence}
+        assert len(self.running) <= len(self.slots)
         for sequence in self.running:
             slot = sequence.slot
             assert slot is not None
             assert slot.sequence is sequence
             assert slot.tokens == sequence.tokens[: sequence.computed]
             assert slot.exact <= len(slot.tokens)
+        if self.pool:
+            assert self.pool.free >= 0
+            n = len(self.pool.prefix)
+            assert all(seat.tokens[:n] == self.pool.prefix for seat in self.pool.seats if seat.tokens)
+
+
+def _usable(origin: Origin, boundary: int) -> int:
+    return min(origin.n_tokens, boundary) if isinstance(origin, StateRef) else boundary
+
+
+def _same_opening(one: Sequence, other: Sequence) -> bool:
+    boundary = one.request.boundary
+    return (
+        boundary == other.request.boundary
+        and one.request.reuse
+        and one.request.tokens[:boundary] == other.request.tokens[:boundary]
+    )
 
 
 def _least_useful(idle: list[Slot]) -> Slot:
     return min(idle, key=lambda slot: (bool(slot.tokens), slot.last_used))
+
+
+def _n_tokens(work: Work) -> int:
+    return sum(len(piece.tokens) for _, piece in work)

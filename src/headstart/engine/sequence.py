@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from headstart.engine.cuts import Cuts
 from headstart.engine.model import Piece, Sampler
 from headstart.messages import Source, Submit
 from headstart.tokens import common_prefix
@@ -12,10 +13,11 @@ from headstart.tokens import common_prefix
 @dataclass(eq=False, slots=True)
 class Slot:
     """`tokens` are those whose KV values it holds. The first `exact` of them have the values that a prefill
-    from nothing, cut at `boundary` and every `chunk` tokens, gives; later ones were decoded one by one and
-    may differ in the last bits."""
+    from nothing, alone and cut at `boundary`, gives; later ones were decoded one by one, or in the pool
+    beside others (`pooled`), and may differ in the last bits."""
 
     id: int
+    pooled: bool = False
     tokens: list[int] = field(default_factory=list)
     exact: int = 0
     boundary: int = 0
@@ -57,22 +59,17 @@ class Sequence:
     def is_prefilling(self) -> bool:
         return self.computed < self.n_prompt
 
-    def next_piece(self, chunk: int) -> Piece:
-        """What to evaluate next: up to `chunk` tokens, never across the boundary."""
+    def next_piece(self, cuts: Cuts) -> Piece:
+        """What to evaluate next: the one token just generated, or prompt tokens up to the next cut."""
         assert self.slot is not None
-        end = chunk_end(self.computed, self.request.boundary, len(self.tokens), chunk)
+        end = len(self.tokens)
+        if self.is_prefilling:
+            end = cuts.end(self.computed, self.request.boundary, end)
         sample = end == len(self.tokens) and self.request.max_tokens > 0
         return Piece(self.slot.id, self.computed, self.tokens[self.computed : end], sample)
 
 
-def chunk_end(start: int, boundary: int, end: int, chunk: int) -> int:
-    """Where the chunk that starts at `start` ends: on a grid of `chunk` tokens counted from 0 before the
-    boundary and from the boundary after it, so that cold and warm runs cut at the same places."""
-    base, limit = (0, min(boundary, end)) if start < boundary else (boundary, end)
-    return min(base + ((start - base) // chunk + 1) * chunk, limit)
-
-
-def reusable(slot: Slot, request: Submit, chunk: int, *, can_cut: bool) -> int:
+def reusable(slot: Slot, request: Submit, cuts: Cuts, *, can_cut: bool) -> int:
     """How many tokens of the slot the request may start from; at least one of its own is always left.
 
     What was prefilled is reused up to a place where this request's own prefill would be cut, which makes its
@@ -85,11 +82,10 @@ def reusable(slot: Slot, request: Submit, chunk: int, *, can_cut: bool) -> int:
         return shared if shared == len(slot.tokens) else 0
     if shared > slot.exact:
         return shared
-    return _last_common_cut(shared, slot.boundary, request.boundary, chunk)
+    return _last_common_cut(shared, slot.boundary, request.boundary, cuts)
 
 
-def _last_common_cut(shared: int, held: int, wanted: int, chunk: int) -> int:
+def _last_common_cut(shared: int, held: int, wanted: int, cuts: Cuts) -> int:
     if held == wanted:
-        base = wanted if shared >= wanted else 0
-        return base + (shared - base) // chunk * chunk
-    return min([shared, *filter(None, (held, wanted))]) // chunk * chunk
+        return cuts.last(wanted if shared >= wanted else 0, shared)
+    return cuts.last(0, min([shared, *filter(None, (held, wanted))]))

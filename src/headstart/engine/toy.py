@@ -36,19 +36,24 @@ class ToyModel:
             raise ModelError(str(error)) from error
         time.sleep(self.spec.load_ms / 1000)
         slots = settings.slots or DEFAULT_SLOTS
+        n_ctx = min(settings.ctx or self.spec.ctx, self.spec.ctx)
         self.info = ModelInfo(
-            n_ctx=min(settings.ctx or self.spec.ctx, self.spec.ctx),
+            n_ctx=n_ctx,
             slots=slots,
             can_cut=bool(self.spec.can_cut),
             engine="toy",
             settings={"flash_attention": str(settings.flash_attention)},
+            pool_tokens=0 if slots == 1 or not self.spec.can_cut else n_ctx,
         )
-        self.histories: list[list[int]] = [[] for _ in range(slots)]
+        self.histories: list[list[int]] = [[] for _ in range(2 * slots + 1)]
+        # How many tokens of its history a sequence of the pool shares with the one it was copied from.
+        self.shared = [0] * len(self.histories)
         self.rows: list[list[int]] = []
 
     def evaluate(self, pieces: Seq[Piece]) -> None:
         if self.spec.crash == "decode":
             os.kill(os.getpid(), signal.SIGILL)
+        assert len({piece.seq < self.info.slots for piece in pieces}) == 1
         for piece in pieces:
             history = self.histories[piece.seq]
             if piece.start != len(history):
@@ -57,7 +62,13 @@ class ToyModel:
                 raise ModelError("token out of range")
             history.extend(piece.tokens)
             time.sleep(self.spec.ms_per_token * len(piece.tokens) / 1000)
+        if self._pool_cells() > self.info.pool_tokens:
+            raise ModelError("the pool is full")
         self.rows = [self.histories[piece.seq] for piece in pieces]
+
+    def _pool_cells(self) -> int:
+        pool = range(self.info.slots, len(self.histories))
+        return sum(len(self.histories[seq]) - self.shared[seq] for seq in pool)
 
     def sampler(self, sampling: Sampling, history: Seq[int]) -> ToySampler:
         if sampling.temperature == 0:
@@ -78,6 +89,7 @@ class ToyModel:
 
     def clear(self, seq: int) -> None:
         self.histories[seq] = []
+        self.shared[seq] = 0
 
     def cut(self, seq: int, n_tokens: int) -> bool:
         history = self.histories[seq]
@@ -87,14 +99,20 @@ class ToyModel:
         self.histories[seq] = history[:n_tokens]
         return True
 
+    def copy(self, source: int, seq: int, n_tokens: int) -> bool:
+        self.histories[seq] = self.histories[source][:n_tokens]
+        if min(source, seq) >= self.info.slots:
+            self.shared[seq] = n_tokens
+        return True
+
     def save(self, seq: int) -> memoryview:
         history = self.histories[seq]
         return memoryview(struct.pack(f"<{len(history)}i", *history))
 
-    def restore(self, seq: int, state: memoryview) -> bool:
-        if len(state) % 4:
+    def restore(self, seq: int, memory: memoryview, start: int, end: int) -> bool:
+        if (end - start) % 4:
             return False
-        tokens = list(struct.unpack(f"<{len(state) // 4}i", state))
+        tokens = list(struct.unpack_from(f"<{(end - start) // 4}i", memory, start))
         if len(tokens) > self.info.n_ctx or not all(0 <= token < N_VOCAB for token in tokens):
             return False
         self.histories[seq] = tokens

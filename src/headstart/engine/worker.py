@@ -17,6 +17,7 @@ from functools import partial
 import msgspec
 
 from headstart.engine.channel import Frames, frame
+from headstart.engine.cuts import Cuts
 from headstart.engine.loading import load
 from headstart.engine.loop import Engine
 from headstart.engine.model import ModelError
@@ -32,7 +33,9 @@ class Worker:
         wake_reader, wake_writer = os.pipe()
         self.selector.register(wake_reader, selectors.EVENT_READ, lambda: os.read(wake_reader, 4096))
         model = load(settings)
-        self.engine = Engine(model, settings.prefill_chunk, wake=partial(os.write, wake_writer, b"w"))
+        cuts = Cuts(settings.prefill_chunk, settings.max_step_ms)
+        wake = partial(os.write, wake_writer, b"w")
+        self.engine = Engine(model, cuts, wake, share_from=settings.share_from)
         self.send(Ready(model.info))
 
     def send(self, message: WorkerMessage) -> None:

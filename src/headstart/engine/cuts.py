@@ -1,0 +1,47 @@
+"""Where prefill is cut into chunks: at the same places, however a prompt came to its state.
+
+llama.cpp's results may differ in the last bits with the number of tokens in a batch. So the cuts are a
+function of the position alone, and not of what else is running.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SMALLEST = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Cuts:
+    """Chunks of `chunk` tokens, halved (down to 4) until one takes at most `longest_ms`: evaluating n tokens
+    after d others is taken to cost pass_ms + n * (token_ms + (d + n) * attend_ms)."""
+
+    chunk: int
+    longest_ms: float = float("inf")
+    pass_ms: float = 0.0
+    token_ms: float = 0.0
+    attend_ms: float = 0.0
+
+    def cost(self, start: int, n_tokens: int) -> float:
+        """Milliseconds of prefilling `n_tokens` tokens after `start` others."""
+        return self.pass_ms + n_tokens * (self.token_ms + (start + n_tokens) * self.attend_ms)
+
+    def size(self, start: int) -> int:
+        size = self.chunk
+        while size >= 2 * SMALLEST and self.cost(start, size) > self.longest_ms:
+            size //= 2
+        return size
+
+    def end(self, start: int, boundary: int, end: int) -> int:
+        """Where the chunk that starts at `start` ends: on a grid counted from 0 before the boundary and from
+        the boundary after it, and never across the boundary or `end`."""
+        base, limit = (0, min(boundary, end)) if start < boundary else (boundary, end)
+        size = self.size(start)
+        return min(base + ((start - base) // size + 1) * size, limit)
+
+    def last(self, base: int, limit: int) -> int:
+        """The last cut of a prefill that begins at `base`, at or before `limit`."""
+        at = base
+        while (following := self.end(at, base, limit + self.chunk)) <= limit:
+            at = following
+        return at

@@ -1,0 +1,1 @@
+"""llama.cpp behind the engine, by llama-cpp-python's low-level API."""

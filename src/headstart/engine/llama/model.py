@@ -1,0 +1,164 @@
+"""A GGUF model and its two contexts.
+
+In the first each slot has a KV stream of its own (`kv_unified` off), so what a sequence computes depends on
+no other one's place in memory: prefill after a restore gives the same bits as prefill after computing the
+same prefix. The second is the pool, a unified KV cache, where sequences can share the cells of what they have
+in common; a sequence beside others may differ there in the last bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+from pathlib import Path
+
+import llama_cpp as lib
+
+from headstart.engine.llama.context import LlamaContext, Shape
+from headstart.engine.llama.sampler import LlamaSampler
+from headstart.engine.model import ModelError, Piece, Sampler
+from headstart.messages import EngineSettings, ModelInfo, Sampling
+
+log = logging.getLogger("llama.cpp")
+LOG_LEVELS = {2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}
+DEFAULT_CTX = 8192
+DEFAULT_SLOTS = 4
+# What the KV cache may take of the machine's memory where the number of slots is ours to choose.
+KV_MEMORY_SHARE = 1 / 8
+KV_VALUE_BYTES = 2
+
+
+@lib.llama_log_callback  # type: ignore[untyped-decorator]
+def _forward_log(level: int, text: bytes, _user: object) -> None:
+    log.log(LOG_LEVELS.get(level, logging.DEBUG), "%s", text.decode(errors="replace").rstrip())
+
+
+def _available_cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class LlamaModel:
+    def __init__(self, settings: EngineSettings) -> None:
+        lib.llama_log_set(_forward_log, None)
+        lib.llama_backend_init()
+        if not Path(settings.path).is_file():
+            raise ModelError(f"no such file: {settings.path}")
+        self.model = lib.llama_model_load_from_file(settings.path.encode(), lib.llama_model_default_params())
+        if not self.model:
+            raise ModelError(f"llama.cpp can't load {settings.path}: not a GGUF file it knows")
+        self.vocab = lib.llama_model_get_vocab(self.model)
+        self.ctx = settings.ctx or min(lib.llama_model_n_ctx_train(self.model), DEFAULT_CTX)
+        self.slots = settings.slots or self._affordable_slots()
+        self.streams = self._context(settings, self.ctx * self.slots, self.slots, streams=True)
+        self.pool: LlamaContext | None = None
+        if settings.share_from and self.slots > 1 and self._states_are_plain():
+            # A sequence for each slot, and one that holds the shared prefix.
+            self.pool = self._context(settings, self.ctx, self.slots + 1, streams=False)
+        self.latest = self.streams
+        self.info = self._info(settings)
+
+    def _context(
+        self, settings: EngineSettings, cells: int, sequences: int, *, streams: bool
+    ) -> LlamaContext:
+        shape = Shape(
+            cells=cells,
+            sequences=sequences,
+            streams=streams,
+            batch=settings.prefill_chunk + self.slots,
+            threads=settings.threads or _available_cpus(),
+            flash_attention=settings.flash_attention,
+        )
+        return LlamaContext(self.model, shape, plain_states=self._states_are_plain())
+
+    def _states_are_plain(self) -> bool:
+        """Whether every layer attends to all tokens, so that states can be cut and copied."""
+        return not (
+            lib.llama_model_is_recurrent(self.model)
+            or lib.llama_model_is_hybrid(self.model)
+            or lib.llama_model_n_swa(self.model) > 0
+        )
+
+    def _affordable_slots(self) -> int:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * KV_MEMORY_SHARE
+        contexts = int(memory / (self.ctx * self._kv_token_bytes()))
+        # The pool takes as much as a slot, and is of no use to a single one.
+        return max(1, min(DEFAULT_SLOTS, contexts - 1 if contexts > 2 else contexts))
+
+    def _kv_token_bytes(self) -> int:
+        """Bytes of KV cache a token takes if every layer attends to everything; some models take less."""
+        heads_kv = int(lib.llama_model_n_head_kv(self.model))
+        even = int(lib.llama_model_n_embd(self.model) // max(lib.llama_model_n_head(self.model), 1))
+        sizes = [self._metadata(f"attention.{kind}_length") or even for kind in ("key", "value")]
+        return int(lib.llama_model_n_layer(self.model)) * max(heads_kv, 1) * sum(sizes) * KV_VALUE_BYTES
+
+    def _metadata(self, key: str) -> int:
+        """A number from the GGUF file under the model's architecture; 0 where there is none."""
+        text = ctypes.create_string_buffer(64)
+        lib.llama_model_meta_val_str(self.model, b"general.architecture", text, len(text))
+        name = text.value + b"." + key.encode()
+        size = lib.llama_model_meta_val_str(self.model, name, text, len(text))
+        return int(text.value) if size > 0 and text.value.isdigit() else 0
+
+    def _info(self, settings: EngineSettings) -> ModelInfo:
+        plain = self._states_are_plain()
+        kept = {"flash_attention": "on" if settings.flash_attention else "off", "kv_type": "f16"}
+        return ModelInfo(
+            n_ctx=lib.llama_n_ctx_seq(self.streams.context),
+            slots=self.slots,
+            can_cut=plain,
+            engine=f"llama-cpp-python {lib.__version__}",
+            settings=kept if plain else kept | {"kv_streams": str(self.slots)},
+            pool_tokens=self.ctx if self.pool else 0,
+        )
+
+    def _place(self, seq: int) -> tuple[LlamaContext, int]:
+        """The context a sequence is in, and its number there."""
+        if seq < self.slots:
+            return self.streams, seq
+        assert self.pool
+        return self.pool, seq - self.slots
+
+    def evaluate(self, pieces: Seq[Piece]) -> None:
+        places = [self._place(piece.seq) for piece in pieces]
+        self.latest = places[0][0]
+        assert all(context is self.latest for context, _ in places)
+        self.latest.evaluate([replace(p, seq=seq) for p, (_, seq) in zip(pieces, places, strict=True)])
+
+    def sampler(self, sampling: Sampling, history: Seq[int]) -> LlamaSampler:
+        return LlamaSampler(sampling, history, lib.llama_vocab_n_tokens(self.vocab))
+
+    def sample(self, row: int, sampler: Sampler) -> int:
+        assert isinstance(sampler, LlamaSampler)
+        return sampler.choose(self.latest, row)
+
+    def is_end(self, token: int) -> bool:
+        return bool(lib.llama_vocab_is_eog(self.vocab, token))
+
+    def clear(self, seq: int) -> None:
+        context, number = self._place(seq)
+        context.clear(number)
+
+    def cut(self, seq: int, n_tokens: int) -> bool:
+        context, number = self._place(seq)
+        return context.cut(number, n_tokens)
+
+    def copy(self, source: int, seq: int, n_tokens: int) -> bool:
+        (here, number), (there, other) = self._place(seq), self._place(source)
+        if here is there and here is self.pool:
+            here.share(other, number, n_tokens)
+            return True
+        return here.restore(number, *there.save(other)) and here.cut(number, n_tokens)
+
+    def save(self, seq: int) -> memoryview:
+        context, number = self._place(seq)
+        memory, start, end = context.save(number)
+        return memory[start:end]
+
+    def restore(self, seq: int, memory: memoryview, start: int, end: int) -> bool:
+        context, number = self._place(seq)
+        return context.restore(number, memory, start, end)

@@ -1,0 +1,56 @@
+"""Sampling parameters as a llama.cpp sampler chain."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence as Seq
+
+import llama_cpp as lib
+
+from headstart.engine.llama.context import LlamaContext
+from headstart.messages import Sampling
+
+
+class LlamaSampler:
+    """A chain in llama.cpp's usual order: penalties, top-k, top-p, min-p, temperature, draw."""
+
+    def __init__(self, sampling: Sampling, history: Seq[int], n_vocab: int) -> None:
+        self.n_vocab = n_vocab
+        self.greedy = sampling.temperature == 0 and not self._has_penalties(sampling)
+        self.chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+        for link in self._links(sampling):
+            lib.llama_sampler_chain_add(self.chain, link)
+        for token in history[-sampling.repeat_last_n :] if self._has_penalties(sampling) else ():
+            lib.llama_sampler_accept(self.chain, token)
+
+    @staticmethod
+    def _has_penalties(sampling: Sampling) -> bool:
+        wanted = (sampling.repeat_penalty, sampling.frequency_penalty, sampling.presence_penalty)
+        return sampling.repeat_last_n > 0 and wanted != (1.0, 0.0, 0.0)
+
+    def _links(self, sampling: Sampling) -> list[int]:
+        links = []
+        if self._has_penalties(sampling):
+            penalties = (sampling.repeat_penalty, sampling.frequency_penalty, sampling.presence_penalty)
+            last_n = sampling.repeat_last_n
+            links.append(lib.llama_sampler_init_penalties(self.n_vocab, last_n, *penalties))
+        if sampling.temperature == 0:
+            return [*links, lib.llama_sampler_init_greedy()]
+        seed = secrets.randbits(31) if sampling.seed is None else sampling.seed & 0x7FFFFFFF
+        return [
+            *links,
+            lib.llama_sampler_init_top_k(sampling.top_k),
+            lib.llama_sampler_init_top_p(sampling.top_p, 1),
+            lib.llama_sampler_init_min_p(sampling.min_p, 1),
+            lib.llama_sampler_init_temp(sampling.temperature),
+            lib.llama_sampler_init_dist(seed),
+        ]
+
+    def choose(self, context: LlamaContext, row: int) -> int:
+        """The token after piece number `row` of the last batch."""
+        if self.greedy:
+            return context.most_likely(row)
+        return int(lib.llama_sampler_sample(self.chain, context.context, context.sampled_at[row]))
+
+    def close(self) -> None:
+        lib.llama_sampler_free(self.chain)

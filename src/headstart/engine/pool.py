@@ -1,0 +1,68 @@
+"""The pool: one KV cache in which running sequences that begin alike hold what they share once.
+
+Decoding several sequences reads a shared prefix's cells once for all of them, but each token also pays for
+every other used cell. So the pool holds a single prefix at a time, and what ended sequences leave in it goes
+when it becomes more than a little. Sequences with nothing to share run in their slots' own KV streams.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from headstart.engine.sequence import Sequence, Slot
+
+# What ended sequences may leave, in cells: llama.cpp attends to cells in blocks of 256.
+IDLE_CELLS = 256
+# Room for the first tokens of an answer; more is found when it is needed.
+ANSWER_CELLS = 64
+
+
+class Pool:
+    """Bookkeeping only. `trunk` holds the shared prefix; `seats` are the sequences that begin with it."""
+
+    def __init__(self, n_slots: int, cells: int) -> None:
+        self.cells = cells
+        self.seats = [Slot(n_slots + i, pooled=True) for i in range(n_slots)]
+        self.trunk = Slot(2 * n_slots, pooled=True)
+
+    @property
+    def prefix(self) -> list[int]:
+        return self.trunk.tokens
+
+    @property
+    def running(self) -> bool:
+        return any(seat.sequence for seat in self.seats)
+
+    @property
+    def free(self) -> int:
+        return self.cells - len(self.prefix) - sum(map(self._own_cells, self.seats))
+
+    def _own_cells(self, seat: Slot) -> int:
+        return max(len(seat.tokens) - len(self.prefix), 0)
+
+    def idle(self) -> list[Slot]:
+        """Seats that ended sequences have left something in, the longest unused first."""
+        left = (seat for seat in self.seats if seat.tokens and not seat.sequence)
+        return sorted(left, key=lambda seat: seat.last_used)
+
+    def excess(self) -> Iterator[Slot]:
+        """Idle seats to drop because running sequences pay for them."""
+        idle = self.idle()
+        while idle and sum(map(self._own_cells, idle)) > max(IDLE_CELLS, len(self.prefix) // 4):
+            yield idle.pop(0)
+
+    def continued_by(self, sequence: Sequence) -> Slot | None:
+        """An idle seat whose tokens the sequence all begins with: a conversation that goes on."""
+        tokens = sequence.request.tokens
+        for seat in self.idle():
+            n = len(seat.tokens)
+            if len(self.prefix) < n < len(tokens) and seat.tokens == tokens[:n]:
+                return seat
+        return None
+
+    def empty_seat(self) -> Slot:
+        """Any, where all others are taken, the one longest unused."""
+        return (
+            next((seat for seat in self.seats if not seat.tokens and not seat.sequence), None)
+            or self.idle()[0]
+        )
