@@ -227,7 +227,7 @@ def test_a_state_saved_with_some_slots_is_restored_with_others(llama: Model, tmp
 
 
 def test_chunks_shrink_with_depth_and_are_cut_alike_from_any_cut() -> None:
-    cuts = Cuts(64, longest_ms=100, pass_ms=5, token_ms=1, attend_ms=0.01)
+    cuts = Cuts(64, longest_ms=100, pass_ms=5, token_ms=1, attend_ms=0.005)
     whole = [0]
     while whole[-1] < 3000:
         whole.append(cuts.end(whole[-1], 0, 3000))
