@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 
 READ_BYTES = 1 << 20
 SPIN_COUNT = "1000"
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
 RESTART_SECONDS = (0.0, 1.0, 5.0, 30.0)
 FAILURES = {
     "engine": EngineError,
@@ -240,10 +241,12 @@ async def _ended(process: asyncio.subprocess.Process) -> int:
 
 def _worker_environment() -> dict[str, str]:
     """OpenMP's threads wait for each other by spinning, by default so long that a second busy process on the
-    same CPUs makes decoding tens of times slower (docs/architecture.md). What the user has set is kept."""
-    if "OMP_WAIT_POLICY" in os.environ:
-        return dict(os.environ)
-    return {"GOMP_SPINCOUNT": SPIN_COUNT, **os.environ}
+    same CPUs makes decoding tens of times slower. Huge pages make it quick to clear a KV cache at the start.
+    (Figures for both in docs/architecture.md.) What the user has set is kept."""
+    ours = {"GLIBC_TUNABLES": HUGE_PAGES}
+    if "OMP_WAIT_POLICY" not in os.environ:
+        ours["GOMP_SPINCOUNT"] = SPIN_COUNT
+    return ours | os.environ
 
 
 def _explain_exit(code: int) -> str:

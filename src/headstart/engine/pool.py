@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 from headstart.engine.sequence import Sequence, Slot
 
-# What ended sequences may leave, in cells: llama.cpp attends to cells in blocks of 256.
-IDLE_CELLS = 256
+# What ended sequences may leave, in cells, while others run; a long prefix makes a few more matter less.
+IDLE_CELLS = 128
 # Room for the first tokens of an answer; more is found when it is needed.
 ANSWER_CELLS = 64
 
@@ -48,7 +48,7 @@ class Pool:
     def excess(self) -> Iterator[Slot]:
         """Idle seats to drop because running sequences pay for them."""
         idle = self.idle()
-        while idle and sum(map(self._own_cells, idle)) > max(IDLE_CELLS, len(self.prefix) // 4):
+        while idle and sum(map(self._own_cells, idle)) > max(IDLE_CELLS, len(self.prefix) // 8):
             yield idle.pop(0)
 
     def continued_by(self, sequence: Sequence) -> Slot | None:

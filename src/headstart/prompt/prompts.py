@@ -13,12 +13,15 @@ from collections.abc import Sequence
 from datetime import date
 from functools import lru_cache
 
+from headstart.prompt.remembered import RememberedTokens
 from headstart.prompt.template import ChatTemplate, Message
 from headstart.prompt.tokenizer import Tokenizer
 from headstart.tokens import common_prefix
 
 PROBES = ("Why?", "3 x")
-REMEMBERED_OPENINGS = 256
+# Openings that are remembered, and the characters of the longest: together some tens of megabytes at most.
+REMEMBERED_OPENINGS = 128
+REMEMBERED_CHARACTERS = 64 << 10
 
 
 class Prompts:
@@ -28,24 +31,29 @@ class Prompts:
         self.tokenizer = tokenizer
         self.template = template
         self.template_hash = hashlib.sha256(template.source.encode()).hexdigest()
+        self._remembered = RememberedTokens(tokenizer.encode, tokenizer.specials, template.source)
         self._chat_opening = lru_cache(REMEMBERED_OPENINGS)(self._find_chat_opening)
         self._text_opening = lru_cache(REMEMBERED_OPENINGS)(self._find_text_opening)
 
     def chat(self, messages: Sequence[Message]) -> list[int]:
         """Raises BadRequest when the template refuses the messages."""
-        return self.tokenizer.encode(self.template.render(messages))
+        return self._remembered.encode(self.template.render(messages))
 
     def text(self, text: str) -> list[int]:
         return self.tokenizer.encode(text)
 
     def chat_opening(self, messages: Sequence[Message]) -> list[int]:
         """The tokens that every chat opening with these messages shares, but the last."""
+        opening = tuple((message["role"], message["content"]) for message in messages)
+        if sum(len(content) for _, content in opening) > REMEMBERED_CHARACTERS:
+            return list(self._find_chat_opening(opening, date.today()))
         # A template may write today's date, so what is remembered is remembered for a day.
-        return list(self._chat_opening(tuple((m["role"], m["content"]) for m in messages), date.today()))
+        return list(self._chat_opening(opening, date.today()))
 
     def text_opening(self, text: str) -> list[int]:
         """The tokens of a text that others will continue, but the last."""
-        return list(self._text_opening(text))
+        find = self._text_opening if len(text) <= REMEMBERED_CHARACTERS else self._find_text_opening
+        return list(find(text))
 
     def _find_text_opening(self, text: str) -> tuple[int, ...]:
         return tuple(self.text(text)[:-1])

@@ -10,18 +10,24 @@ import llama_cpp as lib
 from headstart.errors import StartupError
 from headstart.toyspec import BOS, CONTROL, EOS, MERGES, N_BYTES, N_VOCAB, ToySpec
 
+# Vocabularies whose tokenizers look for special tokens first and treat the rest piece by piece.
+CUT_AT_SPECIALS = (lib.LLAMA_VOCAB_TYPE_BPE, lib.LLAMA_VOCAB_TYPE_SPM)
+SPECIAL = lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_USER_DEFINED | lib.LLAMA_TOKEN_ATTR_UNKNOWN
+
 
 class Tokenizer(Protocol):
     """`bos_text` and `eos_text` are what a chat template may write for these tokens; `template` is the
-    model's own chat template, or the name of a built-in one, or None."""
+    model's own chat template, or the name of a built-in one, or None. `specials`: the texts of tokens that
+    are found before anything else, so that a prompt may be cut after each; empty where that isn't so."""
 
     bos_text: str
     eos_text: str
     template: str | None
+    specials: list[str]
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, first: bool = True) -> list[int]:
         """Token ids of a whole prompt: control tokens are recognised, a leading one added where the model
-        wants it (and not doubled)."""
+        wants it (and not doubled). Not `first`: of what follows a special token within it."""
 
     def piece(self, token: int) -> bytes:
         """The bytes a generated token stands for; control tokens stand for none."""
@@ -46,20 +52,32 @@ class LlamaTokenizer:
         self.bos_text = self._control_text(lib.llama_vocab_bos(self.vocab))
         self.eos_text = self._control_text(lib.llama_vocab_eos(self.vocab))
         self.adds_bos = bool(lib.llama_vocab_get_add_bos(self.vocab))
+        self.specials = self._find_specials()
+
+    def _find_specials(self) -> list[str]:
+        if lib.llama_vocab_type(self.vocab) not in CUT_AT_SPECIALS or lib.llama_vocab_get_add_eos(self.vocab):
+            return []
+        attributes = {
+            i: lib.llama_vocab_get_attr(self.vocab, i) for i in range(lib.llama_vocab_n_tokens(self.vocab))
+        }
+        special = {i: attribute for i, attribute in attributes.items() if attribute & SPECIAL}
+        if any(attribute & lib.LLAMA_TOKEN_ATTR_RSTRIP for attribute in special.values()):
+            return []
+        return [lib.llama_vocab_get_text(self.vocab, i).decode(errors="replace") for i in special]
 
     def _control_text(self, token: int) -> str:
         return "" if token < 0 else self._piece(token, special=True).decode(errors="replace")
 
-    def encode(self, text: str) -> list[int]:
-        if self.adds_bos and self.bos_text:
+    def encode(self, text: str, first: bool = True) -> list[int]:
+        if first and self.adds_bos and self.bos_text:
             text = text.removeprefix(self.bos_text)
         data = text.encode()
         # A token stands for at least one byte; the rest is room for added control tokens.
         tokens = (lib.llama_token * (len(data) + 8))()
-        n_tokens = lib.llama_tokenize(self.vocab, data, len(data), tokens, len(tokens), True, True)
+        n_tokens = lib.llama_tokenize(self.vocab, data, len(data), tokens, len(tokens), first, True)
         if n_tokens < 0:
             tokens = (lib.llama_token * -n_tokens)()
-            n_tokens = lib.llama_tokenize(self.vocab, data, len(data), tokens, len(tokens), True, True)
+            n_tokens = lib.llama_tokenize(self.vocab, data, len(data), tokens, len(tokens), first, True)
         return tokens[:n_tokens]
 
     def piece(self, token: int) -> bytes:
@@ -91,17 +109,18 @@ class ToyTokenizer:
             raise StartupError(str(error)) from error
         merges = sorted(enumerate(MERGES, N_BYTES), key=lambda item: -len(item[1]))
         control = [(id_, text.encode()) for text, id_ in CONTROL.items()]
+        self.specials = list(CONTROL)
         self.longest_first = control + merges
         self.pieces = dict(enumerate(MERGES, N_BYTES))
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, first: bool = True) -> list[int]:
         data = text.encode()
         tokens, at = [], 0
         while at < len(data):
             id_, size = self._match(data, at)
             tokens.append(id_)
             at += size
-        return tokens if tokens[:1] == [BOS] else [BOS, *tokens]
+        return tokens if tokens[:1] == [BOS] or not first else [BOS, *tokens]
 
     def _match(self, data: bytes, at: int) -> tuple[int, int]:
         for id_, text in self.longest_first:
