@@ -8,6 +8,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from starlette.responses import Response
@@ -66,7 +67,8 @@ async def _create(service: Service, model: ServedModel, body: CacheRequest, on_p
     return answer
 
 
-async def _progress(service: Service, model: ServedModel, body: CacheRequest) -> AsyncGenerator[Json, None]:
+async def _progress(service: Service, model: ServedModel, body: CacheRequest) -> AsyncGenerator[bytes, None]:
+    encode = msgspec.json.encode
     reports: asyncio.Queue[Json | None] = asyncio.Queue()
 
     def report(computed: int, total: int) -> None:
@@ -76,8 +78,8 @@ async def _progress(service: Service, model: ServedModel, body: CacheRequest) ->
     creation.add_done_callback(lambda _: reports.put_nowait(None))
     try:
         while progress := await reports.get():
-            yield progress
-        yield creation.result()
+            yield encode(progress)
+        yield encode(creation.result())
     finally:
         creation.cancel()
         with suppress(asyncio.CancelledError):

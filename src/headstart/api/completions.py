@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from starlette.responses import Response
@@ -25,6 +26,8 @@ from headstart.service.server import Service
 router = APIRouter(prefix="/v1")
 
 Json = dict[str, Any]
+# Stands for an answer's text where a chunk is encoded once for many; in no other field.
+MARK = "\0"
 
 
 @router.post("/chat/completions")
@@ -117,19 +120,23 @@ async def _whole(events: AsyncGenerator[Text | Result, None], shape: Chat) -> Js
 
 async def _chunks(
     events: AsyncGenerator[Text | Result, None], shape: Chat, include_usage: bool
-) -> AsyncGenerator[Json, None]:
+) -> AsyncGenerator[bytes, None]:
+    encode = msgspec.json.encode
     # OpenAI's clients expect `usage: null` on every chunk but the last once they have asked for it.
     extra: Json = {"usage": None} if include_usage else {}
+    # All chunks with text are alike but for the text.
+    before, after = encode(shape.chunk(MARK, None) | extra).split(encode(MARK))
     async with aclosing(events):
         if opening := shape.opening():
-            yield opening | extra
+            yield encode(opening | extra)
         async for event in events:
             if isinstance(event, Text):
-                yield shape.chunk(event.text, None) | extra
+                yield before + encode(event.text) + after
             else:
-                yield shape.chunk(None, event.finish_reason) | extra | {"timings": timings(event)}
+                last = shape.chunk(None, event.finish_reason) | extra | {"timings": timings(event)}
+                yield encode(last)
                 if include_usage:
-                    yield shape.usage_chunk(event)
+                    yield encode(shape.usage_chunk(event))
 
 
 def _account(result: Result) -> Json:

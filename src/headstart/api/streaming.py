@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import aclosing, suppress
+from time import monotonic
 from typing import Any, TypeVar
 
 import msgspec
@@ -53,56 +54,54 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Sends each JSON object as an event, comments while there is none for long, and [DONE]. An error after
+    """Sends each piece of JSON as an event, comments while there is none for long, and [DONE]. An error after
     the start becomes an event with an `error` key. When the client leaves, `events` is closed."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[Any, None]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self.events = events
+        self._sending = asyncio.Lock()
+        self._last_sent = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sending = asyncio.ensure_future(self._send(send))
-        watch = asyncio.ensure_future(_disconnected(receive))
+        work = [self._send(send), self._keep_alive(send), _disconnected(receive)]
+        tasks = [asyncio.ensure_future(task) for task in work]
         try:
-            await asyncio.wait([sending, watch], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            watch.cancel()
-            sending.cancel()
-            # Sending to a client that has left raises OSError on some servers.
-            with suppress(asyncio.CancelledError, OSError):
-                await sending
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+        # Sending to a client that has left raises OSError on some servers.
+        with suppress(asyncio.CancelledError, OSError):
+            await tasks[0]
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        async with aclosing(_with_comments(self.events)) as frames:
-            async for frame in frames:
-                await send({"type": "http.response.body", "body": frame, "more_body": True})
+        async with aclosing(self.events) as events:
+            try:
+                async for event in events:
+                    await self._write(send, b"data: " + event + b"\n\n")
+            except HeadstartError as error:
+                await self._write(send, b"data: " + msgspec.json.encode(errors.body(error)) + b"\n\n")
         await send({"type": "http.response.body", "body": DONE, "more_body": False})
 
+    async def _write(self, send: Send, data: bytes) -> None:
+        async with self._sending:
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+        self._last_sent = monotonic()
 
-async def _with_comments(events: AsyncGenerator[Any, None]) -> AsyncGenerator[bytes, None]:
-    async with aclosing(events):
-        following = asyncio.ensure_future(_next(events))
-        try:
-            while True:
-                await asyncio.wait([following], timeout=KEEP_ALIVE_SECONDS)
-                if not following.done():
-                    yield COMMENT
-                    continue
-                event = following.result()
-                if event is None:
-                    return
-                yield b"data: " + msgspec.json.encode(event) + b"\n\n"
-                following = asyncio.ensure_future(_next(events))
-        except HeadstartError as error:
-            yield b"data: " + msgspec.json.encode(errors.body(error)) + b"\n\n"
-        finally:
-            following.cancel()
-            with suppress(asyncio.CancelledError, HeadstartError):
-                await following
+    async def _keep_alive(self, send: Send) -> None:
+        self._last_sent = monotonic()
+        while True:
+            silent = monotonic() - self._last_sent
+            if silent >= KEEP_ALIVE_SECONDS:
+                await self._write(send, COMMENT)
+            else:
+                await asyncio.sleep(KEEP_ALIVE_SECONDS - silent)
 
 
 async def _next(events: AsyncIterator[T]) -> T | None:

@@ -1,8 +1,8 @@
 """Tokenising long prompts without repeating what was tokenised before.
 
 Tokenizers look for the texts of special tokens first and treat what lies between them piece by piece. So a
-text may be cut after each of them, the parts tokenised alone, and a long part (a system prompt, an earlier turn
-of a conversation) remembered. llama.cpp's do so for BPE and SentencePiece vocabularies (`tokenize` and
+text may be cut after each of them, the parts tokenised alone, and a long part (a system prompt, an earlier
+turn of a conversation) remembered. llama.cpp's do so for BPE and SentencePiece vocabularies (`tokenize` and
 `tokenizer_st_partition` in llama-vocab.cpp).
 """
 
