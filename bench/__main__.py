@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
 
-from bench import cost, crowd, first_token, gaps, memory, random_model, report, storage
+from bench import cost, crowd, first_token, gaps, memory, plots, random_model, report, storage
 from bench.client import BenchFailed
 from bench.lab import CONTENDERS, Lab
 from bench.machine import described
@@ -71,6 +71,8 @@ def main() -> int:
     facts["arguments"] = " ".join(sys.argv[1:])
     facts["date"] = datetime.now(UTC).isoformat(timespec="seconds")
     report.write(chosen.out, facts, lab.samples, failures)
+    for path in plots.draw(chosen.out, lab.samples):
+        say(str(path))
     return 1 if failures else 0
 
 

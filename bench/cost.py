@@ -69,8 +69,8 @@ def step_ms(replies: list[Reply]) -> float:
 
 
 def creation(lab: Lab) -> None:
-    """(i) POST /v1/cache of a prompt that is new each time, against prefill of the same tokens. That is done
-    in bare llama.cpp, and as two plain requests: a chat with that system prompt, a completion of that text."""
+    """(i) POST /v1/cache of a prompt that is new each time, against prefill of the same tokens: in bare
+    llama.cpp, and as two plain requests (a chat with that system prompt, a completion of it)."""
     servers = [server for server in lab.servers(SINGLE) if isinstance(server, Headstart)]
     length = lab.prompt().tokens
     with _bare(lab, shared=False) as bare:
@@ -90,28 +90,24 @@ def creation(lab: Lab) -> None:
 
 
 def _create(server: Headstart, prompt: Prompt) -> float:
-    connection = connect(server)
-    started = perf_counter()
     body = {"cache_name": prompt.name, "prompt": prompt.text}
-    connection.call("POST", f"/v1/cache/{server.model}", body)
-    taken = 1000 * (perf_counter() - started)
-    connection.close()
-    return taken
+    with connect(server) as connection:
+        started = perf_counter()
+        connection.call("POST", f"/v1/cache/{server.model}", body)
+        return 1000 * (perf_counter() - started)
 
 
 def _plain(server: Headstart, prompt: Prompt) -> float:
-    connection = connect(server)
     always = {"model": server.model, "cache_prompt": False, "max_tokens": 1}
-    chat = connection.ask(CHAT, always | {"messages": messages(prompt.text, "?")})
-    text = connection.ask("/v1/completions", always | {"prompt": prompt.text})
-    connection.close()
+    with connect(server) as connection:
+        chat = connection.ask(CHAT, always | {"messages": messages(prompt.text, "?")})
+        text = connection.ask("/v1/completions", always | {"prompt": prompt.text})
     return chat.total_ms + text.total_ms
 
 
 def _server_values(server: Server, prompt: Prompt, question: str) -> dict[str, float]:
-    connection = connect(server)
-    reply = connection.ask(CHAT, {"max_tokens": GENERATED, **server.hit(prompt, question)})
-    connection.close()
+    with connect(server) as connection:
+        reply = connection.ask(CHAT, {"max_tokens": GENERATED, **server.hit(prompt, question)})
     check_hit(reply, prompt)
     return {
         "ttft_ms": reply.ttft_ms,

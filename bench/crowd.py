@@ -68,12 +68,10 @@ def ask_together(
     barrier = Barrier(len(prompts))
 
     def client(slot: int) -> list[Reply]:
-        connection = connect(server)
-        barrier.wait()
         bodies = [server.hit(prompts[slot], question, slot) for question in asked[slot]]
-        replies = [connection.ask(CHAT, {"max_tokens": max_tokens, **body}) for body in bodies]
-        connection.close()
-        return replies
+        barrier.wait()
+        with connect(server) as connection:
+            return [connection.ask(CHAT, {"max_tokens": max_tokens, **body}) for body in bodies]
 
     with ThreadPoolExecutor(len(prompts)) as pool:
         return list(pool.map(client, range(len(prompts))))

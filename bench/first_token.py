@@ -109,8 +109,5 @@ def _restore(reply: Reply, waited: float) -> float:
 
 
 def _ask(server: Server, body: dict[str, object]) -> Reply:
-    connection = connect(server)
-    try:
+    with connect(server) as connection:
         return connection.ask(CHAT, {"max_tokens": ANSWER_TOKENS, **body})
-    finally:
-        connection.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 
-from bench.client import CHAT, BenchFailed, Connection
+from bench.client import CHAT, BenchFailed
 from bench.lab import QUESTION_TOKENS, Lab, connect
 from bench.servers import SINGLE, Headstart, Server
 from bench.statistics import percentile
@@ -39,28 +39,26 @@ def longest_gap(lab: Lab) -> None:
 
 
 def _build(server: Server, prompt: Prompt, done: Event) -> None:
-    connection = connect(server)
     try:
-        if isinstance(server, Headstart):
-            body = {"cache_name": prompt.name, "prompt": prompt.text, "for": ["chat"]}
-            connection.call("POST", f"/v1/cache/{server.model}", body)
-        else:
-            connection.ask(CHAT, server.hit(prompt, "What comes first?", 1) | {"max_tokens": 1})
+        with connect(server) as connection:
+            if isinstance(server, Headstart):
+                body = {"cache_name": prompt.name, "prompt": prompt.text, "for": ["chat"]}
+                connection.call("POST", f"/v1/cache/{server.model}", body)
+            else:
+                connection.ask(CHAT, server.hit(prompt, "What comes first?", 1) | {"max_tokens": 1})
     finally:
         done.set()
-        connection.close()
 
 
 def _gaps(lab: Lab, server: Server, done: Event) -> list[float]:
     """Of streams one after the other until `done`, at least one."""
     gaps: list[float] = []
     prompt = lab.prompt()
-    connection: Connection = connect(server)
-    while not gaps or not done.is_set():
-        question = lab.writer.question(QUESTION_TOKENS)
-        reply = connection.ask(CHAT, {"max_tokens": 128, **server.hit(prompt, question)})
-        gaps += reply.gaps_ms
-    connection.close()
+    with connect(server) as connection:
+        while not gaps or not done.is_set():
+            question = lab.writer.question(QUESTION_TOKENS)
+            reply = connection.ask(CHAT, {"max_tokens": 128, **server.hit(prompt, question)})
+            gaps += reply.gaps_ms
     if len(gaps) < 16:
         raise BenchFailed(f"the streams were too short: {len(gaps)} gaps")
     return gaps

@@ -125,4 +125,4 @@ def _running(server: Server) -> Iterator[Server]:
     try:
         yield server
     finally:
-        server.process.stop()
+        server.close()

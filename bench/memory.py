@@ -18,9 +18,8 @@ def taken(lab: Lab) -> None:
     empty = lab.prompt(64)
     for name in lab.contenders:
         with lab.server(name, EIGHT) as server:
-            connection = connect(server)
-            connection.ask(CHAT, server.cold(empty, "Hello?") | {"max_tokens": 4})
-            connection.close()
+            with connect(server) as connection:
+                connection.ask(CHAT, server.cold(empty, "Hello?") | {"max_tokens": 4})
             before = server.process.memory_mb()
             for slot, prompt in enumerate(prompts):
                 server.keep(prompt, slot)

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
 
@@ -73,8 +73,7 @@ class ServerProcess:
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
                 raise BenchFailed(f"a server did not start:\n{self.log.read_text(errors='replace')[-2000:]}")
-            connection = Connection(self.port)
-            with closing(connection), suppress(OSError, HTTPException, BenchFailed):
+            with suppress(OSError, HTTPException, BenchFailed), Connection(self.port) as connection:
                 connection.call("GET", "/health")
                 return
             time.sleep(0.01)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from bench.lab import Sample
-from bench.plots import draw
 from bench.statistics import Summary, summary
 from bench.targets import Verdict, verdicts
 
@@ -24,10 +23,8 @@ def write(
     for arm, reason in failures.items():
         print(f"Arm {arm} failed: {reason}")
     out.mkdir(parents=True, exist_ok=True)
-    plots = draw(out, samples)
     (out / "results.json").write_text(as_json(facts, samples, judged, failures))
-    for path in (out / "results.json", *plots):
-        print(path)
+    print(out / "results.json")
 
 
 def as_json(

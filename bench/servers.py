@@ -53,6 +53,9 @@ class Server(Protocol):
     def states(self) -> Path:
         """The folder of the files with states."""
 
+    def close(self) -> None:
+        """Stops the server."""
+
     def keep(self, prompt: Prompt, slot: int = 0) -> None:
         """The prompt's state is resident afterwards, and in a file."""
 
@@ -95,6 +98,10 @@ class Headstart:
         self.process = ServerProcess(command, port, host.directory / "headstart.log", env)
         self._connection = Connection(port)
 
+    def close(self) -> None:
+        self._connection.close()
+        self.process.stop()
+
     def keep(self, prompt: Prompt, slot: int = 0) -> None:
         body = {"cache_name": prompt.name, "prompt": prompt.text, "for": ["chat"]}
         self._connection.call("POST", f"/v1/cache/{MODEL}", body)
@@ -136,6 +143,10 @@ class LlamaServer:
         command += best_settings(load) if best else []
         self.process = ServerProcess(command, port, self.states / "server.log", {})
         self._connection = Connection(port)
+
+    def close(self) -> None:
+        self._connection.close()
+        self.process.stop()
 
     def keep(self, prompt: Prompt, slot: int = 0) -> None:
         saved = self.states / f"{prompt.name}.bin"

@@ -50,10 +50,9 @@ def hashing_ms(path: Path) -> float:
 
 
 def _hit(lab: Lab, server: Server, prompt: Prompt) -> Reply:
-    connection = connect(server)
     question = lab.writer.question(QUESTION_TOKENS)
-    reply = connection.ask(CHAT, server.hit(prompt, question) | {"max_tokens": 1})
-    connection.close()
+    with connect(server) as connection:
+        reply = connection.ask(CHAT, server.hit(prompt, question) | {"max_tokens": 1})
     check_hit(reply, prompt, "file")
     return reply
 
@@ -67,7 +66,6 @@ def _file(states: Path, prompt: Prompt) -> Path:
 
 def _state_mb(server: Server, prompt: Prompt) -> float:
     assert isinstance(server, Headstart)
-    connection = connect(server)
-    cache = connection.call("GET", f"/v1/cache/{server.model}/{prompt.name}")
-    connection.close()
+    with connect(server) as connection:
+        cache = connection.call("GET", f"/v1/cache/{server.model}/{prompt.name}")
     return float(cache["forms"]["chat"]["size_mb"])

@@ -13,6 +13,8 @@ from headstart.prompt.tokenizer import load_tokenizer
 
 SYSTEM = "system"
 USER = "user"
+# One token each in most vocabularies.
+FILLERS = ("and", "or", "the", "not", "if")
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Writer:
             words += self._random.choice(self._lines).split()
         while len(words) > 1 and self._opening(words) > n_tokens:
             words.pop()
-        self._fill(words, n_tokens - self._opening(words))
+        while self._opening(longer := [*words, self._random.choice(FILLERS)]) <= n_tokens:
+            words = longer
         return Prompt(f"bench-{self._written}", " ".join(words), self._opening(words))
 
     def question(self, n_tokens: int) -> str:
@@ -72,10 +75,6 @@ class Writer:
         if not self._openers:
             self._openers = self._random.sample(self._words, len(self._words))
         return self._openers.pop()
-
-    def _fill(self, words: list[str], missing: int) -> None:
-        for _ in range(missing):
-            words.append(self._random.choice(("and", "or", "the", "not", "if")))
 
     def _opening(self, words: list[str]) -> int:
         return len(self.prompts.chat_opening([{"role": SYSTEM, "content": " ".join(words)}]))
