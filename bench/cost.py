@@ -44,14 +44,14 @@ def _eight(lab: Lab, prompt: Prompt) -> None:
     with _bare(lab, shared=False) as bare, _bare(lab, shared=True) as shared:
         for loop in (bare, shared):
             _hold(lab, loop, prompt, EIGHT.clients)
-        for number, contender in lab.turns(_all(servers, bare, shared), short=3, full=10):
+        for number, contender in lab.turns(_all(servers, bare, shared), short=2, full=10):
             if isinstance(contender, Bare):
                 question = lab.question("h8", number, QUESTION_TOKENS)
                 new = lab.writer.chat_tokens(prompt, question)[prompt.tokens :]
                 lab.record("h8", contender.name, number, token_ms=contender.decode(new, GENERATED))
             else:
                 asked = [[lab.writer.question(QUESTION_TOKENS)] for _ in range(EIGHT.clients)]
-                replies = ask_together(contender, [prompt] * EIGHT.clients, asked, 2 * GENERATED)
+                replies = ask_together(contender, [prompt] * EIGHT.clients, asked, GENERATED + GENERATED // 2)
                 step = step_ms([reply for client in replies for reply in client])
                 lab.record("h8", contender.name, number, token_ms=step)
 

@@ -20,21 +20,20 @@ ANSWER_TOKENS = 32
 def one_prompt(lab: Lab) -> None:
     """(e) 8 clients ask different questions after the same prompt, 32 tokens each."""
     prompt = lab.prompt()
-    _measure(lab, "e", [prompt] * CLIENTS, short=3, full=8)
+    _measure(lab, "e", lab.servers(EIGHT), [prompt] * CLIENTS)
 
 
 def own_prompts(lab: Lab) -> None:
     """(f) 8 clients, each after a prompt of its own."""
     prompts = [lab.prompt(lab.prompt().tokens - number) for number in range(1, CLIENTS + 1)]
-    _measure(lab, "f", prompts, short=3, full=8)
+    _measure(lab, "f", lab.tuned_servers(EIGHT), prompts)
 
 
-def _measure(lab: Lab, arm: str, prompts: Sequence[Prompt], short: int, full: int) -> None:
-    servers = lab.servers(EIGHT)
+def _measure(lab: Lab, arm: str, servers: Sequence[Server], prompts: Sequence[Prompt]) -> None:
     for server in servers:
         keep_all(server, prompts)
     waves = 4 if lab.full else 2
-    for number, server in lab.turns(servers, short, full):
+    for number, server in lab.turns(servers, short=3, full=8):
         asked = [[lab.writer.question(QUESTION_TOKENS) for _ in range(waves)] for _ in prompts]
         started = perf_counter()
         replies = ask_together(server, prompts, asked, ANSWER_TOKENS)

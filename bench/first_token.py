@@ -26,7 +26,7 @@ def cold(lab: Lab) -> None:
 
 def resident(lab: Lab) -> None:
     """(b) A hit whose state is in the server's memory."""
-    _hits(lab, "b", lab.prompt(), QUESTION_TOKENS, short=8, full=30)
+    _hits(lab, "b", lab.servers(SINGLE), lab.prompt(), QUESTION_TOKENS, short=8, full=30)
 
 
 def restored(lab: Lab) -> None:
@@ -82,11 +82,13 @@ def sweep(lab: Lab) -> None:
     suffixes = (16, 32, 64, 128, 256, 512) if lab.full else (16, 256)
     for prefix in prefixes:
         for suffix in suffixes:
-            _hits(lab, f"g {prefix}+{suffix}", lab.prompt(prefix), suffix, short=3, full=5)
+            servers = lab.tuned_servers(SINGLE)
+            _hits(lab, f"g {prefix}+{suffix}", servers, lab.prompt(prefix), suffix, short=3, full=5)
 
 
-def _hits(lab: Lab, arm: str, prompt: Prompt, suffix: int, short: int, full: int) -> None:
-    servers = lab.servers(SINGLE)
+def _hits(
+    lab: Lab, arm: str, servers: list[Server], prompt: Prompt, suffix: int, short: int, full: int
+) -> None:
     for server in servers:
         server.keep(prompt)
     with lab.same_prompts() as saw:

@@ -17,7 +17,7 @@ BUILT_TOKENS = 4000
 def longest_gap(lab: Lab) -> None:
     """(l) The longest gap in a running stream while a prompt of 4,000 tokens is built: POST /v1/cache, for
     llama-server a request that begins with it. `alone`: without that."""
-    servers = [server for server in lab.servers(SINGLE) if server.name != "llama-server"]
+    servers = lab.tuned_servers(SINGLE)
     for number, server in lab.turns(servers, short=1, full=3):
         done = Event()
         done.set()

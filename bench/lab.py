@@ -60,6 +60,10 @@ class Lab:
             )
         return self._up[1]
 
+    def tuned_servers(self, load: Load) -> list[Server]:
+        """Without llama-server as it comes in the short version, for arms that would take too long with it."""
+        return [server for server in self.servers(load) if self.full or server.name != CONTENDERS[1]]
+
     def stop(self) -> None:
         self._stack.close()
         self._up = None

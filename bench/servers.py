@@ -73,7 +73,7 @@ class Server(Protocol):
 
 
 class Headstart:
-    """As it comes; only the number of slots is given where more clients are than there are by default."""
+    """As it comes; the number and size of slots are given only where there are more clients than slots."""
 
     name = "headstart"
     model = MODEL
@@ -93,7 +93,8 @@ class Headstart:
             str(port),
         ]
         command += ["--cache-dir", str(self.states), "--model", f"{MODEL}={host.model}"]
-        command += ["--slots", str(load.clients)] if load.clients > 1 else []
+        if load.clients > 1:
+            command += ["--slots", str(load.clients), "--ctx", str(load.ctx)]
         env = {"HEADSTART_THREADS": str(host.threads)}
         self.process = ServerProcess(command, port, host.directory / "headstart.log", env)
         self._connection = Connection(port)
