@@ -61,7 +61,7 @@ class Lab:
         return self._up[1]
 
     def tuned_servers(self, load: Load) -> list[Server]:
-        """Without llama-server as it comes in the short version, for arms that would take too long with it."""
+        """In the short version without llama-server as it comes: for arms that would take too long with it."""
         return [server for server in self.servers(load) if self.full or server.name != CONTENDERS[1]]
 
     def stop(self) -> None:
