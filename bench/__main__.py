@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -15,13 +16,15 @@ from bench import cost, crowd, first_token, gaps, memory, plots, random_model, r
 from bench.client import BenchFailed
 from bench.lab import CONTENDERS, Lab
 from bench.machine import described
-from bench.servers import Host
+from bench.servers import Headstart, Host
 from bench.texts import Writer
 from headstart.config import embedded_model
 
 ROOT = Path(__file__).resolve().parent.parent
 PEER = ROOT / ".venv" / "peer" / "build" / "bin" / "llama-server"
 OUT = ROOT / "build" / "bench"
+# Load average for each thread above which others are computing too.
+BUSY = 0.4
 
 # In this order, because the arms of one load share its servers.
 ARMS: dict[str, Callable[[Lab], None]] = {
@@ -60,14 +63,22 @@ def main() -> int:
     chosen = options()
     model = model_path(chosen.model)
     contenders = [chosen.only] if chosen.only else CONTENDERS
+    if not PEER.exists() and chosen.only != Headstart.name:
+        sys.exit("llama-server is missing. Build it with: make bench-peer")
+    # Servers are stopped on the way out.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     facts = described(model, chosen.threads, PEER)
     say(f"{facts['cpu']}, {chosen.threads} threads; load average {facts['load_average']}")
+    if facts["load_average"] > BUSY * chosen.threads:
+        say("The machine is busy: figures will be worse and more scattered than they could be.")
     failures: dict[str, str] = {}
     with TemporaryDirectory(prefix="bench-") as directory:
         host = Host(model, chosen.threads, Path(directory), PEER)
         with Lab(host, Writer(model), chosen.full, chosen.rounds, contenders, say) as lab:
             for arm in chosen.arms:
                 run_arm(lab, arm, failures)
+    facts["load_average_after"] = round(os.getloadavg()[0], 2)
+    facts["commands"] = lab.commands
     facts["arguments"] = " ".join(sys.argv[1:])
     facts["date"] = datetime.now(UTC).isoformat(timespec="seconds")
     report.write(chosen.out, facts, lab.samples, failures)
@@ -101,4 +112,7 @@ def say(message: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

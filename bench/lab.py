@@ -38,6 +38,7 @@ class Lab:
     contenders: Sequence[str] = CONTENDERS
     say: Callable[[str], None] = print
     samples: list[Sample] = field(default_factory=list)
+    commands: dict[str, str] = field(default_factory=dict)
     _stack: ExitStack = field(default_factory=ExitStack)
     _up: tuple[Load, list[Server]] | None = None
     _kept: dict[int, Prompt] = field(default_factory=dict)
@@ -61,7 +62,7 @@ class Lab:
         return self._up[1]
 
     def tuned_servers(self, load: Load) -> list[Server]:
-        """In the short version without llama-server as it comes: for arms that would take too long with it."""
+        """In the short version without llama-server as it comes, for arms that would take too long."""
         return [server for server in self.servers(load) if self.full or server.name != CONTENDERS[1]]
 
     def stop(self) -> None:
@@ -70,7 +71,9 @@ class Lab:
 
     def server(self, name: str, load: Load) -> AbstractContextManager[Server]:
         """A server of its own, stopped at the end of the block."""
-        return _running(start(name, self.host, load))
+        server = start(name, self.host, load)
+        self.commands[f"{name}, clients: {load.clients}"] = server.process.shown
+        return _running(server)
 
     def turns(self, contenders: Sequence[T], short: int, full: int) -> Iterator[tuple[int, T]]:
         """The rounds of an arm: each contender once a round, another one first each time."""

@@ -27,11 +27,13 @@ def free_port() -> int:
 
 
 class ServerProcess:
-    """Running when made, ready to answer unless BenchFailed is raised. `start_ms`: until /health said so."""
+    """Running when made, ready to answer unless BenchFailed is raised. `start_ms`: until /health said so;
+    `shown`: the command without folders."""
 
     def __init__(self, command: Sequence[str], port: int, log: Path, env: Mapping[str, str]) -> None:
         self.port = port
         self.log = log
+        self.shown = " ".join(Path(part).name for part in command)
         self.started = time.perf_counter()
         with log.open("ab") as output:
             self._process = subprocess.Popen(
