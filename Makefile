@@ -11,7 +11,7 @@ VENV_PYTHON := .venv/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
 
 run: .venv/installed ## start the server with the default model (ARGS="--port 9000")
 	@.venv/bin/headstart serve $(ARGS)
@@ -19,8 +19,11 @@ run: .venv/installed ## start the server with the default model (ARGS="--port 90
 test: .venv/installed-dev ## run all tests (ARGS="-k name")
 	@$(VENV_PYTHON) -m pytest $(ARGS)
 
-bench: .venv/installed-dev ## measure the time to the first text (ARGS="--rounds 3")
-	@$(VENV_PYTHON) bench/first_token.py $(ARGS)
+bench: .venv/installed-bench bench-peer ## compare with llama-server, about 10 minutes (ARGS="--arms b,c")
+	@$(VENV_PYTHON) -m bench $(ARGS)
+
+bench-peer: .venv/installed-bench ## compile llama-server for the comparison if it is missing or out of date
+	@$(VENV_PYTHON) scripts/peer_build.py
 
 lint: .venv/installed-dev ## check style and types
 	$(VENV_PYTHON) -m ruff check .
@@ -59,6 +62,9 @@ endef
 .venv/installed-dev: pyproject.toml .venv/engine.key
 	$(call install,.[dev])
 
+.venv/installed-bench: pyproject.toml .venv/engine.key
+	$(call install,.[bench])
+
 FORCE:
 
-.PHONY: help run test bench lint format engine rebuild clean FORCE
+.PHONY: help run test bench bench-peer lint format engine rebuild clean FORCE

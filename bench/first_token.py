@@ -1,71 +1,115 @@
-"""Time to the first text with a cache and without, as a streaming client sees it: `make bench`.
-
-SmolLM2, a system prompt of about 1,100 tokens and a question of about 20. Three ways, taken in turn so that
-other work on the machine slows all of them down: every token evaluated; the cache, its state still in a slot;
-the cache after a restart of the server, its hash checked and its state read from the file.
-"""
+"""Arms a to d and g: time to the first token of one client, everything else being idle."""
 
 from __future__ import annotations
 
-import argparse
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from statistics import median
+from time import perf_counter
 
-from headstart.cli.client import Client, cache_path
-from headstart.cli.examples import long_example
-from headstart.cli.local import own_server
-from headstart.cli.measure import Run, timed
+from bench.client import CHAT, Reply
+from bench.lab import QUESTION_TOKENS, Lab, connect
+from bench.pages import drop
+from bench.servers import SINGLE, Server, check_cold, check_hit
+from bench.texts import Prompt
 
-NAME = "bench"
-BODY = {"model": "smollm2", "max_tokens": 16}
+ANSWER_TOKENS = 8
 
 
-@contextmanager
-def server(cache_dir: Path) -> Iterator[Client]:
-    """A client of a server of its own on this cache directory."""
-    with own_server("--cache-dir", str(cache_dir)) as url, Client(url) as client:
-        yield client
+def cold(lab: Lab) -> None:
+    """(a) A system prompt no server has seen before, every token evaluated."""
+    with lab.same_prompts() as saw:
+        for number, server in lab.turns(lab.servers(SINGLE), short=3, full=10):
+            prompt = lab.new_prompt("a", number)
+            reply = _ask(server, server.cold(prompt, lab.question("a", number, QUESTION_TOKENS)))
+            check_cold(reply)
+            saw(number, reply.prompt_tokens)
+            lab.record("a", server.name, number, ttft_ms=reply.ttft_ms, prompt_n=reply.evaluated)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
-    example = long_example()
-    path = example.new.path
-    cached = BODY | example.new.after(NAME)
-    in_full = BODY | example.new.in_full(example.opening) | {"cache_prompt": False}
-    ways: dict[str, list[Run]] = {"without": [], "cache, in a slot": [], "cache, after a restart": []}
-    with tempfile.TemporaryDirectory() as directory:
-        caches = Path(directory) / "cache"
-        with server(caches) as client:
-            list(client.events(cache_path("smollm2"), {"cache_name": NAME, "prompt": example.opening}))
-        for _ in range(rounds):
-            with server(caches) as client:
-                ways["cache, after a restart"].append(timed(client, path, cached))
-                ways["without"].append(timed(client, path, in_full))
-                timed(client, path, cached)
-                ways["cache, in a slot"].append(timed(client, path, cached))
-    assert all(run.text for runs in ways.values() for run in runs), "an answer is empty"
-    show(ways)
+def resident(lab: Lab) -> None:
+    """(b) A hit whose state is in the server's memory."""
+    _hits(lab, "b", lab.servers(SINGLE), lab.prompt(), QUESTION_TOKENS, short=8, full=30)
 
 
-def show(ways: dict[str, list[Run]]) -> None:
-    base = median(run.ttft_ms for run in ways["without"])
-    print(f"{'':24} {'median':>9} {'min':>9} {'max':>9} {'ratio':>7} {'evaluated':>10} {'restore':>9}")
-    for way, runs in ways.items():
-        ms = sorted(run.ttft_ms for run in runs)
-        middle = median(ms)
-        evaluated = "/".join(map(str, sorted({run.timings["prompt_n"] for run in runs})))
-        restore = median(run.timings["restore_ms"] for run in runs)
-        print(
-            f"{way:24} {middle:6.0f} ms {ms[0]:6.0f} ms {ms[-1]:6.0f} ms {middle / base:7.3f} "
-            f"{evaluated:>10} {restore:6.1f} ms"
-        )
+def restored(lab: Lab) -> None:
+    """(c) A hit whose state is only in its file, which the page cache has. For llama-server the time includes
+    the request that restores the slot."""
+    servers = lab.servers(SINGLE)
+    prompt = lab.prompt()
+    for server in servers:
+        server.keep(prompt)
+    with lab.same_prompts() as saw:
+        for number, server in lab.turns(servers, short=6, full=20):
+            server.evict()
+            waited = server.restore(prompt)
+            reply = _ask(server, server.hit(prompt, lab.question("c", number, QUESTION_TOKENS)))
+            check_hit(reply, prompt, "file")
+            saw(number, reply.prompt_tokens)
+            lab.record(
+                "c", server.name, number, ttft_ms=waited + reply.ttft_ms, restore_ms=_restore(reply, waited)
+            )
 
 
-if __name__ == "__main__":
-    main()
+def restarted(lab: Lab) -> None:
+    """(d) A hit as the first request after a restart: `ttft_ms` of the request (and of the slot restore for
+    llama-server), `start_ms` until the server says it is ready, `total_ms` from its start to the first token.
+    Then the same with the weights and states dropped from the page cache (arm d-cold)."""
+    prompt = lab.prompt()
+    for server in lab.servers(SINGLE):
+        server.keep(prompt)
+    lab.stop()
+    for number, name in lab.turns(lab.contenders, short=3, full=8):
+        for arm in ("d", "d-cold"):
+            if arm == "d-cold":
+                drop(lab.host.model, lab.host.directory)
+            began = perf_counter()
+            with lab.server(name, SINGLE) as server:
+                waited = server.restore(prompt)
+                asked = 1000 * (perf_counter() - began)
+                reply = _ask(server, server.hit(prompt, lab.question("d", number, QUESTION_TOKENS)))
+                check_hit(reply, prompt, "file")
+                lab.record(
+                    arm,
+                    name,
+                    number,
+                    ttft_ms=waited + reply.ttft_ms,
+                    start_ms=server.process.start_ms,
+                    total_ms=asked + reply.ttft_ms,
+                )
+
+
+def sweep(lab: Lab) -> None:
+    """(g) Resident hits over lengths of the prompt and the question."""
+    prefixes = (256, 512, 1024, 2048, 4096, 7000) if lab.full else (256, 2048)
+    suffixes = (16, 32, 64, 128, 256, 512) if lab.full else (16, 256)
+    for prefix in prefixes:
+        for suffix in suffixes:
+            servers = lab.tuned_servers(SINGLE)
+            _hits(lab, f"g {prefix}+{suffix}", servers, lab.prompt(prefix), suffix, short=3, full=5)
+
+
+def _hits(
+    lab: Lab, arm: str, servers: list[Server], prompt: Prompt, suffix: int, short: int, full: int
+) -> None:
+    for server in servers:
+        server.keep(prompt)
+    with lab.same_prompts() as saw:
+        for number, server in lab.turns(servers, short, full):
+            reply = _ask(server, server.hit(prompt, lab.question(arm, number, suffix)))
+            check_hit(reply, prompt, "slot")
+            saw(number, reply.prompt_tokens)
+            lab.record(
+                arm,
+                server.name,
+                number,
+                ttft_ms=reply.ttft_ms,
+                prompt_n=reply.evaluated,
+                overhead_ms=reply.ttft_ms - reply.timings["prompt_ms"],
+            )
+
+
+def _restore(reply: Reply, waited: float) -> float:
+    return float(reply.timings.get("restore_ms", waited))
+
+
+def _ask(server: Server, body: dict[str, object]) -> Reply:
+    with connect(server) as connection:
+        return connection.ask(CHAT, {"max_tokens": ANSWER_TOKENS, **body})

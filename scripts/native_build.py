@@ -245,12 +245,12 @@ def run_logged(command: list[str], env: dict[str, str], log: IO[bytes], started:
                 status = process.wait(HEARTBEAT_SECONDS)
                 break
             except subprocess.TimeoutExpired:
-                progress = build_progress(LOG.read_text(errors="replace"))
+                progress = build_progress(Path(log.name).read_text(errors="replace"))
                 say(f"  {time.monotonic() - started:.0f} s: {progress}")
     if status:
-        lines = LOG.read_text(errors="replace").splitlines()
+        lines = Path(log.name).read_text(errors="replace").splitlines()
         say("\n".join(lines[-40:]))
-        sys.exit(f"The engine could not be installed. The whole log is in {LOG}")
+        sys.exit(f"It could not be built. The whole log is in {log.name}")
 
 
 def say(message: str) -> None:

@@ -1,0 +1,39 @@
+"""Drops files from the page cache, as if the machine had just been started."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from pathlib import Path
+
+from bench.client import BenchFailed
+
+SUFFIXES = {".headstart", ".bin"}
+# What asking for it may bring back.
+LEFT = 0.05
+
+
+def drop(model: str, states: Path) -> None:
+    """The model's weights and the states under `states`, which no running process may have mapped. Raises
+    BenchFailed if they are still there."""
+    for path in (Path(model), *(found for found in states.rglob("*") if found.suffix in SUFFIXES)):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            if resident_share(path) > LEFT:
+                raise BenchFailed(f"the page cache keeps {path.name}")
+
+
+def resident_share(path: Path) -> float:
+    """How much of a file is in the page cache, by mincore; 0 to 1."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapping:
+        pages = -(-len(mapping) // mmap.PAGESIZE)
+        vector = (ctypes.c_ubyte * pages)()
+        first = ctypes.c_char.from_buffer(mapping)
+        status = libc.mincore(ctypes.addressof(first), len(mapping), vector)
+        del first
+    return sum(page & 1 for page in vector) / pages if status == 0 else 1.0
