@@ -1,9 +1,8 @@
 """The prompts of one model: requests to token ids, and the part of them that a cache can hold.
 
 The cached part of a chat is found without knowing the template: the cached messages are rendered before two
-different probe messages, and the tokens both begin with are the ones any later message leaves as they are.
-The last of these is left out of a state, so that a request always has a token to evaluate, and a token that
-merges with what follows it costs nothing.
+different probe messages, and the tokens both begin with are the ones any later message leaves as they are,
+but for the last, which may merge with what follows it. Where a state can't be cut, that one is left out of it.
 """
 
 from __future__ import annotations
@@ -25,11 +24,13 @@ REMEMBERED_CHARACTERS = 64 << 10
 
 
 class Prompts:
-    """Not safe for use by several threads at once where `tokenizer` isn't; both real ones are."""
+    """Not safe for use by several threads at once where `tokenizer` isn't; both real ones are. `can_cut`: a
+    state may be used in part."""
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate) -> None:
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, *, can_cut: bool = True) -> None:
         self.tokenizer = tokenizer
         self.template = template
+        self.left_out = 0 if can_cut else 1
         self.template_hash = hashlib.sha256(template.source.encode()).hexdigest()
         self._remembered = RememberedTokens(tokenizer.encode, tokenizer.specials, template.source)
         self._chat_opening = lru_cache(REMEMBERED_OPENINGS)(self._find_chat_opening)
@@ -43,7 +44,7 @@ class Prompts:
         return self.tokenizer.encode(text)
 
     def chat_opening(self, messages: Sequence[Message]) -> list[int]:
-        """The tokens that every chat opening with these messages shares, but the last."""
+        """The tokens that every chat opening with these messages shares, but for the last now and then."""
         opening = tuple((message["role"], message["content"]) for message in messages)
         if sum(len(content) for _, content in opening) > REMEMBERED_CHARACTERS:
             return list(self._find_chat_opening(opening, date.today()))
@@ -51,14 +52,15 @@ class Prompts:
         return list(self._chat_opening(opening, date.today()))
 
     def text_opening(self, text: str) -> list[int]:
-        """The tokens of a text that others will continue, but the last."""
+        """The tokens of a text that others will continue."""
         find = self._text_opening if len(text) <= REMEMBERED_CHARACTERS else self._find_text_opening
         return list(find(text))
 
     def _find_text_opening(self, text: str) -> tuple[int, ...]:
-        return tuple(self.text(text)[:-1])
+        tokens = self.text(text)
+        return tuple(tokens[: len(tokens) - self.left_out])
 
     def _find_chat_opening(self, messages: tuple[tuple[str, str], ...], _day: date) -> tuple[int, ...]:
         opening = [{"role": role, "content": content} for role, content in messages]
         one, other = (self.chat([*opening, {"role": "user", "content": probe}]) for probe in PROBES)
-        return tuple(one[: max(common_prefix(one, other) - 1, 0)])
+        return tuple(one[: max(common_prefix(one, other) - self.left_out, 0)])

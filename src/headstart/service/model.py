@@ -35,9 +35,9 @@ class ServedModel:
         tokenizer = await asyncio.to_thread(load_tokenizer, self.path)
         source = _read(self._template_file) if self._template_file else tokenizer.template
         template = ChatTemplate(source, tokenizer.bos_text, tokenizer.eos_text)
-        self._prompts = Prompts(tokenizer, template)
         self._weights = await _weights_hash(self.path, store)
-        await self.engine.wait_ready()
+        info = await self.engine.wait_ready()
+        self._prompts = Prompts(tokenizer, template, can_cut=info.can_cut)
 
     @property
     def prompts(self) -> Prompts:
