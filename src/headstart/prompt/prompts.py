@@ -2,7 +2,7 @@
 
 The cached part of a chat is found without knowing the template: the cached messages are rendered before two
 different probe messages, and the tokens both begin with are the ones any later message leaves as they are,
-but for the last, which may merge with what follows it. Where a state can't be cut, that one is left out of it.
+but for the last, which may merge with what follows it. Where a state can't be cut, that one is left out.
 """
 
 from __future__ import annotations
