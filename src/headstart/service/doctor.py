@@ -159,7 +159,9 @@ def _in_force(settings: Settings, flags: Mapping[str, Any], plan: Plan, now: Eng
 
 
 def _origin(name: str, settings: Settings, flags: Mapping[str, Any], plan: Plan) -> str:
-    if getattr(settings, name, None) not in (None, 0):
+    value = getattr(settings, name, None)
+    # 0 and None leave a setting open, False doesn't.
+    if value or value is False:
         return origin(settings, name, flags)
     if name in ("max_step_ms", "slots", "ctx"):
         return "default"
