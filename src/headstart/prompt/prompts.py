@@ -25,12 +25,12 @@ REMEMBERED_CHARACTERS = 64 << 10
 
 class Prompts:
     """Not safe for use by several threads at once where `tokenizer` isn't; both real ones are. `can_cut`: a
-    state may be used in part."""
+    state may be used in part; to be set before the first opening is asked for."""
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, *, can_cut: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate) -> None:
         self.tokenizer = tokenizer
         self.template = template
-        self.left_out = 0 if can_cut else 1
+        self.can_cut = True
         self.template_hash = hashlib.sha256(template.source.encode()).hexdigest()
         self._remembered = RememberedTokens(tokenizer.encode, tokenizer.specials, template.source)
         self._chat_opening = lru_cache(REMEMBERED_OPENINGS)(self._find_chat_opening)
@@ -58,9 +58,10 @@ class Prompts:
 
     def _find_text_opening(self, text: str) -> tuple[int, ...]:
         tokens = self.text(text)
-        return tuple(tokens[: len(tokens) - self.left_out])
+        return tuple(tokens if self.can_cut else tokens[:-1])
 
     def _find_chat_opening(self, messages: tuple[tuple[str, str], ...], _day: date) -> tuple[int, ...]:
         opening = [{"role": role, "content": content} for role, content in messages]
         one, other = (self.chat([*opening, {"role": "user", "content": probe}]) for probe in PROBES)
-        return tuple(one[: max(common_prefix(one, other) - self.left_out, 0)])
+        shared = one[: common_prefix(one, other)]
+        return tuple(shared if self.can_cut else shared[:-1])
