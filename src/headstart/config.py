@@ -64,10 +64,10 @@ class Settings(BaseSettings):
     share_from: int | None = Field(
         None,
         ge=0,
-        description="Tokens running requests must have in common to share them; 0: never; unset: as measured.",
+        description="Tokens running requests have in common when they share them; 0: never; unset: measured.",
     )
     max_step_ms: float = Field(
-        200, gt=0, description="Longest time a step may take for prompt tokens while other streams run."
+        300, gt=0, description="Longest time a step may take for prompt tokens while other streams run."
     )
     max_waiting: int = Field(64, ge=0, description="Requests that may wait for a slot; more get 503.")
     max_body_mb: float = Field(16, gt=0, description="Largest request body; more gets 413.")

@@ -34,8 +34,8 @@ MARGIN = 0.97
 UBATCHES = (16, 32, 64, 128, 256)
 NEAR_BEST = 0.95
 # Depth at which is measured: what is prefilled in FILL_MS, within these bounds.
-LEAST_DEPTH, MOST_DEPTH, FILL = 64, 768, 32
-FILL_MS = 2200
+LEAST_DEPTH, MOST_DEPTH, FILL = 64, 1024, 64
+FILL_MS = 5000
 # The longest single call, and what each comparison may take unless one round of it takes longer.
 CALL_MS = 1200
 THREADS_MS, FLASH_MS, UBATCH_MS, LAYOUT_MS = 1000, 1200, 3000, 600
@@ -96,7 +96,7 @@ def measure(
     flash_attention: bool | None = None,
     open_trials: Callable[[str], Trials] | None = None,
 ) -> Tuning:
-    """What is fastest for the model at `path`, in about ten seconds for a small one. `threads` (unless 0) and
+    """What is fastest for the model at `path`, in about 15 seconds for a small one. `threads` (unless 0) and
     `flash_attention` (unless None) are given; the other is measured all the same. Raises ModelError."""
     trials = (open_trials or _llama_trials)(path)
     try:
