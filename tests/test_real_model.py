@@ -224,19 +224,36 @@ def test_two_caches_that_take_turns_in_one_slot_keep_their_own_texts(start_serve
             assert said(answer) == expected[name]
 
 
-def test_requests_at_the_same_time_over_one_cache_each_hit_and_say_their_own(clerk: Clerk) -> None:
-    questions = [
-        QUESTION,
-        "What happens at noon?",
-        "Who signs the list of passengers?",
-        "When do ropes wear out?",
-    ]
-    expected = [said(clerk.ask(question=question, **HARBOUR)) for question in questions]
-    with ThreadPoolExecutor(len(questions)) as pool:
-        answers = list(pool.map(lambda question: clerk.ask(question=question, **HARBOUR), questions))
+QUESTIONS = [
+    QUESTION,
+    "What happens at noon?",
+    "Who signs the list of passengers?",
+    "When do ropes wear out?",
+]
+
+
+def ask_all(clerk: Clerk) -> tuple[list[str], list[str]]:
+    """What is said to each question alone, and to all of them at the same time; all of them hit."""
+    alone = [said(clerk.ask(question=question, **HARBOUR)) for question in QUESTIONS]
+    with ThreadPoolExecutor(len(QUESTIONS)) as pool:
+        answers = list(pool.map(lambda question: clerk.ask(question=question, **HARBOUR), QUESTIONS))
     for answer in answers:
         check_hit(answer)
-    assert [said(answer) for answer in answers] == expected
+    return alone, [said(answer) for answer in answers]
+
+
+def test_requests_at_the_same_time_over_one_cache_each_hit_and_say_their_own(clerk: Clerk) -> None:
+    alone, together = ask_all(clerk)
+    # Beside others the last bits may differ, and with them a word further on where two are equally likely.
+    assert [text[:12] for text in together] == [text[:12] for text in alone]
+    assert len(set(together)) == len(QUESTIONS)
+
+
+def test_requests_at_the_same_time_that_share_nothing_say_exactly_what_they_say_alone(tmp_path: Path) -> None:
+    with running_server(tmp_path / "cache", env={"HEADSTART_SHARE_FROM": "0"}) as server:
+        server.create("harbour", SYSTEM, model="smollm2")
+        alone, together = ask_all(Clerk(server))
+    assert together == alone
 
 
 def is_healthy(server: RunningServer) -> bool:
