@@ -8,7 +8,7 @@ from time import perf_counter
 
 from bench.bare import Bare
 from bench.client import CHAT, Reply
-from bench.crowd import ask_together, keep_all
+from bench.crowd import ask_together, keep_all, questions
 from bench.lab import QUESTION_TOKENS, Lab, connect
 from bench.servers import EIGHT, SINGLE, Headstart, Server, check_hit
 from bench.texts import Prompt, messages
@@ -50,7 +50,7 @@ def _eight(lab: Lab, prompt: Prompt) -> None:
                 new = lab.writer.chat_tokens(prompt, question)[prompt.tokens :]
                 lab.record("h8", contender.name, number, token_ms=contender.decode(new, GENERATED))
             else:
-                asked = [[lab.writer.question(QUESTION_TOKENS)] for _ in range(EIGHT.clients)]
+                asked = questions(lab, "h8", number, 1)
                 replies = ask_together(contender, [prompt] * EIGHT.clients, asked, GENERATED + GENERATED // 2)
                 step = step_ms([reply for client in replies for reply in client])
                 lab.record("h8", contender.name, number, token_ms=step)

@@ -20,21 +20,21 @@ ANSWER_TOKENS = 32
 def one_prompt(lab: Lab) -> None:
     """(e) 8 clients ask different questions after the same prompt, 32 tokens each."""
     prompt = lab.prompt()
-    _measure(lab, "e", lab.servers(EIGHT), [prompt] * CLIENTS)
+    _measure(lab, "e", lab.servers(EIGHT), [prompt] * CLIENTS, short=3)
 
 
 def own_prompts(lab: Lab) -> None:
     """(f) 8 clients, each after a prompt of its own."""
     prompts = [lab.prompt(lab.prompt().tokens - number) for number in range(1, CLIENTS + 1)]
-    _measure(lab, "f", lab.tuned_servers(EIGHT), prompts)
+    _measure(lab, "f", lab.tuned_servers(EIGHT), prompts, short=2)
 
 
-def _measure(lab: Lab, arm: str, servers: Sequence[Server], prompts: Sequence[Prompt]) -> None:
+def _measure(lab: Lab, arm: str, servers: Sequence[Server], prompts: Sequence[Prompt], short: int) -> None:
     for server in servers:
         keep_all(server, prompts)
     waves = 4 if lab.full else 2
-    for number, server in lab.turns(servers, short=3, full=8):
-        asked = [[lab.writer.question(QUESTION_TOKENS) for _ in range(waves)] for _ in prompts]
+    for number, server in lab.turns(servers, short=short, full=8):
+        asked = questions(lab, arm, number, waves)
         started = perf_counter()
         replies = ask_together(server, prompts, asked, ANSWER_TOKENS)
         seconds = perf_counter() - started
@@ -53,6 +53,14 @@ def _measure(lab: Lab, arm: str, servers: Sequence[Server], prompts: Sequence[Pr
             tokens_per_answer=generated / len(flat),
             hits=sum(reply.evaluated < prompts[0].tokens / 2 for reply in flat) / len(flat),
         )
+
+
+def questions(lab: Lab, arm: str, number: int, waves: int) -> list[list[str]]:
+    """Of each client, one a wave; the same for all servers in a round."""
+    return [
+        [lab.question(f"{arm} {slot}.{wave}", number, QUESTION_TOKENS) for wave in range(waves)]
+        for slot in range(CLIENTS)
+    ]
 
 
 def keep_all(server: Server, prompts: Sequence[Prompt]) -> None:

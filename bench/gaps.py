@@ -16,8 +16,8 @@ BUILT_TOKENS = 4000
 
 def longest_gap(lab: Lab) -> None:
     """(l) The longest gap in a running stream while a prompt of 4,000 tokens is built: POST /v1/cache, for
-    llama-server a request that begins with it. `alone`: without that."""
-    servers = lab.tuned_servers(SINGLE)
+    llama-server, in the full version, a request that begins with it. `alone`: without that."""
+    servers = [server for server in lab.servers(SINGLE) if lab.full or server.name == Headstart.name]
     for number, server in lab.turns(servers, short=1, full=3):
         done = Event()
         done.set()

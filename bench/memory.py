@@ -8,7 +8,7 @@ from bench.client import CHAT
 from bench.lab import Lab, connect
 from bench.servers import EIGHT, Server
 
-PROMPTS = 4
+PROMPTS = 3
 IDLE_SECONDS = 2.0
 
 

@@ -56,17 +56,26 @@ def _bars(
     everyone = [who for who in COLOURS if any(s.who == who and s.arm in shown for s in samples)]
     axes = _axes(label)
     width = 0.8 / len(everyone)
+    named: dict[str, Any] = {}
     for i, who in enumerate(everyone):
         for place, arm in enumerate(shown):
             if of := _of(samples, arm, who, measured):
                 error = [[of.median - of.low], [of.high - of.median]]
-                name = who if place == 0 else None
                 where = place + width * (i - len(everyone) / 2 + 0.5)
-                axes.bar(where, of.median, width, color=COLOURS[who], label=name, yerr=error, capsize=2)
+                [bar] = axes.bar(where, of.median, width, color=COLOURS[who], yerr=error, capsize=2)
+                axes.annotate(
+                    f"{of.median:,.3g}" if of.median < 1000 else f"{of.median:,.0f}",
+                    (where, of.high),
+                    (0, 3),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=8,
+                )
+                named[who] = bar
     axes.set_xticks(range(len(shown)), list(shown.values()))
     if log:
         axes.set_yscale("log")
-    axes.legend()
+    axes.legend(list(named.values()), list(named))
     return _saved(axes, path)
 
 

@@ -10,7 +10,7 @@ from bench.statistics import paired_ratios, summary
 
 OURS = "headstart"
 PEERS = ("llama-server", "llama-server best")
-MAX_STEP_MS = 200
+MAX_STEP_MS = 300
 
 
 @dataclass(frozen=True)

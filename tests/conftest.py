@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -7,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from servers import RunningServer, running_server
+
+# Measuring takes seconds: servers do without, but for the tests about it (tests/test_tuning.py).
+os.environ["HEADSTART_TUNE"] = "false"
 
 StartServer = Callable[..., RunningServer]
 

@@ -97,11 +97,11 @@ class RunningServer:
         return response.json()
 
     def files(self) -> list[str]:
-        """Names of everything under the cache directory but the index and the lock."""
+        """Names of everything under the cache directory but the index, the lock and what was measured."""
         return sorted(
             str(path.relative_to(self.cache_dir))
             for path in self.cache_dir.rglob("*")
-            if path.is_file() and not path.name.startswith((".lock", "index.sqlite"))
+            if path.is_file() and not path.name.startswith((".lock", "index.sqlite", "tuning.json"))
         )
 
 

@@ -15,11 +15,12 @@ from headstart.config import Settings
 
 ROOT = Path(headstart.__file__).parent
 # What each part may import of the others; a part is a package or a module of the top level.
-BOTTOM = {"errors", "config", "messages", "names", "tokens", "toyspec", "headstart"}
+BOTTOM = {"errors", "config", "messages", "names", "tokens", "toyspec", "machine", "headstart"}
 ALLOWED = {
     "errors": set(),
     "names": {"errors"},
     "tokens": set(),
+    "machine": set(),
     "toyspec": set(),
     "messages": set(),
     "config": {"errors", "names"},

@@ -11,10 +11,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
+import numpy as np
 import pytest
 
 import peer_build
-from bench import report
+from bench import random_model, report
 from bench.__main__ import ARMS, options, run_arm
 from bench.client import BenchFailed, Connection, Reply
 from bench.cost import step_ms
@@ -23,6 +24,7 @@ from bench.servers import Headstart, Host, check_cold, check_hit
 from bench.statistics import paired_ratios, percentile, summary
 from bench.targets import TARGETS, Target, verdicts
 from bench.texts import Prompt, Writer
+from headstart.config import embedded_model
 
 TOY = "toy:eos=0"
 PROMPT = Prompt("p", "text", tokens=100)
@@ -222,6 +224,20 @@ def test_a_hit_that_is_none_fails_its_arm_and_not_the_others(
         assert [sample.arm for sample in bench.samples] == ["a"]
     assert list(failures) == ["b"]
     assert "no hit" in failures["b"]
+
+
+def test_the_random_model_can_only_generate_plain_words() -> None:
+    rows = random_model.embeddings(["Ġword", "<|im_end|>", "Ã©", "Word", "3"], 64, np.random.default_rng(0))
+    assert rows.shape == (5, 64 // 32 * 34)
+    assert rows.any(axis=1).tolist() == [True, False, False, True, False]
+
+
+@pytest.mark.real_model
+def test_the_random_model_has_the_embedded_models_tokenizer(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    shape = random_model.Shape(layers=1, heads=2, kv_heads=1, head=32, hidden=32, ffn=32)
+    path = random_model.written(tmp_path / "model.gguf", embedded_model(), shape)
+    assert Writer(str(path)).prompt(200) == Writer(embedded_model()).prompt(200)
 
 
 def test_the_peer_is_built_with_the_engines_flags() -> None:

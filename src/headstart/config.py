@@ -3,9 +3,11 @@ order of precedence."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
@@ -18,6 +20,7 @@ from pydantic_settings import (
 from headstart.errors import StartupError
 from headstart.names import NAME
 
+Origin = Literal["flag", "environment", "file", "default"]
 DEFAULT_MODEL = "smollm2"
 
 
@@ -46,12 +49,25 @@ class Settings(BaseSettings):
     ctx: int = Field(
         0, ge=0, description="Tokens a sequence may hold; 0 means the model's own limit, at most 8192."
     )
-    threads: int = Field(0, ge=0, description="Threads a model computes with; 0 means all CPUs.")
-    prefill_chunk: int = Field(
-        64, ge=1, le=4096, description="Prompt tokens evaluated in one step; running streams wait for it."
+    tune: bool = Field(
+        True,
+        description="Measure what is fastest, once per model and machine; false: built-in defaults instead.",
     )
-    flash_attention: bool = Field(
-        False, description="llama.cpp's flash attention: slower on CPUs for short prompts over long caches."
+    threads: int = Field(0, ge=0, description="Threads a model computes with; 0 means as measured.")
+    prefill_chunk: int = Field(
+        0, ge=0, le=4096, description="Prompt tokens evaluated in one step at most; 0 means as measured."
+    )
+    flash_attention: bool | None = Field(
+        None,
+        description="llama.cpp's flash attention; unset means as caches have it, or as measured.",
+    )
+    share_from: int | None = Field(
+        None,
+        ge=0,
+        description="Tokens running requests have in common when they share them; 0: never; unset: measured.",
+    )
+    max_step_ms: float = Field(
+        300, gt=0, description="Longest time a step may take for prompt tokens while other streams run."
     )
     max_waiting: int = Field(64, ge=0, description="Requests that may wait for a slot; more get 503.")
     max_body_mb: float = Field(16, gt=0, description="Largest request body; more gets 413.")
@@ -105,6 +121,17 @@ def load_settings(config: Path | None = None, **flags: Any) -> Settings:
         raise StartupError("Wrong settings: " + "; ".join(problems)) from error
     except ValueError as error:
         raise StartupError(f"{config} is not valid TOML: {error}") from error
+
+
+def origin(settings: Settings, name: str, flags: Mapping[str, Any]) -> Origin:
+    """Where a setting's value comes from; `flags` are those that `load_settings` got."""
+    if flags.get(name) not in (None, {}):
+        return "flag"
+    if name not in settings.model_fields_set:
+        return "default"
+    if any(variable.upper() == f"HEADSTART_{name.upper()}" for variable in os.environ):
+        return "environment"
+    return "file"
 
 
 def embedded_model() -> str:

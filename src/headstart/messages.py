@@ -14,19 +14,44 @@ FinishReason = Literal["stop", "length", "saved", "cancelled"]
 Source = Literal["none", "slot", "file"]
 
 
+class Tuning(Struct, frozen=True):
+    """What was measured of a model on a machine; milliseconds. One call of llama_decode, of `n` tokens after
+    which a sequence holds `d`, takes pass_ms + n * (token_ms + d * attend_ms).
+
+    `ubatch`: the smallest power of two from 16 to 256 whose prefill throughput is within 5 % of the best.
+    `share_from`: tokens of a common prefix from which a unified cache decodes 4 sequences faster than
+    streams; 0: never. `prefers_flash_attention` is what measuring would choose; `flash_attention`, with which
+    all other figures were taken, may have been given. `measured`: the figures behind the choices, for
+    people."""
+
+    flash_attention: bool
+    threads: int
+    ubatch: int
+    pass_ms: float
+    token_ms: float
+    attend_ms: float
+    share_from: int
+    prefers_flash_attention: bool
+    measured: dict[str, float]
+
+
 class EngineSettings(Struct, frozen=True):
-    """How a worker runs its model. For `slots`, `ctx` (tokens a slot) and `threads` 0 means: by the
-    model and the machine. `share_from`: how many tokens sequences must have in common to be run in the pool;
-    0: never."""
+    """How a worker runs its model. For `slots` and `ctx` (tokens a slot) 0 means: by the model and the
+    machine. `share_from`: how many tokens sequences must have in common to be run in the pool; 0: never.
+
+    For `threads` and `prefill_chunk` 0, for the others None means: by `tuning`. Where there is none, the
+    worker measures if `tune` says so; else, or if measuring fails, it takes defaults."""
 
     path: str
     slots: int
     ctx: int
-    threads: int
-    prefill_chunk: int
-    flash_attention: bool
-    max_step_ms: float = 200
-    share_from: int = 256
+    threads: int = 0
+    prefill_chunk: int = 0
+    flash_attention: bool | None = None
+    max_step_ms: float = 300
+    share_from: int | None = None
+    tune: bool = False
+    tuning: Tuning | None = None
 
 
 class Sampling(Struct, frozen=True):
@@ -101,7 +126,10 @@ class ModelInfo(Struct, frozen=True):
 
 
 class Ready(Struct, frozen=True, tag=True):
+    """`tuning`: what the worker was told or has measured; None where it runs with defaults."""
+
     info: ModelInfo
+    tuning: Tuning | None = None
 
 
 class LoadFailed(Struct, frozen=True, tag=True):

@@ -47,6 +47,21 @@ class Fingerprint(Struct, frozen=True):
             return "settings_changed"
         return None if self.template == other.template else "template_changed"
 
+    def differences(self, other: Fingerprint) -> str:
+        """In words, what is another than it was with the `other` fingerprint; "" for nothing."""
+        found = []
+        if self.weights != other.weights:
+            found.append("the weights are others")
+        if self.engine != other.engine:
+            found.append(f"the engine is {self.engine}, was {other.engine}")
+        for name in sorted(self.settings.keys() | other.settings.keys()):
+            now, then = self.settings.get(name, "unset"), other.settings.get(name, "unset")
+            if now != then:
+                found.append(f"{name.replace('_', ' ')} is {now}, was {then}")
+        if self.template != other.template:
+            found.append("the chat template is another")
+        return "; ".join(found)
+
 
 class StoredForm(Struct, frozen=True):
     """How many tokens a form has, and where its state lies in the file, in bytes from its start."""

@@ -42,7 +42,7 @@ def demo(url: str, model: str | None) -> None:
         if not client.is_ready():
             prefix, origin = "", "started for this demo"
             with out.status(f"No server is ready at {client.url}; starting one ..."):
-                own_url = stack.enter_context(own_server("--slots", "1"))
+                own_url = stack.enter_context(own_server("--slots", "1", "--no-tune"))
             client = stack.enter_context(Client(own_url))
         bench = stack.enter_context(Bench(client, model, prefix))
         out.print(f"Headstart demo: {bench.model} at {client.url}, {origin}", style="bold")

@@ -57,22 +57,40 @@ def _description(setting: str) -> str:
     return Settings.model_fields[setting].description or ""
 
 
+Models = Annotated[
+    list[str] | None,
+    typer.Option("--model", metavar="NAME=PATH", help="A model's name and GGUF file; may be repeated."),
+]
+CacheDir = Annotated[Path | None, typer.Option(help=_description("cache_dir"))]
+Config = Annotated[Path | None, typer.Option(help="A TOML file with any of the settings.")]
+Tune = Annotated[bool | None, typer.Option("--tune/--no-tune", help=_description("tune"))]
+Threads = Annotated[int | None, typer.Option(help=_description("threads"))]
+PrefillChunk = Annotated[int | None, typer.Option(help=_description("prefill_chunk"))]
+MaxStepMs = Annotated[float | None, typer.Option(help=_description("max_step_ms"))]
+FlashAttention = Annotated[
+    bool | None,
+    typer.Option("--flash-attention/--no-flash-attention", help=_description("flash_attention")),
+]
+
+
 @app.command()
 def serve(
     host: Annotated[str | None, typer.Option(help=_description("host"))] = None,
     port: Annotated[int | None, typer.Option(help=_description("port"))] = None,
-    model: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=PATH", help="A model's name and GGUF file; may be repeated."),
-    ] = None,
+    model: Models = None,
     alias: Annotated[
         list[str] | None,
         typer.Option(metavar="NEW=NAME", help="A further name of a model; may be repeated."),
     ] = None,
-    cache_dir: Annotated[Path | None, typer.Option(help=_description("cache_dir"))] = None,
-    config: Annotated[Path | None, typer.Option(help="A TOML file with any of the settings.")] = None,
+    cache_dir: CacheDir = None,
+    config: Config = None,
     slots: Annotated[int | None, typer.Option(help=_description("slots"))] = None,
     ctx: Annotated[int | None, typer.Option(help=_description("ctx"))] = None,
+    tune: Tune = None,
+    threads: Threads = None,
+    prefill_chunk: PrefillChunk = None,
+    flash_attention: FlashAttention = None,
+    max_step_ms: MaxStepMs = None,
 ) -> None:
     """Run the server."""
     from headstart.cli.serve import serve as run
@@ -87,10 +105,63 @@ def serve(
             cache_dir=cache_dir,
             slots=slots,
             ctx=ctx,
+            tune=tune,
+            threads=threads,
+            prefill_chunk=prefill_chunk,
+            flash_attention=flash_attention,
+            max_step_ms=max_step_ms,
         )
         run(settings, _say)
     except (StartupError, HeadstartError) as error:
         raise _failed(error) from error
+
+
+@app.command()
+def doctor(
+    model: Models = None,
+    cache_dir: CacheDir = None,
+    config: Config = None,
+    tune: Tune = None,
+    threads: Threads = None,
+    prefill_chunk: PrefillChunk = None,
+    flash_attention: FlashAttention = None,
+    max_step_ms: MaxStepMs = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure again first; better with no server running.")
+    ] = False,
+    yes: Annotated[
+        bool,
+        typer.Option("--yes", help="Take the flash attention that measuring prefers, whatever caches have."),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Show what a server with these settings would do here, and what is wrong.
+
+    A server may be running. Nothing is changed without --measure. Ends with status 1 if something needs
+    attention.
+    """
+    from headstart.cli.doctor import show, show_json
+    from headstart.service.doctor import examine, measure_again
+
+    flags = {
+        "models": _pairs(model or [], "NAME=PATH"),
+        "cache_dir": cache_dir,
+        "tune": tune,
+        "threads": threads,
+        "prefill_chunk": prefill_chunk,
+        "flash_attention": flash_attention,
+        "max_step_ms": max_step_ms,
+    }
+    try:
+        settings = load_settings(config, **flags)
+        if measure:
+            measure_again(settings, lambda text: errors.print(text, markup=False), agree=yes)
+        report = examine(settings, flags)
+    except (StartupError, HeadstartError) as error:
+        raise _failed(error) from error
+    (show_json if as_json else show)(report)
+    if report.problems:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -38,7 +38,7 @@ def serve(settings: Settings, say: Say) -> None:
     """Returns when the server was stopped. Raises StartupError when it can't start."""
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     listener = _listen(settings.host, settings.port)
-    service = Service(settings)
+    service = Service(settings, say)
     config = uvicorn.Config(
         create_app(service),
         access_log=False,

@@ -178,7 +178,7 @@ class EngineClient:
             msgspec.json.encode(self.settings).decode(),
             pass_fds=[theirs.fileno()],
             stdin=asyncio.subprocess.DEVNULL,
-            env=_worker_environment(),
+            env=worker_environment(),
         )
         theirs.close()
         ready = False
@@ -197,8 +197,10 @@ class EngineClient:
 
     def _dispatch(self, message: WorkerMessage) -> bool:
         match message:
-            case Ready(info=info):
+            case Ready(info=info, tuning=tuning):
                 self.info, self.state, self.failure = info, "ready", ""
+                # A worker that takes this one's place need not measure again.
+                self.settings = msgspec.structs.replace(self.settings, tuning=tuning)
                 self._settled.set()
                 return True
             case LoadFailed(message=reason):
@@ -239,7 +241,7 @@ async def _ended(process: asyncio.subprocess.Process) -> int:
         return await process.wait()
 
 
-def _worker_environment() -> dict[str, str]:
+def worker_environment() -> dict[str, str]:
     """OpenMP's threads wait for each other by spinning, by default so long that a second busy process on the
     same CPUs makes decoding tens of times slower. Huge pages make it quick to clear a KV cache at the start.
     (Figures for both in docs/architecture.md.) What the user has set is kept."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 from headstart.engine.model import Model, Piece
 from headstart.messages import EngineSettings
 from headstart.toyspec import ToySpec
@@ -14,6 +16,11 @@ def load(settings: EngineSettings) -> Model:
     model.evaluate([Piece(0, 0, [0], sample=True)])
     model.clear(0)
     return model
+
+
+def engine_version(path: str) -> str:
+    """What computes the states of this model, as its ModelInfo says it; nothing is loaded to tell."""
+    return "toy" if ToySpec.matches(path) else f"llama-cpp-python {version('llama-cpp-python')}"
 
 
 def _load(settings: EngineSettings) -> Model:

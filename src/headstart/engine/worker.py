@@ -21,6 +21,7 @@ from headstart.engine.cuts import Cuts
 from headstart.engine.loading import load
 from headstart.engine.loop import Engine
 from headstart.engine.model import ModelError
+from headstart.engine.settling import find_tuning, settled
 from headstart.messages import Command, EngineSettings, LoadFailed, Ready, Step, WorkerMessage
 
 
@@ -32,11 +33,12 @@ class Worker:
         self.selector.register(channel, selectors.EVENT_READ, self._receive)
         wake_reader, wake_writer = os.pipe()
         self.selector.register(wake_reader, selectors.EVENT_READ, lambda: os.read(wake_reader, 4096))
+        tuning = find_tuning(settings, channel)
+        settings = settled(settings, tuning)
         model = load(settings)
-        cuts = Cuts(settings.prefill_chunk, settings.max_step_ms)
         wake = partial(os.write, wake_writer, b"w")
-        self.engine = Engine(model, cuts, wake, share_from=settings.share_from)
-        self.send(Ready(model.info))
+        self.engine = Engine(model, _cuts(settings), wake, share_from=settings.share_from or 0)
+        self.send(Ready(model.info, tuning))
 
     def send(self, message: WorkerMessage) -> None:
         self.channel.sendall(frame(message))
@@ -60,6 +62,14 @@ class Worker:
             self.engine.handle(command)
 
 
+def _cuts(settings: EngineSettings) -> Cuts:
+    tuning = settings.tuning
+    if tuning is None:
+        return Cuts(settings.prefill_chunk, settings.max_step_ms)
+    costs = tuning.pass_ms, tuning.token_ms, tuning.attend_ms
+    return Cuts(settings.prefill_chunk, settings.max_step_ms, *costs)
+
+
 def main() -> None:
     # The server decides when to stop: a Ctrl-C reaches the whole group, but requests are drained first.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -72,6 +82,8 @@ def main() -> None:
     except ModelError as error:
         with suppress(OSError):
             channel.sendall(frame(LoadFailed(str(error))))
+        return
+    except (EOFError, BrokenPipeError, ConnectionResetError):
         return
     worker.run()
     # Native destructors have nothing left to save, and crash now and then; the memory goes with the process.

@@ -2,7 +2,7 @@
 
 The cached part of a chat is found without knowing the template: the cached messages are rendered before two
 different probe messages, and the tokens both begin with are the ones any later message leaves as they are,
-but for the last, which may merge with what follows it. Where a state can't be cut, it is left out of it.
+but for the last, which may merge with what follows it. Where a state can't be cut, that one is left out.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ async def soon(tokenise: Callable[[int], list[int]]) -> list[int]:
 
 class Prompts:
     """Not safe for use by several threads at once where `tokenizer` isn't; both real ones are. `can_cut`: a
-    state may be used in part. All methods raise TakesLong, at once, rather than tokenise more than `most`
-    characters."""
+    state may be used in part; to be set before the first opening is asked for. All methods raise TakesLong,
+    at once, rather than tokenise more than `most` characters."""
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, *, can_cut: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate) -> None:
         self.tokenizer = tokenizer
         self.template = template
-        self.left_out = 0 if can_cut else 1
+        self.can_cut = True
         self.template_hash = hashlib.sha256(template.source.encode()).hexdigest()
         self._tokens = RememberedTokens(tokenizer.encode, tokenizer.specials, template.source)
         self._openings = Memory()
@@ -61,7 +61,8 @@ class Prompts:
         if (opening := self._openings.get(key)) is None:
             probes: list[Message] = [{"role": "user", "content": probe} for probe in PROBES]
             one, other = (self.chat([*messages, probe], most) for probe in probes)
-            opening = one[: max(common_prefix(one, other) - self.left_out, 0)]
+            shared = one[: common_prefix(one, other)]
+            opening = shared if self.can_cut else shared[:-1]
             self._openings.put(key, _characters(messages), opening)
         return opening.copy()
 
@@ -69,7 +70,7 @@ class Prompts:
         """The tokens of a text that others will continue."""
         if (opening := self._openings.get(text)) is None:
             tokens = self.text(text, most)
-            opening = tokens[: len(tokens) - self.left_out]
+            opening = tokens if self.can_cut else tokens[:-1]
             self._openings.put(text, len(text), opening)
         return opening.copy()
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from time import time
 
@@ -12,32 +14,53 @@ from headstart.caches.store import Store
 from headstart.config import Settings
 from headstart.engine.client import EngineClient
 from headstart.errors import ContextLengthExceeded, ModelLoading, StartupError
-from headstart.messages import EngineSettings, ModelInfo
+from headstart.messages import ModelInfo
 from headstart.prompt.prompts import Prompts
 from headstart.prompt.template import ChatTemplate
 from headstart.prompt.tokenizer import load_tokenizer
+from headstart.service.fitting import kept_back, misfits, warnings
+from headstart.service.plan import engine_settings, make_plan
+from headstart.service.tunings import Tunings
 from headstart.toyspec import ToySpec
+
+Say = Callable[[str], None]
 
 
 class ServedModel:
     def __init__(self, name: str, path: str, settings: Settings) -> None:
         self.name = name
-        self.path = path if ToySpec.matches(path) else str(Path(path).expanduser().absolute())
+        self.settings = settings
+        self.path = model_path(path)
         self.created = int(time())
         self._template_file = settings.templates.get(name)
-        self.engine = EngineClient(name, _engine_settings(self.path, settings), settings.max_waiting)
+        self.engine = EngineClient(name, engine_settings(self.path, settings), settings.max_waiting)
         self._prompts: Prompts | None = None
         self._weights = ""
 
-    async def load(self, store: Store) -> None:
-        """Returns when the model answers requests. Raises StartupError."""
-        self.engine.start()
-        tokenizer = await asyncio.to_thread(load_tokenizer, self.path)
-        source = _read(self._template_file) if self._template_file else tokenizer.template
-        template = ChatTemplate(source, tokenizer.bos_text, tokenizer.eos_text)
+    async def load(self, store: Store, say: Say, measuring: asyncio.Lock) -> None:
+        """Returns when the model answers requests. Raises StartupError. Models are measured one at a time;
+        what takes the user's time, or will, is said."""
         self._weights = await _weights_hash(self.path, store)
-        info = await self.engine.wait_ready()
-        self._prompts = Prompts(tokenizer, template, can_cut=info.can_cut)
+        tunings = Tunings(store.directory)
+        plan = make_plan(self.path, self._weights, self.settings, tunings, store.list(self.name))
+        self.engine.settings = plan.settings
+        async with measuring if plan.measures else nullcontext():
+            if plan.measures and not ToySpec.matches(self.path):
+                say(f"Measuring what is fastest for {self.name} here (once per model and machine) ...")
+            self.engine.start()
+            prompts = await asyncio.to_thread(self._load_prompts)
+            prompts.can_cut = (await self.engine.wait_ready()).can_cut
+            self._prompts = prompts
+        tuning = self.engine.settings.tuning
+        if plan.measures and tuning:
+            tunings.put(plan.key, tuning)
+            if plan.kept_back(tuning):
+                say(kept_back(self.name, tuning))
+        for warning in warnings(self.name, misfits(store.list(self.name), self.fingerprint)):
+            say(warning)
+
+    def _load_prompts(self) -> Prompts:
+        return load_prompts(self.path, self._template_file)
 
     @property
     def prompts(self) -> Prompts:
@@ -70,18 +93,28 @@ def _read(template: Path) -> str:
         raise StartupError(f"The chat template {template} can't be read: {error}") from error
 
 
-def _engine_settings(path: str, settings: Settings) -> EngineSettings:
-    return EngineSettings(
-        path=path,
-        slots=settings.slots,
-        ctx=settings.ctx,
-        threads=settings.threads,
-        prefill_chunk=settings.prefill_chunk,
-        flash_attention=settings.flash_attention,
-    )
+def load_prompts(path: str, template_file: Path | None) -> Prompts:
+    """Raises StartupError."""
+    tokenizer = load_tokenizer(path)
+    source = _read(template_file) if template_file else tokenizer.template
+    return Prompts(tokenizer, ChatTemplate(source, tokenizer.bos_text, tokenizer.eos_text))
+
+
+def model_path(path: str) -> str:
+    return path if ToySpec.matches(path) else str(Path(path).expanduser().absolute())
+
+
+def toy_weights(path: str) -> str:
+    """What stands for the SHA-256 of a toy model's weights. Raises StartupError."""
+    try:
+        return hashlib.sha256(ToySpec.parse(path).weights.encode()).hexdigest()
+    except ValueError as error:
+        raise StartupError(str(error)) from error
 
 
 async def _weights_hash(path: str, store: Store) -> str:
     if ToySpec.matches(path):
-        return hashlib.sha256(ToySpec.parse(path).weights.encode()).hexdigest()
+        return toy_weights(path)
+    if not Path(path).is_file():
+        raise StartupError(f"{path} can't be read: there is no such file")
     return await store.weights_hash(Path(path))

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 
 from headstart.caches.store import Store
 from headstart.config import Settings
 from headstart.errors import ModelNotFound
 from headstart.service.caching import Caching
 from headstart.service.generation import Generation
-from headstart.service.model import ServedModel
+from headstart.service.model import Say, ServedModel
+
+log = logging.getLogger(__name__)
 
 
 class Service:
-    """Made, loaded and closed by whoever runs the server; till loaded, models answer ModelLoading."""
+    """Made, loaded and closed by whoever runs the server, to whom `say` tells what takes time; till loaded,
+    models answer ModelLoading."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, say: Say = log.info) -> None:
+        self.say = say
         self.settings = settings
         self.store = Store(settings.cache_dir)
         self.caching = Caching(self.store)
@@ -24,7 +29,8 @@ class Service:
 
     async def load(self) -> None:
         """Returns when every model answers. Raises StartupError."""
-        await asyncio.gather(*(model.load(self.store) for model in self.models.values()))
+        measuring = asyncio.Lock()
+        await asyncio.gather(*(model.load(self.store, self.say, measuring) for model in self.models.values()))
 
     async def close(self) -> None:
         await self.caching.close()

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import os
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import llama_cpp as lib
 
 from headstart.engine.llama.context import LlamaContext, Shape
 from headstart.engine.llama.sampler import LlamaSampler
 from headstart.engine.model import ModelError, Piece, Sampler
+from headstart.machine import available_cpus, memory_bytes
 from headstart.messages import EngineSettings, ModelInfo, Sampling
 
 log = logging.getLogger("llama.cpp")
@@ -32,19 +33,22 @@ KV_VALUE_BYTES = 2
 
 
 @lib.llama_log_callback  # type: ignore[untyped-decorator]
-def _forward_log(level: int, text: bytes, _user: object) -> None:
+def forward_log(level: int, text: bytes, _user: object) -> None:
     log.log(LOG_LEVELS.get(level, logging.DEBUG), "%s", text.decode(errors="replace").rstrip())
 
 
-def _available_cpus() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def states_are_plain(model: Any) -> bool:
+    """Whether every layer attends to all tokens, so that states can be cut and copied."""
+    return not (
+        lib.llama_model_is_recurrent(model)
+        or lib.llama_model_is_hybrid(model)
+        or lib.llama_model_n_swa(model) > 0
+    )
 
 
 class LlamaModel:
     def __init__(self, settings: EngineSettings) -> None:
-        lib.llama_log_set(_forward_log, None)
+        lib.llama_log_set(forward_log, None)
         lib.llama_backend_init()
         if not Path(settings.path).is_file():
             raise ModelError(f"no such file: {settings.path}")
@@ -56,7 +60,7 @@ class LlamaModel:
         self.slots = settings.slots or self._affordable_slots()
         self.streams = self._context(settings, self.ctx * self.slots, self.slots, streams=True)
         self.pool: LlamaContext | None = None
-        if settings.share_from and self.slots > 1 and self._states_are_plain():
+        if settings.share_from and self.slots > 1 and states_are_plain(self.model):
             # A sequence for each slot, and one that holds the shared prefix.
             self.pool = self._context(settings, self.ctx, self.slots + 1, streams=False)
         self.latest = self.streams
@@ -70,21 +74,13 @@ class LlamaModel:
             sequences=sequences,
             streams=streams,
             batch=settings.prefill_chunk + self.slots,
-            threads=settings.threads or _available_cpus(),
-            flash_attention=settings.flash_attention,
+            threads=settings.threads or available_cpus(),
+            flash_attention=bool(settings.flash_attention),
         )
-        return LlamaContext(self.model, shape, plain_states=self._states_are_plain())
-
-    def _states_are_plain(self) -> bool:
-        """Whether every layer attends to all tokens, so that states can be cut and copied."""
-        return not (
-            lib.llama_model_is_recurrent(self.model)
-            or lib.llama_model_is_hybrid(self.model)
-            or lib.llama_model_n_swa(self.model) > 0
-        )
+        return LlamaContext(self.model, shape, plain_states=states_are_plain(self.model))
 
     def _affordable_slots(self) -> int:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * KV_MEMORY_SHARE
+        memory = memory_bytes() * KV_MEMORY_SHARE
         contexts = int(memory / (self.ctx * self._kv_token_bytes()))
         # The pool takes as much as a slot, and is of no use to a single one.
         return max(1, min(DEFAULT_SLOTS, contexts - 1 if contexts > 2 else contexts))
@@ -105,7 +101,7 @@ class LlamaModel:
         return int(text.value) if size > 0 and text.value.isdigit() else 0
 
     def _info(self, settings: EngineSettings) -> ModelInfo:
-        plain = self._states_are_plain()
+        plain = states_are_plain(self.model)
         kept = {"flash_attention": "on" if settings.flash_attention else "off", "kv_type": "f16"}
         return ModelInfo(
             n_ctx=lib.llama_n_ctx_seq(self.streams.context),

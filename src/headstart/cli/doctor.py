@@ -1,0 +1,69 @@
+"""`headstart doctor`: how a report is shown."""
+
+from __future__ import annotations
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from headstart.service.doctor import ModelReport, Report
+from headstart.service.fitting import in_words
+
+out = Console(highlight=False, markup=False, soft_wrap=True)
+
+
+def show(report: Report) -> None:
+    cores = f" ({report.cores} cores)" if report.cores else ""
+    out.print(f"Machine  {report.cpu}, {report.cpus} CPUs{cores}, {_size(report.memory_bytes)} of memory")
+    out.print(f"Engine   {report.engine}: {' '.join(report.features)}")
+    out.print(f"Caches   in {report.cache_dir}")
+    for model in report.models:
+        _show_model(model)
+    for name, n in report.others.items():
+        out.print(f"\n{n} caches of {name}, which is no model here")
+    for problem in report.problems:
+        out.print(f"\nProblem: {problem}", style="red")
+    if not report.problems:
+        out.print("\nNo problems found.")
+
+
+def show_json(report: Report) -> None:
+    print(msgspec.json.format(msgspec.json.encode(report)).decode())
+
+
+def _show_model(model: ModelReport) -> None:
+    size = "" if model.size_bytes is None else f", {_size(model.size_bytes)}"
+    out.print(f"\n{model.name}  {model.path}{size}", style="bold")
+    if model.problem:
+        return
+    out.print(_settings(model), soft_wrap=False)
+    if model.tuning and model.tuning.measured:
+        out.print(_figures(model.tuning.measured), soft_wrap=False)
+    out.print(f"Caches that fit: {model.fitting}")
+    for reason, names in model.misfits.items():
+        out.print(f"Caches that don't, computed again at first use: {len(names)} ({reason})")
+        out.print(f"  {in_words(names)}")
+    for note in model.notes:
+        out.print(note, style="yellow")
+
+
+def _settings(model: ModelReport) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("Setting", "Value", "From"):
+        table.add_column(heading, overflow="fold")
+    for setting in model.settings:
+        table.add_row(setting.name, setting.value, setting.origin)
+    return table
+
+
+def _figures(measured: dict[str, float]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("Measured", overflow="fold")
+    table.add_column("ms", justify="right", no_wrap=True)
+    for what, ms in measured.items():
+        table.add_row(what, f"{ms:,.1f}")
+    return table
+
+
+def _size(n: int) -> str:
+    return f"{n / (1 << 30):.1f} GB" if n >= 1 << 30 else f"{n / (1 << 20):.1f} MB"

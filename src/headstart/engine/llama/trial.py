@@ -1,0 +1,93 @@
+"""llama.cpp contexts to be timed, with tokens chosen at random."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from random import Random
+from time import perf_counter
+from typing import Any
+
+import llama_cpp as lib
+
+from headstart.engine.llama.context import LlamaContext, Shape
+from headstart.engine.llama.model import forward_log, states_are_plain
+from headstart.engine.model import ModelError, Piece
+from headstart.engine.trials import Span, TrialShape
+
+SEED = 1
+# llama.cpp gives sequences whole blocks of cells.
+CELLS = 256
+
+
+class LlamaTrials:
+    """The model at `path`. Raises ModelError."""
+
+    def __init__(self, path: str) -> None:
+        lib.llama_log_set(forward_log, None)
+        lib.llama_backend_init()
+        if not Path(path).is_file():
+            raise ModelError(f"no such file: {path}")
+        self.model = lib.llama_model_load_from_file(path.encode(), lib.llama_model_default_params())
+        if not self.model:
+            raise ModelError(f"llama.cpp can't load {path}: not a GGUF file it knows")
+        self.can_share = states_are_plain(self.model)
+        self.words = self._words()
+
+    def _words(self) -> list[int]:
+        """A few thousand tokens that stand for text."""
+        vocab = lib.llama_model_get_vocab(self.model)
+        n_tokens = lib.llama_vocab_n_tokens(vocab)
+        chosen = Random(SEED).choices(range(n_tokens), k=4096)
+        return [token for token in chosen if not lib.llama_vocab_is_control(vocab, token)] or chosen
+
+    def trial(self, shape: TrialShape) -> LlamaTrial:
+        return LlamaTrial(self.model, shape, self.words, plain_states=self.can_share)
+
+    def close(self) -> None:
+        lib.llama_model_free(self.model)
+
+
+class LlamaTrial:
+    def __init__(self, model: Any, shape: TrialShape, words: list[int], *, plain_states: bool) -> None:
+        self.words = words
+        self.closed = False
+        cells = -(-shape.tokens // CELLS) * CELLS * (shape.sequences if shape.streams else 1)
+        self.context = LlamaContext(
+            model,
+            Shape(cells, shape.sequences, shape.streams, shape.batch, shape.threads, shape.flash_attention),
+            plain_states=plain_states,
+        )
+
+    def evaluate(self, spans: Seq[Span]) -> float:
+        pieces = [Piece(span.seq, span.start, self._tokens(span), sample=True) for span in spans]
+        started = perf_counter()
+        self.context.evaluate(pieces)
+        return 1000 * (perf_counter() - started)
+
+    def _tokens(self, span: Span) -> list[int]:
+        return [self.words[(span.start + i) % len(self.words)] for i in range(span.n)]
+
+    def set_threads(self, n: int) -> None:
+        lib.llama_set_n_threads(self.context.context, n, n)
+
+    def cut(self, seq: int, n_tokens: int) -> bool:
+        return self.context.cut(seq, n_tokens)
+
+    def share(self, source: int, seq: int) -> None:
+        lib.llama_memory_seq_cp(self.context.memory, source, seq, -1, -1)
+
+    def save(self, seq: int) -> tuple[memoryview, int, int]:
+        return self.context.save(seq)
+
+    def restore(self, seq: int, state: tuple[memoryview, int, int]) -> None:
+        memory, start, end = state
+        # A copy: restoring may write before the state.
+        if not self.context.restore(seq, memoryview(bytearray(memory)), start, end):
+            raise ModelError("llama.cpp did not take back a state of its own")
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            lib.llama_batch_free(self.context.batch)
+            lib.llama_free(self.context.context)

@@ -1,0 +1,99 @@
+"""From what a worker was told to what it does: measured, given or default."""
+
+from __future__ import annotations
+
+import logging
+import selectors
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+
+import msgspec
+
+from headstart.engine.model import ModelError
+from headstart.machine import available_cpus
+from headstart.messages import EngineSettings, Tuning
+from headstart.toyspec import ToySpec
+
+log = logging.getLogger(__name__)
+
+DEFAULT_CHUNK = 64
+DEFAULT_SHARE_FROM = 256
+# The toy model has no speed to measure.
+TOY = Tuning(
+    flash_attention=False,
+    threads=1,
+    ubatch=DEFAULT_CHUNK,
+    pass_ms=0.0,
+    token_ms=0.0,
+    attend_ms=0.0,
+    share_from=DEFAULT_SHARE_FROM,
+    prefers_flash_attention=False,
+    measured={},
+)
+
+
+def settled(settings: EngineSettings, tuning: Tuning | None) -> EngineSettings:
+    """The settings with nothing left open."""
+    flash_attention = settings.flash_attention
+    if flash_attention is None:
+        flash_attention = bool(tuning and tuning.flash_attention)
+    share_from = settings.share_from
+    if share_from is None:
+        share_from = tuning.share_from if tuning else DEFAULT_SHARE_FROM
+    return msgspec.structs.replace(
+        settings,
+        threads=settings.threads or (tuning.threads if tuning else available_cpus()),
+        prefill_chunk=settings.prefill_chunk or (tuning.ubatch if tuning else DEFAULT_CHUNK),
+        flash_attention=flash_attention,
+        share_from=share_from,
+        tuning=tuning,
+    )
+
+
+def find_tuning(settings: EngineSettings, channel: socket.socket | None = None) -> Tuning | None:
+    """What is known of the model on this machine, measured now if need be; None where it isn't to be measured
+    or measuring fails. Raises EOFError when `channel` is closed meanwhile."""
+    if settings.tuning or not settings.tune:
+        return settings.tuning
+    try:
+        return measure_apart(settings, channel)
+    except ModelError as error:
+        log.warning("measuring %s failed, defaults are used: %s", settings.path, error)
+        return None
+
+
+def measure_apart(
+    settings: EngineSettings, channel: socket.socket | None = None, env: Mapping[str, str] | None = None
+) -> Tuning:
+    """Measures in a process of its own: its memory is free afterwards for sure, and if it needs too much or
+    crashes, the model can still be run. `env`: its environment, which must be a worker's; None: this one's.
+    Raises ModelError; EOFError when `channel` is closed meanwhile."""
+    if ToySpec.matches(settings.path):
+        return msgspec.structs.replace(TOY, flash_attention=bool(settings.flash_attention))
+    process = subprocess.Popen(
+        # -P: what lies in the current folder is no part of the program.
+        [sys.executable, "-P", "-m", "headstart.engine.tuning", msgspec.json.encode(settings).decode()],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        env=env,
+    )
+    assert process.stdout
+    try:
+        with selectors.DefaultSelector() as selector:
+            selector.register(process.stdout, selectors.EVENT_READ)
+            if channel is not None:
+                # Nothing is sent before the worker is ready: what can be read is the end.
+                selector.register(channel, selectors.EVENT_READ)
+            if all(key.fileobj is not process.stdout for key, _ in selector.select()):
+                raise EOFError
+        answer = process.stdout.read()
+        status = process.wait()
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    if status != 0:
+        raise ModelError(f"the measuring process ended with status {status}")
+    return msgspec.json.decode(answer, type=Tuning)

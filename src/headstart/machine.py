@@ -1,0 +1,42 @@
+"""What the machine is, as far as speed depends on it. Nothing here fails; what can't be told is left out."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+CPU_INFO = Path("/proc/cpuinfo")
+TOPOLOGY = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+
+
+def cpu_model() -> str:
+    try:
+        for line in CPU_INFO.read_text(errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def available_cpus() -> int:
+    """Those this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def physical_cores() -> int | None:
+    """Cores behind the CPUs this process may run on; None where that can't be told."""
+    if not hasattr(os, "sched_getaffinity"):
+        return None
+    try:
+        return len({Path(TOPOLOGY.format(cpu)).read_text() for cpu in os.sched_getaffinity(0)})
+    except OSError:
+        return None
+
+
+def memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

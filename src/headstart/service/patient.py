@@ -1,0 +1,79 @@
+"""A model as it would be served, looked at without loading its weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from msgspec.structs import replace
+
+from headstart.caches.entry import Entry, Fingerprint
+from headstart.config import Settings
+from headstart.engine.client import worker_environment
+from headstart.engine.model import ModelError
+from headstart.engine.settling import measure_apart, settled
+from headstart.errors import StartupError
+from headstart.messages import EngineSettings
+from headstart.service.fitting import kept_back, misfits, on_off, warnings
+from headstart.service.model import Say, load_prompts, model_path, toy_weights
+from headstart.service.plan import make_plan
+from headstart.service.tunings import Tunings
+from headstart.toyspec import ToySpec
+
+
+class Patient:
+    """Raises StartupError when the model couldn't be served."""
+
+    def __init__(
+        self, name: str, path: str, settings: Settings, tunings: Tunings, entries: Sequence[Entry]
+    ) -> None:
+        self.name, self.tunings, self.entries = name, tunings, entries
+        self.path = model_path(path)
+        self.weights = _weights(self.path)
+        self.template = load_prompts(self.path, settings.templates.get(name)).template_hash
+        self.plan = make_plan(self.path, self.weights, settings, tunings, entries)
+
+    @property
+    def in_force(self) -> EngineSettings:
+        return settled(self.plan.settings, self.plan.settings.tuning)
+
+    def misfits(self, flash_attention: bool | None) -> dict[str, list[str]]:
+        """Names of caches that don't fit with it, by reason. It is all of a state's settings that can be
+        set."""
+        found: dict[str, list[str]] = {}
+        for entry in self.entries:
+            kept = entry.fingerprint.settings | {"flash_attention": on_off(bool(flash_attention))}
+            now = Fingerprint(self.weights, self.plan.key.engine, kept, self.template)
+            for reason, names in misfits([entry], now).items():
+                found.setdefault(reason, []).extend(names)
+        return found
+
+    def measure(self, say: Say, *, agree: bool) -> None:
+        """Measures again; says which caches don't fit what was found, then remembers it. The flash attention
+        that caches have is kept unless `agree`. Raises StartupError."""
+        free = agree and self.plan.why != "set"
+        asked = replace(self.plan.settings, tuning=None)
+        if free:
+            asked = replace(asked, flash_attention=None)
+        try:
+            tuning = measure_apart(asked, env=worker_environment())
+        except ModelError as error:
+            raise StartupError(f"Measuring {self.name} failed: {error}") from error
+        if self.plan.kept_back(tuning):
+            say(kept_back(self.name, tuning))
+            for warning in warnings(self.name, self.misfits(tuning.prefers_flash_attention)):
+                say(f"If it were changed: {warning}")
+        for warning in warnings(self.name, self.misfits(tuning.flash_attention)):
+            say(warning)
+        self.tunings.put(self.plan.key, tuning, agreed=free)
+
+
+def _weights(path: str) -> str:
+    if ToySpec.matches(path):
+        return toy_weights(path)
+    try:
+        with Path(path).open("rb") as weights:
+            return hashlib.file_digest(weights, "sha256").hexdigest()
+    except OSError as error:
+        raise StartupError(f"{path} can't be read: {error.strerror}") from error
