@@ -104,7 +104,7 @@ async def _answer(request: Request, body: GenerationRequest, prepared: Prepared,
     events = service.generation.run(prepared)
     if body.stream:
         started = await begun(request, events, BEGIN_SECONDS)
-        return EventStream(_chunks(started, shape, body.include_usage))
+        return EventStream(stream(started, shape, body.include_usage))
     return JSONResponse(await while_connected(request, _whole(events, shape)))
 
 
@@ -118,9 +118,10 @@ async def _whole(events: AsyncGenerator[Text | Result, None], shape: Chat) -> Js
     raise AssertionError("an answer ends with its result")
 
 
-async def _chunks(
+async def stream(
     events: AsyncGenerator[Text | Result, None], shape: Chat, include_usage: bool
 ) -> AsyncGenerator[bytes, None]:
+    """The answer's events, together where they are sent together."""
     # OpenAI's clients expect `usage: null` on every chunk but the last once they have asked for it.
     extra: Json = {"usage": None} if include_usage else {}
     # All chunks with text are alike but for the text.
