@@ -10,8 +10,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.types import Message
 
+from headstart.api import streaming
 from headstart.api.completions import Chat, Completion, stream
+from headstart.api.streaming import COMMENT, EventStream, as_event
+from headstart.errors import EngineDied
 from headstart.messages import Stats
 from headstart.service.generation import Result, Text
 
@@ -60,3 +64,84 @@ def test_a_step_of_the_engine_is_one_write_and_so_is_what_begins_and_ends_an_ans
         {"content": "one"},
         {"content": "two"},
     ]
+
+
+class Connection:
+    """A client that reads what is sent to it, and leaves when it is told to."""
+
+    def __init__(self) -> None:
+        self.received = b""
+        self.changed = asyncio.Event()
+        self.left = asyncio.Event()
+
+    async def receive(self) -> Message:
+        await self.left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Message) -> None:
+        self.received += message.get("body", b"")
+        self.changed.set()
+
+    async def until(self, text: bytes) -> None:
+        while text not in self.received:
+            self.changed.clear()
+            await self.changed.wait()
+
+    async def read(self, events: AsyncGenerator[bytes, None]) -> None:
+        await EventStream(events)({"type": "http"}, self.receive, self.send)
+
+
+async def test_a_silent_stream_is_kept_alive_by_comments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "KEEP_ALIVE_SECONDS", 0.01)
+    connection = Connection()
+
+    async def events() -> AsyncGenerator[bytes, None]:
+        yield as_event("before")
+        await connection.until(COMMENT + COMMENT)
+        yield as_event("after")
+
+    await connection.read(events())
+    assert connection.received.startswith(b'data: "before"\n\n' + COMMENT)
+    assert connection.received.endswith(COMMENT + b'data: "after"\n\ndata: [DONE]\n\n')
+
+
+async def test_a_stream_that_is_not_silent_has_no_comments() -> None:
+    connection = Connection()
+
+    async def events() -> AsyncGenerator[bytes, None]:
+        yield as_event("one")
+        yield as_event("two")
+
+    await connection.read(events())
+    assert connection.received == b'data: "one"\n\ndata: "two"\n\ndata: [DONE]\n\n'
+
+
+async def test_an_error_after_the_start_is_an_event() -> None:
+    connection = Connection()
+
+    async def events() -> AsyncGenerator[bytes, None]:
+        yield as_event("one")
+        raise EngineDied("It died.")
+
+    await connection.read(events())
+    first, error, end = connection.received.removesuffix(b"\n\n").split(b"\n\n")
+    assert (first, end) == (b'data: "one"', b"data: [DONE]")
+    assert json.loads(error.removeprefix(b"data: "))["error"]["message"] == "It died."
+
+
+async def test_when_the_client_leaves_the_events_are_closed() -> None:
+    connection = Connection()
+    closed = False
+
+    async def events() -> AsyncGenerator[bytes, None]:
+        nonlocal closed
+        try:
+            yield as_event("one")
+            connection.left.set()
+            await asyncio.Event().wait()
+        finally:
+            closed = True
+
+    await connection.read(events())
+    assert closed
+    assert connection.received == b'data: "one"\n\n'
