@@ -6,8 +6,11 @@ import os
 import random
 import stat
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
+from msgspec.structs import replace
 from safetensors import safe_open
 
 from headstart.caches import file
@@ -15,6 +18,8 @@ from headstart.caches.entry import Entry, Fingerprint
 from headstart.caches.file import Corrupt, Part
 from headstart.caches.store import Store, storage_errors
 from headstart.errors import CacheNotFound, StartupError, StorageError, StorageFull
+from headstart.service.caching import Caching
+from headstart.service.model import ServedModel
 
 FINGERPRINT = Fingerprint("w", "e", {"a": "b"}, "t")
 ENTRY = Entry("toy", "one", "the prompt: ünï", 1, 10.0, 20.0, FINGERPRINT, {}, 1.0, 2.0)
@@ -213,3 +218,37 @@ async def test_a_cache_works_while_the_index_can_not_be_written(store: Store, tm
     assert (await store.verified(store.find("toy", "one"), "chat")).tokens == TOKENS
     store.delete("toy", "one")
     assert store.list() == []
+
+
+async def test_of_the_caches_a_text_may_begin_with_the_longest_that_is_there_is_found(
+    store: Store, tmp_path: Path
+) -> None:
+    prompts = {"short": "You are", "long": "You are the keeper", "gone": "You are the keeper of"}
+    for name, prompt in prompts.items():
+        await _stored(store, tmp_path, replace(ENTRY, name=name, prompt=prompt))
+    store.path("toy", "gone").unlink()
+    chat_only = {"chat": _parts(tmp_path)["chat"]}
+    await store.put(replace(ENTRY, name="chat", prompt="You are the keeper o"), chat_only)  # type: ignore[arg-type]
+    model = cast(ServedModel, SimpleNamespace(name="toy"))
+    caching = Caching(store)
+    assert caching.known_opening(model, "You are the keeper of the light") == "You are the keeper"
+    assert caching.known_opening(model, "You are not") == "You are"
+    assert caching.known_opening(model, "Am I?") == ""
+    assert caching.known_opening(cast(ServedModel, SimpleNamespace(name="other")), "You are") == ""
+
+
+async def test_only_caches_a_text_begins_with_are_looked_up_on_the_disk(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(5):
+        await _stored(store, tmp_path, replace(ENTRY, name=f"n{i}", prompt=f"prompt {i}"))
+    found: list[str] = []
+
+    def find(model: str, name: str) -> Entry:
+        found.append(name)
+        return Store.find(store, model, name)
+
+    monkeypatch.setattr(store, "find", find)
+    model = cast(ServedModel, SimpleNamespace(name="toy"))
+    assert Caching(store).known_opening(model, "prompt 3 and more") == "prompt 3"
+    assert found == ["n3"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +12,8 @@ from hypothesis import strategies as st
 
 from headstart.config import embedded_model
 from headstart.prompt import remembered
-from headstart.prompt.remembered import RememberedTokens
+from headstart.prompt.prompts import QUICK, soon
+from headstart.prompt.remembered import Memory, RememberedTokens, TakesLong
 from headstart.prompt.tokenizer import Tokenizer, load_tokenizer
 from headstart.toyspec import CONTROL
 
@@ -66,17 +69,18 @@ def _memory() -> tuple[RememberedTokens, Counting]:
     return RememberedTokens(counting, tokenizer.specials, "".join(SPECIALS)), counting
 
 
-def test_a_system_prompt_is_tokenised_once() -> None:
+def test_of_a_prompt_with_a_known_opening_only_the_new_message_is_tokenised() -> None:
     memory, counting = _memory()
-    opening = "<|im_start|>system\n" + "You are the keeper. " * 50 + "<|im_end|>"
-    memory.encode(opening + "\n<|im_start|>user\nWhy?<|im_end|>")
+    opening = "<|im_start|>system\n" + "You are the keeper. " * 50 + "<|im_end|>\n<|im_start|>"
+    end = "\n<|im_start|>assistant\n"
+    memory.encode(f"{opening}user\nWhy?<|im_end|>{end}")
     before = counting.seen
-    memory.encode(opening + "\n<|im_start|>user\nHow?<|im_end|>")
-    assert counting.seen - before < 60
+    memory.encode(f"{opening}user\nHow?<|im_end|>{end}")
+    assert counting.seen - before == len("user\nHow?<|im_end|>")
 
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remembered, "REMEMBERED", 1000)
+    monkeypatch.setattr(remembered, "REMEMBERED_BYTES", 40_000)
     memory, counting = _memory()
     first, others = "a" * 400 + "<|im_end|>", [letter * 400 + "<|im_end|>" for letter in "bc"]
     for text in [first, *others]:
@@ -86,6 +90,46 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counting.seen == before
     memory.encode(first)
     assert counting.seen > before
+
+
+def test_what_is_remembered_twice_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remembered, "REMEMBERED_BYTES", 10_000)
+    memory = Memory()
+    memory.put("one", 10, [1])
+    for _ in range(100):
+        memory.put("other", 10, [2])
+    assert memory.get("one") == [1]
+
+
+def test_a_text_to_be_continued_is_not_remembered_whole() -> None:
+    memory, counting = _memory()
+    for _ in range(2):
+        memory.encode("Once upon a time. " * 50)
+    assert counting.seen == 2 * len("Once upon a time. " * 50)
+
+
+def test_more_than_the_caller_would_wait_for_is_not_begun() -> None:
+    memory, counting = _memory()
+    opening = "<|im_start|>system\n" + "You are the keeper. " * 50 + "<|im_end|>"
+    with pytest.raises(TakesLong):
+        memory.encode(opening + "Why?", most=100)
+    assert counting.seen == 0
+    memory.encode(opening)
+    assert memory.encode(opening + "Why?", most=100) == counting.encode(opening + "Why?", True)
+
+
+async def test_what_is_quick_is_done_on_the_event_loop_and_the_rest_beside_it() -> None:
+    seen: list[tuple[int, bool]] = []
+
+    def tokenise(most: int, needed: int) -> list[int]:
+        if most < needed:
+            raise TakesLong
+        seen.append((needed, threading.current_thread() is threading.main_thread()))
+        return [needed]
+
+    for needed in (QUICK, QUICK + 1):
+        assert await soon(partial(tokenise, needed=needed)) == [needed]
+    assert seen == [(QUICK, True), (QUICK + 1, False)]
 
 
 def test_special_tokens_that_overlap_are_no_place_to_cut() -> None:

@@ -106,6 +106,19 @@ def test_another_system_message_follows_the_cached_one(start_server: StartServer
     _check_counts(cached)
 
 
+def test_hits_are_counted_whether_streamed_or_not(start_server: StartServer) -> None:
+    server = start_server("--model", "toy=toy:")
+    server.create("keeper", PROMPT)
+    server.chat("One?", use_cache="keeper")
+    assert server.http.get("/v1/cache/toy/keeper").json()["hits"] == 1
+    question = [{"role": "user", "content": "Two?"}]
+    _streamed(
+        server, "/v1/chat/completions", model="toy", messages=question, use_cache="keeper", max_tokens=3
+    )
+    server.restart()
+    assert server.http.get("/v1/cache/toy/keeper").json()["hits"] == 2
+
+
 def test_without_a_name_nothing_is_named_and_reuse_is_told(start_server: StartServer) -> None:
     server = start_server("--model", "toy=toy:")
     first = server.chat("One?", system=PROMPT)

@@ -23,7 +23,7 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(Faults)
     app.add_middleware(RequestIds)
     errors.install(app)
-    for part in (router, completions.router, caches.router):
+    for part in (completions.router, router, caches.router):
         app.include_router(part)
     return app
 

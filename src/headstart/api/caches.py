@@ -8,13 +8,12 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
-import msgspec
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from headstart.api.schemas import CacheRequest
-from headstart.api.streaming import BEGIN_SECONDS, EventStream, begun, while_connected
+from headstart.api.streaming import BEGIN_SECONDS, EventStream, as_event, begun, while_connected
 from headstart.caches.entry import Entry
 from headstart.names import check_name
 from headstart.service.model import ServedModel
@@ -68,7 +67,6 @@ async def _create(service: Service, model: ServedModel, body: CacheRequest, on_p
 
 
 async def _progress(service: Service, model: ServedModel, body: CacheRequest) -> AsyncGenerator[bytes, None]:
-    encode = msgspec.json.encode
     reports: asyncio.Queue[Json | None] = asyncio.Queue()
 
     def report(computed: int, total: int) -> None:
@@ -78,8 +76,8 @@ async def _progress(service: Service, model: ServedModel, body: CacheRequest) ->
     creation.add_done_callback(lambda _: reports.put_nowait(None))
     try:
         while progress := await reports.get():
-            yield encode(progress)
-        yield encode(creation.result())
+            yield as_event(progress)
+        yield as_event(creation.result())
     finally:
         creation.cancel()
         with suppress(asyncio.CancelledError):

@@ -19,7 +19,7 @@ from headstart.api.schemas import (
     CompletionRequest,
     GenerationRequest,
 )
-from headstart.api.streaming import BEGIN_SECONDS, EventStream, begun, while_connected
+from headstart.api.streaming import BEGIN_SECONDS, EventStream, as_event, begun, while_connected
 from headstart.service.generation import Prepared, Result, Text
 from headstart.service.server import Service
 
@@ -104,7 +104,7 @@ async def _answer(request: Request, body: GenerationRequest, prepared: Prepared,
     events = service.generation.run(prepared)
     if body.stream:
         started = await begun(request, events, BEGIN_SECONDS)
-        return EventStream(_chunks(started, shape, body.include_usage))
+        return EventStream(stream(started, shape, body.include_usage))
     return JSONResponse(await while_connected(request, _whole(events, shape)))
 
 
@@ -118,25 +118,26 @@ async def _whole(events: AsyncGenerator[Text | Result, None], shape: Chat) -> Js
     raise AssertionError("an answer ends with its result")
 
 
-async def _chunks(
+async def stream(
     events: AsyncGenerator[Text | Result, None], shape: Chat, include_usage: bool
 ) -> AsyncGenerator[bytes, None]:
-    encode = msgspec.json.encode
+    """The answer's events, together where they are sent together."""
     # OpenAI's clients expect `usage: null` on every chunk but the last once they have asked for it.
     extra: Json = {"usage": None} if include_usage else {}
     # All chunks with text are alike but for the text.
-    before, after = encode(shape.chunk(MARK, None) | extra).split(encode(MARK))
+    before, after = as_event(shape.chunk(MARK, None) | extra).split(msgspec.json.encode(MARK))
+    opening = shape.opening()
+    # Sent with the first event, which is there when the stream begins, or late anyway.
+    waiting = as_event(opening | extra) if opening else b""
     async with aclosing(events):
-        if opening := shape.opening():
-            yield encode(opening | extra)
         async for event in events:
             if isinstance(event, Text):
-                yield before + encode(event.text) + after
+                yield waiting + before + msgspec.json.encode(event.text) + after
+                waiting = b""
             else:
                 last = shape.chunk(None, event.finish_reason) | extra | {"timings": timings(event)}
-                yield encode(last)
-                if include_usage:
-                    yield encode(shape.usage_chunk(event))
+                account = as_event(shape.usage_chunk(event)) if include_usage else b""
+                yield waiting + as_event(last) + account
 
 
 def _account(result: Result) -> Json:

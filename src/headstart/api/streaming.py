@@ -53,9 +53,14 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
+def as_event(content: Any) -> bytes:
+    """The content, of what JSON knows, as an event."""
+    return b"data: " + msgspec.json.encode(content) + b"\n\n"
+
+
 class EventStream(Response):
-    """Sends each piece of JSON as an event, comments while there is none for long, and [DONE]. An error after
-    the start becomes an event with an `error` key. When the client leaves, `events` is closed."""
+    """Sends events, those of one item in one write, comments while there is none for long, and [DONE]. An
+    error after the start becomes an event with an `error` key. When the client leaves, `events` is closed."""
 
     media_type = "text/event-stream"
 
@@ -84,9 +89,9 @@ class EventStream(Response):
         async with aclosing(self.events) as events:
             try:
                 async for event in events:
-                    await self._write(send, b"data: " + event + b"\n\n")
+                    await self._write(send, event)
             except HeadstartError as error:
-                await self._write(send, b"data: " + msgspec.json.encode(errors.body(error)) + b"\n\n")
+                await self._write(send, as_event(errors.body(error)))
         await send({"type": "http.response.body", "body": DONE, "more_body": False})
 
     async def _write(self, send: Send, data: bytes) -> None:
@@ -112,20 +117,21 @@ async def begun(request: Request, events: AsyncGenerator[T, None], seconds: floa
     """The same events, once the first is there or `seconds` are over, so that an early failure is still an
     HTTP error. Raises what `events` raises till then, or ClientLeft."""
     first = asyncio.ensure_future(_next(events))
-
-    async def wait() -> None:
-        await asyncio.wait([first], timeout=seconds)
+    watch = asyncio.ensure_future(_disconnected(request.receive))
+    try:
+        await asyncio.wait([first, watch], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if first.done():
             first.result()
-
-    try:
-        await while_connected(request, wait())
+        elif watch.done():
+            raise ClientLeft("The client left.")
     except BaseException:
         first.cancel()
         with suppress(asyncio.CancelledError, HeadstartError):
             await first
         await events.aclose()
         raise
+    finally:
+        watch.cancel()
     return _rejoined(first, events)
 
 

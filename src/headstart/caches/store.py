@@ -131,6 +131,10 @@ class Store:
         keys = sorted(key for key in self._entries if model in (None, key[0]))
         return [entry for key in keys if (entry := self._look(*key))]
 
+    def known(self, model: str) -> Iterator[Entry]:
+        """The model's caches as they were last seen, without a look at the disk."""
+        return (entry for entry in self._entries.values() if entry.model == model)
+
     async def weights_hash(self, path: Path) -> str:
         """The SHA-256 of a model file, computed once for each state of the file. Raises StorageError."""
         with storage_errors(str(path)):

@@ -45,6 +45,7 @@ def serve(settings: Settings, say: Say) -> None:
         log_config=None,
         timeout_graceful_shutdown=settings.drain_seconds,
         lifespan="off",
+        proxy_headers=False,
     )
     for number in (signal.SIGINT, signal.SIGTERM):
         # The server raises these again once it has drained; by then they have done what they are for.

@@ -7,61 +7,73 @@ but for the last, which may merge with what follows it. Where a state can't be c
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from datetime import date
-from functools import lru_cache
 
-from headstart.prompt.remembered import RememberedTokens
+from headstart.prompt.remembered import LOOKING_UP, Memory, RememberedTokens, TakesLong
 from headstart.prompt.template import ChatTemplate, Message
 from headstart.prompt.tokenizer import Tokenizer
 from headstart.tokens import common_prefix
 
 PROBES = ("Why?", "3 x")
-# Openings that are remembered, and the characters of the longest: together some tens of megabytes at most.
-REMEMBERED_OPENINGS = 128
-REMEMBERED_CHARACTERS = 64 << 10
+# Characters that are tokenised in less than a millisecond.
+QUICK = 2000
+
+
+async def soon(tokenise: Callable[[int], list[int]]) -> list[int]:
+    """What `tokenise` gives, a function of the most characters it may tokenise: called here where that is
+    quick, else on another thread, so that the event loop goes on."""
+    try:
+        return tokenise(QUICK)
+    except TakesLong:
+        return await asyncio.to_thread(tokenise, sys.maxsize)
 
 
 class Prompts:
     """Not safe for use by several threads at once where `tokenizer` isn't; both real ones are. `can_cut`: a
-    state may be used in part; to be set before the first opening is asked for."""
+    state may be used in part; to be set before the first opening is asked for. All methods raise TakesLong,
+    at once, rather than tokenise more than `most` characters."""
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate) -> None:
         self.tokenizer = tokenizer
         self.template = template
         self.can_cut = True
         self.template_hash = hashlib.sha256(template.source.encode()).hexdigest()
-        self._remembered = RememberedTokens(tokenizer.encode, tokenizer.specials, template.source)
-        self._chat_opening = lru_cache(REMEMBERED_OPENINGS)(self._find_chat_opening)
-        self._text_opening = lru_cache(REMEMBERED_OPENINGS)(self._find_text_opening)
+        self._tokens = RememberedTokens(tokenizer.encode, tokenizer.specials, template.source)
+        self._openings = Memory()
 
-    def chat(self, messages: Sequence[Message]) -> list[int]:
+    def chat(self, messages: Sequence[Message], most: int = sys.maxsize) -> list[int]:
         """Raises BadRequest when the template refuses the messages."""
-        return self._remembered.encode(self.template.render(messages))
+        if _characters(messages) > LOOKING_UP * most:
+            raise TakesLong
+        return self._tokens.encode(self.template.render(messages), most)
 
-    def text(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text)
+    def text(self, text: str, most: int = sys.maxsize) -> list[int]:
+        return self._tokens.encode(text, most)
 
-    def chat_opening(self, messages: Sequence[Message]) -> list[int]:
+    def chat_opening(self, messages: Sequence[Message], most: int = sys.maxsize) -> list[int]:
         """The tokens that every chat opening with these messages shares, but for the last now and then."""
-        opening = tuple((message["role"], message["content"]) for message in messages)
-        if sum(len(content) for _, content in opening) > REMEMBERED_CHARACTERS:
-            return list(self._find_chat_opening(opening, date.today()))
         # A template may write today's date, so what is remembered is remembered for a day.
-        return list(self._chat_opening(opening, date.today()))
+        key = (date.today(), *((message["role"], message["content"]) for message in messages))
+        if (opening := self._openings.get(key)) is None:
+            probes: list[Message] = [{"role": "user", "content": probe} for probe in PROBES]
+            one, other = (self.chat([*messages, probe], most) for probe in probes)
+            shared = one[: common_prefix(one, other)]
+            opening = shared if self.can_cut else shared[:-1]
+            self._openings.put(key, _characters(messages), opening)
+        return opening.copy()
 
-    def text_opening(self, text: str) -> list[int]:
+    def text_opening(self, text: str, most: int = sys.maxsize) -> list[int]:
         """The tokens of a text that others will continue."""
-        find = self._text_opening if len(text) <= REMEMBERED_CHARACTERS else self._find_text_opening
-        return list(find(text))
+        if (opening := self._openings.get(text)) is None:
+            tokens = self.text(text, most)
+            opening = tokens if self.can_cut else tokens[:-1]
+            self._openings.put(text, len(text), opening)
+        return opening.copy()
 
-    def _find_text_opening(self, text: str) -> tuple[int, ...]:
-        tokens = self.text(text)
-        return tuple(tokens if self.can_cut else tokens[:-1])
 
-    def _find_chat_opening(self, messages: tuple[tuple[str, str], ...], _day: date) -> tuple[int, ...]:
-        opening = [{"role": role, "content": content} for role, content in messages]
-        one, other = (self.chat([*opening, {"role": "user", "content": probe}]) for probe in PROBES)
-        shared = one[: common_prefix(one, other)]
-        return tuple(shared if self.can_cut else shared[:-1])
+def _characters(messages: Sequence[Message]) -> int:
+    return sum(len(message["content"]) for message in messages)

@@ -1,22 +1,59 @@
 """Tokenising long prompts without repeating what was tokenised before.
 
 Tokenizers look for the texts of special tokens first and treat what lies between them piece by piece. So a
-text may be cut after each of them, the parts tokenised alone, and a long part (a system prompt, an earlier
-turn of a conversation) remembered. llama.cpp's do so for BPE and SentencePiece vocabularies (`tokenize` and
+text may be cut after each of them and the parts tokenised alone. They are remembered: a system prompt, the
+earlier turns of a conversation, and the few words that a template writes between messages, which cost
+llama.cpp about as much as a question does. It treats BPE and SentencePiece vocabularies so (`tokenize` and
 `tokenizer_st_partition` in llama-vocab.cpp).
 """
 
 from __future__ import annotations
 
 import re
+import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from threading import Lock
 
-# Characters of a part worth remembering, and of all that is remembered.
-LONG = 200
-REMEMBERED = 4 << 20
+# Bytes of all that is remembered in one place, with what Python takes for an entry, a character and a number.
+REMEMBERED_BYTES = 16 << 20
+ENTRY_BYTES, CHARACTER_BYTES, TOKEN_BYTES = 300, 4, 36
+# Characters of a last part that may be what a template ends every prompt with.
+ENDING = 200
+# Rendering a text and looking its parts up takes no longer than tokenising one in so many of its characters.
+LOOKING_UP = 32
 
 Encode = Callable[[str, bool], list[int]]
+
+
+class TakesLong(Exception):
+    """More is to be tokenised than the caller would wait for."""
+
+
+class Memory:
+    """Tokens by what they were made from, within a bound of bytes; what was not used for longest goes first.
+    Safe for use by several threads. Nobody may change the lists."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[Hashable, tuple[list[int], int]] = OrderedDict()
+        self._size = 0
+        self._lock = Lock()
+
+    def get(self, key: Hashable) -> list[int] | None:
+        with self._lock:
+            if found := self._known.get(key):
+                self._known.move_to_end(key)
+        return found[0] if found else None
+
+    def put(self, key: Hashable, n_characters: int, tokens: list[int]) -> None:
+        size = ENTRY_BYTES + CHARACTER_BYTES * n_characters + TOKEN_BYTES * len(tokens)
+        with self._lock:
+            _, before = self._known.pop(key, (None, 0))
+            self._known[key] = tokens, size
+            self._size += size - before
+            while self._size > REMEMBERED_BYTES:
+                _, (_, freed) = self._known.popitem(last=False)
+                self._size -= freed
 
 
 class RememberedTokens:
@@ -29,42 +66,32 @@ class RememberedTokens:
         seams = [text for text in specials if text in template and _stands_alone(text, specials)]
         longest_first = sorted(map(re.escape, seams), key=len, reverse=True)
         self._seam = re.compile("|".join(longest_first)) if seams else None
-        self._known: OrderedDict[tuple[str, bool], list[int]] = OrderedDict()
-        self._size = 0
+        self._memory = Memory()
 
-    def encode(self, text: str) -> list[int]:
-        """The same tokens as `encode(text, True)` gives."""
+    def encode(self, text: str, most: int = sys.maxsize) -> list[int]:
+        """The same tokens as `encode(text, True)` gives. Raises TakesLong, at once, rather than tokenise more
+        than `most` characters."""
+        if len(text) > LOOKING_UP * most:
+            raise TakesLong
+        parts = self._parts(text)
+        known = [self._memory.get((part, i == 0)) for i, part in enumerate(parts)]
+        if sum(len(part) for part, found in zip(parts, known, strict=True) if found is None) > most:
+            raise TakesLong
         tokens: list[int] = []
-        short = ""
-        for part in self._parts(text):
-            if len(part) < LONG:
-                short += part
-                continue
-            if short:
-                tokens += self._encode(short, not tokens)
-                short = ""
-            tokens += self._long(part, not tokens)
-        return tokens + self._encode(short, not tokens) if short or not tokens else tokens
+        for i, (part, found) in enumerate(zip(parts, known, strict=True)):
+            tokens += self._tokenise(part, first=i == 0, last=i == len(parts) - 1) if found is None else found
+        return tokens
 
-    def _parts(self, text: str) -> Iterator[str]:
+    def _parts(self, text: str) -> list[str]:
         """Parts that each end with a special token, but for the last."""
-        at = 0
-        for match in self._seam.finditer(text) if self._seam else ():
-            yield text[at : match.end()]
-            at = match.end()
-        if at < len(text):
-            yield text[at:]
+        ends = [match.end() for match in self._seam.finditer(text)] if self._seam else []
+        return [text[start:end] for start, end in zip([0, *ends], [*ends, None], strict=True)]
 
-    def _long(self, part: str, first: bool) -> list[int]:
-        key = (part, first)
-        if (known := self._known.pop(key, None)) is None:
-            known = self._encode(part, first)
-            self._size += len(part)
-        self._known[key] = known
-        while self._size > REMEMBERED and len(self._known) > 1:
-            (oldest, _), _ = self._known.popitem(last=False)
-            self._size -= len(oldest)
-        return known
+    def _tokenise(self, part: str, *, first: bool, last: bool) -> list[int]:
+        tokens = self._encode(part, first)
+        if not last or len(part) < ENDING:
+            self._memory.put((part, first), len(part), tokens)
+        return tokens
 
 
 def _stands_alone(text: str, specials: Sequence[str]) -> bool:

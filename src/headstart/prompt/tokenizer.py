@@ -13,6 +13,8 @@ from headstart.toyspec import BOS, CONTROL, EOS, MERGES, N_BYTES, N_VOCAB, ToySp
 # Vocabularies whose tokenizers look for special tokens first and treat the rest piece by piece.
 CUT_AT_SPECIALS = (lib.LLAMA_VOCAB_TYPE_BPE, lib.LLAMA_VOCAB_TYPE_SPM)
 SPECIAL = lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_USER_DEFINED | lib.LLAMA_TOKEN_ATTR_UNKNOWN
+# Tokens that swallow white space beside them, be it a part of another one.
+STRIPS = lib.LLAMA_TOKEN_ATTR_LSTRIP | lib.LLAMA_TOKEN_ATTR_RSTRIP
 
 
 class Tokenizer(Protocol):
@@ -61,9 +63,12 @@ class LlamaTokenizer:
             i: lib.llama_vocab_get_attr(self.vocab, i) for i in range(lib.llama_vocab_n_tokens(self.vocab))
         }
         special = {i: attribute for i, attribute in attributes.items() if attribute & SPECIAL}
-        if any(attribute & lib.LLAMA_TOKEN_ATTR_RSTRIP for attribute in special.values()):
+        if any(attribute & STRIPS for attribute in special.values()):
             return []
-        return [lib.llama_vocab_get_text(self.vocab, i).decode(errors="replace") for i in special]
+        try:
+            return [lib.llama_vocab_get_text(self.vocab, i).decode() for i in special]
+        except UnicodeDecodeError:
+            return []
 
     def _control_text(self, token: int) -> str:
         return "" if token < 0 else self._piece(token, special=True).decode(errors="replace")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,16 +13,18 @@ from headstart.caches.file import Corrupt, Part
 from headstart.caches.store import Store
 from headstart.errors import HeadstartError
 from headstart.messages import Finished, Progress, Stats, Submit
+from headstart.prompt.prompts import soon
 from headstart.service.model import ServedModel
 
 OnProgress = Callable[[int, int], None]
 
 
-def opening_tokens(model: ServedModel, form: Form, prompt: str) -> list[int]:
+async def opening_tokens(model: ServedModel, form: Form, prompt: str) -> list[int]:
     """The tokens of a form's state, as they would be computed now."""
+    prompts = model.prompts
     if form == "completion":
-        return model.prompts.text_opening(prompt)
-    return model.prompts.chat_opening([{"role": "system", "content": prompt}])
+        return await soon(lambda most: prompts.text_opening(prompt, most))
+    return await soon(lambda most: prompts.chat_opening([{"role": "system", "content": prompt}], most))
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Builder:
         model = build.model
         wanted: dict[Form, list[int]] = {}
         for form in build.forms:
-            if tokens := await asyncio.to_thread(opening_tokens, model, form, build.prompt):
+            if tokens := await opening_tokens(model, form, build.prompt):
                 model.check_fits(len(tokens) + 1, param="prompt")
                 wanted[form] = tokens
         progress = _Sum(sum(map(len, wanted.values())), build.on_progress)

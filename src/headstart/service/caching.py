@@ -68,7 +68,7 @@ class Caching:
         return opening if self._current(model, entry.name) == entry else None
 
     async def _open(self, model: ServedModel, entry: Entry, form: Form, tokens: list[int]) -> Opening:
-        wanted = await asyncio.to_thread(opening_tokens, model, form, entry.prompt)
+        wanted = await opening_tokens(model, form, entry.prompt)
         boundary = min(common_prefix(wanted, tokens), len(tokens) - 1)
         if reason := model.fingerprint.changed_since(entry.fingerprint):
             return Opening(boundary, miss=reason)
@@ -130,8 +130,9 @@ class Caching:
 
     def known_opening(self, model: ServedModel, text: str) -> str:
         """The longest cached completion prompt that `text` begins with; "" for none."""
-        prompts = (e.prompt for e in self.store.list(model.name) if "completion" in e.forms)
-        return max((p for p in prompts if text.startswith(p)), key=len, default="")
+        known = [entry for entry in self.store.known(model.name) if text.startswith(entry.prompt)]
+        fitting = (e.prompt for e in known if "completion" in e.forms and self._current(model, e.name) == e)
+        return max(fitting, key=len, default="")
 
     def _check_not_building(self, model: ServedModel, name: str) -> None:
         if (model.name, name) in self._builds:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import takewhile
 from typing import Literal
 
@@ -12,6 +13,7 @@ from headstart.caches.entry import KEEPS_STATE, Entry, Form, MissReason
 from headstart.errors import BadRequest
 from headstart.messages import Finished, Sampling, Stats, Submit, Token
 from headstart.prompt.answer import AnswerText
+from headstart.prompt.prompts import soon
 from headstart.prompt.template import Message
 from headstart.service.caching import Caching, Opening
 from headstart.service.model import ServedModel
@@ -71,36 +73,46 @@ class Generation:
         """Raises BadRequest, CacheNotFound, ContextLengthExceeded or Unavailable."""
         prompts = model.prompts
         if options.use_cache is None:
-            tokens = await asyncio.to_thread(prompts.chat, messages)
+            tokens = await soon(lambda most: prompts.chat(messages, most))
+            system = _leading_system(messages)
             return await self._without_cache(
-                model, tokens, options, lambda: prompts.chat_opening(_leading_system(messages)), "messages"
+                model, tokens, options, lambda most: prompts.chat_opening(system, most), "messages"
             )
         return await self._with_cache(
-            model, options, "chat", lambda prompt: prompts.chat(_after_cached(prompt, messages)), "messages"
+            model,
+            options,
+            "chat",
+            lambda cached, most: prompts.chat(_after_cached(cached, messages), most),
+            "messages",
         )
 
     async def prepare_text(self, model: ServedModel, prompt: str, options: Options) -> Prepared:
         """Raises as `prepare_chat` does."""
         prompts = model.prompts
         if options.use_cache is None:
-            tokens = await asyncio.to_thread(prompts.text, prompt)
+            tokens = await soon(lambda most: prompts.text(prompt, most))
             known = self.caching.known_opening(model, prompt)
             return await self._without_cache(
-                model, tokens, options, lambda: prompts.text_opening(known), "prompt"
+                model, tokens, options, lambda most: prompts.text_opening(known, most), "prompt"
             )
         return await self._with_cache(
-            model, options, "completion", lambda cached: prompts.text(cached + prompt), "prompt"
+            model, options, "completion", lambda cached, most: prompts.text(cached + prompt, most), "prompt"
         )
 
     async def _with_cache(
-        self, model: ServedModel, options: Options, form: Form, encode: Callable[[str], list[int]], param: str
+        self,
+        model: ServedModel,
+        options: Options,
+        form: Form,
+        encode: Callable[[str, int], list[int]],
+        param: str,
     ) -> Prepared:
-        """`encode` gives the request's tokens after a cached prompt."""
+        """`encode` gives the request's tokens after a cached prompt, as `soon` wants it."""
         assert options.use_cache is not None
         opening = None
         while opening is None:
             entry = await self.caching.find(model, options.use_cache)
-            tokens = await asyncio.to_thread(encode, entry.prompt)
+            tokens = await soon(partial(encode, entry.prompt))
             opening = await self.caching.open(model, entry, form, tokens)
         return self._prepared(model, tokens, options, entry, opening, param)
 
@@ -109,12 +121,12 @@ class Generation:
         model: ServedModel,
         tokens: list[int],
         options: Options,
-        find_opening: Callable[[], list[int]],
+        find_opening: Callable[[int], list[int]],
         param: str,
     ) -> Prepared:
         """Cuts the prefill where a cache of the same opening would end, so that the answer is the same."""
         model.check_fits(len(tokens), param=param)
-        wanted = await asyncio.to_thread(find_opening)
+        wanted = await soon(find_opening)
         boundary = max(min(common_prefix(wanted, tokens), len(tokens) - 1), 0)
         return self._prepared(model, tokens, options, None, Opening(boundary), param)
 
@@ -166,7 +178,8 @@ class Generation:
                         if n_tokens == 0 or prepared.opening.miss is None:
                             self._heal(prepared, miss)
                         if prepared.entry and miss is None:
-                            self.caching.store.used(prepared.entry)
+                            # A write to the disk: after the answer's end has been sent.
+                            asyncio.get_running_loop().call_soon(self.caching.store.used, prepared.entry)
                         yield Result(
                             finish_reason="length" if reason == "length" and not answer.stopped else "stop",
                             n_tokens=n_tokens,
