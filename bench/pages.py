@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
 from pathlib import Path
 
 from bench.client import BenchFailed
+from headstart.engine.state_file import resident_pages
 
 SUFFIXES = {".headstart", ".bin"}
 # What asking for it may bring back.
@@ -27,13 +27,7 @@ def drop(model: str, states: Path) -> None:
 
 
 def resident_share(path: Path) -> float:
-    """How much of a file is in the page cache, by mincore; 0 to 1."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
-    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapping:
-        pages = -(-len(mapping) // mmap.PAGESIZE)
-        vector = (ctypes.c_ubyte * pages)()
-        first = ctypes.c_char.from_buffer(mapping)
-        status = libc.mincore(ctypes.addressof(first), len(mapping), vector)
-        del first
-    return sum(page & 1 for page in vector) / pages if status == 0 else 1.0
+    """How much of a file is in the page cache; 0 to 1."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapping:
+        resident, others = resident_pages(mapping, 0, len(mapping))
+    return resident / (resident + others)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import errno
 import logging
-import mmap
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from queue import Empty, SimpleQueue
 from time import monotonic
+from typing import TypeVar
 
+from headstart.engine import state_file
 from headstart.engine.actions import Action, Drop, Fill, Move, Start
 from headstart.engine.cuts import Cuts
 from headstart.engine.model import Model, ModelError
@@ -34,11 +33,14 @@ from headstart.messages import (
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 
 class Engine:
     """Runs sequences on a model. Every submitted request ends in exactly one Finished or Failed event.
 
-    `wake` is called from another thread when a step would have something new to tell (a state was written).
+    Disks are waited for on other threads. `wake` is called from these when a step has something new to do: a
+    state was written, or one that a sequence waits for is in memory.
     """
 
     def __init__(self, model: Model, cuts: Cuts, wake: Callable[[], object], *, share_from: int = 0) -> None:
@@ -54,6 +56,8 @@ class Engine:
         self.wake = wake
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="state-writer")
         self.written: SimpleQueue[RequestEvent] = SimpleQueue()
+        self.reader = ThreadPoolExecutor(1, thread_name_prefix="state-reader")
+        self.read: SimpleQueue[Sequence] = SimpleQueue()
 
     @property
     def busy(self) -> bool:
@@ -62,13 +66,32 @@ class Engine:
     def handle(self, command: Command) -> None:
         match command:
             case Submit():
-                self.scheduler.add(Sequence(command, list(command.tokens), monotonic()))
+                self._add(Sequence(command, list(command.tokens), monotonic()))
             case Cancel(id=request_id):
                 if sequence := self.scheduler.find(request_id):
                     self._finish(sequence, "cancelled")
 
+    def _add(self, sequence: Sequence) -> None:
+        """Where others run, a state that isn't in memory is read by another thread before the sequence may
+        start: restoring it would make them wait for the disk."""
+        self.scheduler.add(sequence)
+        if (state := sequence.request.restore) and self.scheduler.running and not _in_memory(state):
+            sequence.reading = True
+            self.reader.submit(self._read, sequence, state)
+
+    def _read(self, sequence: Sequence, state: StateRef) -> None:
+        """Runs on the reader thread."""
+        try:
+            state_file.bring_into_memory(state)
+        except OSError as error:
+            log.warning("state not read from %s: %s", state.path, error)
+        self.read.put(sequence)
+        self.wake()
+
     def step(self) -> list[RequestEvent]:
         """Advances every running sequence, and returns what happened, in order."""
+        for sequence in _drained(self.read):
+            sequence.reading = False
         for action in self.scheduler.admit():
             self._act(action)
         for action in self.scheduler.relieve():
@@ -76,7 +99,7 @@ class Engine:
         self._evaluate(self.scheduler.pooled())
         self._evaluate(self.scheduler.decoding())
         self._evaluate(self.scheduler.prefilling())
-        self._collect_written()
+        self.events += _drained(self.written)
         events, self.events = self.events, []
         return events
 
@@ -130,15 +153,9 @@ class Engine:
         """Whether the cleared sequence now holds the state's first `keep` tokens; a file that is gone or
         changed is no error, only a miss."""
         try:
-            with Path(state.path).open("rb") as file:
-                stat = os.fstat(file.fileno())
-                if (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) != state.identity:
-                    return False
-                # Private: the model may write before the state, and the file never changes.
-                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapping:
-                    with memoryview(mapping) as view:
-                        restored = self.model.restore(seq, view, state.offset, state.offset + state.nbytes)
-                    return restored and (keep == state.n_tokens or self.model.cut(seq, keep))
+            with state_file.mapped(state) as mapping, memoryview(mapping) as view:
+                restored = self.model.restore(seq, view, state.offset, state.offset + state.nbytes)
+                return restored and (keep == state.n_tokens or self.model.cut(seq, keep))
         except OSError as error:
             log.warning("state not restored from %s: %s", state.path, error)
             return False
@@ -203,11 +220,9 @@ class Engine:
         self.writer.submit(self._write, sequence, path, state)
 
     def _write(self, sequence: Sequence, path: str, state: memoryview) -> None:
-        """Runs on the writer thread. The file must exist: if whoever asked for it has removed it, nothing is
-        left behind."""
+        """Runs on the writer thread."""
         try:
-            with os.fdopen(os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW), "wb") as file:
-                file.write(state)
+            state_file.write(path, state)
         except OSError as error:
             kind: FailureKind = "storage_full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "storage"
             self.written.put(Failed(sequence.request.id, kind, f"state not written: {error.strerror}"))
@@ -215,13 +230,6 @@ class Engine:
             stats = self._stats(sequence, saved_bytes=len(state))
             self.written.put(Finished(sequence.request.id, "saved", stats))
         self.wake()
-
-    def _collect_written(self) -> None:
-        try:
-            while True:
-                self.events.append(self.written.get_nowait())
-        except Empty:
-            return
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         self.events.append(Finished(sequence.request.id, reason, self._stats(sequence)))
@@ -260,3 +268,20 @@ class Engine:
             decode_ms=1000 * (now - first),
             ttft_ms=1000 * (first - sequence.arrived),
         )
+
+
+def _in_memory(state: StateRef) -> bool:
+    """A file that can't be looked at is none to wait for."""
+    try:
+        return state_file.is_in_memory(state)
+    except OSError:
+        return True
+
+
+def _drained(queue: SimpleQueue[T]) -> Iterator[T]:
+    """What is in the queue now."""
+    try:
+        while True:
+            yield queue.get_nowait()
+    except Empty:
+        return

@@ -37,7 +37,7 @@ class Scheduler:
 
     @property
     def busy(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self.running) or not all(sequence.reading for sequence in self.waiting)
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
@@ -55,7 +55,7 @@ class Scheduler:
         for sequence in list(self.waiting):
             if len(self.running) == len(self.slots):
                 return
-            if self._is_being_computed(sequence):
+            if sequence.reading or self._is_being_computed(sequence):
                 continue
             self.waiting.remove(sequence)
             for action in self._start(sequence):

@@ -30,13 +30,14 @@ class Slot:
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """Prompt and generated tokens; evaluation catches up with their number. Times are monotonic seconds,
-    0 until they happen."""
+    """Prompt and generated tokens; evaluation catches up with their number. `reading`: its state is on its
+    way into memory. Times are monotonic seconds, 0 until they happen."""
 
     request: Submit
     tokens: list[int]
     arrived: float
     slot: Slot | None = None
+    reading: bool = False
     sampler: Sampler | None = None
     computed: int = 0
     cached: int = 0
