@@ -6,6 +6,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from headstart.arithmetic import DEFAULT
 from headstart.caches.file import identity_of
 from headstart.engine.cuts import Cuts
 from headstart.engine.loading import load
@@ -90,4 +91,4 @@ class Driver:
 
 
 def small_model(path: str, slots: int = 3, share_from: int = 32) -> Model:
-    return load(EngineSettings(path, slots, 256, 2, CHUNK, flash_attention=False, share_from=share_from))
+    return load(EngineSettings(path, slots, 256, 2, CHUNK, arithmetic=DEFAULT, share_from=share_from))

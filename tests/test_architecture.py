@@ -15,15 +15,16 @@ from headstart.config import Settings
 
 ROOT = Path(headstart.__file__).parent
 # What each part may import of the others; a part is a package or a module of the top level.
-BOTTOM = {"errors", "config", "messages", "names", "tokens", "toyspec", "machine", "headstart"}
+BOTTOM = {"arithmetic", "errors", "config", "messages", "names", "tokens", "toyspec", "machine", "headstart"}
 ALLOWED = {
     "errors": set(),
     "names": {"errors"},
     "tokens": set(),
     "machine": set(),
     "toyspec": set(),
-    "messages": set(),
-    "config": {"errors", "names"},
+    "arithmetic": set(),
+    "messages": {"arithmetic"},
+    "config": {"arithmetic", "errors", "names"},
     "engine": BOTTOM,
     "prompt": BOTTOM,
     "caches": BOTTOM,

@@ -16,18 +16,21 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from conftest import StartServer
-from headstart.caches.entry import Fingerprint
+from headstart.arithmetic import DEFAULT, Arithmetic
+from headstart.caches.entry import Entry, Fingerprint
 from headstart.cli.main import app
 from headstart.config import embedded_model, load_settings
 from headstart.engine.loading import engine_version, load
 from headstart.engine.settling import TOY, find_tuning
 from headstart.engine.tuning import measure
 from headstart.messages import EngineSettings
+from headstart.service.fitting import arithmetic_of
 from headstart.service.server import Service
 from headstart.service.tunings import Key, Tunings
 
 PROMPT = "You keep the lighthouse. " * 20
 TUNED = {"HEADSTART_TUNE": "true"}
+CONVERTED = Arithmetic(flash_attention=False, weights="q8_0")
 
 
 @asynccontextmanager
@@ -128,8 +131,8 @@ async def test_measuring_again_never_flips_the_flash_attention_of_caches(tmp_pat
         assert service.model("toy").fingerprint == entry.fingerprint
         assert entry.fingerprint.settings["flash_attention"] == "on"
     (line,) = said
-    assert "stays on" in line
-    assert "measuring prefers it off" in line
+    assert line.startswith("toy keeps flash attention on, as its caches were computed")
+    assert "measuring prefers flash attention off" in line
 
 
 async def test_a_start_that_caches_do_not_fit_says_how_many_and_why(tmp_path: Path) -> None:
@@ -172,20 +175,85 @@ def test_every_difference_of_fingerprints_has_words() -> None:
     assert old.differences(old) == ""
 
 
-def test_agreeing_to_one_flash_attention_ends_the_agreement_to_the_other(tmp_path: Path) -> None:
+def test_agreeing_to_one_arithmetic_ends_the_agreement_to_another(tmp_path: Path) -> None:
     tunings, key = Tunings(tmp_path), Key.here("w", "toy", 0)
-    on = msgspec.structs.replace(TOY, flash_attention=True)
+    converted = msgspec.structs.replace(TOY, arithmetic=CONVERTED)
     tunings.put(key, TOY)
-    tunings.put(key, on, agreed=True)
-    tunings.put(key, msgspec.structs.replace(on, share_from=5))
-    found = tunings.find(key, None)
+    tunings.put(key, converted, agreed=True)
+    tunings.put(key, msgspec.structs.replace(converted, share_from=5))
+    assert tunings.agreed(key) == CONVERTED
+    found = tunings.find(key, CONVERTED)
     assert found
-    assert (found.agreed, found.tuning.share_from) == (True, 5)
+    assert found.share_from == 5
     tunings.put(key, TOY, agreed=True)
-    assert [(known.tuning.flash_attention, known.agreed) for known in tunings.all()] == [
-        (True, False),
-        (False, True),
+    assert [(known.tuning.arithmetic, known.agreed) for known in tunings.all()] == [
+        (CONVERTED, False),
+        (DEFAULT, True),
     ]
+
+
+def test_what_was_measured_under_a_setting_is_not_taken_for_the_best_without_it(tmp_path: Path) -> None:
+    tunings, key = Tunings(tmp_path), Key.here("w", "toy", 0)
+    ranking = [CONVERTED, Arithmetic(True, "q8_0"), Arithmetic(True, "file"), DEFAULT]
+    best = msgspec.structs.replace(TOY, arithmetic=CONVERTED, ranking=ranking)
+    tunings.put(key, best)
+    tunings.put(key, msgspec.structs.replace(best, arithmetic=ranking[2]))
+    assert tunings.find(key, Arithmetic()) == best
+    assert tunings.find(key, Arithmetic(flash_attention=True)) is None
+    found = tunings.find(key, Arithmetic(True, "file"))
+    assert found
+    assert found.arithmetic == ranking[2]
+
+
+async def test_converted_weights_are_part_of_a_state_and_those_of_the_file_are_not_named(
+    tmp_path: Path,
+) -> None:
+    async with running(tmp_path) as (service, _):
+        assert service.model("toy").fingerprint.settings == {"flash_attention": "off"}
+    async with running(tmp_path, weights="q8_0") as (service, _):
+        assert service.model("toy").fingerprint.settings == {"flash_attention": "off", "weights": "q8_0"}
+
+
+@pytest.mark.parametrize("tune", [True, False])
+async def test_the_weights_of_caches_are_kept_when_nothing_is_set(tmp_path: Path, tune: bool) -> None:
+    await with_cache(tmp_path, weights="q8_0", flash_attention=True)
+    (tmp_path / "tuning.json").unlink()
+    async with running(tmp_path, tune=tune) as (service, said):
+        (entry,) = service.store.list("toy")
+        assert service.model("toy").fingerprint == entry.fingerprint
+        assert entry.fingerprint.settings["weights"] == "q8_0"
+    told = "toy keeps flash attention on and weights q8_0, as its caches were computed, though measuring"
+    assert [line.startswith(told) for line in said] == ([True] if tune else [])
+
+
+async def test_what_is_set_of_a_pair_leaves_the_other_to_the_caches(tmp_path: Path) -> None:
+    await with_cache(tmp_path, weights="q8_0")
+    _, said = await start(tmp_path, flash_attention=True)
+    assert said[-1] == (
+        "1 cache of toy no longer fits: flash attention is on, was off. Computed again at first use: keeper"
+    )
+
+
+def test_most_caches_of_these_weights_decide() -> None:
+    def entry(weights: str, **kept: str) -> Entry:
+        fingerprint = Fingerprint(weights, "toy", kept, "t")
+        return Entry("toy", "keeper", PROMPT, 1, 0, 0, fingerprint, {}, 0, 0)
+
+    old, new = entry("w", flash_attention="off"), entry("w", flash_attention="off", weights="q8_0")
+    others = [entry("x", flash_attention="on")] * 5
+    assert arithmetic_of([old, new, new, *others], "w") == CONVERTED
+    assert arithmetic_of([new, old, *others], "w") == DEFAULT
+    assert arithmetic_of(others, "w") == Arithmetic()
+
+
+def test_states_of_other_weights_are_built_again_and_the_answer_says_why(start_server: StartServer) -> None:
+    server = start_server("--model", "toy=toy:")
+    server.create("keeper", PROMPT)
+    server.flags = ("--model", "toy=toy:", "--weights", "q8_0")
+    server.restart()
+    assert "the format of the weights is q8_0, was file" in server.log.read_text()
+    assert server.chat("Who?", use_cache="keeper")["usage"]["cache_miss_reason"] == "settings_changed"
+    assert server.chat("Who?", use_cache="keeper")["usage"]["cache_hit"] is True
 
 
 def test_a_worker_whose_server_goes_away_stops_measuring() -> None:
@@ -252,6 +320,7 @@ async def test_the_doctor_shows_settings_and_where_they_come_from(tmp_path: Path
     (model,) = report(caches, *arguments, HEADSTART_CTX="256")["models"]
     assert in_force(model) == {
         "flash_attention": ("off", "measured"),
+        "weights": ("file", "measured"),
         "threads": ("1", "measured"),
         "prefill_chunk": ("32", "measured"),
         "share_from": ("256", "measured"),
@@ -265,6 +334,9 @@ async def test_the_doctor_shows_settings_and_where_they_come_from(tmp_path: Path
     (model,) = report(caches, "--no-flash-attention", "--no-tune")["models"]
     assert in_force(model)["flash_attention"] == ("off", "flag")
     assert in_force(model)["prefill_chunk"] == ("64", "default")
+    assert in_force(model)["weights"] == ("file", "default")
+    (model,) = report(caches, "--weights", "q8_0")["models"]
+    assert in_force(model)["weights"] == ("q8_0", "flag")
 
 
 async def test_the_doctor_counts_what_fits_and_says_why_others_do_not(tmp_path: Path) -> None:
@@ -305,7 +377,7 @@ async def test_measuring_again_keeps_the_flash_attention_of_caches_unless_agreed
     await with_cache(tmp_path, flash_attention=True)
     kept = doctor(tmp_path, "--measure")
     assert kept.exit_code == 0, kept.output
-    assert "stays on" in kept.stderr
+    assert "toy keeps flash attention on" in kept.stderr
     assert "If it were changed: 1 cache of toy no longer fits: flash attention is off, was on" in kept.stderr
     (model,) = report(tmp_path)["models"]
     assert in_force(model)["flash_attention"] == ("on", "its caches")
@@ -320,6 +392,20 @@ async def test_measuring_again_keeps_the_flash_attention_of_caches_unless_agreed
     ]
 
 
+async def test_measuring_again_keeps_the_weights_of_caches_unless_agreed(tmp_path: Path) -> None:
+    await with_cache(tmp_path, weights="q8_0")
+    kept = doctor(tmp_path, "--measure")
+    assert "toy keeps weights q8_0" in kept.stderr
+    told = "1 cache of toy no longer fits: the format of the weights is file, was q8_0"
+    assert f"If it were changed: {told}" in kept.stderr
+    (model,) = report(tmp_path)["models"]
+    assert in_force(model)["weights"] == ("q8_0", "its caches")
+    assert (model["fitting"], model["misfits"]) == (1, {})
+    assert told in doctor(tmp_path, "--measure", "--yes").stderr
+    (model,) = report(tmp_path)["models"]
+    assert in_force(model)["weights"] == ("file", "agreed to")
+
+
 def test_the_engine_is_named_as_states_name_it() -> None:
     assert load(EngineSettings("toy:", 1, 0, 1, 16)).info.engine == engine_version("toy:")
 
@@ -329,14 +415,14 @@ def test_the_engine_is_named_as_states_name_it() -> None:
 
 @pytest.mark.real_model
 def test_a_real_model_is_measured_in_sane_figures() -> None:
-    tuning = measure(embedded_model())
+    tuning = measure(EngineSettings(embedded_model(), 0, 0))
     assert 1 <= tuning.threads <= (os.cpu_count() or 1)
     assert tuning.ubatch in (16, 32, 64, 128, 256)
     assert tuning.pass_ms >= 0
     assert tuning.token_ms > 0
     assert tuning.attend_ms >= 0
     assert tuning.share_from % 64 == 0
-    assert tuning.prefers_flash_attention == tuning.flash_attention
+    assert tuning.ranking[0] == tuning.arithmetic
     assert len(tuning.measured) >= 10
     assert all(ms > 0 for ms in tuning.measured.values())
 

@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from headstart.arithmetic import Weights
 from headstart.engine.model import ModelError
 from headstart.engine.trials import Span, TrialShape
+from headstart.messages import EngineSettings
 
 # Of a call: the trial's shape, its threads, new tokens, and the tokens that sequences hold after it.
 Cost = Callable[[TrialShape, int, int, int], float]
@@ -52,11 +54,12 @@ class FakeTrial:
 
     def save(self, seq: int) -> Any:
         assert not self.closed
-        return self.held[seq], self.shape.flash_attention
+        return self.held[seq], self.shape.arithmetic.flash_attention
 
     def restore(self, seq: int, state: Any) -> None:
         self.held[seq], flash_attention = state
-        assert flash_attention == self.shape.flash_attention
+        assert flash_attention == self.shape.arithmetic.flash_attention
+        self.owner.restored += 1
 
     def close(self) -> None:
         self.closed = True
@@ -67,12 +70,14 @@ class FakeTrials:
     cost: Cost
     can_share: bool = True
     can_cut: bool = True
+    weights: Sequence[Weights] = ("file",)
     refused: Callable[[TrialShape], bool] = lambda shape: False
     spent: float = 0.0
+    restored: int = 0
     made: list[FakeTrial] = field(default_factory=list)
     closed: bool = False
 
-    def __call__(self, path: str) -> FakeTrials:
+    def __call__(self, settings: EngineSettings) -> FakeTrials:
         return self
 
     def trial(self, shape: TrialShape) -> FakeTrial:

@@ -17,6 +17,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from headstart.arithmetic import Weights
 from headstart.errors import StartupError
 from headstart.names import NAME
 
@@ -60,6 +61,10 @@ class Settings(BaseSettings):
     flash_attention: bool | None = Field(
         None,
         description="llama.cpp's flash attention; unset means as caches have it, or as measured.",
+    )
+    weights: Weights | None = Field(
+        None,
+        description="As in the model file, or converted to q8_0; unset means as caches have it, or as measured.",
     )
     share_from: int | None = Field(
         None,

@@ -10,6 +10,8 @@ from typing import Literal
 
 from msgspec import Struct
 
+from headstart.arithmetic import Arithmetic
+
 FinishReason = Literal["stop", "length", "saved", "cancelled"]
 Source = Literal["none", "slot", "file"]
 
@@ -20,19 +22,23 @@ class Tuning(Struct, frozen=True):
 
     `ubatch`: the smallest power of two from 16 to 256 whose prefill throughput is within 5 % of the best.
     `share_from`: tokens of a common prefix from which a unified cache decodes 4 sequences faster than
-    streams; 0: never. `prefers_flash_attention` is what measuring would choose; `flash_attention`, with which
-    all other figures were taken, may have been given. `measured`: the figures behind the choices, for
+    streams; 0: never. `ranking`: all that was tried, the best first; `arithmetic`, with which all other
+    figures were taken, is the first of them that was allowed. `measured`: the figures behind the choices, for
     people."""
 
-    flash_attention: bool
+    arithmetic: Arithmetic
     threads: int
     ubatch: int
     pass_ms: float
     token_ms: float
     attend_ms: float
     share_from: int
-    prefers_flash_attention: bool
+    ranking: list[Arithmetic]
     measured: dict[str, float]
+
+    def best(self, allowed: Arithmetic) -> Arithmetic | None:
+        """What measuring would choose; None where nothing that is allowed was tried."""
+        return next((tried for tried in self.ranking if allowed.allows(tried)), None)
 
 
 class EngineSettings(Struct, frozen=True):
@@ -40,18 +46,20 @@ class EngineSettings(Struct, frozen=True):
     machine. `share_from`: how many tokens sequences must have in common to be run in the pool; 0: never.
 
     For `threads` and `prefill_chunk` 0, for the others None means: by `tuning`. Where there is none, the
-    worker measures if `tune` says so; else, or if measuring fails, it takes defaults."""
+    worker measures if `tune` says so; else, or if measuring fails, it takes defaults. `conversions`: the
+    directory of converted weights and how the names of this model's begin; "": there can be none."""
 
     path: str
     slots: int
     ctx: int
     threads: int = 0
     prefill_chunk: int = 0
-    flash_attention: bool | None = None
+    arithmetic: Arithmetic = Arithmetic()
     max_step_ms: float = 300
     share_from: int | None = None
     tune: bool = False
     tuning: Tuning | None = None
+    conversions: str = ""
 
 
 class Sampling(Struct, frozen=True):

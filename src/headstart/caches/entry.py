@@ -27,6 +27,10 @@ KEEPS_STATE: frozenset[MissReason] = frozenset(
     {"too_short", "form_not_built", "prompt_differs", "cache_prompt_false"}
 )
 
+# What a setting is called where its name isn't clear, and what it is where it isn't named.
+WORDS = {"weights": "the format of the weights"}
+UNSET = {"weights": "file"}
+
 
 class Fingerprint(Struct, frozen=True):
     """What a state depends on. `weights` is the SHA-256 of the model file, `engine` the version that computed
@@ -55,9 +59,10 @@ class Fingerprint(Struct, frozen=True):
         if self.engine != other.engine:
             found.append(f"the engine is {self.engine}, was {other.engine}")
         for name in sorted(self.settings.keys() | other.settings.keys()):
-            now, then = self.settings.get(name, "unset"), other.settings.get(name, "unset")
+            unset = UNSET.get(name, "unset")
+            now, then = self.settings.get(name, unset), other.settings.get(name, unset)
             if now != then:
-                found.append(f"{name.replace('_', ' ')} is {now}, was {then}")
+                found.append(f"{WORDS.get(name, name.replace('_', ' '))} is {now}, was {then}")
         if self.template != other.template:
             found.append("the chat template is another")
         return "; ".join(found)

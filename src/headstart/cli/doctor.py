@@ -36,6 +36,8 @@ def _show_model(model: ModelReport) -> None:
     out.print(f"\n{model.name}  {model.path}{size}", style="bold")
     if model.problem:
         return
+    if model.converted_bytes is not None:
+        out.print(f"Weights converted to q8_0: {_size(model.converted_bytes)}")
     out.print(_settings(model), soft_wrap=False)
     if model.tuning and model.tuning.measured:
         out.print(_figures(model.tuning.measured), soft_wrap=False)

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from headstart import __version__
+from headstart.arithmetic import Weights
 from headstart.config import Settings, load_settings
 from headstart.errors import HeadstartError, StartupError
 
@@ -71,6 +72,7 @@ FlashAttention = Annotated[
     bool | None,
     typer.Option("--flash-attention/--no-flash-attention", help=_description("flash_attention")),
 ]
+WeightsFormat = Annotated[Weights | None, typer.Option("--weights", help=_description("weights"))]
 
 
 @app.command()
@@ -90,6 +92,7 @@ def serve(
     threads: Threads = None,
     prefill_chunk: PrefillChunk = None,
     flash_attention: FlashAttention = None,
+    weights: WeightsFormat = None,
     max_step_ms: MaxStepMs = None,
 ) -> None:
     """Run the server."""
@@ -109,6 +112,7 @@ def serve(
             threads=threads,
             prefill_chunk=prefill_chunk,
             flash_attention=flash_attention,
+            weights=weights,
             max_step_ms=max_step_ms,
         )
         run(settings, _say)
@@ -125,13 +129,14 @@ def doctor(
     threads: Threads = None,
     prefill_chunk: PrefillChunk = None,
     flash_attention: FlashAttention = None,
+    weights: WeightsFormat = None,
     max_step_ms: MaxStepMs = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure again first; better with no server running.")
     ] = False,
     yes: Annotated[
         bool,
-        typer.Option("--yes", help="Take the flash attention that measuring prefers, whatever caches have."),
+        typer.Option("--yes", help="Take what measuring prefers, whatever caches were computed with."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
@@ -150,6 +155,7 @@ def doctor(
         "threads": threads,
         "prefill_chunk": prefill_chunk,
         "flash_attention": flash_attention,
+        "weights": weights,
         "max_step_ms": max_step_ms,
     }
     try:

@@ -8,9 +8,11 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from typing import get_args
 
 import msgspec
 
+from headstart.arithmetic import DEFAULT, Arithmetic, Weights
 from headstart.engine.model import ModelError
 from headstart.machine import available_cpus
 from headstart.messages import EngineSettings, Tuning
@@ -22,23 +24,20 @@ DEFAULT_CHUNK = 64
 DEFAULT_SHARE_FROM = 256
 # The toy model has no speed to measure.
 TOY = Tuning(
-    flash_attention=False,
+    arithmetic=DEFAULT,
     threads=1,
     ubatch=DEFAULT_CHUNK,
     pass_ms=0.0,
     token_ms=0.0,
     attend_ms=0.0,
     share_from=DEFAULT_SHARE_FROM,
-    prefers_flash_attention=False,
+    ranking=[Arithmetic(on, weights) for weights in get_args(Weights) for on in (False, True)],
     measured={},
 )
 
 
 def settled(settings: EngineSettings, tuning: Tuning | None) -> EngineSettings:
     """The settings with nothing left open."""
-    flash_attention = settings.flash_attention
-    if flash_attention is None:
-        flash_attention = bool(tuning and tuning.flash_attention)
     share_from = settings.share_from
     if share_from is None:
         share_from = tuning.share_from if tuning else DEFAULT_SHARE_FROM
@@ -46,7 +45,7 @@ def settled(settings: EngineSettings, tuning: Tuning | None) -> EngineSettings:
         settings,
         threads=settings.threads or (tuning.threads if tuning else available_cpus()),
         prefill_chunk=settings.prefill_chunk or (tuning.ubatch if tuning else DEFAULT_CHUNK),
-        flash_attention=flash_attention,
+        arithmetic=settings.arithmetic.or_else(tuning.arithmetic if tuning else DEFAULT),
         share_from=share_from,
         tuning=tuning,
     )
@@ -71,7 +70,7 @@ def measure_apart(
     crashes, the model can still be run. `env`: its environment, which must be a worker's; None: this one's.
     Raises ModelError; EOFError when `channel` is closed meanwhile."""
     if ToySpec.matches(settings.path):
-        return msgspec.structs.replace(TOY, flash_attention=bool(settings.flash_attention))
+        return msgspec.structs.replace(TOY, arithmetic=settings.arithmetic.or_else(DEFAULT))
     process = subprocess.Popen(
         # -P: what lies in the current folder is no part of the program.
         [sys.executable, "-P", "-m", "headstart.engine.tuning", msgspec.json.encode(settings).decode()],

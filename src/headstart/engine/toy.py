@@ -42,7 +42,7 @@ class ToyModel:
             slots=slots,
             can_cut=bool(self.spec.can_cut),
             engine="toy",
-            settings={"flash_attention": "on" if settings.flash_attention else "off"},
+            settings=settings.arithmetic.kept(),
             pool_tokens=0 if slots == 1 or not self.spec.can_cut else n_ctx,
         )
         self.histories: list[list[int]] = [[] for _ in range(2 * slots + 1)]

@@ -3,9 +3,11 @@ known. Which tokens are evaluated is theirs to choose: only the time counts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
+
+from headstart.arithmetic import Arithmetic, Weights
 
 
 class Span(NamedTuple):
@@ -26,13 +28,13 @@ class TrialShape:
     streams: bool
     batch: int
     threads: int
-    flash_attention: bool
+    arithmetic: Arithmetic
 
 
 class Trial(Protocol):
     """A context of its own, to be timed."""
 
-    def evaluate(self, spans: Seq[Span]) -> float:
+    def evaluate(self, spans: Sequence[Span]) -> float:
         """Evaluates all spans in one call, wanting the last logits of each; the milliseconds it took. Raises
         ModelError."""
 
@@ -46,7 +48,7 @@ class Trial(Protocol):
         """Without streams: an empty sequence uses all cells of another."""
 
     def save(self, seq: int) -> Any:
-        """The sequence's state, for any trial of the same model and flash attention."""
+        """The sequence's state, for any trial of the same model and flash attention, whatever its weights."""
 
     def restore(self, seq: int, state: Any) -> None:
         """Fills an empty sequence. Raises ModelError."""
@@ -56,9 +58,11 @@ class Trial(Protocol):
 
 
 class Trials(Protocol):
-    """A model to be tried. `can_share`: its sequences can use the same cells."""
+    """A model to be tried. `can_share`: its sequences can use the same cells. `weights`: the formats there
+    are, the file's own first."""
 
     can_share: bool
+    weights: Sequence[Weights]
 
     def trial(self, shape: TrialShape) -> Trial:
         """Raises ModelError when there can't be such a context."""

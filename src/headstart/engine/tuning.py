@@ -1,7 +1,8 @@
 """Measures what a model is run with on this machine: `python -m headstart.engine.tuning SETTINGS` writes a
 Tuning as JSON.
 
-Alternatives are timed in turn and compared by their medians, so that a noisy moment hurts all of them.
+Alternatives are timed in turn, so that a noisy moment hurts all of them, and compared by their shortest
+times: other work on the machine only ever adds to one.
 A model that is slow here is measured over fewer tokens, not for longer.
 """
 
@@ -12,23 +13,24 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from math import ceil
-from statistics import median
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
+from headstart.arithmetic import DEFAULT, Arithmetic
+from headstart.engine.bench import Bench, in_turn
+from headstart.engine.converted import discard
 from headstart.engine.costs import Sample, fit
 from headstart.engine.model import ModelError
-from headstart.engine.trials import Span, Trial, Trials, TrialShape
+from headstart.engine.trials import Trials, TrialShape
 from headstart.machine import available_cpus, physical_cores
 from headstart.messages import EngineSettings, Tuning
 
-Key = TypeVar("Key")
-
-# A hit: new tokens after the prefix, and tokens of the answer.
-SUFFIX, ANSWER = 20, 32
+# A hit: new tokens after the prefix, and tokens of the answer. Only its first words count, since people wait
+# for them; the others come faster than they are read in every case.
+SUFFIX, ANSWER = 20, 8
 # An alternative to the default has to be faster by this much.
 MARGIN = 0.97
 UBATCHES = (16, 32, 64, 128, 256)
@@ -38,130 +40,85 @@ LEAST_DEPTH, MOST_DEPTH, FILL = 64, 1024, 64
 FILL_MS = 5000
 # The longest single call, and what each comparison may take unless one round of it takes longer.
 CALL_MS = 1200
-THREADS_MS, FLASH_MS, UBATCH_MS, LAYOUT_MS = 1000, 1200, 3000, 600
-ROUNDS = 9
+THREADS_MS, HITS_MS, UBATCH_MS, LAYOUT_MS = 1000, 2400, 3000, 600
 LAYOUT_SEQUENCES = 4
 LAYOUT_ROOM = 64
 # How far the comparison of layouts is trusted beyond the depth at which it was made.
 EXTRAPOLATION = 8
 
 
-class Bench:
-    """A trial and the tokens its sequences hold."""
-
-    def __init__(self, trial: Trial, shape: TrialShape) -> None:
-        self.trial, self.shape = trial, shape
-        self.depth = [0] * shape.sequences
-
-    def extend(self, n: int) -> float:
-        """Sequence 0 grows by `n` tokens."""
-        ms = self.trial.evaluate([Span(0, self.depth[0], n)])
-        self.depth[0] += n
-        return ms
-
-    def time(self, n: int, seqs: Sequence[int] = (0,)) -> float:
-        """Milliseconds of `n` more tokens for each sequence, which then go again; where a state can't be cut
-        they stay, until there is no more room."""
-        for seq in seqs:
-            if self.depth[seq] + n > self.shape.tokens:
-                self.trial.cut(seq, 0)
-                self.depth[seq] = 0
-        ms = self.trial.evaluate([Span(seq, self.depth[seq], n) for seq in seqs])
-        for seq in seqs:
-            if not self.trial.cut(seq, self.depth[seq]):
-                self.depth[seq] += n
-        return ms
-
-    def timing(self, n: int, seqs: Sequence[int] = (0,)) -> Callable[[], float]:
-        return lambda: self.time(n, seqs)
-
-
-def in_turn(actions: Mapping[Key, Callable[[], float]], budget_ms: float) -> dict[Key, float]:
-    """The median of each action's times, in rounds of all of them; one round at least."""
-    times: dict[Key, list[float]] = {key: [] for key in actions}
-    spent = longest = 0.0
-    for _ in range(ROUNDS):
-        if spent and spent + longest > budget_ms:
-            break
-        for key, action in actions.items():
-            times[key].append(action())
-        this = sum(row[-1] for row in times.values())
-        spent, longest = spent + this, max(longest, this)
-    return {key: median(row) for key, row in times.items()}
-
-
 def measure(
-    path: str,
-    threads: int = 0,
-    flash_attention: bool | None = None,
-    open_trials: Callable[[str], Trials] | None = None,
+    settings: EngineSettings, open_trials: Callable[[EngineSettings], Trials] | None = None
 ) -> Tuning:
-    """What is fastest for the model at `path`, in about 15 seconds for a small one. `threads` (unless 0) and
-    `flash_attention` (unless None) are given; the other is measured all the same. Raises ModelError."""
-    trials = (open_trials or _llama_trials)(path)
+    """What is fastest for a model, in about 15 seconds for a small one. Of the settings, `threads` (unless 0)
+    and what isn't open of `arithmetic` are given; other arithmetic is measured all the same. Raises
+    ModelError."""
+    trials = (open_trials or _llama_trials)(settings)
     try:
         with ExitStack() as stack:
-            return Measurement(trials, stack, threads, flash_attention).run()
+            return Measurement(trials, stack, settings.threads, settings.arithmetic).run()
     finally:
         trials.close()
 
 
-def _llama_trials(path: str) -> Trials:
+def _llama_trials(settings: EngineSettings) -> Trials:
     from headstart.engine.llama.trial import LlamaTrials
 
-    return LlamaTrials(path)
+    return LlamaTrials(settings)
 
 
 class Measurement:
     """One run. `stack` closes what is still open at its end."""
 
-    def __init__(self, trials: Trials, stack: ExitStack, threads: int, flash_attention: bool | None) -> None:
+    def __init__(self, trials: Trials, stack: ExitStack, threads: int, allowed: Arithmetic) -> None:
         self.trials, self.stack = trials, stack
-        self.threads, self.flash_attention = threads, flash_attention
+        self.threads, self.allowed = threads, allowed
         self.figures: dict[str, float] = {}
 
     def run(self) -> Tuning:
         benches = self._benches()
         threads = self._choose_threads(list(benches.values()))
-        depth = self._fill(list(benches.values()))
+        depth = self._fill(benches)
         hits = self._time_hits(benches, depth)
-        preferred = min(hits, key=lambda on: _hit_ms(hits[on]) * (MARGIN if on is False else 1))
-        chosen = preferred if self.flash_attention is None else self.flash_attention
-        for on, bench in benches.items():
-            if on != chosen:
+        ranking = sorted(hits, key=lambda tried: _hit_ms(hits[tried]) * (MARGIN if tried == DEFAULT else 1))
+        chosen = next(tried for tried in ranking if self.allowed.allows(tried))
+        for tried, bench in benches.items():
+            if tried != chosen:
                 bench.trial.close()
         bench = benches[chosen]
         ubatch, samples = self._time_prefill(bench, depth)
         samples += [Sample(n, depth + n, ms) for n, ms in hits[chosen].items()]
         return Tuning(
-            flash_attention=chosen,
+            arithmetic=chosen,
             threads=threads,
             ubatch=ubatch,
             **fit(samples)._asdict(),
             share_from=self._choose_layout(bench, depth, threads),
-            prefers_flash_attention=preferred,
+            ranking=ranking,
             measured={name: round(ms, 2) for name, ms in self.figures.items()},
         )
 
     def _bench(self, shape: TrialShape) -> Bench:
         return Bench(self.trials.trial(shape), shape)
 
-    def _benches(self) -> dict[bool, Bench]:
-        """One for each kind of attention. Sequence 0 is to be filled, sequence 1 stays empty."""
-        benches: dict[bool, Bench] = {}
-        for on in (False, True):
+    def _benches(self) -> dict[Arithmetic, Bench]:
+        """One for each arithmetic there is. Sequence 0 is to be filled, sequence 1 stays empty."""
+        benches: dict[Arithmetic, Bench] = {}
+        refused = ModelError("there is nothing to be measured")
+        for tried in [Arithmetic(on, weights) for weights in self.trials.weights for on in (False, True)]:
             room = MOST_DEPTH + UBATCHES[-1]
-            shape = TrialShape(2, room, True, UBATCHES[-1], self.threads or available_cpus(), on)
+            shape = TrialShape(2, room, True, UBATCHES[-1], self.threads or available_cpus(), tried)
             try:
-                benches[on] = self._bench(shape)
-            except ModelError:
+                benches[tried] = self._bench(shape)
+            except ModelError as error:
                 # There are models that can do without flash attention only, or only with it.
-                if on == self.flash_attention or (on and not benches):
-                    raise
+                refused = error
                 continue
-            self.stack.callback(benches[on].trial.close)
+            self.stack.callback(benches[tried].trial.close)
             # The first call also makes llama.cpp reserve its memory.
-            benches[on].time(UBATCHES[0], [1])
+            benches[tried].time(UBATCHES[0], [1])
+        if not any(map(self.allowed.allows, benches)):
+            raise refused
         return benches
 
     def _choose_threads(self, benches: Sequence[Bench]) -> int:
@@ -191,21 +148,34 @@ class Measurement:
             self.figures[f"{_tokens(n)}, {threads} threads"] = ms
         return {threads: {n: times[threads, n] for n in (1, SUFFIX)} for threads in candidates}
 
-    def _fill(self, benches: Sequence[Bench]) -> int:
-        """Prefills sequence 0 of all benches to the same depth, which it returns."""
-        depth, spent = 0, [0.0] * len(benches)
-        while depth < LEAST_DEPTH or (depth + FILL <= MOST_DEPTH and max(spent) < FILL_MS):
-            for i, bench in enumerate(benches):
-                spent[i] += bench.extend(FILL)
+    def _fill(self, benches: Mapping[Arithmetic, Bench]) -> int:
+        """Fills sequence 0 of all benches to the same depth, which it returns. It is prefilled with the last
+        weights, converted ones being the fastest at it, and copied to the others: how long a call takes
+        doesn't depend on the values."""
+        sources = {tried.flash_attention: bench for tried, bench in benches.items()}
+        depth, spent = 0, dict.fromkeys(sources, 0.0)
+        while depth < LEAST_DEPTH or (depth + FILL <= MOST_DEPTH and max(spent.values()) < FILL_MS):
+            for on, bench in sources.items():
+                spent[on] += bench.extend(FILL)
             depth += FILL
+        for tried, bench in benches.items():
+            source = sources[tried.flash_attention]
+            if bench is not source:
+                bench.trial.restore(0, source.trial.save(0))
+                bench.depth[0] = depth
         return depth
 
-    def _time_hits(self, benches: Mapping[bool, Bench], depth: int) -> dict[bool, dict[int, float]]:
-        actions = {(on, n): bench.timing(n) for on, bench in benches.items() for n in (1, SUFFIX)}
-        times = in_turn(actions, FLASH_MS)
-        for (on, n), ms in times.items():
-            self.figures[f"{_tokens(n)} after {depth}, flash attention {'on' if on else 'off'}"] = ms
-        return {on: {n: times[on, n] for n in (1, SUFFIX)} for on in benches}
+    def _time_hits(
+        self, benches: Mapping[Arithmetic, Bench], depth: int
+    ) -> dict[Arithmetic, dict[int, float]]:
+        actions = {(tried, n): bench.timing(n) for tried, bench in benches.items() for n in (1, SUFFIX)}
+        times = in_turn(actions, HITS_MS)
+        for (tried, n), ms in times.items():
+            with_what = ", ".join(
+                f"{name.replace('_', ' ')} {value}" for name, value in tried.shown().items()
+            )
+            self.figures[f"{_tokens(n)} after {depth}, {with_what}"] = ms
+        return {tried: {n: times[tried, n] for n in (1, SUFFIX)} for tried in benches}
 
     def _time_prefill(self, bench: Bench, depth: int) -> tuple[int, list[Sample]]:
         """The ubatch, and what calls of several sizes took at this depth and without anything before."""
@@ -227,7 +197,7 @@ class Measurement:
         bench.trial.close()
         seqs = range(LAYOUT_SEQUENCES)
         benches = {
-            (start, shared): self._layout(state, start, shared, threads, bench.shape.flash_attention)
+            (start, shared): self._layout(state, start, shared, threads, bench.shape.arithmetic)
             for start in (0, depth)
             for shared in (False, True)
         }
@@ -239,10 +209,10 @@ class Measurement:
             self.figures[f"1 token each of {len(seqs)} sequences after {start}, {name}"] = ms
         return break_even(depth, times)
 
-    def _layout(self, state: Any, depth: int, shared: bool, threads: int, flash_attention: bool) -> Bench:
+    def _layout(self, state: Any, depth: int, shared: bool, threads: int, chosen: Arithmetic) -> Bench:
         """Sequences of `depth` tokens, in one cache or in streams."""
         room = depth + LAYOUT_ROOM * (LAYOUT_SEQUENCES if shared else 1)
-        shape = TrialShape(LAYOUT_SEQUENCES, room, not shared, UBATCHES[0], threads, flash_attention)
+        shape = TrialShape(LAYOUT_SEQUENCES, room, not shared, UBATCHES[0], threads, chosen)
         bench = self._bench(shape)
         self.stack.callback(bench.trial.close)
         for seq in range(LAYOUT_SEQUENCES) if depth else ():
@@ -286,7 +256,10 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=os.environ.get("HEADSTART_LOG_LEVEL", "WARNING").upper())
     settings = msgspec.json.decode(sys.argv[1], type=EngineSettings)
-    tuning = measure(settings.path, settings.threads, settings.flash_attention)
+    tuning = measure(settings)
+    if tuning.arithmetic.weights == "file":
+        with suppress(OSError):
+            discard(settings.conversions)
     sys.stdout.buffer.write(msgspec.json.encode(tuning))
 
 

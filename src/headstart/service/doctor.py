@@ -12,10 +12,11 @@ from msgspec import Struct
 from headstart import machine
 from headstart.caches.survey import Survey, survey
 from headstart.config import Settings, origin
+from headstart.engine.converted import found as found_conversions
 from headstart.engine.loading import engine_version
 from headstart.errors import StartupError
 from headstart.messages import EngineSettings, Tuning
-from headstart.service.fitting import kept_back, on_off
+from headstart.service.fitting import kept_back
 from headstart.service.model import Say, model_path
 from headstart.service.patient import Patient
 from headstart.service.plan import Plan
@@ -34,12 +35,14 @@ class InForce(Struct, frozen=True):
 
 
 class ModelReport(Struct, frozen=True):
-    """`tuning` is None where the model was not measured yet, or isn't to be. `fitting`: how many caches fit;
-    `misfits`: names of the others, by reason. With a `problem` the model can't be served."""
+    """`converted_bytes`: what its converted weights take, if there are any. `tuning` is None where the model
+    was not measured yet, or isn't to be. `fitting`: how many caches fit; `misfits`: names of the others, by
+    reason. With a `problem` the model can't be served."""
 
     name: str
     path: str
     size_bytes: int | None = None
+    converted_bytes: int | None = None
     settings: list[InForce] = []
     tuning: Tuning | None = None
     fitting: int = 0
@@ -128,22 +131,32 @@ def _examine_model(
     except StartupError as error:
         return ModelReport(name, path, size, problem=str(error))
     tuning = patient.plan.settings.tuning
-    misfits = patient.misfits(patient.in_force.flash_attention)
+    preferred = patient.plan.kept_back(tuning) if tuning else None
+    misfits = patient.misfits(patient.in_force.arithmetic)
     return ModelReport(
         name,
         path,
         size,
+        _converted_bytes(patient.plan.settings.conversions),
         settings=_in_force(settings, flags, patient.plan, patient.in_force),
         tuning=tuning,
         fitting=len(entries) - sum(map(len, misfits.values())),
         misfits=misfits,
-        notes=[kept_back(name, tuning)] if tuning and patient.plan.kept_back(tuning) else [],
+        notes=[kept_back(name, tuning.arithmetic, preferred)] if tuning and preferred else [],
     )
+
+
+def _converted_bytes(conversions: str) -> int | None:
+    try:
+        return sum(path.stat().st_size for path in found_conversions(conversions)) or None
+    except OSError:
+        # A server may just be making it.
+        return None
 
 
 def _in_force(settings: Settings, flags: Mapping[str, Any], plan: Plan, now: EngineSettings) -> list[InForce]:
     values: dict[str, str] = {
-        "flash_attention": on_off(bool(now.flash_attention)),
+        **now.arithmetic.shown(),
         "threads": str(now.threads),
         "prefill_chunk": str(now.prefill_chunk),
         "share_from": str(now.share_from) if now.share_from else "never",
@@ -165,8 +178,8 @@ def _origin(name: str, settings: Settings, flags: Mapping[str, Any], plan: Plan)
         return origin(settings, name, flags)
     if name in ("max_step_ms", "slots", "ctx"):
         return "default"
-    if name == "flash_attention" and plan.why != "measured":
-        return WHY[plan.why]
+    if plan.why.get(name, "measured") != "measured":
+        return WHY[plan.why[name]]
     if plan.measures:
         return UNKNOWN
     return "measured" if plan.settings.tuning else "default"

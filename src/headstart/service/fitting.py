@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
+from headstart.arithmetic import DEFAULT, Arithmetic
 from headstart.caches.entry import Entry, Fingerprint
-from headstart.messages import Tuning
 
 
 def misfits(entries: Iterable[Entry], fingerprint: Fingerprint) -> dict[str, list[str]]:
@@ -26,25 +27,26 @@ def warnings(model: str, unfit: Mapping[str, Sequence[str]]) -> list[str]:
     ]
 
 
-def kept_back(model: str, tuning: Tuning) -> str:
-    """Said where measuring prefers the flash attention that existing caches don't have."""
+def kept_back(model: str, now: Arithmetic, preferred: Arithmetic) -> str:
+    """Said where measuring prefers another arithmetic than existing caches were computed with."""
+    stays, goes = now.shown(), preferred.shown()
+    others = [name for name in stays if stays[name] != goes[name]]
     return (
-        f"Flash attention of {model} stays {on_off(tuning.flash_attention)}, as its caches were computed, "
-        f"though measuring prefers it {on_off(tuning.prefers_flash_attention)}. "
-        "`headstart doctor --measure --yes` changes it."
+        f"{model} keeps {_values(stays, others)}, as its caches were computed, though measuring prefers "
+        f"{_values(goes, others)}. `headstart doctor --measure --yes` changes it."
     )
 
 
-def on_off(flag: bool) -> str:
-    return "on" if flag else "off"
+def _values(shown: Mapping[str, str], names: Sequence[str]) -> str:
+    return " and ".join(f"{name.replace('_', ' ')} {shown[name]}" for name in names)
 
 
-def flash_attention_of(entries: Iterable[Entry], weights: str) -> bool | None:
-    """What most caches of these weights were computed with; None where there are none."""
+def arithmetic_of(entries: Iterable[Entry], weights: str) -> Arithmetic:
+    """What most caches of these weights were computed with; all open where there are none."""
     prints = [entry.fingerprint for entry in entries if entry.fingerprint.weights == weights]
-    found = [fingerprint.settings.get("flash_attention") for fingerprint in prints]
-    on, off = found.count("on"), found.count("off")
-    return None if on == off == 0 else on > off
+    found = Counter(Arithmetic.of(fingerprint.settings) for fingerprint in prints)
+    whole = [arithmetic for arithmetic in found if arithmetic.is_whole]
+    return max(whole, key=lambda one: (found[one], one == DEFAULT), default=Arithmetic())
 
 
 def in_words(names: Sequence[str], most: int = 5) -> str:

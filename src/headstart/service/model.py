@@ -54,8 +54,8 @@ class ServedModel:
         tuning = self.engine.settings.tuning
         if plan.measures and tuning:
             tunings.put(plan.key, tuning)
-            if plan.kept_back(tuning):
-                say(kept_back(self.name, tuning))
+            if preferred := plan.kept_back(tuning):
+                say(kept_back(self.name, tuning.arithmetic, preferred))
         for warning in warnings(self.name, misfits(store.list(self.name), self.fingerprint)):
             say(warning)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
+from headstart.arithmetic import Arithmetic
 from headstart.caches.entry import Entry, Fingerprint
 from headstart.config import Settings
 from headstart.engine.client import worker_environment
@@ -15,7 +16,7 @@ from headstart.engine.model import ModelError
 from headstart.engine.settling import measure_apart, settled
 from headstart.errors import StartupError
 from headstart.messages import EngineSettings
-from headstart.service.fitting import kept_back, misfits, on_off, warnings
+from headstart.service.fitting import kept_back, misfits, warnings
 from headstart.service.model import Say, load_prompts, model_path, toy_weights
 from headstart.service.plan import make_plan
 from headstart.service.tunings import Tunings
@@ -38,35 +39,36 @@ class Patient:
     def in_force(self) -> EngineSettings:
         return settled(self.plan.settings, self.plan.settings.tuning)
 
-    def misfits(self, flash_attention: bool | None) -> dict[str, list[str]]:
+    def misfits(self, arithmetic: Arithmetic) -> dict[str, list[str]]:
         """Names of caches that don't fit with it, by reason. It is all of a state's settings that can be
         set."""
         found: dict[str, list[str]] = {}
         for entry in self.entries:
-            kept = entry.fingerprint.settings | {"flash_attention": on_off(bool(flash_attention))}
+            others = {k: v for k, v in entry.fingerprint.settings.items() if k not in arithmetic.shown()}
+            kept = others | arithmetic.kept()
             now = Fingerprint(self.weights, self.plan.key.engine, kept, self.template)
             for reason, names in misfits([entry], now).items():
                 found.setdefault(reason, []).extend(names)
         return found
 
     def measure(self, say: Say, *, agree: bool) -> None:
-        """Measures again; says which caches don't fit what was found, then remembers it. The flash attention
-        that caches have is kept unless `agree`. Raises StartupError."""
-        free = agree and self.plan.why != "set"
+        """Measures again; says which caches don't fit what was found, then remembers it. The arithmetic that
+        caches have is kept unless `agree`. Raises StartupError."""
         asked = replace(self.plan.settings, tuning=None)
-        if free:
-            asked = replace(asked, flash_attention=None)
+        if agree:
+            asked = replace(asked, arithmetic=self.plan.given)
         try:
             tuning = measure_apart(asked, env=worker_environment())
         except ModelError as error:
             raise StartupError(f"Measuring {self.name} failed: {error}") from error
-        if self.plan.kept_back(tuning):
-            say(kept_back(self.name, tuning))
-            for warning in warnings(self.name, self.misfits(tuning.prefers_flash_attention)):
+        preferred = self.plan.kept_back(tuning)
+        if preferred:
+            say(kept_back(self.name, tuning.arithmetic, preferred))
+            for warning in warnings(self.name, self.misfits(preferred)):
                 say(f"If it were changed: {warning}")
-        for warning in warnings(self.name, self.misfits(tuning.flash_attention)):
+        for warning in warnings(self.name, self.misfits(tuning.arithmetic)):
             say(warning)
-        self.tunings.put(self.plan.key, tuning, agreed=free)
+        self.tunings.put(self.plan.key, tuning, agreed=agree and not self.plan.given.is_whole)
 
 
 def _weights(path: str) -> str:

@@ -2,75 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from msgspec.structs import replace
 
+from headstart.arithmetic import Arithmetic
 from headstart.caches.entry import Entry
 from headstart.config import Settings
+from headstart.engine.converted import conversions_of
 from headstart.engine.loading import engine_version
 from headstart.messages import EngineSettings, Tuning
-from headstart.service.fitting import flash_attention_of
+from headstart.service.fitting import arithmetic_of
 from headstart.service.tunings import Key, Tunings
 
-# Why it is run with its flash attention: that was set; its caches were computed so; the user agreed to it
-# though they weren't; it was measured as the faster one, or will be; or nothing is measured.
+# Why it is computed as it is: that was set; its caches were computed so; the user agreed to it though they
+# weren't; it was measured as the fastest, or will be; or nothing is measured.
 Why = Literal["set", "caches", "agreed", "measured", "default"]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`settings.tuning` is None where the worker is to measure, or measuring is turned off."""
+    """`settings.tuning` is None where the worker is to measure, or measuring is turned off. `given`: what is
+    set of the arithmetic. `why`: of each of its parts, by the setting's name."""
 
     key: Key
     settings: EngineSettings
-    why: Why
+    given: Arithmetic
+    why: Mapping[str, Why]
 
     @property
     def measures(self) -> bool:
         return self.settings.tune and self.settings.tuning is None
 
-    def kept_back(self, tuning: Tuning) -> bool:
-        """Whether measuring prefers the other flash attention, which existing caches wouldn't fit."""
-        return self.why == "caches" and tuning.prefers_flash_attention != tuning.flash_attention
+    def kept_back(self, tuning: Tuning) -> Arithmetic | None:
+        """What measuring prefers but existing caches wouldn't fit; None where nothing is kept back."""
+        preferred = tuning.best(self.given)
+        return preferred if "caches" in self.why.values() and preferred != tuning.arithmetic else None
 
 
 def make_plan(
     path: str, weights: str, settings: Settings, tunings: Tunings, entries: Sequence[Entry]
 ) -> Plan:
-    """Never flips the flash attention that a model's caches have, unless the user wants it."""
+    """Never flips the arithmetic that a model's caches have, unless the user wants it."""
     key = Key.here(weights, engine_version(path), settings.threads)
-    asked = engine_settings(path, settings)
-    if not settings.tune:
-        return Plan(key, asked, "default" if settings.flash_attention is None else "set")
-    flash_attention, why = _flash_attention(settings, key, tunings, entries)
-    known = tunings.find(key, flash_attention)
-    tuning = known.tuning if known else None
-    return Plan(key, replace(asked, flash_attention=flash_attention, tuning=tuning), why)
-
-
-def _flash_attention(
-    settings: Settings, key: Key, tunings: Tunings, entries: Sequence[Entry]
-) -> tuple[bool | None, Why]:
-    if settings.flash_attention is not None:
-        return settings.flash_attention, "set"
-    known = tunings.find(key, None)
-    if known and known.agreed:
-        return known.tuning.flash_attention, "agreed"
-    of_caches = flash_attention_of(entries, key.weights)
-    return of_caches, "measured" if of_caches is None else "caches"
+    given = Arithmetic(settings.flash_attention, settings.weights)
+    agreed = tunings.agreed(key) if settings.tune else None
+    sources: list[tuple[Why, Arithmetic]] = [
+        ("set", given),
+        ("agreed", agreed or Arithmetic()),
+        ("caches", arithmetic_of(entries, weights)),
+    ]
+    wanted = Arithmetic()
+    for _, source in sources:
+        wanted = wanted.or_else(source)
+    otherwise: Why = "measured" if settings.tune else "default"
+    why = {
+        part: next((why for why, source in sources if getattr(source, part) is not None), otherwise)
+        for part in Arithmetic.__struct_fields__
+    }
+    asked = replace(
+        engine_settings(path, settings),
+        arithmetic=wanted,
+        tuning=tunings.find(key, wanted) if settings.tune else None,
+        conversions=conversions_of(weights, settings.cache_dir),
+    )
+    return Plan(key, asked, given, why)
 
 
 def engine_settings(path: str, settings: Settings) -> EngineSettings:
+    """As far as they don't depend on what is known of the model."""
     return EngineSettings(
         path=path,
         slots=settings.slots,
         ctx=settings.ctx,
         threads=settings.threads,
         prefill_chunk=settings.prefill_chunk,
-        flash_attention=settings.flash_attention,
         max_step_ms=settings.max_step_ms,
         share_from=settings.share_from,
         tune=settings.tune,

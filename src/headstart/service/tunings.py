@@ -13,6 +13,7 @@ from time import time
 import msgspec
 from msgspec import Struct
 
+from headstart.arithmetic import Arithmetic
 from headstart.machine import available_cpus, cpu_model
 from headstart.messages import Tuning
 
@@ -37,7 +38,7 @@ class Key(Struct, frozen=True):
 
 
 class Remembered(Struct, frozen=True):
-    """`agreed`: the user took this flash attention although caches had been computed with the other."""
+    """`agreed`: the user took this arithmetic although caches had been computed with another."""
 
     key: Key
     measured: float
@@ -71,25 +72,24 @@ class Tunings:
             log.warning("what was measured before is not used: %s", error)
             return []
 
-    def find(self, key: Key, flash_attention: bool | None) -> Remembered | None:
-        """What was measured last, with this flash attention where one is given; else what the user agreed to,
-        or what measuring chose."""
-        found = [known for known in self.known() if known.key == key]
-        if flash_attention is not None:
-            found = [known for known in found if known.tuning.flash_attention == flash_attention]
-            return found[-1] if found else None
-        return next((known for known in found if known.agreed), None) or next(
-            (known for known in reversed(found) if _is_chosen(known.tuning)), None
-        )
+    def find(self, key: Key, wanted: Arithmetic) -> Tuning | None:
+        """What was measured last with the arithmetic that measuring would choose of what is wanted."""
+        tunings = (known.tuning for known in reversed(self.known()) if known.key == key)
+        return next((tuning for tuning in tunings if tuning.arithmetic == tuning.best(wanted)), None)
+
+    def agreed(self, key: Key) -> Arithmetic | None:
+        """What the user agreed to."""
+        agreed = (known for known in self.known() if known.key == key and known.agreed)
+        return next((known.tuning.arithmetic for known in agreed), None)
 
     def put(self, key: Key, tuning: Tuning, *, agreed: bool = False) -> None:
-        """Replaces what was known with this key and flash attention; agreeing to one ends an earlier
-        agreement to the other. Only warns when the file can't be written."""
+        """Replaces what was known with this key and arithmetic; agreeing to one ends an earlier agreement to
+        another. Only warns when the file can't be written."""
         kept = []
         for known in self.known():
             if known.key != key:
                 kept.append(known)
-            elif known.tuning.flash_attention != tuning.flash_attention:
+            elif known.tuning.arithmetic != tuning.arithmetic:
                 kept.append(msgspec.structs.replace(known, agreed=known.agreed and not agreed))
             else:
                 agreed = agreed or known.agreed
@@ -98,10 +98,6 @@ class Tunings:
             _write(self.path, msgspec.json.format(msgspec.json.encode(content), indent=2))
         except OSError as error:
             log.warning("what was measured can't be kept in %s: %s", self.path, error)
-
-
-def _is_chosen(tuning: Tuning) -> bool:
-    return tuning.flash_attention == tuning.prefers_flash_attention
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -8,23 +8,19 @@ in common; a sequence beside others may differ there in the last bits.
 
 from __future__ import annotations
 
-import ctypes
-import logging
 from collections.abc import Sequence as Seq
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import llama_cpp as lib
 
 from headstart.engine.llama.context import LlamaContext, Shape
+from headstart.engine.llama.conversion import weights_path
+from headstart.engine.llama.gguf import metadata, open_model, states_are_plain
 from headstart.engine.llama.sampler import LlamaSampler
-from headstart.engine.model import ModelError, Piece, Sampler
+from headstart.engine.model import Piece, Sampler
 from headstart.machine import available_cpus, memory_bytes
 from headstart.messages import EngineSettings, ModelInfo, Sampling
 
-log = logging.getLogger("llama.cpp")
-LOG_LEVELS = {2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}
 DEFAULT_CTX = 8192
 DEFAULT_SLOTS = 4
 # What the KV cache may take of the machine's memory where the number of slots is ours to choose.
@@ -32,29 +28,11 @@ KV_MEMORY_SHARE = 1 / 8
 KV_VALUE_BYTES = 2
 
 
-@lib.llama_log_callback  # type: ignore[untyped-decorator]
-def forward_log(level: int, text: bytes, _user: object) -> None:
-    log.log(LOG_LEVELS.get(level, logging.DEBUG), "%s", text.decode(errors="replace").rstrip())
-
-
-def states_are_plain(model: Any) -> bool:
-    """Whether every layer attends to all tokens, so that states can be cut and copied."""
-    return not (
-        lib.llama_model_is_recurrent(model)
-        or lib.llama_model_is_hybrid(model)
-        or lib.llama_model_n_swa(model) > 0
-    )
-
-
 class LlamaModel:
+    """Raises ModelError when it can't be loaded."""
+
     def __init__(self, settings: EngineSettings) -> None:
-        lib.llama_log_set(forward_log, None)
-        lib.llama_backend_init()
-        if not Path(settings.path).is_file():
-            raise ModelError(f"no such file: {settings.path}")
-        self.model = lib.llama_model_load_from_file(settings.path.encode(), lib.llama_model_default_params())
-        if not self.model:
-            raise ModelError(f"llama.cpp can't load {settings.path}: not a GGUF file it knows")
+        self.model = open_model(weights_path(settings))
         self.vocab = lib.llama_model_get_vocab(self.model)
         self.ctx = settings.ctx or min(lib.llama_model_n_ctx_train(self.model), DEFAULT_CTX)
         self.slots = settings.slots or self._affordable_slots()
@@ -75,7 +53,7 @@ class LlamaModel:
             streams=streams,
             batch=settings.prefill_chunk + self.slots,
             threads=settings.threads or available_cpus(),
-            flash_attention=bool(settings.flash_attention),
+            flash_attention=bool(settings.arithmetic.flash_attention),
         )
         return LlamaContext(self.model, shape, plain_states=states_are_plain(self.model))
 
@@ -94,15 +72,12 @@ class LlamaModel:
 
     def _metadata(self, key: str) -> int:
         """A number from the GGUF file under the model's architecture; 0 where there is none."""
-        text = ctypes.create_string_buffer(64)
-        lib.llama_model_meta_val_str(self.model, b"general.architecture", text, len(text))
-        name = text.value + b"." + key.encode()
-        size = lib.llama_model_meta_val_str(self.model, name, text, len(text))
-        return int(text.value) if size > 0 and text.value.isdigit() else 0
+        value = metadata(self.model, f"{metadata(self.model, 'general.architecture')}.{key}")
+        return int(value) if value.isdigit() else 0
 
     def _info(self, settings: EngineSettings) -> ModelInfo:
         plain = states_are_plain(self.model)
-        kept = {"flash_attention": "on" if settings.flash_attention else "off", "kv_type": "f16"}
+        kept = settings.arithmetic.kept() | {"kv_type": "f16"}
         return ModelInfo(
             n_ctx=lib.llama_n_ctx_seq(self.streams.context),
             slots=self.slots,

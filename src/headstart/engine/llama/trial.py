@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from pathlib import Path
 from random import Random
 from time import perf_counter
 from typing import Any
 
 import llama_cpp as lib
 
+from headstart.arithmetic import Weights
 from headstart.engine.llama.context import LlamaContext, Shape
-from headstart.engine.llama.model import forward_log, states_are_plain
+from headstart.engine.llama.conversion import weights_to_try
+from headstart.engine.llama.gguf import open_model, states_are_plain
 from headstart.engine.model import ModelError, Piece
 from headstart.engine.trials import Span, TrialShape
+from headstart.messages import EngineSettings
 
 SEED = 1
 # llama.cpp gives sequences whole blocks of cells.
@@ -21,31 +23,30 @@ CELLS = 256
 
 
 class LlamaTrials:
-    """The model at `path`. Raises ModelError."""
+    """The model with its own weights and, where that may pay or is wanted, converted ones. Raises
+    ModelError."""
 
-    def __init__(self, path: str) -> None:
-        lib.llama_log_set(forward_log, None)
-        lib.llama_backend_init()
-        if not Path(path).is_file():
-            raise ModelError(f"no such file: {path}")
-        self.model = lib.llama_model_load_from_file(path.encode(), lib.llama_model_default_params())
-        if not self.model:
-            raise ModelError(f"llama.cpp can't load {path}: not a GGUF file it knows")
-        self.can_share = states_are_plain(self.model)
+    def __init__(self, settings: EngineSettings) -> None:
+        self.models = {weights: open_model(path) for weights, path in weights_to_try(settings).items()}
+        self.weights: Seq[Weights] = list(self.models)
+        self.can_share = states_are_plain(self.models[self.weights[0]])
         self.words = self._words()
 
     def _words(self) -> list[int]:
         """A few thousand tokens that stand for text."""
-        vocab = lib.llama_model_get_vocab(self.model)
+        vocab = lib.llama_model_get_vocab(self.models[self.weights[0]])
         n_tokens = lib.llama_vocab_n_tokens(vocab)
         chosen = Random(SEED).choices(range(n_tokens), k=4096)
         return [token for token in chosen if not lib.llama_vocab_is_control(vocab, token)] or chosen
 
     def trial(self, shape: TrialShape) -> LlamaTrial:
-        return LlamaTrial(self.model, shape, self.words, plain_states=self.can_share)
+        assert shape.arithmetic.weights
+        model = self.models[shape.arithmetic.weights]
+        return LlamaTrial(model, shape, self.words, plain_states=self.can_share)
 
     def close(self) -> None:
-        lib.llama_model_free(self.model)
+        for model in self.models.values():
+            lib.llama_model_free(model)
 
 
 class LlamaTrial:
@@ -55,7 +56,14 @@ class LlamaTrial:
         cells = -(-shape.tokens // CELLS) * CELLS * (shape.sequences if shape.streams else 1)
         self.context = LlamaContext(
             model,
-            Shape(cells, shape.sequences, shape.streams, shape.batch, shape.threads, shape.flash_attention),
+            Shape(
+                cells=cells,
+                sequences=shape.sequences,
+                streams=shape.streams,
+                batch=shape.batch,
+                threads=shape.threads,
+                flash_attention=bool(shape.arithmetic.flash_attention),
+            ),
             plain_states=plain_states,
         )
 

@@ -1,0 +1,56 @@
+"""Trials that are timed in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+from headstart.engine.trials import Span, Trial, TrialShape
+
+Key = TypeVar("Key")
+
+ROUNDS = 9
+
+
+class Bench:
+    """A trial and the tokens its sequences hold."""
+
+    def __init__(self, trial: Trial, shape: TrialShape) -> None:
+        self.trial, self.shape = trial, shape
+        self.depth = [0] * shape.sequences
+
+    def extend(self, n: int) -> float:
+        """Sequence 0 grows by `n` tokens."""
+        ms = self.trial.evaluate([Span(0, self.depth[0], n)])
+        self.depth[0] += n
+        return ms
+
+    def time(self, n: int, seqs: Sequence[int] = (0,)) -> float:
+        """Milliseconds of `n` more tokens for each sequence, which then go again; where a state can't be cut
+        they stay, until there is no more room."""
+        for seq in seqs:
+            if self.depth[seq] + n > self.shape.tokens:
+                self.trial.cut(seq, 0)
+                self.depth[seq] = 0
+        ms = self.trial.evaluate([Span(seq, self.depth[seq], n) for seq in seqs])
+        for seq in seqs:
+            if not self.trial.cut(seq, self.depth[seq]):
+                self.depth[seq] += n
+        return ms
+
+    def timing(self, n: int, seqs: Sequence[int] = (0,)) -> Callable[[], float]:
+        return lambda: self.time(n, seqs)
+
+
+def in_turn(actions: Mapping[Key, Callable[[], float]], budget_ms: float) -> dict[Key, float]:
+    """The shortest of each action's times, in rounds of all of them; one round at least."""
+    times: dict[Key, list[float]] = {key: [] for key in actions}
+    spent = longest = 0.0
+    for _ in range(ROUNDS):
+        if spent and spent + longest > budget_ms:
+            break
+        for key, action in actions.items():
+            times[key].append(action())
+        this = sum(row[-1] for row in times.values())
+        spent, longest = spent + this, max(longest, this)
+    return {key: min(row) for key, row in times.items()}

@@ -1,0 +1,88 @@
+"""Files of converted weights: `<directory>/<source>-q8_0-<hash>.gguf`. The name says what a file was made
+from and what it must contain (its BLAKE3), so that one that is damaged or was never finished is not used.
+
+`conversions` is `<directory>/<source>`: the directory, and the first part of the names.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from blake3 import blake3
+
+log = logging.getLogger(__name__)
+
+# No model can have this name, so it is never a model's directory of caches.
+DIRECTORY = ".weights"
+HASH_DIGITS = 32
+# Always the same name: whatever interrupts a conversion, no more than one is left.
+SCRATCH = ".unfinished.gguf"
+
+
+def conversions_of(source_sha256: str, cache_dir: Path) -> str:
+    return str(cache_dir.absolute() / DIRECTORY / source_sha256[:HASH_DIGITS])
+
+
+def found(conversions: str) -> list[Path]:
+    """What there is, unverified."""
+    start = Path(conversions)
+    return sorted(start.parent.glob(f"{start.name}-q8_0-*.gguf")) if conversions else []
+
+
+def obtain(conversions: str, make: Callable[[Path], None]) -> Path:
+    """The file, verified; where there is none that fits its name, `make` writes it. Raises OSError, and what
+    `make` raises."""
+    directory = Path(conversions).parent
+    with _locked(directory):
+        for path in found(conversions):
+            if path.stem.endswith(f"-{_hash(path)}"):
+                return path
+            log.warning("%s is not what was written: it is made again", path)
+            path.unlink()
+        scratch = directory / SCRATCH
+        scratch.unlink(missing_ok=True)
+        try:
+            os.close(os.open(scratch, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            make(scratch)
+            _sync(scratch)
+            path = Path(f"{conversions}-q8_0-{_hash(scratch)}.gguf")
+            scratch.rename(path)
+            _sync(directory)
+        finally:
+            scratch.unlink(missing_ok=True)
+        return path
+
+
+def discard(conversions: str) -> None:
+    """Deletes the files. Whoever runs with one of them goes on doing so."""
+    for path in found(conversions):
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """One process at a time: two models may have the same weights, and a doctor measure beside a server."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _hash(path: Path) -> str:
+    return blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()[:HASH_DIGITS]
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

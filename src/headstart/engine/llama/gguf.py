@@ -1,0 +1,50 @@
+"""A model file as llama.cpp opens it."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from pathlib import Path
+from typing import Any
+
+import llama_cpp as lib
+
+from headstart.engine.model import ModelError
+
+log = logging.getLogger("llama.cpp")
+LOG_LEVELS = {2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}
+
+
+@lib.llama_log_callback  # type: ignore[untyped-decorator]
+def _forward_log(level: int, text: bytes, _user: object) -> None:
+    log.log(LOG_LEVELS.get(level, logging.DEBUG), "%s", text.decode(errors="replace").rstrip())
+
+
+def open_model(path: str, *, weights: bool = True) -> Any:
+    """llama.cpp's handle of the model; without `weights` it only tells what it is. Raises ModelError."""
+    lib.llama_log_set(_forward_log, None)
+    lib.llama_backend_init()
+    if not Path(path).is_file():
+        raise ModelError(f"no such file: {path}")
+    params = lib.llama_model_default_params()
+    params.vocab_only = not weights
+    model = lib.llama_model_load_from_file(path.encode(), params)
+    if not model:
+        raise ModelError(f"llama.cpp can't load {path}: not a GGUF file it knows")
+    return model
+
+
+def metadata(model: Any, key: str) -> str:
+    """A value from the file, up to 63 bytes of it; "" where there is none."""
+    text = ctypes.create_string_buffer(64)
+    size = lib.llama_model_meta_val_str(model, key.encode(), text, len(text))
+    return text.value.decode(errors="replace") if size > 0 else ""
+
+
+def states_are_plain(model: Any) -> bool:
+    """Whether every layer attends to all tokens, so that states can be cut and copied."""
+    return not (
+        lib.llama_model_is_recurrent(model)
+        or lib.llama_model_is_hybrid(model)
+        or lib.llama_model_n_swa(model) > 0
+    )
