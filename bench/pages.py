@@ -9,14 +9,14 @@ from pathlib import Path
 from bench.client import BenchFailed
 from headstart.engine.state_file import resident_pages
 
-SUFFIXES = {".headstart", ".bin"}
+SUFFIXES = {".headstart", ".bin", ".gguf"}
 # What asking for it may bring back.
 LEFT = 0.05
 
 
 def drop(model: str, states: Path) -> None:
-    """The model's weights and the states under `states`, which no running process may have mapped. Raises
-    BenchFailed if they are still there."""
+    """The model's weights, and the states and converted weights under `states`, none of which a running
+    process may have mapped. Raises BenchFailed if they are still there."""
     for path in (Path(model), *(found for found in states.rglob("*") if found.suffix in SUFFIXES)):
         if path.is_file():
             with path.open("rb") as file:

@@ -81,7 +81,7 @@ def test_decoding_weighs_more_than_the_new_tokens() -> None:
 
 
 def test_a_model_that_can_not_do_flash_attention_is_measured_without() -> None:
-    without = FakeTrials(attention_faster, refused=lambda shape: shape.arithmetic.flash_attention)
+    without = FakeTrials(attention_faster, refused=lambda shape: bool(shape.arithmetic.flash_attention))
     assert measure(MODEL, without).arithmetic == DEFAULT
     with pytest.raises(ModelError):
         measure(asking(flash_attention=True), without)

@@ -235,8 +235,8 @@ async def test_what_is_set_of_a_pair_leaves_the_other_to_the_caches(tmp_path: Pa
 
 
 def test_most_caches_of_these_weights_decide() -> None:
-    def entry(weights: str, **kept: str) -> Entry:
-        fingerprint = Fingerprint(weights, "toy", kept, "t")
+    def entry(source: str, **kept: str) -> Entry:
+        fingerprint = Fingerprint(source, "toy", kept, "t")
         return Entry("toy", "keeper", PROMPT, 1, 0, 0, fingerprint, {}, 0, 0)
 
     old, new = entry("w", flash_attention="off"), entry("w", flash_attention="off", weights="q8_0")
@@ -445,3 +445,5 @@ def test_the_second_start_of_a_real_model_does_not_measure(start_server: StartSe
     assert result.exit_code == 0, result.output
     (model,) = json.loads(result.stdout)["models"]
     assert (model["fitting"], model["misfits"]) == (1, {})
+    # Weights that were converted to be tried, and not chosen, are not kept.
+    assert (model["converted_bytes"] is not None) == (in_force(model)["weights"][0] == "q8_0")

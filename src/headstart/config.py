@@ -64,7 +64,7 @@ class Settings(BaseSettings):
     )
     weights: Weights | None = Field(
         None,
-        description="As in the model file, or converted to q8_0; unset means as caches have it, or as measured.",
+        description="As in the model file, or converted to q8_0; unset: as caches have it, or as measured.",
     )
     share_from: int | None = Field(
         None,
