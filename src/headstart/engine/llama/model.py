@@ -19,7 +19,7 @@ import llama_cpp as lib
 
 from headstart.engine.llama.context import LlamaContext, Shape
 from headstart.engine.llama.sampler import LlamaSampler
-from headstart.engine.model import ModelError, Piece, Sampler
+from headstart.engine.model import LEAST_STEP_TOKENS, ModelError, Piece, Sampler
 from headstart.machine import available_cpus, memory_bytes
 from headstart.messages import EngineSettings, ModelInfo, Sampling
 
@@ -44,6 +44,10 @@ def states_are_plain(model: Any) -> bool:
         or lib.llama_model_is_hybrid(model)
         or lib.llama_model_n_swa(model) > 0
     )
+
+
+def _step_tokens(settings: EngineSettings) -> int:
+    return max(settings.prefill_chunk, LEAST_STEP_TOKENS)
 
 
 class LlamaModel:
@@ -73,7 +77,7 @@ class LlamaModel:
             cells=cells,
             sequences=sequences,
             streams=streams,
-            batch=settings.prefill_chunk + self.slots,
+            batch=_step_tokens(settings) + self.slots,
             threads=settings.threads or available_cpus(),
             flash_attention=bool(settings.flash_attention),
         )
@@ -110,6 +114,7 @@ class LlamaModel:
             engine=f"llama-cpp-python {lib.__version__}",
             settings=kept if plain else kept | {"kv_streams": str(self.slots)},
             pool_tokens=self.ctx if self.pool else 0,
+            step_tokens=_step_tokens(settings),
         )
 
     def _place(self, seq: int) -> tuple[LlamaContext, int]:
