@@ -1,6 +1,6 @@
 """A cache's file while it is being written.
 
-Room for the header is left at the start, so that each state can be on the disk as soon as it was computed; the
+Room for the header is left at the start, so that each state can be on the disk once it was computed; the
 header with the hashes comes last. Till then the file is none that `file.read` accepts.
 """
 
