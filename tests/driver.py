@@ -18,6 +18,7 @@ from headstart.messages import (
     Finished,
     RequestEvent,
     Sampling,
+    SaveTo,
     StateRef,
     Submit,
     Token,
@@ -73,7 +74,7 @@ class Driver:
 
     def save(self, tokens: list[int], path: Path) -> StateRef:
         path.touch()
-        request = self.submit(tokens, 0, boundary=len(tokens), save_path=str(path))
+        request = self.submit(tokens, 0, boundary=len(tokens), save_to=SaveTo(str(path)))
         self.finish()
         self.woken.get(timeout=10)
         self.step()

@@ -14,9 +14,10 @@ from msgspec.structs import replace
 from safetensors import safe_open
 
 from headstart.caches import file
-from headstart.caches.entry import Entry, Fingerprint
+from headstart.caches.entry import Entry, Fingerprint, Form
 from headstart.caches.file import Corrupt, Part
 from headstart.caches.store import Store, storage_errors
+from headstart.caches.writing import Writer
 from headstart.errors import CacheNotFound, StartupError, StorageError, StorageFull
 from headstart.service.caching import Caching
 from headstart.service.model import ServedModel
@@ -32,7 +33,7 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "cache")
 
 
-def _parts(directory: Path) -> dict[str, Part]:
+def _parts(directory: Path) -> dict[Form, Part]:
     (directory / "chat").write_bytes(STATE)
     (directory / "completion").write_bytes(STATE[:777])
     return {
@@ -41,8 +42,16 @@ def _parts(directory: Path) -> dict[str, Part]:
     }
 
 
+async def _put(store: Store, entry: Entry, parts: dict[Form, Part]) -> Entry:
+    with store.scratch(entry.model) as path:
+        writer = Writer(path, entry, {form: part.tokens for form, part in parts.items()})
+        for form, part in parts.items():
+            writer.copy(form, part)
+        return await store.put(writer, entry)
+
+
 async def _stored(store: Store, tmp_path: Path, entry: Entry = ENTRY) -> Entry:
-    return await store.put(entry, _parts(tmp_path))  # type: ignore[arg-type]
+    return await _put(store, entry, _parts(tmp_path))
 
 
 async def test_a_cache_is_read_back_as_it_was_written(store: Store, tmp_path: Path) -> None:
@@ -53,6 +62,29 @@ async def test_a_cache_is_read_back_as_it_was_written(store: Store, tmp_path: Pa
     chat = written.forms["chat"]
     assert path.read_bytes()[chat.state_offset :][: chat.state_bytes] == STATE
     assert written.size_bytes == path.stat().st_size
+
+
+async def test_a_file_that_is_not_finished_is_none(store: Store, tmp_path: Path) -> None:
+    parts = _parts(tmp_path)
+    with store.scratch("toy") as path:
+        writer = Writer(path, ENTRY, {form: part.tokens for form, part in parts.items()})
+        for form, part in parts.items():
+            writer.copy(form, part)
+            with pytest.raises(Corrupt):
+                file.read(path)
+
+
+async def test_the_header_has_room_for_times_that_are_known_last(store: Store, tmp_path: Path) -> None:
+    parts = _parts(tmp_path)
+    with store.scratch("toy") as path:
+        short = replace(ENTRY, updated=0.0, build_ms=0.0, ttft_ms=0.0)
+        writer = Writer(path, short, {form: part.tokens for form, part in parts.items()})
+        for form, part in parts.items():
+            writer.copy(form, part)
+        long = replace(ENTRY, updated=1700000000.123456789, build_ms=12345.678901234567, ttft_ms=1.0 / 3)
+        stored = await store.put(writer, long)
+    assert (stored.updated, stored.build_ms, stored.ttft_ms) == (long.updated, long.build_ms, long.ttft_ms)
+    assert file.verify(store.path("toy", "one"), stored.identity)["chat"] == TOKENS
 
 
 async def test_standard_tools_can_open_a_cache(store: Store, tmp_path: Path) -> None:
@@ -164,7 +196,7 @@ async def test_replacing_leaves_an_open_old_version_as_it_was(store: Store, tmp_
     path = store.path("toy", "one")
     old = path.read_bytes()
     with path.open("rb") as reader:
-        await store.put(ENTRY, {"chat": Part([9], tmp_path / "completion", 0, 5)})
+        await _put(store, ENTRY, {"chat": Part([9], tmp_path / "completion", 0, 5)})
         assert reader.read() == old
     assert path.read_bytes() != old
 
@@ -174,7 +206,7 @@ async def test_a_write_that_fails_leaves_the_old_version_and_no_scratch_file(
 ) -> None:
     written = await _stored(store, tmp_path)
     with pytest.raises(StorageError):
-        await store.put(ENTRY, {"chat": Part([9], tmp_path / "absent", 0, 5)})
+        await _put(store, ENTRY, {"chat": Part([9], tmp_path / "absent", 0, 5)})
     assert store.find("toy", "one") == written
     assert [path.name for path in (store.directory / "toy").iterdir()] == ["one.headstart"]
 
@@ -227,8 +259,8 @@ async def test_of_the_caches_a_text_may_begin_with_the_longest_that_is_there_is_
     for name, prompt in prompts.items():
         await _stored(store, tmp_path, replace(ENTRY, name=name, prompt=prompt))
     store.path("toy", "gone").unlink()
-    chat_only = {"chat": _parts(tmp_path)["chat"]}
-    await store.put(replace(ENTRY, name="chat", prompt="You are the keeper o"), chat_only)  # type: ignore[arg-type]
+    chat_only: dict[Form, Part] = {"chat": _parts(tmp_path)["chat"]}
+    await _put(store, replace(ENTRY, name="chat", prompt="You are the keeper o"), chat_only)
     model = cast(ServedModel, SimpleNamespace(name="toy"))
     caching = Caching(store)
     assert caching.known_opening(model, "You are the keeper of the light") == "You are the keeper"

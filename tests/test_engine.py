@@ -11,7 +11,7 @@ from driver import CHUNK, OTHER, PROMPT, Driver, small_model
 from headstart.caches.file import identity_of
 from headstart.config import embedded_model
 from headstart.engine.model import Model
-from headstart.messages import Cancel, Failed, Progress, Sampling, StateRef
+from headstart.messages import Cancel, Failed, Progress, Sampling, SaveTo, StateRef
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,7 @@ def test_saving_tells_its_progress(driver: Driver, tmp_path: Path) -> None:
 
 
 def test_a_state_is_not_written_where_nobody_waits_for_it(driver: Driver, tmp_path: Path) -> None:
-    request = driver.submit(PROMPT, 0, save_path=str(tmp_path / "absent"))
+    request = driver.submit(PROMPT, 0, save_to=SaveTo(str(tmp_path / "absent")))
     driver.finish()
     driver.woken.get(timeout=10)
     driver.step()
@@ -181,7 +181,7 @@ def test_a_state_is_not_written_where_nobody_waits_for_it(driver: Driver, tmp_pa
 
 
 def test_a_full_disk_fails_the_save_alone(driver: Driver) -> None:
-    request = driver.submit(PROMPT[:40], 0, save_path="/dev/full")
+    request = driver.submit(PROMPT[:40], 0, save_to=SaveTo("/dev/full"))
     driver.finish()
     driver.woken.get(timeout=10)
     driver.step()

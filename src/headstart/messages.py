@@ -89,11 +89,18 @@ class StateRef(Struct, frozen=True):
     identity: tuple[int, int, int, int]
 
 
+class SaveTo(Struct, frozen=True):
+    """Where a state is to be written: at `offset` of the file at `path`, which must exist."""
+
+    path: str
+    offset: int = 0
+
+
 # To the worker
 
 
 class Submit(Struct, frozen=True, tag=True):
-    """One sequence: prefill `tokens`, then generate up to `max_tokens`, or save the state to `save_path`.
+    """One sequence: prefill `tokens`, then generate up to `max_tokens`, or save the state.
 
     `boundary`: where prefill is cut so that the values don't depend on whether the first `boundary` tokens
     were computed or restored; 0 for none, below the number of tokens unless nothing is generated. Of a state
@@ -106,7 +113,7 @@ class Submit(Struct, frozen=True, tag=True):
     max_tokens: int = 0
     sampling: Sampling = Sampling()
     restore: StateRef | None = None
-    save_path: str | None = None
+    save_to: SaveTo | None = None
     reuse: bool = True
 
 
@@ -123,7 +130,8 @@ Command = Submit | Cancel
 class ModelInfo(Struct, frozen=True):
     """`n_ctx`: tokens a sequence may hold. `can_cut`: a state may be shortened to any prefix of its tokens.
     `engine` and `settings` name what a saved state depends on besides the weights. `pool_tokens`: how many
-    tokens sequences with a common prefix may hold together; 0: there is no pool."""
+    tokens sequences with a common prefix may hold together; 0: there is no pool. `step_tokens`: prompt tokens
+    that can be evaluated at once, of several sequences."""
 
     n_ctx: int
     slots: int
@@ -131,6 +139,7 @@ class ModelInfo(Struct, frozen=True):
     engine: str
     settings: dict[str, str]
     pool_tokens: int = 0
+    step_tokens: int = 64
 
 
 class Ready(Struct, frozen=True, tag=True):
@@ -146,7 +155,8 @@ class LoadFailed(Struct, frozen=True, tag=True):
 
 class Stats(Struct, frozen=True):
     """Counted by the engine, times in milliseconds. cached + evaluated = prompt tokens; `ttft_ms` is from
-    arrival in the worker to the first sampled token (or the saved state); `saved_bytes` is 0 unless saved."""
+    arrival in the worker to the first sampled token (or the computed state). Of a saved state: its size, and
+    its hash, taken before it was written."""
 
     prompt_tokens: int
     cached_tokens: int
@@ -160,6 +170,7 @@ class Stats(Struct, frozen=True):
     prefill_ms: float
     decode_ms: float
     ttft_ms: float
+    saved_blake3: str = ""
 
 
 class Progress(Struct, frozen=True, tag=True):

@@ -28,7 +28,6 @@ from headstart.caches.entry import Entry, Form, Identity, StoredForm
 FORMAT = "headstart/1"
 LENGTH = Struct("<Q")
 MAX_HEADER = 64 << 20
-ALIGN = 64
 NO_HASH = "0" * 64
 
 
@@ -38,7 +37,8 @@ class Corrupt(Exception):
 
 @dataclass(frozen=True)
 class Part:
-    """One form to be written: its token ids, and where its state is: `size` bytes at `offset` of a file."""
+    """One form that is stored already: its token ids, and where its state is: `size` bytes at `offset` of a
+    file."""
 
     tokens: list[int]
     path: Path
@@ -50,41 +50,17 @@ def identity_of(stat: os.stat_result) -> Identity:
     return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
 
-def write(file: BinaryIO, entry: Entry, parts: Mapping[Form, Part]) -> Entry:
-    """Writes the whole file and syncs it; returns the entry with its forms and identity filled in.
-
-    Raises OSError, ENOSPC included, with the file in an unknown state."""
-    tensors: dict[str, dict[str, Any]] = {}
-    hashes: dict[str, str] = {}
-    at = 0
-    ids = {form: _int32(part.tokens) for form, part in parts.items()}
-    for form, data in ids.items():
-        tensors[f"{form}.tokens"] = _tensor("I32", len(data) // 4, at, len(data))
-        hashes[f"blake3 {form}.tokens"] = blake3(data).hexdigest()
-        at += len(data)
-    for form, part in parts.items():
-        tensors[f"{form}.state"] = _tensor("U8", part.size, at, part.size)
-        with _mapped(part) as state:
-            hashes[f"blake3 {form}.state"] = _hash(state)
-        at += part.size
+def header_text(entry: Entry, tensors: Mapping[str, Any], hashes: Mapping[str, str]) -> bytes:
+    """The header as JSON, its own hash still to be put in by `hashed`."""
     described = msgspec.structs.replace(entry, forms={}, identity=(0, 0, 0, 0))
     content = msgspec.json.encode(described).decode()
     metadata = {"format": FORMAT, "blake3": NO_HASH, "entry": content, **hashes}
-    header: dict[str, Any] = {"__metadata__": metadata, **tensors}
-    text = json.dumps(header).encode()
-    text += b" " * (-(LENGTH.size + len(text)) % ALIGN)
-    text = text.replace(NO_HASH.encode(), blake3(text).hexdigest().encode(), 1)
-    file.write(LENGTH.pack(len(text)) + text + b"".join(ids.values()))
-    for part in parts.values():
-        with _mapped(part) as state:
-            file.write(state)
-    file.flush()
-    os.fsync(file.fileno())
-    return msgspec.structs.replace(
-        entry,
-        forms=_forms(header, LENGTH.size + len(text)),
-        identity=identity_of(os.fstat(file.fileno())),
-    )
+    return json.dumps({"__metadata__": metadata, **tensors}).encode()
+
+
+def hashed(text: bytes) -> bytes:
+    """The header with its own hash in the place that `header_text` left for it."""
+    return text.replace(NO_HASH.encode(), blake3(text).hexdigest().encode(), 1)
 
 
 def read(path: Path) -> Entry:
@@ -117,7 +93,7 @@ def verify(path: Path, identity: Identity) -> dict[Form, list[int]]:
                     continue
                 begin, end = tensor["data_offsets"]
                 with view[start + begin : start + end] as data:
-                    if _hash(data) != header["__metadata__"][f"blake3 {name}"]:
+                    if hash_of(data) != header["__metadata__"][f"blake3 {name}"]:
                         raise Corrupt(f"{path}: wrong hash of {name}")
                     form, _, kind = name.partition(".")
                     if kind == "tokens":
@@ -148,10 +124,6 @@ def _read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
     return header, LENGTH.size + length
 
 
-def _tensor(dtype: str, n: int, at: int, size: int) -> dict[str, Any]:
-    return {"dtype": dtype, "shape": [n], "data_offsets": [at, at + size]}
-
-
 def _forms(header: Mapping[str, Any], start: int) -> dict[Form, StoredForm]:
     forms: dict[Form, StoredForm] = {}
     for name, tensor in header.items():
@@ -166,16 +138,12 @@ def _forms(header: Mapping[str, Any], start: int) -> dict[Form, StoredForm]:
     return forms
 
 
-def _int32(tokens: list[int]) -> bytes:
-    return b"".join(token.to_bytes(4, "little", signed=True) for token in tokens)
-
-
-def _hash(data: memoryview) -> str:
+def hash_of(data: memoryview) -> str:
     return blake3(data, max_threads=blake3.AUTO).hexdigest()
 
 
 @contextmanager
-def _mapped(part: Part) -> Iterator[memoryview]:
+def mapped(part: Part) -> Iterator[memoryview]:
     with (
         _open(part.path) as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapping,

@@ -9,7 +9,7 @@ import hashlib
 import logging
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,9 @@ from time import time
 
 from headstart.caches import file
 from headstart.caches.entry import Entry, Form, Identity
-from headstart.caches.file import Corrupt, Part
+from headstart.caches.file import Corrupt
 from headstart.caches.index import Index, Usage
+from headstart.caches.writing import Writer
 from headstart.errors import CacheNotFound, StartupError, StorageError, StorageFull
 from headstart.messages import StateRef
 from headstart.names import NAME
@@ -170,34 +171,31 @@ class Store:
 
     @contextmanager
     def scratch(self, model: str) -> Iterator[Path]:
-        """A new empty file beside the model's caches, gone at the end. Raises StorageError."""
+        """A new empty file beside the model's caches, gone at the end unless it was put in its place. Raises
+        StorageError, also for OSError from within."""
         path = self.directory / model / f"{SCRATCH}{uuid.uuid4().hex}"
         with storage_errors(f"the cache directory {self.directory}"):
             path.parent.mkdir(mode=0o700, exist_ok=True)
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        try:
-            yield path
-        finally:
-            path.unlink(missing_ok=True)
+            try:
+                yield path
+            finally:
+                path.unlink(missing_ok=True)
 
-    async def put(self, entry: Entry, parts: Mapping[Form, Part]) -> Entry:
-        """Writes the cache, atomically replacing one of the same name; raises StorageError, the old one being
-        untouched. Returns the entry as stored."""
-        with self.scratch(entry.model) as path:
-            stored = await asyncio.to_thread(self._write, path, entry, parts)
-        tokens = {form: part.tokens for form, part in parts.items()}
-        self._verified[entry.model, entry.name] = (stored.identity, tokens)
+    async def put(self, writer: Writer, entry: Entry) -> Entry:
+        """Makes what was written to a scratch file the cache of this entry's name, atomically replacing an
+        older one. Raises OSError, the old one being untouched. Returns the entry as stored."""
+        stored = await asyncio.to_thread(self._publish, writer, entry)
+        self._verified[entry.model, entry.name] = (stored.identity, writer.tokens)
         self._remember(stored)
         return stored
 
-    def _write(self, path: Path, entry: Entry, parts: Mapping[Form, Part]) -> Entry:
+    def _publish(self, writer: Writer, entry: Entry) -> Entry:
         final = self.path(entry.model, entry.name)
-        with storage_errors(str(final)):
-            with path.open("r+b") as output:
-                written = file.write(output, entry, parts)
-            path.rename(final)
-            _sync_directory(final.parent)
-        return written
+        stored = writer.finish(entry)
+        writer.path.rename(final)
+        _sync_directory(final.parent)
+        return stored
 
     def delete(self, model: str, name: str) -> None:
         """Raises CacheNotFound. Requests that have the file open go on reading it."""

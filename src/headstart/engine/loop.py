@@ -25,6 +25,7 @@ from headstart.messages import (
     FinishReason,
     Progress,
     RequestEvent,
+    SaveTo,
     StateRef,
     Stats,
     Submit,
@@ -48,6 +49,7 @@ class Engine:
         self.scheduler = Scheduler(
             model.info.slots,
             cuts,
+            step_tokens=model.info.step_tokens,
             can_cut=model.info.can_cut,
             pool_cells=model.info.pool_tokens,
             share_from=share_from,
@@ -186,7 +188,7 @@ class Engine:
                 slot.exact += n_tokens
         slot.tokens += sequence.tokens[sequence.computed : sequence.computed + n_tokens]
         sequence.computed += n_tokens
-        if sequence.request.save_path:
+        if sequence.request.save_to:
             self.events.append(Progress(sequence.request.id, sequence.computed, sequence.n_prompt))
 
     def _sample(self, sequence: Sequence, row: int) -> None:
@@ -206,8 +208,8 @@ class Engine:
     def _complete(self, sequence: Sequence) -> None:
         """A sequence that generates nothing has its prompt computed: save it, if so asked."""
         sequence.first_token = monotonic()
-        path = sequence.request.save_path
-        if path is None:
+        place = sequence.request.save_to
+        if place is None:
             self._finish(sequence, "length")
             return
         assert sequence.slot is not None
@@ -217,17 +219,17 @@ class Engine:
             self._fail(sequence, str(error))
             return
         self._release(sequence)
-        self.writer.submit(self._write, sequence, path, state)
+        self.writer.submit(self._write, sequence, place, state)
 
-    def _write(self, sequence: Sequence, path: str, state: memoryview) -> None:
+    def _write(self, sequence: Sequence, place: SaveTo, state: memoryview) -> None:
         """Runs on the writer thread."""
         try:
-            state_file.write(path, state)
+            saved = state_file.write(place, state)
         except OSError as error:
             kind: FailureKind = "storage_full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "storage"
             self.written.put(Failed(sequence.request.id, kind, f"state not written: {error.strerror}"))
         else:
-            stats = self._stats(sequence, saved_bytes=len(state))
+            stats = self._stats(sequence, len(state), saved)
             self.written.put(Finished(sequence.request.id, "saved", stats))
         self.wake()
 
@@ -248,7 +250,7 @@ class Engine:
         if sequence.sampler:
             sequence.sampler.close()
 
-    def _stats(self, sequence: Sequence, saved_bytes: int = 0) -> Stats:
+    def _stats(self, sequence: Sequence, saved_bytes: int = 0, saved_blake3: str = "") -> Stats:
         now = monotonic()
         placed = sequence.placed or now
         restored = sequence.restored or placed
@@ -262,6 +264,7 @@ class Engine:
             source=sequence.source,
             restored_bytes=restore.nbytes if restore and sequence.source == "file" else 0,
             saved_bytes=saved_bytes,
+            saved_blake3=saved_blake3,
             queue_ms=1000 * (placed - sequence.arrived),
             restore_ms=1000 * (restored - placed),
             prefill_ms=1000 * (first - restored),

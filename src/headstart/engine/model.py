@@ -8,6 +8,9 @@ from typing import Protocol
 
 from headstart.messages import ModelInfo, Sampling
 
+# Room in a step for the prompt tokens of several short prompts, however small the chunks are.
+LEAST_STEP_TOKENS = 96
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:

@@ -1,7 +1,8 @@
 """Decides, and only decides: no I/O, no clock, no native call.
 
 There is no prefill phase and no decode phase: every running sequence has tokens that are not computed yet.
-Those with one, all sharing a batch, are decoding; the others take turns for `chunk` prompt tokens a step.
+Those with one, all sharing a batch, are decoding; the others take turns for the prompt tokens of a step, of
+each one chunk at most.
 """
 
 from __future__ import annotations
@@ -20,13 +21,22 @@ Work = list[tuple[Sequence, Piece]]
 
 
 class Scheduler:
-    """`share_from`: the number of common tokens from which sequences are run in the pool; 0: never. Each
-    action that an iterator yields must have been done before it is asked for the next."""
+    """`step_tokens`: prompt tokens evaluated in a step at most. `share_from`: tokens that sequences have in
+    common when they are run in the pool; 0: never. Each action that an iterator yields must have been done
+    before it is asked for the next."""
 
     def __init__(
-        self, n_slots: int, cuts: Cuts, *, can_cut: bool = True, pool_cells: int = 0, share_from: int = 0
+        self,
+        n_slots: int,
+        cuts: Cuts,
+        *,
+        step_tokens: int,
+        can_cut: bool = True,
+        pool_cells: int = 0,
+        share_from: int = 0,
     ) -> None:
         self.cuts = cuts
+        self.step_tokens = step_tokens
         self.can_cut = can_cut
         self.share_from = share_from
         self.slots = [Slot(i) for i in range(n_slots)]
@@ -107,7 +117,7 @@ class Scheduler:
         request = sequence.request
         if not (request.reuse and request.boundary and self.can_cut) or request.restore:
             return False
-        if request.save_path or self._holder(request.tokens, request.boundary):
+        if request.save_to or self._holder(request.tokens, request.boundary):
             return False
         return any(
             other.computed < request.boundary and _same_opening(other, sequence) for other in self.running
@@ -209,7 +219,7 @@ class Scheduler:
 
     def _chunks(self, sequences: Iterable[Sequence]) -> Work:
         work: Work = []
-        n_left, ms_left = self.cuts.chunk, self.cuts.longest_ms
+        n_left, ms_left = self.step_tokens, self.cuts.longest_ms
         for sequence in sorted(sequences, key=lambda sequence: sequence.last_step):
             piece = sequence.next_piece(self.cuts)
             cost = self.cuts.cost(piece.start, len(piece.tokens))

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from headstart.messages import StateRef
+from blake3 import blake3
+
+from headstart.messages import SaveTo, StateRef
 
 READ_BYTES = 4 << 20
 # Of what mincore says of a page only the lowest bit counts.
@@ -61,7 +63,13 @@ def bring_into_memory(state: StateRef) -> None:
             left -= n
 
 
-def write(path: str, state: memoryview) -> None:
-    """Raises OSError. The file must exist: if whoever asked for it has removed it, nothing is left behind."""
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW), "wb") as file:
+def write(place: SaveTo, state: memoryview) -> str:
+    """Returns when the state is on the disk, with its BLAKE3 hash. Raises OSError. The file must exist: if
+    whoever asked for it has removed it, nothing is left behind."""
+    found = blake3(state).hexdigest()
+    with os.fdopen(os.open(place.path, os.O_WRONLY | os.O_NOFOLLOW), "wb") as file:
+        file.seek(place.offset)
         file.write(state)
+        file.flush()
+        os.fdatasync(file.fileno())
+    return found

@@ -12,7 +12,7 @@ import time
 import zlib
 from collections.abc import Sequence as Seq
 
-from headstart.engine.model import ModelError, Piece, Sampler
+from headstart.engine.model import LEAST_STEP_TOKENS, ModelError, Piece, Sampler
 from headstart.messages import EngineSettings, ModelInfo, Sampling
 from headstart.toyspec import EOS, N_VOCAB, ToySpec
 
@@ -44,6 +44,7 @@ class ToyModel:
             engine="toy",
             settings=settings.arithmetic.kept(),
             pool_tokens=0 if slots == 1 or not self.spec.can_cut else n_ctx,
+            step_tokens=max(settings.prefill_chunk, LEAST_STEP_TOKENS),
         )
         self.histories: list[list[int]] = [[] for _ in range(2 * slots + 1)]
         # How many tokens of its history a sequence of the pool shares with the one it was copied from.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from time import time
@@ -11,8 +11,9 @@ from time import time
 from headstart.caches.entry import Entry, Form
 from headstart.caches.file import Corrupt, Part
 from headstart.caches.store import Store
+from headstart.caches.writing import Writer
 from headstart.errors import HeadstartError
-from headstart.messages import Finished, Progress, Stats, Submit
+from headstart.messages import Finished, Progress, SaveTo, Stats, Submit
 from headstart.prompt.prompts import soon
 from headstart.service.model import ServedModel
 
@@ -55,31 +56,17 @@ class Builder:
                 model.check_fits(len(tokens) + 1, param="prompt")
                 wanted[form] = tokens
         progress = _Sum(sum(map(len, wanted.values())), build.on_progress)
-        with ExitStack() as scratch:
-            parts: dict[Form, Part] = {}
-            stats: list[Stats] = []
+        stats: list[Stats] = []
+        with self.store.scratch(model.name) as path:
+            writer = await asyncio.to_thread(Writer, path, _entry(build, stats), wanted)
             for form, tokens in wanted.items():
                 if kept := await self._kept(build, form, tokens):
-                    parts[form] = kept
+                    await asyncio.to_thread(writer.copy, form, kept)
                     progress.next(len(tokens))
                     continue
-                path = scratch.enter_context(self.store.scratch(model.name))
-                stats.append(await self._compute(model, tokens, path, progress))
-                parts[form] = Part(tokens, path, 0, stats[-1].saved_bytes)
-            now = time()
-            entry = Entry(
-                model=model.name,
-                name=build.name,
-                prompt=build.prompt,
-                version=build.version,
-                created=build.previous.created if build.previous else now,
-                updated=now,
-                fingerprint=model.fingerprint,
-                forms={},
-                build_ms=sum(form.prefill_ms for form in stats),
-                ttft_ms=_ttft_ms(stats, build.previous),
-            )
-            return await self.store.put(entry, parts)
+                stats.append(await self._compute(model, tokens, writer, progress))
+                writer.wrote(form, stats[-1].saved_bytes, stats[-1].saved_blake3)
+            return await self.store.put(writer, _entry(build, stats))
 
     async def _kept(self, build: Build, form: Form, tokens: list[int]) -> Part | None:
         """The state as it is stored already, where the same prompt is given again."""
@@ -96,8 +83,9 @@ class Builder:
             return None
         return Part(tokens, Path(state.ref.path), state.ref.offset, state.ref.nbytes)
 
-    async def _compute(self, model: ServedModel, tokens: list[int], path: Path, progress: _Sum) -> Stats:
-        request = Submit(0, tokens, boundary=len(tokens), save_path=str(path))
+    async def _compute(self, model: ServedModel, tokens: list[int], writer: Writer, progress: _Sum) -> Stats:
+        place = SaveTo(str(writer.path), writer.end)
+        request = Submit(0, tokens, boundary=len(tokens), save_to=place)
         with model.engine.submit(request) as running:
             async for event in running:
                 match event:
@@ -107,6 +95,23 @@ class Builder:
                         progress.next(len(tokens))
                         return stats
         raise HeadstartError("The engine ended the build without a result.")
+
+
+def _entry(build: Build, stats: Sequence[Stats]) -> Entry:
+    """The cache that the build makes, `stats` being those of the forms computed."""
+    now = time()
+    return Entry(
+        model=build.model.name,
+        name=build.name,
+        prompt=build.prompt,
+        version=build.version,
+        created=build.previous.created if build.previous else now,
+        updated=now,
+        fingerprint=build.model.fingerprint,
+        forms={},
+        build_ms=sum(form.prefill_ms for form in stats),
+        ttft_ms=_ttft_ms(stats, build.previous),
+    )
 
 
 class _Sum:

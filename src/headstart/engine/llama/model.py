@@ -17,7 +17,7 @@ from headstart.engine.llama.context import LlamaContext, Shape
 from headstart.engine.llama.conversion import weights_path
 from headstart.engine.llama.gguf import metadata, open_model, states_are_plain
 from headstart.engine.llama.sampler import LlamaSampler
-from headstart.engine.model import Piece, Sampler
+from headstart.engine.model import LEAST_STEP_TOKENS, Piece, Sampler
 from headstart.machine import available_cpus, memory_bytes
 from headstart.messages import EngineSettings, ModelInfo, Sampling
 
@@ -26,6 +26,10 @@ DEFAULT_SLOTS = 4
 # What the KV cache may take of the machine's memory where the number of slots is ours to choose.
 KV_MEMORY_SHARE = 1 / 8
 KV_VALUE_BYTES = 2
+
+
+def _step_tokens(settings: EngineSettings) -> int:
+    return max(settings.prefill_chunk, LEAST_STEP_TOKENS)
 
 
 class LlamaModel:
@@ -51,7 +55,7 @@ class LlamaModel:
             cells=cells,
             sequences=sequences,
             streams=streams,
-            batch=settings.prefill_chunk + self.slots,
+            batch=_step_tokens(settings) + self.slots,
             threads=settings.threads or available_cpus(),
             flash_attention=bool(settings.arithmetic.flash_attention),
         )
@@ -85,6 +89,7 @@ class LlamaModel:
             engine=f"llama-cpp-python {lib.__version__}",
             settings=kept if plain else kept | {"kv_streams": str(self.slots)},
             pool_tokens=self.ctx if self.pool else 0,
+            step_tokens=_step_tokens(settings),
         )
 
     def _place(self, seq: int) -> tuple[LlamaContext, int]:
