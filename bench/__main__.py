@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
+from typing import get_args
 
 from bench import cost, crowd, first_token, gaps, memory, plots, random_model, report, storage
 from bench.client import BenchFailed
@@ -18,6 +19,7 @@ from bench.lab import CONTENDERS, Lab
 from bench.machine import described
 from bench.servers import Headstart, Host
 from bench.texts import Writer
+from headstart.arithmetic import Weights
 from headstart.config import embedded_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,6 +53,9 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--model", default="", help=f"a GGUF file or {random_model.NAME}; else the embedded model"
     )
+    parser.add_argument(
+        "--weights", choices=get_args(Weights), default="", help="Headstart's, instead of what it chooses"
+    )
     parser.add_argument("--only", choices=CONTENDERS, help="one contender, without comparison")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the results")
@@ -73,7 +78,7 @@ def main() -> int:
         say("The machine is busy: figures will be worse and more scattered than they could be.")
     failures: dict[str, str] = {}
     with TemporaryDirectory(prefix="bench-") as directory:
-        host = Host(model, chosen.threads, Path(directory), PEER)
+        host = Host(model, chosen.threads, Path(directory), PEER, chosen.weights)
         with Lab(host, Writer(model), chosen.full, chosen.rounds, contenders, say) as lab:
             for arm in chosen.arms:
                 run_arm(lab, arm, failures)

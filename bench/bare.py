@@ -1,8 +1,8 @@
 """llama.cpp without any server: the same tokens through its C interface in a process of its own.
 
 `python -m bench.bare` is that process: one JSON command a line on stdin, one answer a line on stdout. `Bare`
-talks to it. Context, threads, batch and attention are those the engine uses; `shared` sequences use one copy
-of the prefix in a unified KV cache, others have a stream and a copy each.
+talks to it. Context, threads, weights, batch and attention are those the engine uses; `shared` sequences use one
+copy of the prefix in a unified KV cache, others have a stream and a copy each.
 """
 
 from __future__ import annotations
@@ -16,20 +16,22 @@ from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
 
+from bench.servers import Engine
+
 SEQUENCES = 8
 CTX = 8192
-# The engine's own, see headstart/config.py and headstart/engine/client.py.
-BATCH = 64
+# The engine's own, see headstart/engine/client.py.
 SPIN = {"GOMP_SPINCOUNT": "1000"}
 
 
 class Bare:
     """A bare llama.cpp with a model loaded. All times are in milliseconds."""
 
-    def __init__(self, model: str, threads: int, *, shared: bool, chunk: int = BATCH) -> None:
+    def __init__(self, engine: Engine, threads: int, *, shared: bool) -> None:
         self.name = "bare shared" if shared else "bare"
-        command = [sys.executable, "-m", "bench.bare", model, "--threads", str(threads)]
-        command += ["--chunk", str(chunk), *(["--shared"] if shared else [])]
+        command = [sys.executable, "-m", "bench.bare", engine.model, "--threads", str(threads)]
+        command += ["--chunk", str(engine.chunk), *(["--shared"] if shared else [])]
+        command += ["--flash-attention"] if engine.flash_attention else []
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -69,7 +71,7 @@ class Bare:
 class Loop:
     """The other side: everything here is what llama.cpp needs to be told, and greedy sampling."""
 
-    def __init__(self, model: str, threads: int, chunk: int, *, shared: bool) -> None:
+    def __init__(self, model: str, threads: int, chunk: int, *, shared: bool, flash_attention: bool) -> None:
         import llama_cpp as lib
         import numpy as np
 
@@ -81,7 +83,7 @@ class Loop:
         params.n_batch = params.n_ubatch = max(chunk, SEQUENCES)
         params.n_seq_max = SEQUENCES
         params.n_threads = params.n_threads_batch = threads
-        params.flash_attn_type = 0
+        params.flash_attn_type = int(flash_attention)
         params.kv_unified = shared
         self.context = lib.llama_init_from_model(self.model, params)
         self.memory = lib.llama_get_memory(self.context)
@@ -161,10 +163,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--chunk", type=int, default=BATCH)
+    parser.add_argument("--chunk", type=int, required=True)
     parser.add_argument("--shared", action="store_true")
+    parser.add_argument("--flash-attention", action="store_true")
     chosen = parser.parse_args()
-    loop = Loop(chosen.model, chosen.threads, chosen.chunk, shared=chosen.shared)
+    loop = Loop(
+        chosen.model,
+        chosen.threads,
+        chosen.chunk,
+        shared=chosen.shared,
+        flash_attention=chosen.flash_attention,
+    )
     for line in sys.stdin:
         print(answer(loop, json.loads(line)), flush=True)
 

@@ -10,7 +10,7 @@ from bench.bare import Bare
 from bench.client import CHAT, Reply
 from bench.crowd import ask_together, keep_all, questions
 from bench.lab import QUESTION_TOKENS, Lab, connect
-from bench.servers import EIGHT, SINGLE, Headstart, Server, check_hit
+from bench.servers import EIGHT, SINGLE, Headstart, Server, check_hit, engine_of
 from bench.texts import Prompt, messages
 
 GENERATED = 64
@@ -133,6 +133,6 @@ def _hold(lab: Lab, bare: Bare, prompt: Prompt, sequences: int) -> None:
 @contextmanager
 def _bare(lab: Lab, *, shared: bool) -> Iterator[Bare]:
     with ExitStack() as stack:
-        bare = Bare(lab.host.model, lab.host.threads, shared=shared)
+        bare = Bare(engine_of(lab.host), lab.host.threads, shared=shared)
         stack.callback(bare.close)
         yield bare

@@ -17,6 +17,8 @@ from typing import Protocol
 from bench.client import CHAT, BenchFailed, Connection, Json, Reply
 from bench.process import ServerProcess, free_port
 from bench.texts import Prompt, messages
+from headstart.engine.converted import DIRECTORY
+from headstart.service.tunings import Tunings
 
 MODEL = "bench"
 
@@ -35,12 +37,14 @@ EIGHT = Load(8, 2048)
 
 @dataclass(frozen=True)
 class Host:
-    """What all servers of a run have in common. `directory` is where they keep their states and logs."""
+    """What all servers of a run have in common. `directory` is where they keep their states and logs.
+    `weights`: with which Headstart is told to compute; "" leaves the choice to it."""
 
     model: str
     threads: int
     directory: Path
     peer: Path
+    weights: str = ""
 
 
 class Server(Protocol):
@@ -96,6 +100,8 @@ class Headstart:
         if load.clients > 1:
             command += ["--slots", str(load.clients), "--ctx", str(load.ctx)]
         env = {"HEADSTART_THREADS": str(host.threads)}
+        if host.weights:
+            env["HEADSTART_WEIGHTS"] = host.weights
         self.process = ServerProcess(command, port, host.directory / "headstart.log", env)
         self._connection = Connection(port)
 
@@ -127,6 +133,27 @@ class Headstart:
 
     def _slots(self) -> int:
         return int(self._connection.call("GET", f"/v1/models/{MODEL}")["slots"])
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What Headstart's engine was run with."""
+
+    model: str
+    chunk: int
+    flash_attention: bool
+
+
+def engine_of(host: Host) -> Engine:
+    """As Headstart, which must have been started once, measured or was told. Raises BenchFailed."""
+    states = host.directory / Headstart.name
+    known = Tunings(states).known()
+    if not known:
+        raise BenchFailed("it is not known what the engine was run with")
+    tuning = known[-1].tuning
+    converted = [*(states / DIRECTORY).glob("*.gguf")]
+    model = str(converted[0]) if tuning.arithmetic.weights == "q8_0" and converted else host.model
+    return Engine(model, tuning.ubatch, bool(tuning.arithmetic.flash_attention))
 
 
 class LlamaServer:
