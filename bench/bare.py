@@ -1,8 +1,8 @@
 """llama.cpp without any server: the same tokens through its C interface in a process of its own.
 
 `python -m bench.bare` is that process: one JSON command a line on stdin, one answer a line on stdout. `Bare`
-talks to it. Context, threads, weights, batch and attention are those the engine uses; `shared` sequences use one
-copy of the prefix in a unified KV cache, others have a stream and a copy each.
+talks to it. Context, threads, weights, batch and attention are those of the engine; `shared` sequences use
+one copy of the prefix in a unified KV cache, others have a stream and a copy each.
 """
 
 from __future__ import annotations
