@@ -39,6 +39,8 @@ class Bare:
             stderr=subprocess.DEVNULL,
             env={**SPIN, **os.environ},
         )
+        # Loading must not disturb who is measured first.
+        self.hold([0])
 
     def close(self) -> None:
         self._process.kill()

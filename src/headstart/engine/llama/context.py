@@ -67,16 +67,17 @@ class LlamaContext:
         logits, counts = view(batch.logits, (n_tokens,)), view(batch.n_seq_id, (n_tokens,))
         counts[:] = 1
         logits[:] = 0
-        self.sampled_at = []
+        self.sampled_at = [0] * len(pieces)
         at = 0
-        for piece in pieces:
+        # With streams llama.cpp evaluates together only sequences whose numbers follow each other.
+        for row, piece in sorted(enumerate(pieces), key=lambda item: item[1].seq):
             end = at + len(piece.tokens)
             tokens[at:end] = piece.tokens
             positions[at:end] = range(piece.start, piece.start + end - at)
             for i in range(at, end):
                 batch.seq_id[i][0] = piece.seq
             logits[end - 1] = piece.sample
-            self.sampled_at.append(end - 1)
+            self.sampled_at[row] = end - 1
             at = end
         batch.n_tokens = n_tokens
         status = lib.llama_decode(self.context, batch)
