@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from headstart.api.schemas import CacheRequest
 from headstart.api.streaming import BEGIN_SECONDS, EventStream, as_event, begun, while_connected
-from headstart.caches.entry import Entry
+from headstart.caches.entry import Content, Entry
 from headstart.names import check_name
 from headstart.service.model import ServedModel
 from headstart.service.server import Service
@@ -41,7 +41,7 @@ async def _create(service: Service, model: ServedModel, body: CacheRequest, on_p
     entry = await service.caching.create(
         model,
         body.cache_name,
-        body.prompt,
+        Content(body.prompt),
         forms=tuple(dict.fromkeys(body.forms)),
         overwrite=body.allow_overwrite,
         on_progress=on_progress,

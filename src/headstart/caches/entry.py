@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from msgspec import Struct
 
 Form = Literal["chat", "completion"]
 FORMS: tuple[Form, ...] = ("chat", "completion")
 Identity = tuple[int, int, int, int]
+# Who asked for a cache: a client by name; the configuration; nobody, its prompt having been seen often; a
+# request that named several caches, of which it is composed; or a conversation that was to be kept.
+Origin = Literal["client", "declared", "automatic", "derived", "conversation"]
 # Why a named state was not used. Those about the request itself leave the state as it is; the state is built
 # anew after the others.
 MissReason = Literal[
+    "first_use",
+    "evicted",
     "corrupt",
     "model_changed",
     "engine_changed",
@@ -76,8 +81,42 @@ class StoredForm(Struct, frozen=True):
     state_bytes: int
 
 
+class Content(Struct, frozen=True):
+    """What a cache holds the state of: `prompt`, the system message in chats and the leading text in
+    completions; or, for chats only, `messages` as templates take them and the `tools` offered in them."""
+
+    prompt: str = ""
+    messages: list[dict[str, Any]] = []
+    tools: list[dict[str, Any]] = []
+
+    @property
+    def forms(self) -> tuple[Form, ...]:
+        """Those that there can be."""
+        return FORMS if self.prompt else ("chat",)
+
+    @property
+    def opening(self) -> list[dict[str, Any]]:
+        """The messages that chats with this cache begin with."""
+        return [{"role": "system", "content": self.prompt}] if self.prompt else self.messages
+
+
+class Terms(Struct, frozen=True):
+    """How a cache is kept. It ends `ttl_seconds` after it was last written, unless that is None; a `pinned`
+    one is never evicted. `description` and `metadata` are the user's own."""
+
+    ttl_seconds: float | None = None
+    pinned: bool = False
+    description: str = ""
+    metadata: dict[str, str] = {}
+
+
+DEFAULT_TERMS = Terms()
+
+
 class Entry(Struct, frozen=True):
-    """A cache. Times are seconds since 1970; `identity` is that of the file which was read or written."""
+    """A cache. Times are seconds since 1970; `identity` is that of the file which was read or written.
+    `evicted`: the forms whose states were given up for others; they are computed again when asked for.
+    `parts`: the caches a derived one is composed of. `owner`: the API key it belongs to, "" for all."""
 
     model: str
     name: str
@@ -90,6 +129,17 @@ class Entry(Struct, frozen=True):
     build_ms: float
     ttft_ms: float
     identity: Identity = (0, 0, 0, 0)
+    messages: list[dict[str, Any]] = []
+    tools: list[dict[str, Any]] = []
+    terms: Terms = DEFAULT_TERMS
+    origin: Origin = "client"
+    parts: list[str] = []
+    evicted: list[Form] = []
+    owner: str = ""
+
+    @property
+    def content(self) -> Content:
+        return Content(self.prompt, self.messages, self.tools)
 
     @property
     def size_bytes(self) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import time
 
-from headstart.caches.entry import Entry, Form
+from headstart.caches.entry import DEFAULT_TERMS, Content, Entry, Form, Origin, Terms
 from headstart.caches.file import Corrupt, Part
 from headstart.caches.store import Store
 from headstart.caches.writing import Writer
@@ -20,12 +20,12 @@ from headstart.service.model import ServedModel
 OnProgress = Callable[[int, int], None]
 
 
-async def opening_tokens(model: ServedModel, form: Form, prompt: str) -> list[int]:
+async def opening_tokens(model: ServedModel, form: Form, content: Content) -> list[int]:
     """The tokens of a form's state, as they would be computed now."""
     prompts = model.prompts
     if form == "completion":
-        return await soon(lambda most: prompts.text_opening(prompt, most))
-    return await soon(lambda most: prompts.chat_opening([{"role": "system", "content": prompt}], most))
+        return await soon(lambda most: prompts.text_opening(content.prompt, most))
+    return await soon(lambda most: prompts.chat_opening(content.opening, most))
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,11 @@ class Build:
 
     model: ServedModel
     name: str
-    prompt: str
+    content: Content
     forms: Sequence[Form]
     version: int
+    terms: Terms = DEFAULT_TERMS
+    origin: Origin = "client"
     previous: Entry | None = None
     keep_states: bool = True
     on_progress: OnProgress | None = None
@@ -52,7 +54,7 @@ class Builder:
         model = build.model
         wanted: dict[Form, list[int]] = {}
         for form in build.forms:
-            if tokens := await opening_tokens(model, form, build.prompt):
+            if tokens := await opening_tokens(model, form, build.content):
                 model.check_fits(len(tokens) + 1, param="prompt")
                 wanted[form] = tokens
         progress = _Sum(sum(map(len, wanted.values())), build.on_progress)
@@ -103,7 +105,11 @@ def _entry(build: Build, stats: Sequence[Stats]) -> Entry:
     return Entry(
         model=build.model.name,
         name=build.name,
-        prompt=build.prompt,
+        prompt=build.content.prompt,
+        messages=build.content.messages,
+        tools=build.content.tools,
+        terms=build.terms,
+        origin=build.origin,
         version=build.version,
         created=build.previous.created if build.previous else now,
         updated=now,

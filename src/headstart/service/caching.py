@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from headstart.caches.entry import FORMS, KEEPS_STATE, Entry, Form, MissReason
+from headstart.caches.entry import DEFAULT_TERMS, KEEPS_STATE, Content, Entry, Form, MissReason, Origin, Terms
 from headstart.caches.file import Corrupt
 from headstart.caches.store import Store
 from headstart.errors import BadRequest, CacheConflict, CacheNotFound
@@ -68,7 +68,7 @@ class Caching:
         return opening if self._current(model, entry.name) == entry else None
 
     async def _open(self, model: ServedModel, entry: Entry, form: Form, tokens: list[int]) -> Opening:
-        wanted = await opening_tokens(model, form, entry.prompt)
+        wanted = await opening_tokens(model, form, entry.content)
         boundary = min(common_prefix(wanted, tokens), len(tokens) - 1)
         if reason := model.fingerprint.changed_since(entry.fingerprint):
             return Opening(boundary, miss=reason)
@@ -89,25 +89,31 @@ class Caching:
         self,
         model: ServedModel,
         name: str,
-        prompt: str,
+        content: Content,
         *,
-        forms: Sequence[Form] = FORMS,
+        forms: Sequence[Form] | None = None,
+        terms: Terms = DEFAULT_TERMS,
+        origin: Origin = "client",
         overwrite: bool = True,
         on_progress: OnProgress | None = None,
     ) -> Entry:
-        """Computes and stores the states of `prompt`; version 1 of the entry means that the name was new.
+        """Computes and stores the states of `content`, in all forms unless some are named; version 1 of the
+        entry means that the name was new.
 
         Raises BadRequest, CacheConflict, StorageError or what the engine raises; then nothing has changed.
         When the caller is cancelled, so is the build."""
         check_name(name, param="cache_name")
-        if not prompt:
+        if not content.opening:
             raise BadRequest("The prompt is empty: there is nothing to keep.", param="prompt")
         self._check_not_building(model, name)
         previous = self._current(model, name)
         if previous and not overwrite:
             raise CacheConflict(f"There is a cache {name!r} already.", param="cache_name")
         version = previous.version + 1 if previous else 1
-        build = self._start(Build(model, name, prompt, forms, version, previous, on_progress=on_progress))
+        wanted = content.forms if forms is None else forms
+        build = self._start(
+            Build(model, name, content, wanted, version, terms, origin, previous, on_progress=on_progress)
+        )
         try:
             return await asyncio.shield(build)
         finally:
@@ -123,14 +129,25 @@ class Caching:
         """Starts computing the states of `entry` again, unless that is being done or it was replaced;
         requests for it wait."""
         if (entry.model, entry.name) not in self._builds and self._current(model, entry.name) == entry:
-            forms = tuple(entry.forms) or FORMS
+            forms = tuple(entry.forms) or entry.content.forms
             self._start(
-                Build(model, entry.name, entry.prompt, forms, entry.version, entry, keep_states=False)
+                Build(
+                    model,
+                    entry.name,
+                    entry.content,
+                    forms,
+                    entry.version,
+                    entry.terms,
+                    entry.origin,
+                    previous=entry,
+                    keep_states=False,
+                )
             )
 
     def known_opening(self, model: ServedModel, text: str) -> str:
         """The longest cached completion prompt that `text` begins with; "" for none."""
-        known = [entry for entry in self.store.known(model.name) if text.startswith(entry.prompt)]
+        prompts = (entry for entry in self.store.known(model.name) if entry.prompt)
+        known = [entry for entry in prompts if text.startswith(entry.prompt)]
         fitting = (e.prompt for e in known if "completion" in e.forms and self._current(model, e.name) == e)
         return max(fitting, key=len, default="")
 
