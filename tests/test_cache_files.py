@@ -261,12 +261,12 @@ async def test_of_the_caches_a_text_may_begin_with_the_longest_that_is_there_is_
     store.path("toy", "gone").unlink()
     chat_only: dict[Form, Part] = {"chat": _parts(tmp_path)["chat"]}
     await _put(store, replace(ENTRY, name="chat", prompt="You are the keeper o"), chat_only)
-    model = cast(ServedModel, SimpleNamespace(name="toy"))
+    model = cast(ServedModel, SimpleNamespace(shelf="toy"))
     caching = Caching(store)
     assert caching.known_opening(model, "You are the keeper of the light") == "You are the keeper"
     assert caching.known_opening(model, "You are not") == "You are"
     assert caching.known_opening(model, "Am I?") == ""
-    assert caching.known_opening(cast(ServedModel, SimpleNamespace(name="other")), "You are") == ""
+    assert caching.known_opening(cast(ServedModel, SimpleNamespace(shelf="other")), "You are") == ""
 
 
 async def test_only_caches_a_text_begins_with_are_looked_up_on_the_disk(
@@ -281,6 +281,6 @@ async def test_only_caches_a_text_begins_with_are_looked_up_on_the_disk(
         return Store.find(store, model, name)
 
     monkeypatch.setattr(store, "find", find)
-    model = cast(ServedModel, SimpleNamespace(name="toy"))
+    model = cast(ServedModel, SimpleNamespace(shelf="toy"))
     assert Caching(store).known_opening(model, "prompt 3 and more") == "prompt 3"
     assert found == ["n3"]

@@ -7,6 +7,12 @@ import re
 from headstart.errors import InvalidName
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
+# A folder of caches: a model's, or what one API key has of it (model@key).
+SHELF = re.compile(rf"{NAME.pattern}(@{NAME.pattern})?", re.ASCII)
+
+
+def shelf_name(model: str, owner: str) -> str:
+    return f"{model}@{owner}" if owner else model
 
 
 def check_name(name: str, *, param: str) -> str:

@@ -95,7 +95,7 @@ async def list_all(request: Request) -> Json:
 async def list_of_model(request: Request, model: str) -> Json:
     """The caches of one model."""
     service: Service = request.app.state.service
-    return _listed(service, service.store.list(service.model(model).name))
+    return _listed(service, service.store.list(service.model(model).shelf))
 
 
 @router.get("/{model}/{name:path}")
@@ -103,7 +103,7 @@ async def show(request: Request, model: str, name: str) -> Json:
     """One cache, with its prompt."""
     service: Service = request.app.state.service
     served = service.model(model)
-    entry = service.store.find(served.name, check_name(name, param="name"), param="name")
+    entry = service.store.find(served.shelf, check_name(name, param="name"), param="name")
     return _described(service, entry) | {"prompt": entry.prompt}
 
 

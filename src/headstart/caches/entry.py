@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from msgspec import Struct
 
+from headstart.names import shelf_name
+
 Form = Literal["chat", "completion"]
 FORMS: tuple[Form, ...] = ("chat", "completion")
 Identity = tuple[int, int, int, int]
@@ -140,6 +142,10 @@ class Entry(Struct, frozen=True):
     @property
     def content(self) -> Content:
         return Content(self.prompt, self.messages, self.tools)
+
+    @property
+    def shelf(self) -> str:
+        return shelf_name(self.model, self.owner)
 
     @property
     def size_bytes(self) -> int:

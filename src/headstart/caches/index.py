@@ -20,10 +20,11 @@ from headstart.caches.entry import Entry, Identity
 log = logging.getLogger(__name__)
 
 SCHEMA = """
-CREATE TABLE IF NOT EXISTS caches (
-    model TEXT NOT NULL, name TEXT NOT NULL, entry BLOB NOT NULL,
+DROP TABLE IF EXISTS caches;
+CREATE TABLE IF NOT EXISTS entries (
+    shelf TEXT NOT NULL, name TEXT NOT NULL, entry BLOB NOT NULL,
     hits INTEGER NOT NULL DEFAULT 0, last_used REAL,
-    PRIMARY KEY (model, name)
+    PRIMARY KEY (shelf, name)
 );
 CREATE TABLE IF NOT EXISTS weights (path TEXT PRIMARY KEY, identity TEXT NOT NULL, sha256 TEXT NOT NULL);
 """
@@ -54,7 +55,7 @@ class Index:
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = NORMAL")
         database.executescript(SCHEMA)
-        database.execute("SELECT count(*) FROM caches").fetchone()
+        database.execute("SELECT count(*) FROM entries").fetchone()
         return database
 
     def close(self) -> None:
@@ -70,7 +71,7 @@ class Index:
     def entries(self) -> list[Entry]:
         """Those that can be read; one written by another version of the program is read from its file."""
         found = []
-        for (blob,) in self.database.execute("SELECT entry FROM caches"):
+        for (blob,) in self.database.execute("SELECT entry FROM entries"):
             try:
                 found.append(msgspec.json.decode(blob, type=Entry))
             except msgspec.MsgspecError:
@@ -79,23 +80,23 @@ class Index:
 
     def put(self, entry: Entry) -> None:
         self._write(
-            "INSERT INTO caches (model, name, entry) VALUES (?, ?, ?) "
-            "ON CONFLICT (model, name) DO UPDATE SET entry = excluded.entry",
-            (entry.model, entry.name, msgspec.json.encode(entry)),
+            "INSERT INTO entries (shelf, name, entry) VALUES (?, ?, ?) "
+            "ON CONFLICT (shelf, name) DO UPDATE SET entry = excluded.entry",
+            (entry.shelf, entry.name, msgspec.json.encode(entry)),
         )
 
-    def delete(self, model: str, name: str) -> None:
-        self._write("DELETE FROM caches WHERE model = ? AND name = ?", (model, name))
+    def delete(self, shelf: str, name: str) -> None:
+        self._write("DELETE FROM entries WHERE shelf = ? AND name = ?", (shelf, name))
 
-    def used(self, model: str, name: str, when: float) -> None:
+    def used(self, shelf: str, name: str, when: float) -> None:
         self._write(
-            "UPDATE caches SET hits = hits + 1, last_used = ? WHERE model = ? AND name = ?",
-            (when, model, name),
+            "UPDATE entries SET hits = hits + 1, last_used = ? WHERE shelf = ? AND name = ?",
+            (when, shelf, name),
         )
 
-    def usage(self, model: str, name: str) -> Usage:
+    def usage(self, shelf: str, name: str) -> Usage:
         row = self.database.execute(
-            "SELECT hits, last_used FROM caches WHERE model = ? AND name = ?", (model, name)
+            "SELECT hits, last_used FROM entries WHERE shelf = ? AND name = ?", (shelf, name)
         ).fetchone()
         return Usage(*row) if row else Usage()
 

@@ -22,7 +22,7 @@ from headstart.caches.index import Index, Usage
 from headstart.caches.writing import Writer
 from headstart.errors import CacheNotFound, StartupError, StorageError, StorageFull
 from headstart.messages import StateRef
-from headstart.names import NAME
+from headstart.names import NAME, SHELF
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class VerifiedState:
 
 class Store:
     """Owns `directory`, by a lock, as long as it is open. Use it from one thread; it hands slow work to
-    others itself."""
+    others itself. A shelf is a folder of it: a model's caches, or those of one API key (`Entry.shelf`)."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory.absolute()
@@ -49,7 +49,7 @@ class Store:
             self._lock = self._take_lock()
             self._remove_scratch()
             self.index = Index(self.directory / "index.sqlite")
-        self._entries = {(entry.model, entry.name): entry for entry in self.index.entries()}
+        self._entries = {(entry.shelf, entry.name): entry for entry in self.index.entries()}
         self._verified: dict[tuple[str, str], tuple[Identity, dict[Form, list[int]]]] = {}
         self._reconcile()
 
@@ -69,10 +69,10 @@ class Store:
         self.index.close()
         os.close(self._lock)
 
-    def path(self, model: str, name: str) -> Path:
-        assert NAME.fullmatch(model), model
+    def path(self, shelf: str, name: str) -> Path:
+        assert SHELF.fullmatch(shelf), shelf
         assert NAME.fullmatch(name), name
-        return self.directory / model / (name + SUFFIX)
+        return self.directory / shelf / (name + SUFFIX)
 
     def _remove_scratch(self) -> None:
         for left_over in self.directory.glob(f"*/{SCRATCH}*"):
@@ -82,19 +82,19 @@ class Store:
         on_disk = set()
         for path in self.directory.glob(f"*/*{SUFFIX}"):
             key = (path.parent.name, path.name.removesuffix(SUFFIX))
-            if all(NAME.fullmatch(part) for part in key) and self._look(*key):
+            if SHELF.fullmatch(key[0]) and NAME.fullmatch(key[1]) and self._look(*key):
                 on_disk.add(key)
         for key in self._entries.keys() - on_disk:
             self._forget(*key)
 
-    def _look(self, model: str, name: str) -> Entry | None:
+    def _look(self, shelf: str, name: str) -> Entry | None:
         """The entry as the disk has it now. A damaged file keeps the entry the index remembers, so that its
         state can be computed again; verification will refuse it."""
-        path = self.path(model, name)
-        known = self._entries.get((model, name))
+        path = self.path(shelf, name)
+        known = self._entries.get((shelf, name))
         identity = _identity(path)
         if identity is None:
-            self._forget(model, name)
+            self._forget(shelf, name)
             return None
         if known and known.identity == identity:
             return known
@@ -103,38 +103,39 @@ class Store:
         except (Corrupt, OSError) as error:
             log.warning("damaged cache file: %s", error)
             return known
-        if (entry.model, entry.name) != (model, name):
-            log.warning("%s holds the cache %s of %s: ignored", path, entry.name, entry.model)
+        if (entry.shelf, entry.name) != (shelf, name):
+            log.warning("%s holds the cache %s of %s: ignored", path, entry.name, entry.shelf)
             return known
         self._remember(entry)
         return entry
 
     def _remember(self, entry: Entry) -> None:
-        self._entries[entry.model, entry.name] = entry
+        self._entries[entry.shelf, entry.name] = entry
         self.index.put(entry)
 
-    def _forget(self, model: str, name: str) -> None:
-        self._verified.pop((model, name), None)
-        if self._entries.pop((model, name), None):
-            self.index.delete(model, name)
+    def _forget(self, shelf: str, name: str) -> None:
+        self._verified.pop((shelf, name), None)
+        if self._entries.pop((shelf, name), None):
+            self.index.delete(shelf, name)
 
-    def find(self, model: str, name: str, *, param: str = "use_cache") -> Entry:
+    def find(self, shelf: str, name: str, *, param: str = "use_cache") -> Entry:
         """Raises CacheNotFound, about the request's field `param`."""
-        entry = self._look(model, name)
+        entry = self._look(shelf, name)
         if entry is None:
+            model = shelf.partition("@")[0]
             raise CacheNotFound(
                 f"Model {model!r} has no cache {name!r}. Create it with POST /v1/cache/{model}.",
                 param=param,
             )
         return entry
 
-    def list(self, model: str | None = None) -> list[Entry]:
-        keys = sorted(key for key in self._entries if model in (None, key[0]))
+    def list(self, shelf: str | None = None) -> list[Entry]:
+        keys = sorted(key for key in self._entries if shelf in (None, key[0]))
         return [entry for key in keys if (entry := self._look(*key))]
 
-    def known(self, model: str) -> Iterator[Entry]:
-        """The model's caches as they were last seen, without a look at the disk."""
-        return (entry for entry in self._entries.values() if entry.model == model)
+    def known(self, shelf: str) -> Iterator[Entry]:
+        """The shelf's caches as they were last seen, without a look at the disk."""
+        return (entry for entry in self._entries.values() if entry.shelf == shelf)
 
     async def weights_hash(self, path: Path) -> str:
         """The SHA-256 of a model file, computed once for each state of the file. Raises StorageError."""
@@ -147,33 +148,33 @@ class Store:
         return known
 
     def usage(self, entry: Entry) -> Usage:
-        return self.index.usage(entry.model, entry.name)
+        return self.index.usage(entry.shelf, entry.name)
 
     def used(self, entry: Entry) -> None:
-        self.index.used(entry.model, entry.name, time())
+        self.index.used(entry.shelf, entry.name, time())
 
     async def verified(self, entry: Entry, form: Form) -> VerifiedState:
         """Checks the file's hashes unless this very file was checked before. Raises Corrupt, also when the
         file is gone."""
-        path = self.path(entry.model, entry.name)
+        path = self.path(entry.shelf, entry.name)
         if _identity(path) != entry.identity:
             raise Corrupt(f"{path} is not the file it was")
-        identity, tokens = self._verified.get((entry.model, entry.name), (None, {}))
+        identity, tokens = self._verified.get((entry.shelf, entry.name), (None, {}))
         if identity != entry.identity:
             try:
                 tokens = await asyncio.to_thread(file.verify, path, entry.identity)
             except OSError as error:
                 raise Corrupt(str(error)) from error
-            self._verified[entry.model, entry.name] = (entry.identity, tokens)
+            self._verified[entry.shelf, entry.name] = (entry.identity, tokens)
         stored = entry.forms[form]
         ref = StateRef(str(path), stored.state_offset, stored.state_bytes, stored.n_tokens, entry.identity)
         return VerifiedState(tokens[form], ref)
 
     @contextmanager
-    def scratch(self, model: str) -> Iterator[Path]:
-        """A new empty file beside the model's caches, gone at the end unless it was put in its place. Raises
+    def scratch(self, shelf: str) -> Iterator[Path]:
+        """A new empty file beside the shelf's caches, gone at the end unless it was put in its place. Raises
         StorageError, also for OSError from within."""
-        path = self.directory / model / f"{SCRATCH}{uuid.uuid4().hex}"
+        path = self.directory / shelf / f"{SCRATCH}{uuid.uuid4().hex}"
         with storage_errors(f"the cache directory {self.directory}"):
             path.parent.mkdir(mode=0o700, exist_ok=True)
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
@@ -186,25 +187,25 @@ class Store:
         """Makes what was written to a scratch file the cache of this entry's name, atomically replacing an
         older one. Raises OSError, the old one being untouched. Returns the entry as stored."""
         stored = await asyncio.to_thread(self._publish, writer, entry)
-        self._verified[entry.model, entry.name] = (stored.identity, writer.tokens)
+        self._verified[entry.shelf, entry.name] = (stored.identity, writer.tokens)
         self._remember(stored)
         return stored
 
     def _publish(self, writer: Writer, entry: Entry) -> Entry:
-        final = self.path(entry.model, entry.name)
+        final = self.path(entry.shelf, entry.name)
         stored = writer.finish(entry)
         writer.path.rename(final)
         _sync_directory(final.parent)
         return stored
 
-    def delete(self, model: str, name: str) -> None:
+    def delete(self, shelf: str, name: str) -> None:
         """Raises CacheNotFound. Requests that have the file open go on reading it."""
-        self.find(model, name, param="name")
-        path = self.path(model, name)
+        self.find(shelf, name, param="name")
+        path = self.path(shelf, name)
         with storage_errors(str(path)):
             path.unlink(missing_ok=True)
             _sync_directory(path.parent)
-        self._forget(model, name)
+        self._forget(shelf, name)
 
 
 def _identity(path: Path) -> Identity | None:

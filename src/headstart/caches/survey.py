@@ -30,7 +30,7 @@ def survey(directory: Path) -> Survey:
         except (Corrupt, OSError) as error:
             found.damaged.append(str(error))
             continue
-        if (entry.model, entry.name + SUFFIX) != (path.parent.name, path.name):
+        if (entry.shelf, entry.name + SUFFIX) != (path.parent.name, path.name):
             found.damaged.append(f"{path}: holds the cache {entry.name} of {entry.model}, so it is ignored")
             continue
         found.entries.setdefault(entry.model, []).append(entry)

@@ -59,7 +59,7 @@ class Builder:
                 wanted[form] = tokens
         progress = _Sum(sum(map(len, wanted.values())), build.on_progress)
         stats: list[Stats] = []
-        with self.store.scratch(model.name) as path:
+        with self.store.scratch(model.shelf) as path:
             writer = await asyncio.to_thread(Writer, path, _entry(build, stats), wanted)
             for form, tokens in wanted.items():
                 if kept := await self._kept(build, form, tokens):
@@ -108,6 +108,7 @@ def _entry(build: Build, stats: Sequence[Stats]) -> Entry:
         prompt=build.content.prompt,
         messages=build.content.messages,
         tools=build.content.tools,
+        owner=build.model.owner,
         terms=build.terms,
         origin=build.origin,
         version=build.version,

@@ -46,17 +46,17 @@ class Caching:
         """The named cache, waiting for it where its first build is running. Raises CacheNotFound."""
         check_name(name, param="use_cache")
         try:
-            return self.store.find(model.name, name)
+            return self.store.find(model.shelf, name)
         except CacheNotFound:
-            if not (build := self._builds.get((model.name, name))):
+            if not (build := self._builds.get((model.shelf, name))):
                 raise
         await asyncio.wait([build])
-        return self.store.find(model.name, name)
+        return self.store.find(model.shelf, name)
 
     async def open(self, model: ServedModel, entry: Entry, form: Form, tokens: list[int]) -> Opening | None:
         """How a request whose prompt is `tokens` starts from the cache; None when the cache was replaced or
         built again meanwhile, so that the request has to look at it anew."""
-        key = (entry.model, entry.name)
+        key = (entry.shelf, entry.name)
         # A build that ends while the old state is looked at is one that had begun before.
         build = self._builds.get(key)
         opening = await self._open(model, entry, form, tokens)
@@ -123,12 +123,12 @@ class Caching:
         """Raises CacheNotFound, or CacheConflict while the name is being built."""
         check_name(name, param="name")
         self._check_not_building(model, name)
-        self.store.delete(model.name, name)
+        self.store.delete(model.shelf, name)
 
     def rebuild(self, model: ServedModel, entry: Entry) -> None:
         """Starts computing the states of `entry` again, unless that is being done or it was replaced;
         requests for it wait."""
-        if (entry.model, entry.name) not in self._builds and self._current(model, entry.name) == entry:
+        if (entry.shelf, entry.name) not in self._builds and self._current(model, entry.name) == entry:
             forms = tuple(entry.forms) or entry.content.forms
             self._start(
                 Build(
@@ -146,23 +146,23 @@ class Caching:
 
     def known_opening(self, model: ServedModel, text: str) -> str:
         """The longest cached completion prompt that `text` begins with; "" for none."""
-        prompts = (entry for entry in self.store.known(model.name) if entry.prompt)
+        prompts = (entry for entry in self.store.known(model.shelf) if entry.prompt)
         known = [entry for entry in prompts if text.startswith(entry.prompt)]
         fitting = (e.prompt for e in known if "completion" in e.forms and self._current(model, e.name) == e)
         return max(fitting, key=len, default="")
 
     def _check_not_building(self, model: ServedModel, name: str) -> None:
-        if (model.name, name) in self._builds:
+        if (model.shelf, name) in self._builds:
             raise CacheConflict(f"The cache {name!r} is being built.", param="cache_name")
 
     def _current(self, model: ServedModel, name: str) -> Entry | None:
         try:
-            return self.store.find(model.name, name)
+            return self.store.find(model.shelf, name)
         except CacheNotFound:
             return None
 
     def _start(self, build: Build) -> asyncio.Task[Entry]:
-        key = (build.model.name, build.name)
+        key = (build.model.shelf, build.name)
         task = asyncio.create_task(self.builder.build(build))
         self._builds[key] = task
         task.add_done_callback(lambda done: self._ended(key, done))

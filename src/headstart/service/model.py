@@ -15,6 +15,7 @@ from headstart.config import Settings
 from headstart.engine.client import EngineClient
 from headstart.errors import ContextLengthExceeded, ModelLoading, StartupError
 from headstart.messages import ModelInfo
+from headstart.names import shelf_name
 from headstart.prompt.prompts import Prompts
 from headstart.prompt.template import ChatTemplate
 from headstart.prompt.tokenizer import load_tokenizer
@@ -27,6 +28,10 @@ Say = Callable[[str], None]
 
 
 class ServedModel:
+    """`owner`: the API key for whom it is seen, which says what caches it has; "" for everyone."""
+
+    owner = ""
+
     def __init__(self, name: str, path: str, settings: Settings) -> None:
         self.name = name
         self.settings = settings
@@ -42,7 +47,7 @@ class ServedModel:
         what takes the user's time, or will, is said."""
         self._weights = await _weights_hash(self.path, store)
         tunings = Tunings(store.directory)
-        plan = make_plan(self.path, self._weights, self.settings, tunings, store.list(self.name))
+        plan = make_plan(self.path, self._weights, self.settings, tunings, store.list(self.shelf))
         self.engine.settings = plan.settings
         async with measuring if plan.measures else nullcontext():
             if plan.measures and not ToySpec.matches(self.path):
@@ -56,8 +61,13 @@ class ServedModel:
             tunings.put(plan.key, tuning)
             if preferred := plan.kept_back(tuning):
                 say(kept_back(self.name, tuning.arithmetic, preferred))
-        for warning in warnings(self.name, misfits(store.list(self.name), self.fingerprint)):
+        for warning in warnings(self.name, misfits(store.list(self.shelf), self.fingerprint)):
             say(warning)
+
+    @property
+    def shelf(self) -> str:
+        """Where its caches are."""
+        return shelf_name(self.name, self.owner)
 
     def _load_prompts(self) -> Prompts:
         return load_prompts(self.path, self._template_file)
