@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 
 from bench.client import CHAT, BenchFailed, Reply
@@ -27,8 +28,7 @@ def speed(lab: Lab) -> None:
             first = _hit(lab, server, prompt)
             hash_ms = hashing_ms(_file(server.states, prompt))
             megabytes = _state_mb(server, prompt)
-            server.evict()
-            again = _hit(lab, server, prompt)
+            restore_ms = median(_restored_again(lab, server, prompt) for _ in range(3))
             lab.record(
                 "k",
                 name,
@@ -36,10 +36,15 @@ def speed(lab: Lab) -> None:
                 state_mb=megabytes,
                 hash_ms=hash_ms,
                 first_restore_ms=first.timings["restore_ms"],
-                restore_ms=again.timings["restore_ms"],
+                restore_ms=restore_ms,
                 verified_gb_s=megabytes / (hash_ms + first.timings["restore_ms"]),
-                restore_gb_s=megabytes / again.timings["restore_ms"],
+                restore_gb_s=megabytes / restore_ms,
             )
+
+
+def _restored_again(lab: Lab, server: Server, prompt: Prompt) -> float:
+    server.evict()
+    return float(_hit(lab, server, prompt).timings["restore_ms"])
 
 
 def hashing_ms(path: Path) -> float:

@@ -248,7 +248,7 @@ def test_most_caches_of_these_weights_decide() -> None:
 
 def test_states_of_other_weights_are_built_again_and_the_answer_says_why(start_server: StartServer) -> None:
     server = start_server("--model", "toy=toy:")
-    server.create("keeper", Content(PROMPT))
+    server.create("keeper", PROMPT)
     server.flags = ("--model", "toy=toy:", "--weights", "q8_0")
     server.restart()
     assert "the format of the weights is q8_0, was file" in server.log.read_text()
@@ -293,7 +293,7 @@ def snapshot(directory: Path) -> dict[str, tuple[int, int]]:
 
 def test_the_doctor_changes_nothing_and_works_beside_a_server(start_server: StartServer) -> None:
     server = start_server("--model", "toy=toy:", env=TUNED)
-    server.create("keeper", Content(PROMPT))
+    server.create("keeper", PROMPT)
     before = snapshot(server.cache_dir)
     result = doctor(server.cache_dir)
     assert result.exit_code == 0, result.output
