@@ -12,7 +12,8 @@
     ├── BodyTooLarge               413
     ├── EngineError                500  the engine could not serve this one request
     ├── StorageError               500  the cache directory can't be read or written
-    │   └── StorageFull            507
+    │   ├── StorageFull            507
+    │   └── QuotaExceeded          507  caches may not take as many bytes
     └── Unavailable                503  come back later
         ├── ModelLoading           503
         ├── Overloaded             503  the queue is full
@@ -112,6 +113,11 @@ class StorageError(HeadstartError):
 class StorageFull(StorageError):
     status = 507
     code = "storage_full"
+
+
+class QuotaExceeded(StorageError):
+    status = 507
+    code = "quota_exceeded"
 
 
 class Unavailable(HeadstartError):
