@@ -245,10 +245,15 @@ class Store:
             stored = await asyncio.to_thread(write, scratch, changed)
             if key in self.held or self._look(*key) != entry:
                 return None
-            scratch.rename(self.path(*key))
-            self._remember(stored)
-            await asyncio.to_thread(sync_directory, scratch.parent)
+            await self.adopt(scratch, stored)
         return stored
+
+    async def adopt(self, scratch: Path, stored: Entry) -> None:
+        """Makes a scratch file, which was written and synced, the cache that it holds. It is so before
+        anything is waited for. Raises OSError."""
+        scratch.rename(self.path(stored.shelf, stored.name))
+        self._remember(stored)
+        await asyncio.to_thread(sync_directory, scratch.parent)
 
     def _remove(self, shelf: str, name: str) -> None:
         path = self.path(shelf, name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +69,7 @@ class Caching:
         if build := build or self._builds.get(key):
             await asyncio.wait([build])
             return None
-        return opening if self._current(model, entry.name) == entry else None
+        return opening if self.current(model, entry.name) == entry else None
 
     async def _open(self, model: ServedModel, entry: Entry, form: Form, tokens: list[int]) -> Opening:
         wanted = await opening_tokens(model, form, entry.content)
@@ -111,8 +111,8 @@ class Caching:
         check_name(name, param="cache_name")
         if not content.opening:
             raise BadRequest("The prompt is empty: there is nothing to keep.", param="prompt")
-        self._check_not_building(model, name)
-        previous = self._current(model, name)
+        self.check_not_building(model, name)
+        previous = self.current(model, name)
         if previous and not overwrite:
             raise CacheConflict(f"There is a cache {name!r} already.", param="cache_name")
         version = previous.version + 1 if previous else 1
@@ -128,7 +128,7 @@ class Caching:
 
     def terms(self, model: ServedModel, name: str) -> Terms:
         """How the named cache is kept, or would be by default if it were new. Raises InvalidName."""
-        previous = self._current(model, check_name(name, param="cache_name"))
+        previous = self.current(model, check_name(name, param="cache_name"))
         return previous.terms if previous else DEFAULT_TERMS
 
     async def edit(self, model: ServedModel, name: str, given: Mapping[str, Any]) -> Entry:
@@ -147,13 +147,13 @@ class Caching:
     def delete(self, model: ServedModel, name: str) -> None:
         """Raises CacheNotFound, or CacheConflict while the name is being built."""
         check_name(name, param="name")
-        self._check_not_building(model, name)
+        self.check_not_building(model, name)
         self.store.delete(model.shelf, name)
 
     def rebuild(self, model: ServedModel, entry: Entry) -> None:
         """Starts computing the states of `entry` again, unless that is being done or it was replaced;
         requests for it wait."""
-        if (entry.shelf, entry.name) not in self._builds and self._current(model, entry.name) == entry:
+        if (entry.shelf, entry.name) not in self._builds and self.current(model, entry.name) == entry:
             forms = (*entry.forms, *entry.evicted) or entry.content.forms
             self._start(
                 Build(
@@ -175,22 +175,26 @@ class Caching:
         known = [entry for entry in prompts if text.startswith(entry.prompt)]
         # Given up or not: a request is cut at the same place, so that the answer is the same.
         built = [entry for entry in known if "completion" in (*entry.forms, *entry.evicted)]
-        fitting = (entry.prompt for entry in built if self._current(model, entry.name) == entry)
+        fitting = (entry.prompt for entry in built if self.current(model, entry.name) == entry)
         return max(fitting, key=len, default="")
 
-    def _check_not_building(self, model: ServedModel, name: str) -> None:
+    def check_not_building(self, model: ServedModel, name: str) -> None:
+        """Raises CacheConflict."""
         if (model.shelf, name) in self._builds:
             raise CacheConflict(f"The cache {name!r} is being built.", param="cache_name")
 
-    def _current(self, model: ServedModel, name: str) -> Entry | None:
+    def current(self, model: ServedModel, name: str) -> Entry | None:
         try:
             return self.store.find(model.shelf, name)
         except CacheNotFound:
             return None
 
     def _start(self, build: Build) -> asyncio.Task[Entry]:
-        key = (build.model.shelf, build.name)
-        task = asyncio.create_task(self.builder.build(build))
+        return self.run((build.model.shelf, build.name), self.builder.build(build))
+
+    def run(self, key: tuple[str, str], work: Coroutine[Any, Any, Entry]) -> asyncio.Task[Entry]:
+        """Starts what makes the cache of this shelf and name, on which requests for it wait."""
+        task = asyncio.create_task(work)
         self._builds[key] = task
         self.store.held.add(key)
         task.add_done_callback(lambda done: self._ended(key, done))

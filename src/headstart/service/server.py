@@ -9,6 +9,7 @@ from headstart.caches.store import Store
 from headstart.config import Settings
 from headstart.errors import ModelNotFound
 from headstart.service.caching import Caching
+from headstart.service.files import Files
 from headstart.service.generation import Generation
 from headstart.service.lifecycle import Lifecycle
 from headstart.service.model import Say, ServedModel
@@ -28,6 +29,7 @@ class Service:
         self.quota = Quota(self.store, int(settings.quota_mb * 1e6))
         self.lifecycle = Lifecycle(self.store, self.quota)
         self.caching = Caching(self.store, self.quota)
+        self.files = Files(self.store, self.caching, self.quota)
         self.generation = Generation(self.caching)
         self.models = {name: ServedModel(name, path, settings) for name, path in settings.model_paths.items()}
 
