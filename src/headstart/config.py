@@ -41,6 +41,9 @@ class Settings(BaseSettings):
         default_factory=dict, description="Jinja files with chat templates to use instead of the models' own."
     )
     cache_dir: Path = Field(Path("cache"), description="Where prompt states are kept.")
+    quota_mb: float = Field(
+        0, ge=0, description="Millions of bytes that caches may take together; 0: no limit."
+    )
     slots: int = Field(
         0,
         ge=0,

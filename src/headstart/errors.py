@@ -3,16 +3,19 @@
     HeadstartError
     ├── BadRequest                 400  the request can't be served as it is
     │   ├── InvalidName            400  a cache name outside the allowed alphabet
-    │   └── ContextLengthExceeded  400  prompt longer than the model's context
+    │   ├── ContextLengthExceeded  400  prompt longer than the model's context
+    │   └── DamagedFile            400  what was sent is no cache's file
     ├── NotFound                   404
     │   ├── ModelNotFound          404
     │   └── CacheNotFound          404
     ├── MethodNotAllowed           405
     ├── CacheConflict              409  the named cache is being built, or may not be replaced
+    │   └── CacheMismatch          409  the states that were sent were computed otherwise than here
     ├── BodyTooLarge               413
     ├── EngineError                500  the engine could not serve this one request
     ├── StorageError               500  the cache directory can't be read or written
-    │   └── StorageFull            507
+    │   ├── StorageFull            507
+    │   └── QuotaExceeded          507  caches may not take as many bytes
     └── Unavailable                503  come back later
         ├── ModelLoading           503
         ├── Overloaded             503  the queue is full
@@ -67,6 +70,10 @@ class ContextLengthExceeded(BadRequest):
         )
 
 
+class DamagedFile(BadRequest):
+    code = "damaged_file"
+
+
 class NotFound(HeadstartError):
     status = 404
     type = "invalid_request_error"
@@ -94,6 +101,10 @@ class CacheConflict(HeadstartError):
     retryable = False
 
 
+class CacheMismatch(CacheConflict):
+    code = "cache_mismatch"
+
+
 class BodyTooLarge(HeadstartError):
     status = 413
     type = "invalid_request_error"
@@ -112,6 +123,11 @@ class StorageError(HeadstartError):
 class StorageFull(StorageError):
     status = 507
     code = "storage_full"
+
+
+class QuotaExceeded(StorageError):
+    status = 507
+    code = "quota_exceeded"
 
 
 class Unavailable(HeadstartError):

@@ -131,7 +131,10 @@ class ModelInfo(Struct, frozen=True):
     """`n_ctx`: tokens a sequence may hold. `can_cut`: a state may be shortened to any prefix of its tokens.
     `engine` and `settings` name what a saved state depends on besides the weights. `pool_tokens`: how many
     tokens sequences with a common prefix may hold together; 0: there is no pool. `step_tokens`: prompt tokens
-    that can be evaluated at once, of several sequences."""
+    that can be evaluated at once, of several sequences.
+
+    A state of n tokens takes at most `state_bytes` + n * `state_token_bytes` bytes; 0 for both: that isn't
+    known."""
 
     n_ctx: int
     slots: int
@@ -140,6 +143,8 @@ class ModelInfo(Struct, frozen=True):
     settings: dict[str, str]
     pool_tokens: int = 0
     step_tokens: int = 64
+    state_bytes: int = 0
+    state_token_bytes: int = 0
 
 
 class Ready(Struct, frozen=True, tag=True):

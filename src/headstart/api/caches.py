@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import suppress
-from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
+from msgspec.structs import replace
 from starlette.responses import Response
 
-from headstart.api.schemas import CacheRequest
 from headstart.api.streaming import BEGIN_SECONDS, EventStream, as_event, begun, while_connected
+from headstart.api.terms import CreateRequest, EditRequest, iso_time, shown
 from headstart.caches.entry import Content, Entry
 from headstart.names import check_name
 from headstart.service.model import ServedModel
@@ -27,7 +27,7 @@ Json = dict[str, Any]
 
 
 @router.post("/{model}")
-async def create(request: Request, model: str, body: CacheRequest) -> Response:
+async def create(request: Request, model: str, body: CreateRequest) -> Response:
     """Computes the states of a prompt and keeps them under a name."""
     service: Service = request.app.state.service
     served = service.model(model)
@@ -37,15 +37,21 @@ async def create(request: Request, model: str, body: CacheRequest) -> Response:
     return JSONResponse(await while_connected(request, _create(service, served, body)))
 
 
-async def _create(service: Service, model: ServedModel, body: CacheRequest, on_progress: Any = None) -> Json:
+async def _create(service: Service, model: ServedModel, body: CreateRequest, on_progress: Any = None) -> Json:
     entry = await service.caching.create(
         model,
         body.cache_name,
         Content(body.prompt),
         forms=tuple(dict.fromkeys(body.forms)),
+        terms=replace(service.caching.terms(model, body.cache_name), **body.given()),
         overwrite=body.allow_overwrite,
         on_progress=on_progress,
     )
+    return made(entry)
+
+
+def made(entry: Entry) -> Json:
+    """What is answered about a cache that was created or replaced."""
     created = entry.version == 1
     answer = {
         "object": "cache.created" if created else "cache.updated",
@@ -57,6 +63,7 @@ async def _create(service: Service, model: ServedModel, body: CacheRequest, on_p
         "build_ms": round(entry.build_ms, 1),
         "tokens": entry.n_tokens,
         "forms": _forms(entry),
+        "expires": iso_time(entry.expires),
         "message": "Binary cache generated successfully",
     }
     if entry.n_tokens < SHORT_PROMPT_TOKENS:
@@ -66,7 +73,7 @@ async def _create(service: Service, model: ServedModel, body: CacheRequest, on_p
     return answer
 
 
-async def _progress(service: Service, model: ServedModel, body: CacheRequest) -> AsyncGenerator[bytes, None]:
+async def _progress(service: Service, model: ServedModel, body: CreateRequest) -> AsyncGenerator[bytes, None]:
     reports: asyncio.Queue[Json | None] = asyncio.Queue()
 
     def report(computed: int, total: int) -> None:
@@ -88,7 +95,9 @@ async def _progress(service: Service, model: ServedModel, body: CacheRequest) ->
 async def list_all(request: Request) -> Json:
     """The caches of all models."""
     service: Service = request.app.state.service
-    return _listed(service, service.store.list())
+    quota = service.quota
+    totals = {"used_bytes": quota.used(), "quota_bytes": quota.limit or None, "evictions": quota.evictions}
+    return _listed(service, service.store.list()) | totals
 
 
 @router.get("/{model}")
@@ -105,6 +114,14 @@ async def show(request: Request, model: str, name: str) -> Json:
     served = service.model(model)
     entry = service.store.find(served.shelf, check_name(name, param="name"), param="name")
     return _described(service, entry) | {"prompt": entry.prompt}
+
+
+@router.patch("/{model}/{name:path}")
+async def edit(request: Request, model: str, name: str, body: EditRequest) -> Json:
+    """Changes how a cache is kept; its version and states stay."""
+    service: Service = request.app.state.service
+    changing = service.caching.edit(service.model(model), name, body.given())
+    return _described(service, await while_connected(request, changing))
 
 
 @router.delete("/{model}/{name:path}")
@@ -130,11 +147,15 @@ def _described(service: Service, entry: Entry) -> Json:
         "size_mb": _megabytes(entry),
         "tokens": entry.n_tokens,
         "forms": _forms(entry),
-        "created": _time(entry.created),
-        "updated": _time(entry.updated),
+        "evicted": entry.evicted,
+        "created": iso_time(entry.created),
+        "updated": iso_time(entry.updated),
+        **shown(entry),
         "build_ms": round(entry.build_ms, 1),
         "hits": usage.hits,
-        "last_used": _time(usage.last_used),
+        "last_used": iso_time(usage.last_used),
+        "tokens_saved": usage.tokens_saved,
+        "seconds_saved": round(usage.seconds_saved, 3),
     }
 
 
@@ -147,7 +168,3 @@ def _forms(entry: Entry) -> Json:
 
 def _megabytes(entry: Entry) -> float:
     return round(entry.size_bytes / 1e6, 2)
-
-
-def _time(seconds: float | None) -> str | None:
-    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat()

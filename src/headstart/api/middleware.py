@@ -76,16 +76,16 @@ class PlainPaths:
 
 
 class JsonBodies:
-    """Reads bodies up to a limit, and takes them for JSON whatever their content type says: `curl -d` calls
-    everything a form. A page in a browser can send forms to any address without being asked, so what carries
-    an Origin must say JSON itself."""
+    """Reads bodies up to a limit, but for files, and takes them for JSON whatever their content type says:
+    `curl -d` calls everything a form. A page in a browser can send forms to any address without being asked,
+    so what carries an Origin must say JSON itself."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self.app = app
         self.max_bytes = max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS") or _is_file(scope):
             await self.app(scope, receive, send)
             return
         headers = MutableHeaders(scope=scope)
@@ -123,3 +123,8 @@ class JsonBodies:
                 return None
             if not message.get("more_body"):
                 return bytes(body)
+
+
+def _is_file(scope: Scope) -> bool:
+    """Whether the body is read by its handler, piece by piece. Browsers ask before they send a PUT."""
+    return bool(scope["method"] == "PUT" and scope["path"].endswith("/file"))

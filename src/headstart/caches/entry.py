@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from headstart.names import shelf_name
 
@@ -118,7 +119,8 @@ DEFAULT_TERMS = Terms()
 class Entry(Struct, frozen=True):
     """A cache. Times are seconds since 1970; `identity` is that of the file which was read or written.
     `evicted`: the forms whose states were given up for others; they are computed again when asked for.
-    `parts`: the caches a derived one is composed of. `owner`: the API key it belongs to, "" for all."""
+    `parts`: the caches a derived one is composed of. `owner`: the API key it belongs to, "" for all.
+    `prefill_ms`: what computing each form took, whenever that was; `build_ms` is of the last build alone."""
 
     model: str
     name: str
@@ -138,6 +140,7 @@ class Entry(Struct, frozen=True):
     parts: list[str] = []
     evicted: list[Form] = []
     owner: str = ""
+    prefill_ms: dict[Form, float] = {}
 
     @property
     def content(self) -> Content:
@@ -150,6 +153,35 @@ class Entry(Struct, frozen=True):
     @property
     def size_bytes(self) -> int:
         return self.identity[2]
+
+    def without_states(self) -> Entry:
+        """It as one whose states were given up."""
+        evicted = [form for form in FORMS if form in self.forms or form in self.evicted]
+        return replace(self, forms={}, evicted=evicted)
+
+    @property
+    def expires(self) -> float | None:
+        """When it ends, in seconds since 1970; None: never."""
+        ttl = self.terms.ttl_seconds
+        return None if ttl is None else self.updated + ttl
+
+    def is_over(self, now: float) -> bool:
+        return self.expires is not None and self.expires <= now
+
+    @property
+    def cost_ms(self) -> float:
+        """What computing its states takes."""
+        return sum(self.prefill_ms.values()) or self.build_ms
+
+    @property
+    def ms_per_token(self) -> float:
+        """What computing a token of its states took."""
+        return self.cost_ms / max(sum(form.n_tokens for form in self.forms.values()), 1)
+
+    @property
+    def tensor_bytes(self) -> int:
+        """What of the file is states and their token ids."""
+        return sum(form.state_bytes + 4 * form.n_tokens for form in self.forms.values())
 
     @property
     def n_tokens(self) -> int:

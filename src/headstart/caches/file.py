@@ -65,8 +65,8 @@ def hashed(text: bytes) -> bytes:
 
 def read(path: Path) -> Entry:
     """Reads and checks the header. Raises Corrupt, or OSError when the file can't be opened."""
-    with _open(path) as file:
-        header, start = _read_header(file)
+    with opened(path) as file:
+        header, start = read_header(file)
         stat = os.fstat(file.fileno())
     try:
         entry = msgspec.json.decode(header["__metadata__"]["entry"], type=Entry)
@@ -82,8 +82,8 @@ def read(path: Path) -> Entry:
 def verify(path: Path, identity: Identity) -> dict[Form, list[int]]:
     """Checks every hash of the file, which must still be the one with this identity; returns the token ids of
     each form. Raises Corrupt, or OSError when the file can't be opened."""
-    with _open(path) as file:
-        header, start = _read_header(file)
+    with opened(path) as file:
+        header, start = read_header(file)
         if identity_of(os.fstat(file.fileno())) != identity:
             raise Corrupt(f"{path}: changed while it was being read")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapping, memoryview(mapping) as view:
@@ -101,11 +101,12 @@ def verify(path: Path, identity: Identity) -> dict[Form, list[int]]:
     return tokens
 
 
-def _open(path: Path) -> BinaryIO:
+def opened(path: Path) -> BinaryIO:
     return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb")
 
 
-def _read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
+def read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
+    """The header, whose hash is right, and where it ends. Raises Corrupt or OSError."""
     start = file.read(LENGTH.size)
     length = LENGTH.unpack(start)[0] if len(start) == LENGTH.size else 0
     if not 0 < length <= MAX_HEADER:
@@ -145,7 +146,7 @@ def hash_of(data: memoryview) -> str:
 @contextmanager
 def mapped(part: Part) -> Iterator[memoryview]:
     with (
-        _open(part.path) as file,
+        opened(part.path) as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapping,
         memoryview(mapping) as view,
         view[part.offset : part.offset + part.size] as state,

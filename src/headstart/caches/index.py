@@ -24,16 +24,27 @@ DROP TABLE IF EXISTS caches;
 CREATE TABLE IF NOT EXISTS entries (
     shelf TEXT NOT NULL, name TEXT NOT NULL, entry BLOB NOT NULL,
     hits INTEGER NOT NULL DEFAULT 0, last_used REAL,
+    tokens_saved INTEGER NOT NULL DEFAULT 0, seconds_saved REAL NOT NULL DEFAULT 0,
     PRIMARY KEY (shelf, name)
 );
 CREATE TABLE IF NOT EXISTS weights (path TEXT PRIMARY KEY, identity TEXT NOT NULL, sha256 TEXT NOT NULL);
 """
+# What entries did not have at first.
+LATER = {
+    "tokens_saved": "INTEGER NOT NULL DEFAULT 0",
+    "seconds_saved": "REAL NOT NULL DEFAULT 0",
+}
 
 
 @dataclass(frozen=True)
 class Usage:
+    """How often a cache was used, when last, and what its hits saved: tokens that needed no evaluation, and
+    the time this would have taken beyond that of restoring them."""
+
     hits: int = 0
     last_used: float | None = None
+    tokens_saved: int = 0
+    seconds_saved: float = 0.0
 
 
 class Index:
@@ -55,6 +66,9 @@ class Index:
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = NORMAL")
         database.executescript(SCHEMA)
+        present = {row[1] for row in database.execute("PRAGMA table_info(entries)")}
+        for column in LATER.keys() - present:
+            database.execute(f"ALTER TABLE entries ADD COLUMN {column} {LATER[column]}")
         database.execute("SELECT count(*) FROM entries").fetchone()
         return database
 
@@ -88,15 +102,17 @@ class Index:
     def delete(self, shelf: str, name: str) -> None:
         self._write("DELETE FROM entries WHERE shelf = ? AND name = ?", (shelf, name))
 
-    def used(self, shelf: str, name: str, when: float) -> None:
+    def used(self, shelf: str, name: str, when: float, tokens: int, seconds: float) -> None:
         self._write(
-            "UPDATE entries SET hits = hits + 1, last_used = ? WHERE shelf = ? AND name = ?",
-            (when, shelf, name),
+            "UPDATE entries SET hits = hits + 1, last_used = ?, tokens_saved = tokens_saved + ?, "
+            "seconds_saved = seconds_saved + ? WHERE shelf = ? AND name = ?",
+            (when, tokens, seconds, shelf, name),
         )
 
     def usage(self, shelf: str, name: str) -> Usage:
         row = self.database.execute(
-            "SELECT hits, last_used FROM entries WHERE shelf = ? AND name = ?", (shelf, name)
+            "SELECT hits, last_used, tokens_saved, seconds_saved FROM entries WHERE shelf = ? AND name = ?",
+            (shelf, name),
         ).fetchone()
         return Usage(*row) if row else Usage()
 

@@ -5,20 +5,22 @@ from __future__ import annotations
 import asyncio
 import errno
 import fcntl
-import hashlib
 import logging
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import time
 
 from headstart.caches import file
+from headstart.caches.disk import identity_at, sha256_of, sync_directory
 from headstart.caches.entry import Entry, Form, Identity
 from headstart.caches.file import Corrupt
 from headstart.caches.index import Index, Usage
+from headstart.caches.rewriting import rewrite, write_stub
 from headstart.caches.writing import Writer
 from headstart.errors import CacheNotFound, StartupError, StorageError, StorageFull
 from headstart.messages import StateRef
@@ -40,10 +42,14 @@ class VerifiedState:
 
 class Store:
     """Owns `directory`, by a lock, as long as it is open. Use it from one thread; it hands slow work to
-    others itself. A shelf is a folder of it: a model's caches, or those of one API key (`Entry.shelf`)."""
+    others itself. A shelf is a folder of it: a model's caches, or those of one API key (`Entry.shelf`).
+    `clock` gives the seconds since 1970 by which caches end. `held`: those, by shelf and name, whose files
+    are not to be taken away now, since they are being built."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, clock: Callable[[], float] = time) -> None:
         self.directory = directory.absolute()
+        self.clock = clock
+        self.held: set[tuple[str, str]] = set()
         with storage_errors(f"the cache directory {self.directory}"):
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = self._take_lock()
@@ -88,11 +94,19 @@ class Store:
             self._forget(*key)
 
     def _look(self, shelf: str, name: str) -> Entry | None:
-        """The entry as the disk has it now. A damaged file keeps the entry the index remembers, so that its
-        state can be computed again; verification will refuse it."""
+        """The entry as the disk has it now; None, its file being removed, once its time is over. A damaged
+        file keeps the entry the index remembers, so that its state can be computed again; verification will
+        refuse it."""
+        entry = self._look_at_file(shelf, name)
+        if entry and entry.is_over(self.clock()):
+            self._end(entry)
+            return None
+        return entry
+
+    def _look_at_file(self, shelf: str, name: str) -> Entry | None:
         path = self.path(shelf, name)
         known = self._entries.get((shelf, name))
-        identity = _identity(path)
+        identity = identity_at(path)
         if identity is None:
             self._forget(shelf, name)
             return None
@@ -118,6 +132,22 @@ class Store:
         if self._entries.pop((shelf, name), None):
             self.index.delete(shelf, name)
 
+    def end_old(self) -> None:
+        """Removes the files of caches whose time is over."""
+        for entry in list(self.known()):
+            if entry.is_over(self.clock()):
+                self._look(entry.shelf, entry.name)
+
+    def _end(self, entry: Entry) -> None:
+        if (entry.shelf, entry.name) in self.held:
+            return
+        log.info("cache %s of %s: its time is over", entry.name, entry.shelf)
+        try:
+            self._remove(entry.shelf, entry.name)
+        except StorageError as error:
+            # It stays hidden, and the next look tries again.
+            log.warning("%s", error.message)
+
     def find(self, shelf: str, name: str, *, param: str = "use_cache") -> Entry:
         """Raises CacheNotFound, about the request's field `param`."""
         entry = self._look(shelf, name)
@@ -133,9 +163,9 @@ class Store:
         keys = sorted(key for key in self._entries if shelf in (None, key[0]))
         return [entry for key in keys if (entry := self._look(*key))]
 
-    def known(self, shelf: str) -> Iterator[Entry]:
-        """The shelf's caches as they were last seen, without a look at the disk."""
-        return (entry for entry in self._entries.values() if entry.shelf == shelf)
+    def known(self, shelf: str | None = None) -> Iterator[Entry]:
+        """The shelf's caches, or all, as they were last seen, without a look at the disk."""
+        return (entry for entry in self._entries.values() if shelf in (None, entry.shelf))
 
     async def weights_hash(self, path: Path) -> str:
         """The SHA-256 of a model file, computed once for each state of the file. Raises StorageError."""
@@ -143,21 +173,23 @@ class Store:
             identity = file.identity_of(path.stat())
             known = self.index.weights_hash(str(path), identity)
             if known is None:
-                known = await asyncio.to_thread(_sha256, path)
+                known = await asyncio.to_thread(sha256_of, path)
                 self.index.put_weights_hash(str(path), identity, known)
         return known
 
     def usage(self, entry: Entry) -> Usage:
         return self.index.usage(entry.shelf, entry.name)
 
-    def used(self, entry: Entry) -> None:
-        self.index.used(entry.shelf, entry.name, time())
+    def used(self, entry: Entry, tokens: int = 0, restore_ms: float = 0.0) -> None:
+        """Counts a hit that took `tokens` tokens from the cache, in `restore_ms`."""
+        seconds = max(tokens * entry.ms_per_token - restore_ms, 0.0) / 1000
+        self.index.used(entry.shelf, entry.name, self.clock(), tokens, seconds)
 
     async def verified(self, entry: Entry, form: Form) -> VerifiedState:
         """Checks the file's hashes unless this very file was checked before. Raises Corrupt, also when the
         file is gone."""
         path = self.path(entry.shelf, entry.name)
-        if _identity(path) != entry.identity:
+        if identity_at(path) != entry.identity:
             raise Corrupt(f"{path} is not the file it was")
         identity, tokens = self._verified.get((entry.shelf, entry.name), (None, {}))
         if identity != entry.identity:
@@ -195,37 +227,40 @@ class Store:
         final = self.path(entry.shelf, entry.name)
         stored = writer.finish(entry)
         writer.path.rename(final)
-        _sync_directory(final.parent)
+        sync_directory(final.parent)
         return stored
 
     def delete(self, shelf: str, name: str) -> None:
         """Raises CacheNotFound. Requests that have the file open go on reading it."""
         self.find(shelf, name, param="name")
+        self._remove(shelf, name)
+
+    async def amend(self, entry: Entry, changed: Entry, *, with_states: bool = True) -> Entry | None:
+        """Replaces the cache by one of the same name with the fields of `changed`, atomically, and with the
+        states it has, or none. None, nothing having changed, where the cache is no longer `entry` or is being
+        built. Raises StorageError. Returns the entry as stored."""
+        key = (entry.shelf, entry.name)
+        with self.scratch(entry.shelf) as scratch:
+            write = partial(rewrite, self.path(*key)) if with_states else write_stub
+            stored = await asyncio.to_thread(write, scratch, changed)
+            if key in self.held or self._look(*key) != entry:
+                return None
+            await self.adopt(scratch, stored)
+        return stored
+
+    async def adopt(self, scratch: Path, stored: Entry) -> None:
+        """Makes a scratch file, which was written and synced, the cache that it holds. It is so before
+        anything is waited for. Raises OSError."""
+        scratch.rename(self.path(stored.shelf, stored.name))
+        self._remember(stored)
+        await asyncio.to_thread(sync_directory, scratch.parent)
+
+    def _remove(self, shelf: str, name: str) -> None:
         path = self.path(shelf, name)
         with storage_errors(str(path)):
             path.unlink(missing_ok=True)
-            _sync_directory(path.parent)
+            sync_directory(path.parent)
         self._forget(shelf, name)
-
-
-def _identity(path: Path) -> Identity | None:
-    try:
-        return file.identity_of(path.lstat())
-    except OSError:
-        return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as weights:
-        return hashlib.file_digest(weights, "sha256").hexdigest()
-
-
-def _sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager

@@ -18,9 +18,10 @@ from headstart.caches.entry import Entry, Form
 from headstart.caches.file import LENGTH, NO_HASH, Part
 
 ALIGN = 64
-# Larger than any offset, to see how long a header may become; its times may be written longer, too.
+# Larger than any offset, to see how long a header may become.
 FAR = 10**15
-LONGER_TIMES = 256
+# Its times may be written longer, and its terms changed later.
+SPARE = 1024
 
 
 class Writer:
@@ -47,9 +48,7 @@ class Writer:
     def _header_room(self, entry: Entry) -> int:
         far = {f"{form}.state": _tensor("U8", FAR, FAR, FAR) for form in self.tokens}
         hashes = {f"blake3 {form}.state": NO_HASH for form in self.tokens}
-        text = file.header_text(entry, self._tensors | far, self._hashes | hashes)
-        room = len(text) + LONGER_TIMES
-        return room + -(LENGTH.size + room) % ALIGN
+        return room_for(len(file.header_text(entry, self._tensors | far, self._hashes | hashes)))
 
     def wrote(self, form: Form, size: int, blake3_hex: str) -> None:
         """`size` bytes with this hash, the form's state, are on the disk at `end`."""
@@ -79,6 +78,17 @@ class Writer:
         with os.fdopen(os.open(self.path, os.O_WRONLY | os.O_NOFOLLOW), "wb") as output:
             output.seek(at)
             output.write(data)
+
+
+def expected_size(entry: Entry, n_tokens: int) -> int:
+    """At least as many bytes as the file of this cache has, with `n_tokens` ids, but without its states."""
+    return room_for(len(file.header_text(entry, {}, {}))) + SPARE + 4 * n_tokens
+
+
+def room_for(length: int) -> int:
+    """The bytes to be kept for a header of this length, so that what follows is aligned."""
+    room = length + SPARE
+    return room + -(LENGTH.size + room) % ALIGN
 
 
 def _tensor(dtype: str, n: int, at: int, size: int) -> dict[str, Any]:

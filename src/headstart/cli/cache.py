@@ -19,18 +19,36 @@ notes = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
 def create(
-    client: Client, name: str, prompt: str, model: str | None, forms: Sequence[str], overwrite: bool
+    client: Client,
+    name: str,
+    prompt: str,
+    model: str | None,
+    forms: Sequence[str],
+    overwrite: bool,
+    terms: Json | None = None,
 ) -> None:
-    body: Json = {"cache_name": name, "prompt": prompt, "allow_overwrite": overwrite}
+    body: Json = {"cache_name": name, "prompt": prompt, "allow_overwrite": overwrite, **(terms or {})}
     if forms:
         body["for"] = list(forms)
     started = monotonic()
-    made = follow(client.events(cache_path(_model(client, model)), body), notes)
-    verb = "Created" if made["object"] == "cache.created" else "Updated"
-    size = f"{made['tokens']:,} tokens, {made['size_mb']} MB, {monotonic() - started:.1f} s"
-    out.print(f"{verb} cache {made['cache_name']!r} of {made['model']}: {size}")
+    made = follow(client.events(cache_path(chosen_model(client, model)), body), notes)
+    size = f"{size_of(made)}, {monotonic() - started:.1f} s"
+    out.print(f"{verb_of(made)} cache {made['cache_name']!r} of {made['model']}: {size}")
     if warning := made.get("warning"):
         notes.print(f"Note: {warning}", style="yellow")
+
+
+def verb_of(made: Json) -> str:
+    return "Created" if made["object"] == "cache.created" else "Updated"
+
+
+def size_of(made: Json) -> str:
+    return f"{made['tokens']:,} tokens, {made['size_mb']} MB"
+
+
+def edit(client: Client, name: str, model: str | None, terms: Json) -> None:
+    client.call("PATCH", cache_path(chosen_model(client, model), name), "cache", terms)
+    out.print(f"Changed {', '.join(terms)} of cache {name!r}")
 
 
 def follow(events: Iterable[Json], console: Console) -> Json:
@@ -62,7 +80,7 @@ def show_all(client: Client, model: str | None, as_json: bool) -> None:
 
 
 def show(client: Client, name: str, model: str | None, as_json: bool) -> None:
-    cache = client.call("GET", cache_path(_model(client, model), name), "cache")
+    cache = client.call("GET", cache_path(chosen_model(client, model), name), "cache")
     if as_json:
         _print_json(cache)
         return
@@ -76,11 +94,11 @@ def show(client: Client, name: str, model: str | None, as_json: bool) -> None:
 
 
 def delete(client: Client, name: str, model: str | None) -> None:
-    deleted = client.call("DELETE", cache_path(_model(client, model), name), "cache.deleted")
+    deleted = client.call("DELETE", cache_path(chosen_model(client, model), name), "cache.deleted")
     out.print(f"Deleted cache {deleted['cache_name']!r} of {deleted['model']}")
 
 
-def _model(client: Client, name: str | None) -> str:
+def chosen_model(client: Client, name: str | None) -> str:
     return name if name is not None else str(client.model()["id"])
 
 
@@ -121,7 +139,21 @@ def _fields(cache: Json) -> dict[str, str]:
         "Build time": f"{cache['build_ms'] / 1000:.2f} s",
         "Hits": f"{cache['hits']:,}",
         "Last used": _local(cache["last_used"]),
+        "Saved": f"{cache['tokens_saved']:,} tokens, {cache['seconds_saved']:,.1f} s",
+        **_terms(cache),
     }
+
+
+def _terms(cache: Json) -> dict[str, str]:
+    """Those that say something."""
+    fields = {
+        "Evicted": ", ".join(cache["evicted"]),
+        "Expires": _local(cache["expires"]) if cache["expires"] else "",
+        "Pinned": "yes" if cache["pinned"] else "",
+        "Description": cache["description"],
+        "Metadata": "\n".join(f"{key}={value}" for key, value in cache["metadata"].items()),
+    }
+    return {label: value for label, value in fields.items() if value}
 
 
 def age(time: str | None) -> str:

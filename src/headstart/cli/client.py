@@ -39,10 +39,10 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self._http.close()
 
-    def call(self, method: str, path: str, expected: str) -> Json:
+    def call(self, method: str, path: str, expected: str, body: Json | None = None) -> Json:
         """The answer, whose `object` is `expected`."""
         with self._failures_told():
-            response = self._http.request(method, path)
+            response = self._http.request(method, path, json=body)
         answer = self._checked(response)
         if answer.get("object") != expected:
             raise self._not_headstart(response)
@@ -66,6 +66,23 @@ class Client:
                     yield _without_error(json.loads(data))
         if not complete:
             raise RequestFailed(f"The answer of the server at {self.url} ended in the middle.")
+
+    def download(self, path: str) -> Iterator[bytes]:
+        """The pieces of a file."""
+        with self._failures_told(), self._http.stream("GET", path) as response:
+            if response.status_code != 200:
+                response.read()
+                self._checked(response)
+                raise self._not_headstart(response)
+            yield from response.iter_bytes()
+
+    def upload(self, path: str, content: Iterator[bytes], size: int) -> Json:
+        """What is answered to a file of `size` bytes, which may take as long as computing it."""
+        headers = {"content-length": str(size), "content-type": "application/octet-stream"}
+        timeout = httpx.Timeout(None, connect=5)
+        with self._failures_told():
+            response = self._http.put(path, content=content, headers=headers, timeout=timeout)
+        return self._checked(response)
 
     def model(self, name: str | None = None) -> Json:
         """What the server says of a model; without a name, of its first."""

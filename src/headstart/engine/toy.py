@@ -45,6 +45,7 @@ class ToyModel:
             settings=settings.arithmetic.kept(),
             pool_tokens=0 if slots == 1 or not self.spec.can_cut else n_ctx,
             step_tokens=max(settings.prefill_chunk, LEAST_STEP_TOKENS),
+            state_token_bytes=4,
         )
         self.histories: list[list[int]] = [[] for _ in range(2 * slots + 1)]
         # How many tokens of its history a sequence of the pool shares with the one it was copied from.

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from time import time
+
+from msgspec.structs import replace
 
 from headstart.caches.entry import DEFAULT_TERMS, Content, Entry, Form, Origin, Terms
 from headstart.caches.file import Corrupt, Part
 from headstart.caches.store import Store
-from headstart.caches.writing import Writer
+from headstart.caches.writing import Writer, expected_size
 from headstart.errors import HeadstartError
 from headstart.messages import Finished, Progress, SaveTo, Stats, Submit
 from headstart.prompt.prompts import soon
 from headstart.service.model import ServedModel
+from headstart.service.quota import Quota
 
 OnProgress = Callable[[int, int], None]
 
@@ -46,11 +48,13 @@ class Build:
 
 
 class Builder:
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, quota: Quota) -> None:
         self.store = store
+        self.quota = quota
 
     async def build(self, build: Build) -> Entry:
-        """Raises ContextLengthExceeded, StorageError or what the engine raises; then nothing has changed."""
+        """Raises ContextLengthExceeded, QuotaExceeded, StorageError or what the engine raises; then nothing
+        has changed but for what was evicted."""
         model = build.model
         wanted: dict[Form, list[int]] = {}
         for form in build.forms:
@@ -58,17 +62,22 @@ class Builder:
                 model.check_fits(len(tokens) + 1, param="prompt")
                 wanted[form] = tokens
         progress = _Sum(sum(map(len, wanted.values())), build.on_progress)
-        stats: list[Stats] = []
-        with self.store.scratch(model.shelf) as path:
-            writer = await asyncio.to_thread(Writer, path, _entry(build, stats), wanted)
+        stats: dict[Form, Stats] = {}
+        # Of one length whether or not the figures are known from before.
+        entry = replace(_entry(build, stats, self.store.clock()), prefill_ms={}, ttft_ms=0.0)
+        with self.quota.reserving(model.shelf, build.name) as room, self.store.scratch(model.shelf) as path:
+            await room.hold(_expected_size(model, entry, wanted))
+            writer = await asyncio.to_thread(Writer, path, entry, wanted)
             for form, tokens in wanted.items():
                 if kept := await self._kept(build, form, tokens):
                     await asyncio.to_thread(writer.copy, form, kept)
                     progress.next(len(tokens))
                     continue
-                stats.append(await self._compute(model, tokens, writer, progress))
-                writer.wrote(form, stats[-1].saved_bytes, stats[-1].saved_blake3)
-            return await self.store.put(writer, _entry(build, stats))
+                stats[form] = await self._compute(model, tokens, writer, progress)
+                writer.wrote(form, stats[form].saved_bytes, stats[form].saved_blake3)
+            # Where the size was not known before, or wrong.
+            await room.hold(writer.end)
+            return await self.store.put(writer, _entry(build, stats, self.store.clock()))
 
     async def _kept(self, build: Build, form: Form, tokens: list[int]) -> Part | None:
         """The state as it is stored already, where the same prompt is given again."""
@@ -99,9 +108,8 @@ class Builder:
         raise HeadstartError("The engine ended the build without a result.")
 
 
-def _entry(build: Build, stats: Sequence[Stats]) -> Entry:
+def _entry(build: Build, stats: Mapping[Form, Stats], now: float) -> Entry:
     """The cache that the build makes, `stats` being those of the forms computed."""
-    now = time()
     return Entry(
         model=build.model.name,
         name=build.name,
@@ -116,9 +124,16 @@ def _entry(build: Build, stats: Sequence[Stats]) -> Entry:
         updated=now,
         fingerprint=build.model.fingerprint,
         forms={},
-        build_ms=sum(form.prefill_ms for form in stats),
+        build_ms=sum(form.prefill_ms for form in stats.values()),
         ttft_ms=_ttft_ms(stats, build.previous),
+        prefill_ms=_prefill_ms(build, stats),
     )
+
+
+def _expected_size(model: ServedModel, entry: Entry, tokens: Mapping[Form, Sequence[int]]) -> int:
+    n_tokens = sum(map(len, tokens.values()))
+    states = len(tokens) * model.info.state_bytes + n_tokens * model.info.state_token_bytes
+    return expected_size(entry, n_tokens) + states
 
 
 class _Sum:
@@ -136,8 +151,19 @@ class _Sum:
         self.tell(0)
 
 
-def _ttft_ms(stats: Sequence[Stats], previous: Entry | None) -> float:
+def _prefill_ms(build: Build, stats: Mapping[Form, Stats]) -> dict[Form, float]:
+    """What computing each form takes: now, where most of it was computed and not taken from a slot, or else
+    as it was known already."""
+    known = build.previous.prefill_ms if build.previous and build.previous.content == build.content else {}
+    found = {form: known[form] for form in build.forms if form in known}
+    for form, now in stats.items():
+        if now.evaluated_tokens and (form not in found or 2 * now.evaluated_tokens >= now.prompt_tokens):
+            found[form] = now.prefill_ms * now.prompt_tokens / now.evaluated_tokens
+    return found
+
+
+def _ttft_ms(stats: Mapping[Form, Stats], previous: Entry | None) -> float:
     """What the first token of the first form cost without the cache, now or when it was computed."""
     if stats:
-        return stats[0].ttft_ms
+        return next(iter(stats.values())).ttft_ms
     return previous.ttft_ms if previous else 0.0

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from msgspec.structs import replace
 
 from headstart.caches.entry import DEFAULT_TERMS, KEEPS_STATE, Content, Entry, Form, MissReason, Origin, Terms
 from headstart.caches.file import Corrupt
@@ -15,6 +18,7 @@ from headstart.messages import StateRef
 from headstart.names import check_name
 from headstart.service.building import Build, Builder, OnProgress, opening_tokens
 from headstart.service.model import ServedModel
+from headstart.service.quota import Quota
 from headstart.tokens import common_prefix
 
 log = logging.getLogger(__name__)
@@ -32,9 +36,9 @@ class Opening:
 class Caching:
     """Used from the event loop. At most one build of a name runs at a time."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, quota: Quota | None = None) -> None:
         self.store = store
-        self.builder = Builder(store)
+        self.builder = Builder(store, quota or Quota(store))
         self._builds: dict[tuple[str, str], asyncio.Task[Entry]] = {}
 
     async def close(self) -> None:
@@ -65,13 +69,15 @@ class Caching:
         if build := build or self._builds.get(key):
             await asyncio.wait([build])
             return None
-        return opening if self._current(model, entry.name) == entry else None
+        return opening if self.current(model, entry.name) == entry else None
 
     async def _open(self, model: ServedModel, entry: Entry, form: Form, tokens: list[int]) -> Opening:
         wanted = await opening_tokens(model, form, entry.content)
         boundary = min(common_prefix(wanted, tokens), len(tokens) - 1)
         if reason := model.fingerprint.changed_since(entry.fingerprint):
             return Opening(boundary, miss=reason)
+        if form in entry.evicted:
+            return Opening(boundary, miss="evicted")
         if form not in entry.forms:
             return Opening(boundary, miss="form_not_built" if wanted else "too_short")
         if boundary <= 0 or (boundary < len(wanted) and not model.info.can_cut):
@@ -92,44 +98,63 @@ class Caching:
         content: Content,
         *,
         forms: Sequence[Form] | None = None,
-        terms: Terms = DEFAULT_TERMS,
+        terms: Terms | None = None,
         origin: Origin = "client",
         overwrite: bool = True,
         on_progress: OnProgress | None = None,
     ) -> Entry:
         """Computes and stores the states of `content`, in all forms unless some are named; version 1 of the
-        entry means that the name was new.
+        entry means that the name was new. Without `terms` it keeps those that it had.
 
         Raises BadRequest, CacheConflict, StorageError or what the engine raises; then nothing has changed.
         When the caller is cancelled, so is the build."""
         check_name(name, param="cache_name")
         if not content.opening:
             raise BadRequest("The prompt is empty: there is nothing to keep.", param="prompt")
-        self._check_not_building(model, name)
-        previous = self._current(model, name)
+        self.check_not_building(model, name)
+        previous = self.current(model, name)
         if previous and not overwrite:
             raise CacheConflict(f"There is a cache {name!r} already.", param="cache_name")
         version = previous.version + 1 if previous else 1
         wanted = content.forms if forms is None else forms
+        kept = terms or self.terms(model, name)
         build = self._start(
-            Build(model, name, content, wanted, version, terms, origin, previous, on_progress=on_progress)
+            Build(model, name, content, wanted, version, kept, origin, previous, on_progress=on_progress)
         )
         try:
             return await asyncio.shield(build)
         finally:
             build.cancel()
 
+    def terms(self, model: ServedModel, name: str) -> Terms:
+        """How the named cache is kept, or would be by default if it were new. Raises InvalidName."""
+        previous = self.current(model, check_name(name, param="cache_name"))
+        return previous.terms if previous else DEFAULT_TERMS
+
+    async def edit(self, model: ServedModel, name: str, given: Mapping[str, Any]) -> Entry:
+        """Changes the `given` ones of a cache's terms, and nothing else; waits for a build of it. Its time
+        begins anew where `ttl_seconds` is given. Raises CacheNotFound or StorageError."""
+        check_name(name, param="name")
+        while True:
+            if build := self._builds.get((model.shelf, name)):
+                await asyncio.wait([build])
+            entry = self.store.find(model.shelf, name, param="name")
+            updated = self.store.clock() if "ttl_seconds" in given else entry.updated
+            changed = replace(entry, terms=replace(entry.terms, **given), updated=updated)
+            if amended := await self.store.amend(entry, changed):
+                return amended
+
     def delete(self, model: ServedModel, name: str) -> None:
         """Raises CacheNotFound, or CacheConflict while the name is being built."""
         check_name(name, param="name")
-        self._check_not_building(model, name)
+        self.check_not_building(model, name)
         self.store.delete(model.shelf, name)
 
     def rebuild(self, model: ServedModel, entry: Entry) -> None:
         """Starts computing the states of `entry` again, unless that is being done or it was replaced;
         requests for it wait."""
-        if (entry.shelf, entry.name) not in self._builds and self._current(model, entry.name) == entry:
-            forms = tuple(entry.forms) or entry.content.forms
+        if (entry.shelf, entry.name) not in self._builds and self.current(model, entry.name) == entry:
+            forms = (*entry.forms, *entry.evicted) or entry.content.forms
             self._start(
                 Build(
                     model,
@@ -148,27 +173,35 @@ class Caching:
         """The longest cached completion prompt that `text` begins with; "" for none."""
         prompts = (entry for entry in self.store.known(model.shelf) if entry.prompt)
         known = [entry for entry in prompts if text.startswith(entry.prompt)]
-        fitting = (e.prompt for e in known if "completion" in e.forms and self._current(model, e.name) == e)
+        # Given up or not: a request is cut at the same place, so that the answer is the same.
+        built = [entry for entry in known if "completion" in (*entry.forms, *entry.evicted)]
+        fitting = (entry.prompt for entry in built if self.current(model, entry.name) == entry)
         return max(fitting, key=len, default="")
 
-    def _check_not_building(self, model: ServedModel, name: str) -> None:
+    def check_not_building(self, model: ServedModel, name: str) -> None:
+        """Raises CacheConflict."""
         if (model.shelf, name) in self._builds:
             raise CacheConflict(f"The cache {name!r} is being built.", param="cache_name")
 
-    def _current(self, model: ServedModel, name: str) -> Entry | None:
+    def current(self, model: ServedModel, name: str) -> Entry | None:
         try:
             return self.store.find(model.shelf, name)
         except CacheNotFound:
             return None
 
     def _start(self, build: Build) -> asyncio.Task[Entry]:
-        key = (build.model.shelf, build.name)
-        task = asyncio.create_task(self.builder.build(build))
+        return self.run((build.model.shelf, build.name), self.builder.build(build))
+
+    def run(self, key: tuple[str, str], work: Coroutine[Any, Any, Entry]) -> asyncio.Task[Entry]:
+        """Starts what makes the cache of this shelf and name, on which requests for it wait."""
+        task = asyncio.create_task(work)
         self._builds[key] = task
+        self.store.held.add(key)
         task.add_done_callback(lambda done: self._ended(key, done))
         return task
 
     def _ended(self, key: tuple[str, str], task: asyncio.Task[Entry]) -> None:
         del self._builds[key]
+        self.store.held.discard(key)
         if not task.cancelled() and (error := task.exception()):
             log.warning("building cache %s of %s failed: %s", key[1], key[0], error)

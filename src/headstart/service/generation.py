@@ -179,7 +179,9 @@ class Generation:
                             self._heal(prepared, miss)
                         if prepared.entry and miss is None:
                             # A write to the disk: after the answer's end has been sent.
-                            asyncio.get_running_loop().call_soon(self.caching.store.used, prepared.entry)
+                            saved = min(stats.cached_tokens, prepared.opening.boundary)
+                            count = partial(self.caching.store.used, prepared.entry, saved, stats.restore_ms)
+                            asyncio.get_running_loop().call_soon(count)
                         yield Result(
                             finish_reason="length" if reason == "length" and not answer.stopped else "stop",
                             n_tokens=n_tokens,

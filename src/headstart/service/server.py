@@ -9,8 +9,11 @@ from headstart.caches.store import Store
 from headstart.config import Settings
 from headstart.errors import ModelNotFound
 from headstart.service.caching import Caching
+from headstart.service.files import Files
 from headstart.service.generation import Generation
+from headstart.service.lifecycle import Lifecycle
 from headstart.service.model import Say, ServedModel
+from headstart.service.quota import Quota
 
 log = logging.getLogger(__name__)
 
@@ -23,16 +26,21 @@ class Service:
         self.say = say
         self.settings = settings
         self.store = Store(settings.cache_dir)
-        self.caching = Caching(self.store)
+        self.quota = Quota(self.store, int(settings.quota_mb * 1e6))
+        self.lifecycle = Lifecycle(self.store, self.quota)
+        self.caching = Caching(self.store, self.quota)
+        self.files = Files(self.store, self.caching, self.quota)
         self.generation = Generation(self.caching)
         self.models = {name: ServedModel(name, path, settings) for name, path in settings.model_paths.items()}
 
     async def load(self) -> None:
         """Returns when every model answers. Raises StartupError."""
+        self.lifecycle.start()
         measuring = asyncio.Lock()
         await asyncio.gather(*(model.load(self.store, self.say, measuring) for model in self.models.values()))
 
     async def close(self) -> None:
+        await self.lifecycle.close()
         await self.caching.close()
         await asyncio.gather(*(model.engine.close() for model in self.models.values()))
         self.store.close()

@@ -26,6 +26,11 @@ DEFAULT_SLOTS = 4
 # What the KV cache may take of the machine's memory where the number of slots is ours to choose.
 KV_MEMORY_SHARE = 1 / 8
 KV_VALUE_BYTES = 2
+# Of a saved state: what a token takes besides its KV values (position and sequences, twice where the model
+# has two KV caches), what a layer takes, and the rest.
+CELL_BYTES = 32
+LAYER_BYTES = 64
+STATE_BYTES = 4096
 
 
 def _step_tokens(settings: EngineSettings) -> int:
@@ -74,6 +79,10 @@ class LlamaModel:
         sizes = [self._metadata(f"attention.{kind}_length") or even for kind in ("key", "value")]
         return int(lib.llama_model_n_layer(self.model)) * max(heads_kv, 1) * sum(sizes) * KV_VALUE_BYTES
 
+    def _state_bytes(self) -> int:
+        """Bytes of a saved state that don't depend on its tokens: numbers before it and before each layer."""
+        return STATE_BYTES + int(lib.llama_model_n_layer(self.model)) * LAYER_BYTES
+
     def _metadata(self, key: str) -> int:
         """A number from the GGUF file under the model's architecture; 0 where there is none."""
         value = metadata(self.model, f"{metadata(self.model, 'general.architecture')}.{key}")
@@ -81,6 +90,8 @@ class LlamaModel:
 
     def _info(self, settings: EngineSettings) -> ModelInfo:
         plain = states_are_plain(self.model)
+        # Recurrent layers have a state of their own, whose size llama.cpp doesn't tell beforehand.
+        attends = not (lib.llama_model_is_recurrent(self.model) or lib.llama_model_is_hybrid(self.model))
         kept = settings.arithmetic.kept() | {"kv_type": "f16"}
         return ModelInfo(
             n_ctx=lib.llama_n_ctx_seq(self.streams.context),
@@ -90,6 +101,8 @@ class LlamaModel:
             settings=kept if plain else kept | {"kv_streams": str(self.slots)},
             pool_tokens=self.ctx if self.pool else 0,
             step_tokens=_step_tokens(settings),
+            state_bytes=self._state_bytes() if attends else 0,
+            state_token_bytes=self._kv_token_bytes() + CELL_BYTES if attends else 0,
         )
 
     def _place(self, seq: int) -> tuple[LlamaContext, int]:

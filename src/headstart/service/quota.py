@@ -1,0 +1,153 @@
+"""How many bytes caches may take, and making room for new ones."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from headstart.caches.entry import Entry
+from headstart.caches.eviction import evictable, keeps_text, worth
+from headstart.caches.store import Store
+from headstart.errors import CacheNotFound, QuotaExceeded
+
+log = logging.getLogger(__name__)
+
+Key = tuple[str, str]
+
+
+def no_share(shelf: str) -> int:
+    return 0
+
+
+class Quota:
+    """`limit`: bytes that the files of all caches may take; `share`: what those of a shelf may. 0: no limit.
+
+    A cache that is being replaced doesn't count: till the new file is in its place, both are on the disk.
+    What is being built counts as large as it may become. Used from the event loop."""
+
+    def __init__(self, store: Store, limit: int = 0, share: Callable[[str], int] = no_share) -> None:
+        self.store = store
+        self.limit = limit
+        self.share = share
+        self.evictions = 0
+        self._reserved: dict[Key, int] = {}
+        self._deciding = asyncio.Lock()
+
+    def used(self, shelf: str | None = None) -> int:
+        """Bytes that files take, of one shelf or all, as last seen."""
+        return sum(entry.size_bytes for entry in self.store.known(shelf))
+
+    @contextmanager
+    def reserving(self, shelf: str, name: str) -> Iterator[Reservation]:
+        """Room for one cache, until its file is in its place or given up."""
+        try:
+            yield Reservation(self, (shelf, name))
+        finally:
+            self._reserved.pop((shelf, name), None)
+
+    async def hold(self, key: Key, size: int) -> None:
+        """Makes room for `size` bytes of the cache, by evicting others if it must. Raises QuotaExceeded, with
+        nothing evicted, where that would not do, or StorageError."""
+        async with self._deciding:
+            limits = self._limits(key[0])
+            for shelf, limit in limits.items():
+                self._missing(shelf, limit, key, size)
+            for shelf, limit in limits.items():
+                await self._evict(shelf, self._missing(shelf, limit, key, size), key)
+            self._reserved[key] = size
+
+    def check_possible(self, shelf: str, size: int) -> None:
+        """Raises QuotaExceeded for what would not fit if there were nothing else."""
+        for limit in self._limits(shelf).values():
+            if size > limit:
+                raise _exceeded(size, limit, limit)
+
+    async def trim(self) -> None:
+        """Evicts until what there is fits, as far as that can be: the limit may have become lower, or files
+        have been put into the directory."""
+        async with self._deciding:
+            for shelf in {None, *(entry.shelf for entry in self.store.known())}:
+                limit = self.limit if shelf is None else self.share(shelf)
+                if limit:
+                    await self._evict(shelf, self._taken(shelf, None) - limit)
+
+    def _limits(self, shelf: str) -> Mapping[str | None, int]:
+        """Those that hold for caches of the shelf, by what they are about; None is all shelves."""
+        limits = {shelf: self.share(shelf), None: self.limit}
+        return {scope: limit for scope, limit in limits.items() if limit}
+
+    def _taken(self, shelf: str | None, but: Key | None) -> int:
+        sizes = {(entry.shelf, entry.name): entry.size_bytes for entry in self.store.known(shelf)}
+        for key, size in self._reserved.items():
+            if shelf in (None, key[0]):
+                sizes[key] = max(size, sizes.get(key, 0))
+        return sum(size for key, size in sizes.items() if key != but)
+
+    def _missing(self, shelf: str | None, limit: int, key: Key, size: int) -> int:
+        """Bytes that have to be freed. Raises QuotaExceeded where they can't be."""
+        free = limit - self._taken(shelf, key)
+        gain = 0 if size <= free else sum(_gain(entry) for entry in self._candidates(shelf, key))
+        if free + gain < size:
+            raise _exceeded(size, limit, free + gain)
+        return size - free
+
+    def _candidates(self, shelf: str | None, but: Key | None = None) -> list[Entry]:
+        """What may be evicted, the least worth first."""
+        now = self.store.clock()
+        found = [
+            (worth(entry, self.store.usage(entry), now), entry)
+            for entry in evictable(self.store.known(shelf))
+            if (entry.shelf, entry.name) not in {but, *self.store.held}
+        ]
+        return [entry for _, entry in sorted(found, key=lambda pair: pair[0])]
+
+    async def _evict(self, shelf: str | None, missing: int, but: Key | None = None) -> int:
+        """Gives up the least valuable states until `missing` bytes are free; how many are still missing."""
+        for entry in self._candidates(shelf, but) if missing > 0 else ():
+            if missing <= 0:
+                break
+            missing -= await self._give_up(entry)
+        return missing
+
+    async def _give_up(self, entry: Entry) -> int:
+        """The bytes it has freed: none where the cache was replaced meanwhile, or is being built."""
+        if (entry.shelf, entry.name) in self.store.held:
+            return 0
+        if keeps_text(entry):
+            stub = await self.store.amend(entry, entry.without_states(), with_states=False)
+            if stub is None:
+                return 0
+            freed = entry.size_bytes - stub.size_bytes
+        else:
+            try:
+                self.store.delete(entry.shelf, entry.name)
+            except CacheNotFound:
+                return 0
+            freed = entry.size_bytes
+        self.evictions += 1
+        log.warning("evicted cache %s of %s: %d bytes are free", entry.name, entry.shelf, freed)
+        return freed
+
+
+class Reservation:
+    def __init__(self, quota: Quota, key: Key) -> None:
+        self.quota = quota
+        self.key = key
+
+    async def hold(self, size: int) -> None:
+        """Takes `size` bytes instead of what was held before; see Quota.hold."""
+        await self.quota.hold(self.key, size)
+
+
+def _gain(entry: Entry) -> int:
+    return entry.tensor_bytes if keeps_text(entry) else entry.size_bytes
+
+
+def _exceeded(size: int, limit: int, free: int) -> QuotaExceeded:
+    return QuotaExceeded(
+        f"There is no room: {size / 1e6:.2f} MB are needed, and of the {limit / 1e6:.2f} MB that caches may "
+        f"take no more than {max(free, 0) / 1e6:.2f} MB can be had by giving up others. Delete or unpin "
+        "caches, or raise quota_mb."
+    )
