@@ -67,8 +67,8 @@ class Model(Protocol):
         values, where that can't be done. Within the pool both then use the same cells."""
 
     def settle(self, seq: int) -> None:
-        """Puts what the sequence holds where restoring its state would put it, so that what follows is computed
-        in the same order. Raises ModelError, leaving unknown values."""
+        """Puts what the sequence holds where restoring its state would put it, so that what follows is
+        computed in the same order. Raises ModelError, leaving unknown values."""
 
     def save(self, seq: int) -> memoryview:
         """A copy of the sequence's state, which any sequence can be restored from. Raises ModelError."""

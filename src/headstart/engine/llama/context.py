@@ -94,8 +94,8 @@ class LlamaContext:
         lib.llama_memory_seq_rm(self.memory, seq, -1, -1)
 
     def cut(self, seq: int, n_tokens: int) -> bool:
-        """False, changing nothing, where that can't be done. llama.cpp itself would cut a state of which it has
-        a window's last cells only, and leave a gap."""
+        """False, changing nothing, where that can't be done. llama.cpp itself would also cut a state of which
+        it has a window's last cells only, and leave a gap."""
         if n_tokens == 0:
             self.clear(seq)
             return True

@@ -105,8 +105,8 @@ class Form:
         if not self.window:
             yield first, end, False
             return
-        # There is no room for more streams between the parts. So the first is read with an empty one after it,
-        # which lies over the second; and the second alone, its beginning over the first's end.
+        # There is no room for more streams between the parts. So the first is read with an empty one after
+        # it, which lies over the second; and the second alone, its beginning over the first's end.
         none = COUNT.pack(self.streams) + bytes(COUNT.size * self.streams)
         covered = bytes(memory[split : split + len(none)])
         memory[split : split + len(none)] = none

@@ -17,7 +17,7 @@ from headstart.engine.llama.context import LlamaContext, Shape
 from headstart.engine.llama.conversion import weights_path
 from headstart.engine.llama.gguf import metadata, open_model
 from headstart.engine.llama.sampler import LlamaSampler
-from headstart.engine.model import LEAST_STEP_TOKENS, Piece, Sampler
+from headstart.engine.model import LEAST_STEP_TOKENS, ModelError, Piece, Sampler
 from headstart.machine import available_cpus, memory_bytes
 from headstart.messages import EngineSettings, ModelInfo, Sampling
 
