@@ -31,7 +31,11 @@ INNER, STATE, CONV, RANK = 2 * HIDDEN, 16, 4, 4
 CONVOLVED = 3
 # As the byte-level vocabulary spells " word".
 WORD = re.compile("Ġ[A-Za-z]+")
-FILE_TYPES = {gguf.GGMLQuantizationType.F32: 0, gguf.GGMLQuantizationType.Q4_1: 3}
+FILE_TYPES = {
+    gguf.GGMLQuantizationType.F32: 0,
+    gguf.GGMLQuantizationType.Q4_1: 3,
+    gguf.GGMLQuantizationType.Q8_0: 7,
+}
 
 Floats = NDArray[np.float32]
 Tensors = dict[str, Floats]

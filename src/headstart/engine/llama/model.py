@@ -36,7 +36,8 @@ class LlamaModel:
     """Raises ModelError when it can't be loaded."""
 
     def __init__(self, settings: EngineSettings) -> None:
-        self.model = open_model(weights_path(settings))
+        path = weights_path(settings)
+        self.model = open_model(path)
         self.vocab = lib.llama_model_get_vocab(self.model)
         self.ctx = settings.ctx or min(lib.llama_model_n_ctx_train(self.model), DEFAULT_CTX)
         self.slots = settings.slots or self._affordable_slots()
@@ -46,7 +47,7 @@ class LlamaModel:
             # A sequence for each slot, and one that holds the shared prefix.
             self.pool = self._context(settings, self.ctx, self.slots + 1, streams=False)
         self.latest = self.streams
-        self.info = self._info(settings)
+        self.info = self._info(settings, converted=path != settings.path)
 
     def _context(
         self, settings: EngineSettings, cells: int, sequences: int, *, streams: bool
@@ -82,8 +83,11 @@ class LlamaModel:
         value = metadata(self.model, f"{metadata(self.model, 'general.architecture')}.{key}")
         return int(value) if value.isdigit() else 0
 
-    def _info(self, settings: EngineSettings) -> ModelInfo:
+    def _info(self, settings: EngineSettings, *, converted: bool) -> ModelInfo:
         kept = settings.arithmetic.kept() | {"kv_type": "f16"}
+        if not converted:
+            # A file that is Q8_0 already is computed with as it is.
+            kept.pop("weights", None)
         return ModelInfo(
             n_ctx=lib.llama_n_ctx_seq(self.streams.context),
             slots=self.slots,
