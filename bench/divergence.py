@@ -59,7 +59,7 @@ def log_probabilities(arithmetic: Arithmetic, tokens: list[int], directory: Path
         threads=available_cpus(),
         flash_attention=bool(arithmetic.flash_attention),
     )
-    context = LlamaContext(model, shape, plain_states=True)
+    context = LlamaContext(model, shape)
     rows = np.concatenate([logits(context, tokens, start) for start in range(0, len(tokens), CHUNK)])
     rows -= rows.max(axis=1, keepdims=True)
     rows -= np.log(np.exp(rows).sum(axis=1, keepdims=True))

@@ -92,7 +92,7 @@ def _write(path: Path, tokenizer_from: str, shape: Shape) -> None:
     _describe(writer, shape)
     for name, field in reader.fields.items():
         if name.startswith(COPIED):
-            _copy(writer, name, field)
+            copy_field(writer, name, field)
     random = np.random.default_rng(0)
     q8 = gguf.GGMLQuantizationType.Q8_0
     tokens = reader.fields["tokenizer.ggml.tokens"].contents()
@@ -124,6 +124,8 @@ def _describe(writer: Any, shape: Shape) -> None:
     writer.add_file_type(7)
 
 
-def _copy(writer: Any, name: str, field: Any) -> None:
+def copy_field(writer: Any, name: str, field: Any, contents: Any = None) -> None:
+    """Writes a metadata field as another file has it, or with other `contents`."""
     kind, *parts = field.types
-    writer.add_key_value(name, field.contents(), kind, sub_type=parts[0] if parts else None)
+    value = field.contents() if contents is None else contents
+    writer.add_key_value(name, value, kind, sub_type=parts[0] if parts else None)

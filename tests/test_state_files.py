@@ -39,6 +39,15 @@ def begin(toy: Driver, path: Path) -> tuple[int, int, StateRef]:
     return runs, toy.submit(PREFIX + SUFFIX, boundary=70, restore=state), state
 
 
+def read(toy: Driver, waits: int, slow_disk: Event) -> None:
+    """Lets the state come, and the request that waits for it start from it."""
+    slow_disk.set()
+    toy.woken.get(timeout=10)
+    toy.step()
+    toy.finish()
+    assert toy.end(waits).stats.source == "file"
+
+
 def test_a_state_that_is_not_in_memory_is_read_while_others_run(
     toy: Driver, tmp_path: Path, slow_disk: Event
 ) -> None:
@@ -48,11 +57,8 @@ def test_a_state_that_is_not_in_memory_is_read_while_others_run(
         toy.step()
     assert len(toy.tokens(runs)) >= 20
     assert toy.events[waits] == []
-    slow_disk.set()
-    toy.woken.get(timeout=10)
-    toy.finish()
+    read(toy, waits, slow_disk)
     assert toy.tokens(waits) == cold
-    assert toy.end(waits).stats.source == "file"
 
 
 def test_a_worker_with_nothing_else_to_do_sleeps_while_a_state_is_read(
@@ -62,11 +68,17 @@ def test_a_worker_with_nothing_else_to_do_sleeps_while_a_state_is_read(
     toy.engine.handle(Cancel(runs))
     toy.step()
     assert not toy.engine.busy
-    slow_disk.set()
-    toy.woken.get(timeout=10)
+    read(toy, waits, slow_disk)
+
+
+def test_a_state_that_a_slot_holds_is_not_read_again(toy: Driver, tmp_path: Path, slow_disk: Event) -> None:
+    state = toy.save(PREFIX, tmp_path / "state")
+    toy.submit([9, 8, 7], 60)
     toy.step()
+    asked = toy.submit(PREFIX + SUFFIX, boundary=70, restore=state)
     toy.finish()
-    assert toy.end(waits).stats.source == "file"
+    assert toy.end(asked).stats.source == "slot"
+    assert not slow_disk.is_set()
 
 
 def test_a_request_can_be_cancelled_while_its_state_is_read(

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from queue import Empty, SimpleQueue
 from time import monotonic
-from typing import TypeVar
 
 from headstart.engine import state_file
 from headstart.engine.actions import Action, Drop, Fill, Move, Start
 from headstart.engine.cuts import Cuts
 from headstart.engine.model import Model, ModelError
+from headstart.engine.reading import Reader
 from headstart.engine.scheduler import Scheduler, Work
 from headstart.engine.sequence import Sequence, Slot
 from headstart.messages import (
@@ -33,8 +33,6 @@ from headstart.messages import (
 )
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 class Engine:
@@ -58,8 +56,7 @@ class Engine:
         self.wake = wake
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="state-writer")
         self.written: SimpleQueue[RequestEvent] = SimpleQueue()
-        self.reader = ThreadPoolExecutor(1, thread_name_prefix="state-reader")
-        self.read: SimpleQueue[Sequence] = SimpleQueue()
+        self.reader = Reader(wake)
 
     @property
     def busy(self) -> bool:
@@ -77,23 +74,12 @@ class Engine:
         """Where others run, a state that isn't in memory is read by another thread before the sequence may
         start: restoring it would make them wait for the disk."""
         self.scheduler.add(sequence)
-        if (state := sequence.request.restore) and self.scheduler.running and not _in_memory(state):
-            sequence.reading = True
-            self.reader.submit(self._read, sequence, state)
-
-    def _read(self, sequence: Sequence, state: StateRef) -> None:
-        """Runs on the reader thread."""
-        try:
-            state_file.bring_into_memory(state)
-        except OSError as error:
-            log.warning("state not read from %s: %s", state.path, error)
-        self.read.put(sequence)
-        self.wake()
+        if self.scheduler.running and (state := self.scheduler.restores(sequence)):
+            self.reader.begin(sequence, state)
 
     def step(self) -> list[RequestEvent]:
         """Advances every running sequence, and returns what happened, in order."""
-        for sequence in _drained(self.read):
-            sequence.reading = False
+        self.reader.finish()
         for action in self.scheduler.admit():
             self._act(action)
         for action in self.scheduler.relieve():
@@ -174,6 +160,8 @@ class Engine:
         self.scheduler.served(work)
         for row, (sequence, piece) in enumerate(work):
             self._advance(sequence, len(piece.tokens))
+            if sequence.computed == sequence.request.boundary and not self._settle(sequence):
+                continue
             if piece.sample:
                 self._sample(sequence, row)
             elif not sequence.is_prefilling:
@@ -190,6 +178,18 @@ class Engine:
         sequence.computed += n_tokens
         if sequence.request.save_to:
             self.events.append(Progress(sequence.request.id, sequence.computed, sequence.n_prompt))
+
+    def _settle(self, sequence: Sequence) -> bool:
+        """At the boundary, a state that can only be used whole is made to lie where it would after a restore:
+        the last cells of a window may lie elsewhere when computed. False: the sequence has failed."""
+        assert sequence.slot is not None
+        try:
+            if not self.model.info.can_cut:
+                self.model.settle(sequence.slot.id)
+        except ModelError as error:
+            self._fail(sequence, str(error))
+            return False
+        return True
 
     def _sample(self, sequence: Sequence, row: int) -> None:
         if sequence.sampler is None:
@@ -273,15 +273,7 @@ class Engine:
         )
 
 
-def _in_memory(state: StateRef) -> bool:
-    """A file that can't be looked at is none to wait for."""
-    try:
-        return state_file.is_in_memory(state)
-    except OSError:
-        return True
-
-
-def _drained(queue: SimpleQueue[T]) -> Iterator[T]:
+def _drained(queue: SimpleQueue[RequestEvent]) -> Iterator[RequestEvent]:
     """What is in the queue now."""
     try:
         while True:

@@ -66,9 +66,13 @@ class Model(Protocol):
         """Fills a cleared sequence with the first `n_tokens` tokens of another; False, leaving unknown
         values, where that can't be done. Within the pool both then use the same cells."""
 
+    def settle(self, seq: int) -> None:
+        """Puts what the sequence holds where restoring its state would put it, so that what follows is
+        computed in the same order. Raises ModelError, leaving unknown values."""
+
     def save(self, seq: int) -> memoryview:
         """A copy of the sequence's state, which any sequence can be restored from. Raises ModelError."""
 
     def restore(self, seq: int, memory: memoryview, start: int, end: int) -> bool:
         """Fills a cleared sequence from the state at `start` to `end` of `memory`; False, leaving unknown
-        values, if it doesn't fit. What lies before the state may be overwritten."""
+        values, if it doesn't fit. The state and what lies before it may be overwritten."""

@@ -103,6 +103,17 @@ class Scheduler:
             return None
         return request.restore or self._holder(request.tokens, request.boundary)
 
+    def restores(self, sequence: Sequence) -> StateRef | None:
+        """The state that, as things are, the sequence will be restored from: nothing idle holds it."""
+        request = sequence.request
+        if request.restore is None or not request.reuse:
+            return None
+        if self.pool and self.pool.prefix == request.tokens[: request.boundary]:
+            return None
+        free = (slot for slot in self.slots if slot.sequence is None)
+        held = max((reusable(slot, request, self.cuts, can_cut=self.can_cut) for slot in free), default=0)
+        return request.restore if held < _usable(request.restore, request.boundary) else None
+
     def _holder(self, tokens: list[int], boundary: int) -> Slot | None:
         """A slot, also one in use, that holds the exact values of an opening."""
         if not (0 < boundary < len(tokens) and self.can_cut):

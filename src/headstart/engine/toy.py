@@ -107,6 +107,9 @@ class ToyModel:
             self.shared[seq] = n_tokens
         return True
 
+    def settle(self, seq: int) -> None:
+        pass
+
     def save(self, seq: int) -> memoryview:
         history = self.histories[seq]
         return memoryview(struct.pack(f"<{len(history)}i", *history))

@@ -1,20 +1,13 @@
 """One llama.cpp context: a KV cache and what is computed with it.
 
 A sequence's state has the same bytes in every context, whatever the number of its sequences and streams, so
-that it can be saved in one and restored in another. llama.cpp's own form differs in its first numbers only:
-
-    u32 magic, i32 sequence, u32 streams, u32 cells of stream 0, [cells], u32 cells of stream 1, ...
-
-With one sequence all streams but one are empty. Saved here is the form for sequence 0 of one stream: magic,
-0, 1, cells, [cells]. Reading puts the empty streams first, which llama.cpp accepts for any sequence. Models
-with another kind of memory (sliding window, recurrent, hybrid) nest these numbers deeper; their states stay
-as they are.
+that it can be saved in one and restored in another (`forms.py`; where the form isn't known, states stay as
+llama.cpp writes them, which is the same for the same number of sequences).
 """
 
 from __future__ import annotations
 
 import ctypes
-import struct
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any
@@ -22,11 +15,12 @@ from typing import Any
 import llama_cpp as lib
 import numpy as np
 
+from headstart.engine.llama.forms import HEADER, HEADROOM, LENGTH, Form
+from headstart.engine.llama.gguf import attends_to_everything
 from headstart.engine.model import ModelError, Piece
 
-HEADER = struct.Struct("<IiI")
-# Bytes before a state that `restore` may overwrite.
-HEADROOM = 4 * 64
+# Of a state the second part alone: cells within a window, or of recurrent layers.
+PARTIAL = lib.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
 
 
 @dataclass(frozen=True)
@@ -45,10 +39,8 @@ class Shape:
 class LlamaContext:
     """Raises ModelError when it can't be made."""
 
-    def __init__(self, model: Any, shape: Shape, *, plain_states: bool) -> None:
+    def __init__(self, model: Any, shape: Shape) -> None:
         self.shape = shape
-        self.plain_states = plain_states
-        self.n_streams = shape.sequences if shape.streams else 1
         self.n_vocab = int(lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model)))
         self.context = lib.llama_init_from_model(model, _params(shape))
         if not self.context:
@@ -56,6 +48,14 @@ class LlamaContext:
         self.memory = lib.llama_get_memory(self.context)
         self.batch = lib.llama_batch_init(shape.batch, 0, 1)
         self.sampled_at: list[int] = []
+        self.form = self._form()
+        self.can_cut = attends_to_everything(model) and self.form is not None and self.form.is_plain
+
+    def _form(self) -> Form | None:
+        empty = np.empty(lib.llama_state_seq_get_size(self.context, 0), dtype=np.uint8)
+        lib.llama_state_seq_get_data(self.context, _pointer(empty), len(empty), 0)
+        n_partial = lib.llama_state_seq_get_size_ext(self.context, 0, PARTIAL)
+        return Form.of(empty.tobytes(), n_partial, self.shape.sequences if self.shape.streams else 1)
 
     def evaluate(self, pieces: Seq[Piece]) -> None:
         # Written through numpy views: a ctypes store a field a token would cost more than the copy.
@@ -94,6 +94,13 @@ class LlamaContext:
         lib.llama_memory_seq_rm(self.memory, seq, -1, -1)
 
     def cut(self, seq: int, n_tokens: int) -> bool:
+        """False, changing nothing, where that can't be done. llama.cpp itself would also cut a state of which
+        it has a window's last cells only, and leave a gap."""
+        if n_tokens == 0:
+            self.clear(seq)
+            return True
+        if not self.can_cut:
+            return bool(lib.llama_memory_seq_pos_max(self.memory, seq) == n_tokens - 1)
         return bool(lib.llama_memory_seq_rm(self.memory, seq, n_tokens, -1))
 
     def share(self, source: int, seq: int, n_tokens: int) -> None:
@@ -105,35 +112,33 @@ class LlamaContext:
         """Memory with a copy of the sequence's state, which lies from the first to the second of the numbers.
         Raises ModelError."""
         size = lib.llama_state_seq_get_size(self.context, seq)
-        memory = np.empty(HEADROOM + size, dtype=np.uint8)
+        memory = np.empty(HEADROOM + size + LENGTH.size, dtype=np.uint8)
         if lib.llama_state_seq_get_data(self.context, _pointer(memory[HEADROOM:]), size, seq) != size:
             raise ModelError("llama.cpp could not save the state")
-        view, start, end = memory.data, HEADROOM, len(memory)
-        if self.plain_states:
-            magic, _, _ = HEADER.unpack_from(view, start)
-            if self.n_streams > 1:
-                start, end = start + 4 * seq, end - 4 * (self.n_streams - 1 - seq)
-            HEADER.pack_into(view, start, magic, 0, 1)
-        return view, start, end
+        start, end = HEADROOM, HEADROOM + size
+        if self.form:
+            partial = lib.llama_state_seq_get_size_ext(self.context, seq, PARTIAL)
+            start, end = self.form.saved(memory.data, start, end, seq, partial - HEADER.size)
+        return memory.data, start, end
 
     def restore(self, seq: int, memory: memoryview, start: int, end: int) -> bool:
-        """Fills a cleared sequence from the state at `start` to `end` of `memory`, of which up to HEADROOM
-        bytes before it are overwritten; False, leaving unknown values, if it doesn't fit."""
-        if end - start < HEADER.size:
+        """Fills a cleared sequence from the state at `start` to `end` of `memory`, which is overwritten, and
+        up to HEADROOM bytes before it; False, leaving unknown values, if it doesn't fit."""
+        if end - start < HEADER.size + LENGTH.size:
             return False
-        if self.plain_states and self.n_streams > 1:
-            if start < HEADROOM:
-                memory = memoryview(bytearray(HEADROOM) + memory[start:end])
-                start, end = HEADROOM, len(memory)
-            magic, _, n_streams = HEADER.unpack_from(memory, start)
-            if n_streams != 1:
-                return False
-            others = self.n_streams - 1
-            start -= 4 * others
-            struct.pack_into(f"<IiI{others}I", memory, start, magic, 0, self.n_streams, *[0] * others)
+        if self.form is None:
+            return self._read(seq, memory, start, end)
+        if start < HEADROOM:
+            memory = memoryview(bytearray(HEADROOM) + memory[start:end])
+            start, end = HEADROOM, len(memory)
+        read = [self._read(seq, memory, *reading) for reading in self.form.readings(memory, start, end)]
+        return bool(read) and all(read)
+
+    def _read(self, seq: int, memory: memoryview, start: int, end: int, partial: bool = False) -> bool:
         data = np.frombuffer(memory, dtype=np.uint8, count=end - start, offset=start)
-        read: int = lib.llama_state_seq_set_data(self.context, _pointer(data), len(data), seq)
-        return read == len(data)
+        flags = PARTIAL if partial else 0
+        read = lib.llama_state_seq_set_data_ext(self.context, _pointer(data), len(data), seq, flags)
+        return bool(read == len(data))
 
 
 def _pointer(data: np.ndarray[Any, Any]) -> Any:
@@ -148,4 +153,7 @@ def _params(shape: Shape) -> Any:
     params.n_threads = params.n_threads_batch = shape.threads
     params.flash_attn_type = int(shape.flash_attention)
     params.kv_unified = not shape.streams
+    # Layers with a sliding window keep just that. More would take memory for each slot, only to allow cutting
+    # what has not been restored: a saved state has no more than the window.
+    params.swa_full = False
     return params

@@ -41,8 +41,8 @@ def metadata(model: Any, key: str) -> str:
     return text.value.decode(errors="replace") if size > 0 else ""
 
 
-def states_are_plain(model: Any) -> bool:
-    """Whether every layer attends to all tokens, so that states can be cut and copied."""
+def attends_to_everything(model: Any) -> bool:
+    """Whether every layer attends to all tokens, so that what is kept of each is all there is to keep."""
     return not (
         lib.llama_model_is_recurrent(model)
         or lib.llama_model_is_hybrid(model)

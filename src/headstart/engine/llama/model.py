@@ -15,9 +15,9 @@ import llama_cpp as lib
 
 from headstart.engine.llama.context import LlamaContext, Shape
 from headstart.engine.llama.conversion import weights_path
-from headstart.engine.llama.gguf import metadata, open_model, states_are_plain
+from headstart.engine.llama.gguf import metadata, open_model
 from headstart.engine.llama.sampler import LlamaSampler
-from headstart.engine.model import LEAST_STEP_TOKENS, Piece, Sampler
+from headstart.engine.model import LEAST_STEP_TOKENS, ModelError, Piece, Sampler
 from headstart.machine import available_cpus, memory_bytes
 from headstart.messages import EngineSettings, ModelInfo, Sampling
 
@@ -41,17 +41,18 @@ class LlamaModel:
     """Raises ModelError when it can't be loaded."""
 
     def __init__(self, settings: EngineSettings) -> None:
-        self.model = open_model(weights_path(settings))
+        path = weights_path(settings)
+        self.model = open_model(path)
         self.vocab = lib.llama_model_get_vocab(self.model)
         self.ctx = settings.ctx or min(lib.llama_model_n_ctx_train(self.model), DEFAULT_CTX)
         self.slots = settings.slots or self._affordable_slots()
         self.streams = self._context(settings, self.ctx * self.slots, self.slots, streams=True)
         self.pool: LlamaContext | None = None
-        if settings.share_from and self.slots > 1 and states_are_plain(self.model):
+        if settings.share_from and self.slots > 1 and self.streams.can_cut:
             # A sequence for each slot, and one that holds the shared prefix.
             self.pool = self._context(settings, self.ctx, self.slots + 1, streams=False)
         self.latest = self.streams
-        self.info = self._info(settings)
+        self.info = self._info(settings, converted=path != settings.path)
 
     def _context(
         self, settings: EngineSettings, cells: int, sequences: int, *, streams: bool
@@ -64,9 +65,12 @@ class LlamaModel:
             threads=settings.threads or available_cpus(),
             flash_attention=bool(settings.arithmetic.flash_attention),
         )
-        return LlamaContext(self.model, shape, plain_states=states_are_plain(self.model))
+        return LlamaContext(self.model, shape)
 
     def _affordable_slots(self) -> int:
+        if lib.llama_model_is_recurrent(self.model):
+            # A slot takes the same few megabytes whatever the number of its tokens.
+            return DEFAULT_SLOTS
         memory = memory_bytes() * KV_MEMORY_SHARE
         contexts = int(memory / (self.ctx * self._kv_token_bytes()))
         # The pool takes as much as a slot, and is of no use to a single one.
@@ -88,17 +92,19 @@ class LlamaModel:
         value = metadata(self.model, f"{metadata(self.model, 'general.architecture')}.{key}")
         return int(value) if value.isdigit() else 0
 
-    def _info(self, settings: EngineSettings) -> ModelInfo:
-        plain = states_are_plain(self.model)
+    def _info(self, settings: EngineSettings, *, converted: bool) -> ModelInfo:
         # Recurrent layers have a state of their own, whose size llama.cpp doesn't tell beforehand.
         attends = not (lib.llama_model_is_recurrent(self.model) or lib.llama_model_is_hybrid(self.model))
         kept = settings.arithmetic.kept() | {"kv_type": "f16"}
+        if not converted:
+            # A file that is Q8_0 already is computed with as it is.
+            kept.pop("weights", None)
         return ModelInfo(
             n_ctx=lib.llama_n_ctx_seq(self.streams.context),
             slots=self.slots,
-            can_cut=plain,
+            can_cut=self.streams.can_cut,
             engine=f"llama-cpp-python {lib.__version__}",
-            settings=kept if plain else kept | {"kv_streams": str(self.slots)},
+            settings=kept if self.streams.form else kept | {"kv_streams": str(self.slots)},
             pool_tokens=self.ctx if self.pool else 0,
             step_tokens=_step_tokens(settings),
             state_bytes=self._state_bytes() if attends else 0,
@@ -142,6 +148,13 @@ class LlamaModel:
             here.share(other, number, n_tokens)
             return True
         return here.restore(number, *there.save(other)) and here.cut(number, n_tokens)
+
+    def settle(self, seq: int) -> None:
+        context, number = self._place(seq)
+        state = context.save(number)
+        context.clear(number)
+        if not context.restore(number, *state):
+            raise ModelError("llama.cpp did not take back a state of its own")
 
     def save(self, seq: int) -> memoryview:
         context, number = self._place(seq)

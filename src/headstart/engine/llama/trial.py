@@ -12,7 +12,7 @@ import llama_cpp as lib
 from headstart.arithmetic import Weights
 from headstart.engine.llama.context import LlamaContext, Shape
 from headstart.engine.llama.conversion import weights_to_try
-from headstart.engine.llama.gguf import open_model, states_are_plain
+from headstart.engine.llama.gguf import attends_to_everything, open_model
 from headstart.engine.model import ModelError, Piece
 from headstart.engine.trials import Span, TrialShape
 from headstart.messages import EngineSettings
@@ -29,7 +29,7 @@ class LlamaTrials:
     def __init__(self, settings: EngineSettings) -> None:
         self.models = {weights: open_model(path) for weights, path in weights_to_try(settings).items()}
         self.weights: Seq[Weights] = list(self.models)
-        self.can_share = states_are_plain(self.models[self.weights[0]])
+        self.can_share = attends_to_everything(self.models[self.weights[0]])
         self.words = self._words()
 
     def _words(self) -> list[int]:
@@ -42,7 +42,7 @@ class LlamaTrials:
     def trial(self, shape: TrialShape) -> LlamaTrial:
         assert shape.arithmetic.weights
         model = self.models[shape.arithmetic.weights]
-        return LlamaTrial(model, shape, self.words, plain_states=self.can_share)
+        return LlamaTrial(model, shape, self.words)
 
     def close(self) -> None:
         for model in self.models.values():
@@ -50,7 +50,7 @@ class LlamaTrials:
 
 
 class LlamaTrial:
-    def __init__(self, model: Any, shape: TrialShape, words: list[int], *, plain_states: bool) -> None:
+    def __init__(self, model: Any, shape: TrialShape, words: list[int]) -> None:
         self.words = words
         self.closed = False
         cells = -(-shape.tokens // CELLS) * CELLS * (shape.sequences if shape.streams else 1)
@@ -64,7 +64,6 @@ class LlamaTrial:
                 threads=shape.threads,
                 flash_attention=bool(shape.arithmetic.flash_attention),
             ),
-            plain_states=plain_states,
         )
 
     def evaluate(self, spans: Seq[Span]) -> float:
@@ -90,7 +89,7 @@ class LlamaTrial:
 
     def restore(self, seq: int, state: tuple[memoryview, int, int]) -> None:
         memory, start, end = state
-        # A copy: restoring may write before the state.
+        # A copy: restoring writes into it.
         if not self.context.restore(seq, memoryview(bytearray(memory)), start, end):
             raise ModelError("llama.cpp did not take back a state of its own")
 
