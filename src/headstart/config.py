@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
@@ -19,7 +19,7 @@ from pydantic_settings import (
 
 from headstart.arithmetic import Weights
 from headstart.errors import StartupError
-from headstart.names import NAME
+from headstart.tables import DeclaredCache, check_names
 
 Origin = Literal["flag", "environment", "file", "default"]
 DEFAULT_MODEL = "smollm2"
@@ -78,13 +78,20 @@ class Settings(BaseSettings):
     max_body_mb: float = Field(16, gt=0, description="Largest request body; more gets 413.")
     drain_seconds: int = Field(30, ge=0, description="How long running requests may take to end at a stop.")
     log_level: str = Field("warning", description="debug, info, warning or error.")
+    caches: dict[str, DeclaredCache] = Field(
+        default_factory=dict, description="Caches that are there whenever the server runs."
+    )
+    prune_declared: bool = Field(
+        False, description="Delete at the start what was declared once and is declared no more."
+    )
 
-    @field_validator("models", "aliases")
+    # What paths in tables start from: where the configuration file is.
+    folder: ClassVar[Path] = Path()
+
+    @field_validator("models", "aliases", "caches")
     @classmethod
-    def _check_names(cls, table: dict[str, str]) -> dict[str, str]:
-        for name in table:
-            if not NAME.fullmatch(name):
-                raise ValueError(f"{name!r} is not a name: letters, digits, dots, underscores, hyphens")
+    def _check_names(cls, table: dict[str, Any]) -> dict[str, Any]:
+        check_names(table)
         return table
 
     @model_validator(mode="after")
@@ -93,6 +100,9 @@ class Settings(BaseSettings):
         for name in (*self.aliases.values(), *self.templates):
             if name not in models:
                 raise ValueError(f"{name!r} has an alias or a template, but is not a model")
+        for name, cache in self.caches.items():
+            if cache.model not in (None, *models):
+                raise ValueError(f"the cache {name!r} is for {cache.model!r}, which is not a model")
         return self
 
     @property
@@ -118,6 +128,7 @@ def load_settings(config: Path | None = None, **flags: Any) -> Settings:
 
     class FromFile(Settings):
         model_config = SettingsConfigDict(toml_file=config)
+        folder: ClassVar[Path] = config.parent if config else Path()
 
     try:
         return FromFile(**{name: value for name, value in flags.items() if value not in (None, {})})

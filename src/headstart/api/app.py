@@ -38,7 +38,7 @@ async def health(request: Request) -> dict[str, Any]:
         error: HeadstartError = Unavailable(failed[0]) if failed else ModelLoading("A model is loading.")
         error.details = {"models": states}
         raise error
-    return {"status": "ok", "models": states}
+    return {"status": "ok", "models": states, "caches_building": service.caching.n_building}
 
 
 @router.get("/v1/models")

@@ -9,6 +9,7 @@ from headstart.caches.store import Store
 from headstart.config import Settings
 from headstart.errors import ModelNotFound
 from headstart.service.caching import Caching
+from headstart.service.declared import Declared
 from headstart.service.generation import Generation
 from headstart.service.model import Say, ServedModel
 
@@ -24,15 +25,21 @@ class Service:
         self.settings = settings
         self.store = Store(settings.cache_dir)
         self.caching = Caching(self.store)
+        self.declared = Declared(settings, self.caching, say)
         self.generation = Generation(self.caching)
         self.models = {name: ServedModel(name, path, settings) for name, path in settings.model_paths.items()}
 
     async def load(self) -> None:
         """Returns when every model answers. Raises StartupError."""
         measuring = asyncio.Lock()
-        await asyncio.gather(*(model.load(self.store, self.say, measuring) for model in self.models.values()))
+        await asyncio.gather(*(self._load(model, measuring) for model in self.models.values()))
+
+    async def _load(self, model: ServedModel, measuring: asyncio.Lock) -> None:
+        await model.load(self.store, self.say, measuring)
+        self.declared.start(model)
 
     async def close(self) -> None:
+        await self.declared.close()
         await self.caching.close()
         await asyncio.gather(*(model.engine.close() for model in self.models.values()))
         self.store.close()
