@@ -84,6 +84,18 @@ class Settings(BaseSettings):
     prune_declared: bool = Field(
         False, description="Delete at the start what was declared once and is declared no more."
     )
+    default_system: str | None = Field(
+        None, min_length=1, description="System message of chats that have none and use no cache."
+    )
+    automatic: bool = Field(True, description="Make caches of system prompts that come often.")
+    automatic_after: int = Field(
+        3, ge=1, description="How often a system prompt must come to become a cache by itself."
+    )
+    automatic_window: float = Field(3600, gt=0, description="Seconds within which it must come so often.")
+    automatic_tokens: int = Field(100, ge=0, description="Tokens a system prompt must exceed for it.")
+    automatic_quota_mb: float = Field(
+        512, ge=0, description="Size of all automatic caches; those not used for longest go first."
+    )
 
     # What paths in tables start from: where the configuration file is.
     folder: ClassVar[Path] = Path()

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from headstart.caches.entry import DEFAULT_TERMS, KEEPS_STATE, Content, Entry, Form, MissReason, Origin, Terms
 from headstart.caches.file import Corrupt
@@ -61,6 +62,20 @@ class Caching:
         check_name(name, param=param)
         entries = filter(None, (self._at(shelf, name) for shelf in shelves(model.shelf)))
         return next(entries, None) or self.store.find(model.shelf, name, param=param)
+
+    async def unnamed(
+        self, model: ServedModel, system: list[dict[str, Any]], tokens: list[int]
+    ) -> tuple[Entry, Opening] | None:
+        """The cache whose chats begin with just these messages, and what it does for a request of `tokens`
+        that doesn't name it; no build is waited for."""
+        for entry in (entry for shelf in shelves(model.shelf) for entry in self.store.known(shelf)):
+            is_for_chats = "chat" in entry.forms or "chat" in entry.evicted
+            if is_for_chats and not entry.tools and entry.content.opening == system:
+                return entry, await self._open(model, entry, "chat", tokens)
+        return None
+
+    def is_building(self, entry: Entry) -> bool:
+        return (entry.shelf, entry.name) in self._builds
 
     def visible(self, owner: str, model: str | None = None) -> list[Entry]:
         """The owner's caches and everyone's, by model and name; of two with the same name the owner's."""

@@ -8,6 +8,7 @@ import logging
 from headstart.caches.store import Store
 from headstart.config import Settings
 from headstart.errors import ModelNotFound
+from headstart.service.automatic import Automatic
 from headstart.service.caching import Caching
 from headstart.service.declared import Declared
 from headstart.service.generation import Generation
@@ -26,7 +27,8 @@ class Service:
         self.store = Store(settings.cache_dir)
         self.caching = Caching(self.store)
         self.declared = Declared(settings, self.caching, say)
-        self.generation = Generation(self.caching)
+        self.automatic = Automatic(settings, self.caching)
+        self.generation = Generation(self.caching, self.automatic)
         self.models = {name: ServedModel(name, path, settings) for name, path in settings.model_paths.items()}
 
     async def load(self) -> None:
@@ -40,6 +42,7 @@ class Service:
 
     async def close(self) -> None:
         await self.declared.close()
+        await self.automatic.close()
         await self.caching.close()
         await asyncio.gather(*(model.engine.close() for model in self.models.values()))
         self.store.close()
