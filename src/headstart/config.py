@@ -19,7 +19,7 @@ from pydantic_settings import (
 
 from headstart.arithmetic import Weights
 from headstart.errors import StartupError
-from headstart.tables import DeclaredCache, check_names
+from headstart.tables import DeclaredCache, check_names, check_route
 
 Origin = Literal["flag", "environment", "file", "default"]
 DEFAULT_MODEL = "smollm2"
@@ -35,7 +35,8 @@ class Settings(BaseSettings):
         description="Model names and their GGUF files; empty means the embedded smollm2.",
     )
     aliases: dict[str, str] = Field(
-        default_factory=dict, description="Further names of models, each with the model it stands for."
+        default_factory=dict,
+        description="Further names of models, each with the model it stands for, or with `model@cache`.",
     )
     templates: dict[str, Path] = Field(
         default_factory=dict, description="Jinja files with chat templates to use instead of the models' own."
@@ -96,6 +97,9 @@ class Settings(BaseSettings):
     automatic_quota_mb: float = Field(
         512, ge=0, description="Size of all automatic caches; those not used for longest go first."
     )
+    routes: dict[str, str] = Field(
+        default_factory=dict, description="Paths to put before /v1, each with the cache it stands for."
+    )
 
     # What paths in tables start from: where the configuration file is.
     folder: ClassVar[Path] = Path()
@@ -106,10 +110,20 @@ class Settings(BaseSettings):
         check_names(table)
         return table
 
+    @field_validator("routes")
+    @classmethod
+    def _check_routes(cls, table: dict[str, str]) -> dict[str, str]:
+        for prefix in table:
+            check_route(prefix)
+        check_names(table.values())
+        return table
+
     @model_validator(mode="after")
     def _check_models(self) -> Settings:
         models = self.models or {DEFAULT_MODEL}
-        for name in (*self.aliases.values(), *self.templates):
+        meant = [target.partition("@") for target in self.aliases.values()]
+        check_names(cache for _, at, cache in meant if at)
+        for name in (*(model for model, _, _ in meant), *self.templates):
             if name not in models:
                 raise ValueError(f"{name!r} has an alias or a template, but is not a model")
         for name, cache in self.caches.items():

@@ -13,6 +13,7 @@ from headstart.service.caching import Caching
 from headstart.service.declared import Declared
 from headstart.service.generation import Generation
 from headstart.service.model import Say, ServedModel
+from headstart.service.routes import split
 
 log = logging.getLogger(__name__)
 
@@ -47,14 +48,24 @@ class Service:
         await asyncio.gather(*(model.engine.close() for model in self.models.values()))
         self.store.close()
 
-    def model(self, name: str) -> ServedModel:
-        """The model of this name or alias. Raises ModelNotFound."""
+    def target(self, name: str) -> tuple[ServedModel, str | None]:
+        """The model of this name, and the cache where the name is `model@cache` or an alias of one. Raises
+        ModelNotFound."""
+        model, cache = split(name, self.settings.aliases)
         try:
-            return self.models[self.settings.aliases.get(name, name)]
+            return self.models[model], cache
         except KeyError:
             raise ModelNotFound(
                 f"There is no model {name!r}. This server has: {', '.join(self.names())}.", param="model"
             ) from None
+
+    def model(self, name: str) -> ServedModel:
+        """The model of this name or alias, which names no cache itself. Raises ModelNotFound."""
+        if "@" in name:
+            raise ModelNotFound(
+                f"{name!r} names a cache too; here a model's name is wanted alone.", param="model"
+            )
+        return self.target(name)[0]
 
     def names(self) -> list[str]:
         """Models and aliases."""
