@@ -16,6 +16,7 @@ from headstart.config import Settings
 ROOT = Path(headstart.__file__).parent
 # What each part may import of the others; a part is a package or a module of the top level.
 BOTTOM = {"arithmetic", "errors", "config", "messages", "names", "tokens", "toyspec", "machine", "headstart"}
+BOTTOM |= {"tables"}
 ALLOWED = {
     "errors": set(),
     "names": {"errors"},
@@ -24,7 +25,8 @@ ALLOWED = {
     "toyspec": set(),
     "arithmetic": set(),
     "messages": {"arithmetic"},
-    "config": {"arithmetic", "errors", "names"},
+    "tables": {"errors", "names"},
+    "config": {"arithmetic", "errors", "names", "tables"},
     "engine": BOTTOM,
     "prompt": BOTTOM,
     "caches": BOTTOM,

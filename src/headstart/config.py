@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
@@ -19,7 +19,7 @@ from pydantic_settings import (
 
 from headstart.arithmetic import Weights
 from headstart.errors import StartupError
-from headstart.names import NAME
+from headstart.tables import DeclaredCache, check_names, check_route
 
 Origin = Literal["flag", "environment", "file", "default"]
 DEFAULT_MODEL = "smollm2"
@@ -35,7 +35,8 @@ class Settings(BaseSettings):
         description="Model names and their GGUF files; empty means the embedded smollm2.",
     )
     aliases: dict[str, str] = Field(
-        default_factory=dict, description="Further names of models, each with the model it stands for."
+        default_factory=dict,
+        description="Further names of models, each with the model it stands for, or with `model@cache`.",
     )
     templates: dict[str, Path] = Field(
         default_factory=dict, description="Jinja files with chat templates to use instead of the models' own."
@@ -81,21 +82,56 @@ class Settings(BaseSettings):
     max_body_mb: float = Field(16, gt=0, description="Largest request body; more gets 413.")
     drain_seconds: int = Field(30, ge=0, description="How long running requests may take to end at a stop.")
     log_level: str = Field("warning", description="debug, info, warning or error.")
+    caches: dict[str, DeclaredCache] = Field(
+        default_factory=dict, description="Caches that are there whenever the server runs."
+    )
+    prune_declared: bool = Field(
+        False, description="Delete at the start what was declared once and is declared no more."
+    )
+    default_system: str | None = Field(
+        None, min_length=1, description="System message of chats that have none and use no cache."
+    )
+    automatic: bool = Field(True, description="Make caches of system prompts that come often.")
+    automatic_after: int = Field(
+        3, ge=1, description="How often a system prompt must come to become a cache by itself."
+    )
+    automatic_window: float = Field(3600, gt=0, description="Seconds within which it must come so often.")
+    automatic_tokens: int = Field(100, ge=0, description="Tokens a system prompt must exceed for it.")
+    automatic_quota_mb: float = Field(
+        512, ge=0, description="Size of all automatic caches; those not used for longest go first."
+    )
+    routes: dict[str, str] = Field(
+        default_factory=dict, description="Paths to put before /v1, each with the cache it stands for."
+    )
 
-    @field_validator("models", "aliases")
+    # What paths in tables start from: where the configuration file is.
+    folder: ClassVar[Path] = Path()
+
+    @field_validator("models", "aliases", "caches")
     @classmethod
-    def _check_names(cls, table: dict[str, str]) -> dict[str, str]:
-        for name in table:
-            if not NAME.fullmatch(name):
-                raise ValueError(f"{name!r} is not a name: letters, digits, dots, underscores, hyphens")
+    def _check_names(cls, table: dict[str, Any]) -> dict[str, Any]:
+        check_names(table)
+        return table
+
+    @field_validator("routes")
+    @classmethod
+    def _check_routes(cls, table: dict[str, str]) -> dict[str, str]:
+        for prefix in table:
+            check_route(prefix)
+        check_names(table.values())
         return table
 
     @model_validator(mode="after")
     def _check_models(self) -> Settings:
         models = self.models or {DEFAULT_MODEL}
-        for name in (*self.aliases.values(), *self.templates):
+        meant = [target.partition("@") for target in self.aliases.values()]
+        check_names(cache for _, at, cache in meant if at)
+        for name in (*(model for model, _, _ in meant), *self.templates):
             if name not in models:
                 raise ValueError(f"{name!r} has an alias or a template, but is not a model")
+        for name, cache in self.caches.items():
+            if cache.model not in (None, *models):
+                raise ValueError(f"the cache {name!r} is for {cache.model!r}, which is not a model")
         return self
 
     @property
@@ -121,6 +157,7 @@ def load_settings(config: Path | None = None, **flags: Any) -> Settings:
 
     class FromFile(Settings):
         model_config = SettingsConfigDict(toml_file=config)
+        folder: ClassVar[Path] = config.parent if config else Path()
 
     try:
         return FromFile(**{name: value for name, value in flags.items() if value not in (None, {})})

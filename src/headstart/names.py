@@ -15,6 +15,11 @@ def shelf_name(model: str, owner: str) -> str:
     return f"{model}@{owner}" if owner else model
 
 
+def shelves(own: str) -> list[str]:
+    """Those whose caches may be used where one's own are on the shelf `own`: that one, then everyone's."""
+    return list(dict.fromkeys((own, own.partition("@")[0])))
+
+
 def check_name(name: str, *, param: str) -> str:
     """Returns the name; raises InvalidName unless it is one."""
     if not NAME.fullmatch(name):

@@ -9,7 +9,9 @@ from fastapi import APIRouter, FastAPI, Request
 from headstart import __version__
 from headstart.api import cache_files, caches, completions, errors
 from headstart.api.middleware import Faults, JsonBodies, PlainPaths, RequestIds
+from headstart.api.routes import Routes
 from headstart.errors import HeadstartError, ModelLoading, Unavailable
+from headstart.service.routes import choices
 from headstart.service.server import Service
 
 router = APIRouter()
@@ -19,6 +21,7 @@ def create_app(service: Service) -> FastAPI:
     app = FastAPI(title="Headstart", version=__version__, redirect_slashes=False)
     app.state.service = service
     app.add_middleware(JsonBodies, max_bytes=int(service.settings.max_body_mb * (1 << 20)))
+    app.add_middleware(Routes, table=service.settings.routes)
     app.add_middleware(PlainPaths)
     app.add_middleware(Faults)
     app.add_middleware(RequestIds)
@@ -38,22 +41,28 @@ async def health(request: Request) -> dict[str, Any]:
         error: HeadstartError = Unavailable(failed[0]) if failed else ModelLoading("A model is loading.")
         error.details = {"models": states}
         raise error
-    return {"status": "ok", "models": states}
+    return {"status": "ok", "models": states, "caches_building": service.caching.n_building}
 
 
 @router.get("/v1/models")
 async def list_models(request: Request) -> dict[str, Any]:
     service: Service = request.app.state.service
-    return {"object": "list", "data": [_model(service, name) for name in service.names()]}
+    caches = [entry for entry in service.caching.visible("") if entry.model in service.models]
+    names = [*service.names(), *choices(caches)]
+    return {"object": "list", "data": [_model(service, name) for name in names]}
 
 
 @router.get("/v1/models/{name:path}")
 async def show_model(request: Request, name: str) -> dict[str, Any]:
-    return _model(request.app.state.service, name)
+    service: Service = request.app.state.service
+    model, cache = service.target(name)
+    if "@" in name and cache is not None:
+        service.caching.look_up(model, cache, param="model")
+    return _model(service, name)
 
 
 def _model(service: Service, name: str) -> dict[str, Any]:
-    model = service.model(name)
+    model, _ = service.target(name)
     answer: dict[str, Any] = {
         "id": name,
         "object": "model",

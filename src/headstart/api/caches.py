@@ -15,7 +15,6 @@ from starlette.responses import Response
 from headstart.api.streaming import BEGIN_SECONDS, EventStream, as_event, begun, while_connected
 from headstart.api.terms import CreateRequest, EditRequest, iso_time, shown
 from headstart.caches.entry import Content, Entry
-from headstart.names import check_name
 from headstart.service.model import ServedModel
 from headstart.service.server import Service
 
@@ -97,14 +96,14 @@ async def list_all(request: Request) -> Json:
     service: Service = request.app.state.service
     quota = service.quota
     totals = {"used_bytes": quota.used(), "quota_bytes": quota.limit or None, "evictions": quota.evictions}
-    return _listed(service, service.store.list()) | totals
+    return _listed(service, "", None) | totals
 
 
 @router.get("/{model}")
 async def list_of_model(request: Request, model: str) -> Json:
     """The caches of one model."""
     service: Service = request.app.state.service
-    return _listed(service, service.store.list(service.model(model).shelf))
+    return _listed(service, "", service.model(model).name)
 
 
 @router.get("/{model}/{name:path}")
@@ -112,7 +111,7 @@ async def show(request: Request, model: str, name: str) -> Json:
     """One cache, with its prompt."""
     service: Service = request.app.state.service
     served = service.model(model)
-    entry = service.store.find(served.shelf, check_name(name, param="name"), param="name")
+    entry = service.caching.look_up(served, name, param="name")
     return _described(service, entry) | {"prompt": entry.prompt}
 
 
@@ -133,8 +132,13 @@ async def delete(request: Request, model: str, name: str) -> Json:
     return {"object": "cache.deleted", "cache_name": name, "model": served.name, "deleted": True}
 
 
-def _listed(service: Service, entries: list[Entry]) -> Json:
-    return {"object": "list", "data": [_described(service, entry) for entry in entries]}
+def _listed(service: Service, owner: str, model: str | None) -> Json:
+    building = service.caching.building(owner, model)
+    return {
+        "object": "list",
+        "data": [_described(service, entry) for entry in service.caching.visible(owner, model)],
+        "building": [{"cache_name": name, "model": model} for model, name in building],
+    }
 
 
 def _described(service: Service, entry: Entry) -> Json:
@@ -143,6 +147,7 @@ def _described(service: Service, entry: Entry) -> Json:
         "object": "cache",
         "cache_name": entry.name,
         "model": entry.model,
+        "origin": entry.origin,
         "version": entry.version,
         "size_mb": _megabytes(entry),
         "tokens": entry.n_tokens,

@@ -13,6 +13,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
+from headstart.api.routes import addressed
 from headstart.api.schemas import (
     COMPLETION_MAX_TOKENS,
     ChatRequest,
@@ -36,7 +37,7 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
     service: Service = request.app.state.service
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     messages = [message.plain() for message in body.messages]
-    model = service.model(body.model)
+    model = addressed(request, body)
     prepared = await service.generation.prepare_chat(model, messages, body.options(limit))
     return await _answer(request, body, prepared, Chat(body.model))
 
@@ -46,7 +47,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     """Continues a text; with `use_cache` the named prompt goes before it."""
     service: Service = request.app.state.service
     limit = COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-    model = service.model(body.model)
+    model = addressed(request, body)
     prepared = await service.generation.prepare_text(model, body.text(), body.options(limit))
     return await _answer(request, body, prepared, Completion(body.model))
 

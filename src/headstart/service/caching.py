@@ -15,9 +15,10 @@ from headstart.caches.file import Corrupt
 from headstart.caches.store import Store
 from headstart.errors import BadRequest, CacheConflict, CacheNotFound
 from headstart.messages import StateRef
-from headstart.names import check_name
+from headstart.names import check_name, shelves
 from headstart.service.building import Build, Builder, OnProgress, opening_tokens
 from headstart.service.model import ServedModel
+from headstart.service.promises import Promises
 from headstart.service.quota import Quota
 from headstart.tokens import common_prefix
 
@@ -39,6 +40,7 @@ class Caching:
     def __init__(self, store: Store, quota: Quota | None = None) -> None:
         self.store = store
         self.builder = Builder(store, quota or Quota(store))
+        self.promises = Promises()
         self._builds: dict[tuple[str, str], asyncio.Task[Entry]] = {}
 
     async def close(self) -> None:
@@ -47,19 +49,58 @@ class Caching:
         await asyncio.gather(*self._builds.values(), return_exceptions=True)
 
     async def find(self, model: ServedModel, name: str) -> Entry:
-        """The named cache, waiting for it where its first build is running. Raises CacheNotFound."""
+        """The named cache, the owner's or everyone's, waiting for it where its first build is running or it
+        was promised. Raises CacheNotFound, or why a promise was not kept."""
         check_name(name, param="use_cache")
-        try:
-            return self.store.find(model.shelf, name)
-        except CacheNotFound:
-            if not (build := self._builds.get((model.shelf, name))):
-                raise
-        await asyncio.wait([build])
+        for shelf in shelves(model.shelf):
+            await self.promises.settled((shelf, name))
+            if (build := self._builds.get((shelf, name))) and not self._at(shelf, name):
+                await asyncio.wait([build])
+            if entry := self._at(shelf, name):
+                return entry
         return self.store.find(model.shelf, name)
+
+    def look_up(self, model: ServedModel, name: str, *, param: str) -> Entry:
+        """The named cache, the owner's or everyone's, as it is now. Raises InvalidName or CacheNotFound."""
+        check_name(name, param=param)
+        entries = filter(None, (self._at(shelf, name) for shelf in shelves(model.shelf)))
+        return next(entries, None) or self.store.find(model.shelf, name, param=param)
+
+    async def unnamed(
+        self, model: ServedModel, system: list[dict[str, Any]], tokens: list[int]
+    ) -> tuple[Entry, Opening] | None:
+        """The cache whose chats begin with just these messages, and what it does for a request of `tokens`
+        that doesn't name it; no build is waited for."""
+        for entry in (entry for shelf in shelves(model.shelf) for entry in self.store.known(shelf)):
+            is_for_chats = "chat" in entry.forms or "chat" in entry.evicted
+            if is_for_chats and not entry.tools and entry.content.opening == system:
+                return entry, await self._open(model, entry, "chat", tokens)
+        return None
+
+    def is_building(self, entry: Entry) -> bool:
+        return (entry.shelf, entry.name) in self._builds
+
+    def visible(self, owner: str, model: str | None = None) -> list[Entry]:
+        """The owner's caches and everyone's, by model and name; of two with the same name the owner's."""
+        wanted = [e for e in self.store.list() if e.owner in ("", owner) and model in (None, e.model)]
+        by_name = {(e.model, e.name): e for e in sorted(wanted, key=lambda entry: entry.owner)}
+        return [by_name[key] for key in sorted(by_name)]
+
+    def building(self, owner: str, model: str | None = None) -> list[tuple[str, str]]:
+        """Model and name of what `visible` would list and is being built or is to be."""
+        keys = {(*shelf.partition("@")[::2], name) for shelf, name in (*self._builds, *self.promises.open())}
+        return sorted(
+            (one, name) for one, whose, name in keys if whose in ("", owner) and model in (None, one)
+        )
+
+    @property
+    def n_building(self) -> int:
+        return len({*self._builds, *self.promises.open()})
 
     async def open(self, model: ServedModel, entry: Entry, form: Form, tokens: list[int]) -> Opening | None:
         """How a request whose prompt is `tokens` starts from the cache; None when the cache was replaced or
         built again meanwhile, so that the request has to look at it anew."""
+        model = model.seen_by(entry.owner)
         key = (entry.shelf, entry.name)
         # A build that ends while the old state is looked at is one that had begun before.
         build = self._builds.get(key)
@@ -111,6 +152,8 @@ class Caching:
         check_name(name, param="cache_name")
         if not content.opening:
             raise BadRequest("The prompt is empty: there is nothing to keep.", param="prompt")
+        if origin != "declared":
+            self._check_not_declared(model, name, param="cache_name")
         self.check_not_building(model, name)
         previous = self.current(model, name)
         if previous and not overwrite:
@@ -145,14 +188,16 @@ class Caching:
                 return amended
 
     def delete(self, model: ServedModel, name: str) -> None:
-        """Raises CacheNotFound, or CacheConflict while the name is being built."""
+        """Raises CacheNotFound, or CacheConflict while the name is being built, or if it is declared."""
         check_name(name, param="name")
+        self._check_not_declared(model, name, param="name")
         self.check_not_building(model, name)
         self.store.delete(model.shelf, name)
 
     def rebuild(self, model: ServedModel, entry: Entry) -> None:
         """Starts computing the states of `entry` again, unless that is being done or it was replaced;
         requests for it wait."""
+        model = model.seen_by(entry.owner)
         if (entry.shelf, entry.name) not in self._builds and self.current(model, entry.name) == entry:
             forms = (*entry.forms, *entry.evicted) or entry.content.forms
             self._start(
@@ -171,12 +216,18 @@ class Caching:
 
     def known_opening(self, model: ServedModel, text: str) -> str:
         """The longest cached completion prompt that `text` begins with; "" for none."""
-        prompts = (entry for entry in self.store.known(model.shelf) if entry.prompt)
-        known = [entry for entry in prompts if text.startswith(entry.prompt)]
+        entries = (entry for shelf in shelves(model.shelf) for entry in self.store.known(shelf))
+        known = [entry for entry in entries if entry.prompt and text.startswith(entry.prompt)]
         # Given up or not: a request is cut at the same place, so that the answer is the same.
         built = [entry for entry in known if "completion" in (*entry.forms, *entry.evicted)]
-        fitting = (entry.prompt for entry in built if self.current(model, entry.name) == entry)
+        fitting = (entry.prompt for entry in built if self._at(entry.shelf, entry.name) == entry)
         return max(fitting, key=len, default="")
+
+    def _check_not_declared(self, model: ServedModel, name: str, *, param: str) -> None:
+        if (model.shelf, name) in self.promises:
+            raise CacheConflict(
+                f"The cache {name!r} is declared in the server's configuration; change it there.", param=param
+            )
 
     def check_not_building(self, model: ServedModel, name: str) -> None:
         """Raises CacheConflict."""
@@ -184,8 +235,12 @@ class Caching:
             raise CacheConflict(f"The cache {name!r} is being built.", param="cache_name")
 
     def current(self, model: ServedModel, name: str) -> Entry | None:
+        """The model's own cache of this name."""
+        return self._at(model.shelf, name)
+
+    def _at(self, shelf: str, name: str) -> Entry | None:
         try:
-            return self.store.find(model.shelf, name)
+            return self.store.find(shelf, name)
         except CacheNotFound:
             return None
 

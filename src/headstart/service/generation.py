@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import takewhile
 from typing import Literal
+
+import msgspec
 
 from headstart.caches.entry import KEEPS_STATE, Entry, Form, MissReason
 from headstart.errors import BadRequest
@@ -15,6 +17,7 @@ from headstart.messages import Finished, Sampling, Stats, Submit, Token
 from headstart.prompt.answer import AnswerText
 from headstart.prompt.prompts import soon
 from headstart.prompt.template import Message
+from headstart.service.automatic import Automatic, Unnamed
 from headstart.service.caching import Caching, Opening
 from headstart.service.model import ServedModel
 from headstart.tokens import common_prefix
@@ -54,18 +57,20 @@ class Result:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request ready for the engine."""
+    """A request ready for the engine. `unnamed`: what it begins with, where it is a chat without a name."""
 
     model: ServedModel
     submit: Submit
     stop: Sequence[str]
     entry: Entry | None = None
     opening: Opening = field(default_factory=lambda: Opening(0))
+    unnamed: Unnamed | None = None
 
 
 class Generation:
-    def __init__(self, caching: Caching) -> None:
+    def __init__(self, caching: Caching, automatic: Automatic) -> None:
         self.caching = caching
+        self.automatic = automatic
 
     async def prepare_chat(
         self, model: ServedModel, messages: Sequence[Message], options: Options
@@ -73,11 +78,13 @@ class Generation:
         """Raises BadRequest, CacheNotFound, ContextLengthExceeded or Unavailable."""
         prompts = model.prompts
         if options.use_cache is None:
+            messages = self.automatic.with_default(messages)
             tokens = await soon(lambda most: prompts.chat(messages, most))
             system = _leading_system(messages)
-            return await self._without_cache(
+            prepared = await self._without_cache(
                 model, tokens, options, lambda most: prompts.chat_opening(system, most), "messages"
             )
+            return await self._unnamed(prepared, system)
         return await self._with_cache(
             model,
             options,
@@ -130,6 +137,16 @@ class Generation:
         boundary = max(min(common_prefix(wanted, tokens), len(tokens) - 1), 0)
         return self._prepared(model, tokens, options, None, Opening(boundary), param)
 
+    async def _unnamed(self, prepared: Prepared, system: Sequence[Message]) -> Prepared:
+        """Lets the request start from a cache with the same opening, though it names none."""
+        submit = prepared.submit
+        if not submit.reuse:
+            return prepared
+        unnamed = await self.automatic.look(prepared.model, system, submit.tokens, submit.boundary)
+        if unnamed and unnamed.restore:
+            submit = msgspec.structs.replace(submit, restore=unnamed.restore)
+        return replace(prepared, submit=submit, unnamed=unnamed)
+
     def _prepared(
         self,
         model: ServedModel,
@@ -177,6 +194,11 @@ class Generation:
                         miss = _miss(prepared, stats)
                         if n_tokens == 0 or prepared.opening.miss is None:
                             self._heal(prepared, miss)
+                        if prepared.unnamed:
+                            tell = self.automatic.answered
+                            asyncio.get_running_loop().call_soon(
+                                tell, prepared.model, prepared.unnamed, stats
+                            )
                         if prepared.entry and miss is None:
                             # A write to the disk: after the answer's end has been sent.
                             saved = min(stats.cached_tokens, prepared.opening.boundary)

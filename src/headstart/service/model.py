@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import hashlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from time import time
 
-from headstart.caches.entry import Fingerprint
+from headstart.caches.entry import Entry, Fingerprint
 from headstart.caches.store import Store
 from headstart.config import Settings
 from headstart.engine.client import EngineClient
@@ -47,7 +48,7 @@ class ServedModel:
         what takes the user's time, or will, is said."""
         self._weights = await _weights_hash(self.path, store)
         tunings = Tunings(store.directory)
-        plan = make_plan(self.path, self._weights, self.settings, tunings, store.list(self.shelf))
+        plan = make_plan(self.path, self._weights, self.settings, tunings, self._entries(store))
         self.engine.settings = plan.settings
         async with measuring if plan.measures else nullcontext():
             if plan.measures and not ToySpec.matches(self.path):
@@ -61,13 +62,25 @@ class ServedModel:
             tunings.put(plan.key, tuning)
             if preferred := plan.kept_back(tuning):
                 say(kept_back(self.name, tuning.arithmetic, preferred))
-        for warning in warnings(self.name, misfits(store.list(self.shelf), self.fingerprint)):
+        for warning in warnings(self.name, misfits(self._entries(store), self.fingerprint)):
             say(warning)
 
     @property
     def shelf(self) -> str:
         """Where its caches are."""
         return shelf_name(self.name, self.owner)
+
+    def seen_by(self, owner: str) -> ServedModel:
+        """The same model and engine with the caches of `owner`; to be made anew for each request."""
+        if owner == self.owner:
+            return self
+        view = copy.copy(self)
+        view.owner = owner
+        return view
+
+    def _entries(self, store: Store) -> list[Entry]:
+        """Its caches, whomever they belong to."""
+        return [entry for entry in store.list() if entry.model == self.name]
 
     def _load_prompts(self) -> Prompts:
         return load_prompts(self.path, self._template_file)

@@ -8,12 +8,15 @@ import logging
 from headstart.caches.store import Store
 from headstart.config import Settings
 from headstart.errors import ModelNotFound
+from headstart.service.automatic import Automatic
 from headstart.service.caching import Caching
+from headstart.service.declared import Declared
 from headstart.service.files import Files
 from headstart.service.generation import Generation
 from headstart.service.lifecycle import Lifecycle
 from headstart.service.model import Say, ServedModel
 from headstart.service.quota import Quota
+from headstart.service.routes import split
 
 log = logging.getLogger(__name__)
 
@@ -30,29 +33,47 @@ class Service:
         self.lifecycle = Lifecycle(self.store, self.quota)
         self.caching = Caching(self.store, self.quota)
         self.files = Files(self.store, self.caching, self.quota)
-        self.generation = Generation(self.caching)
+        self.declared = Declared(settings, self.caching, say)
+        self.automatic = Automatic(settings, self.caching)
+        self.generation = Generation(self.caching, self.automatic)
         self.models = {name: ServedModel(name, path, settings) for name, path in settings.model_paths.items()}
 
     async def load(self) -> None:
         """Returns when every model answers. Raises StartupError."""
         self.lifecycle.start()
         measuring = asyncio.Lock()
-        await asyncio.gather(*(model.load(self.store, self.say, measuring) for model in self.models.values()))
+        await asyncio.gather(*(self._load(model, measuring) for model in self.models.values()))
+
+    async def _load(self, model: ServedModel, measuring: asyncio.Lock) -> None:
+        await model.load(self.store, self.say, measuring)
+        self.declared.start(model)
 
     async def close(self) -> None:
         await self.lifecycle.close()
+        await self.declared.close()
+        await self.automatic.close()
         await self.caching.close()
         await asyncio.gather(*(model.engine.close() for model in self.models.values()))
         self.store.close()
 
-    def model(self, name: str) -> ServedModel:
-        """The model of this name or alias. Raises ModelNotFound."""
+    def target(self, name: str) -> tuple[ServedModel, str | None]:
+        """The model of this name, and the cache where the name is `model@cache` or an alias of one. Raises
+        ModelNotFound."""
+        model, cache = split(name, self.settings.aliases)
         try:
-            return self.models[self.settings.aliases.get(name, name)]
+            return self.models[model], cache
         except KeyError:
             raise ModelNotFound(
                 f"There is no model {name!r}. This server has: {', '.join(self.names())}.", param="model"
             ) from None
+
+    def model(self, name: str) -> ServedModel:
+        """The model of this name or alias, which names no cache itself. Raises ModelNotFound."""
+        if "@" in name:
+            raise ModelNotFound(
+                f"{name!r} names a cache too; here a model's name is wanted alone.", param="model"
+            )
+        return self.target(name)[0]
 
     def names(self) -> list[str]:
         """Models and aliases."""

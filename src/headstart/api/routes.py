@@ -1,0 +1,45 @@
+"""Requests that say by their path, or by their model's name, which cache they start from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fastapi import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from headstart.api.schemas import GenerationRequest
+from headstart.service.model import ServedModel
+from headstart.service.server import Service
+
+# What a route may be put before.
+API = b"/v1/"
+
+
+class Routes:
+    """`table`: prefixes, each with a cache. /prefix/v1/... is answered as /v1/... is, from this cache."""
+
+    def __init__(self, app: ASGIApp, table: Mapping[str, str]) -> None:
+        self.app = app
+        # The longest first: one may begin as another does.
+        self.table = sorted(table.items(), key=lambda route: -len(route[0]))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            path = scope["path"]
+            for prefix, cache in self.table:
+                if path.startswith(prefix + "/v1/"):
+                    scope["path"] = path[len(prefix) :]
+                    scope["raw_path"] = API + scope["raw_path"].partition(API)[2]
+                    scope.setdefault("state", {})["cache"] = cache
+                    break
+        await self.app(scope, receive, send)
+
+
+def addressed(request: Request, body: GenerationRequest) -> ServedModel:
+    """The model that the body names. Where the body names no cache itself, the one of its model's name is
+    filled in, else the one of the request's route. Raises ModelNotFound."""
+    service: Service = request.app.state.service
+    model, cache = service.target(body.model)
+    if body.use_cache is None:
+        body.use_cache = getattr(request.state, "cache", None) if cache is None else cache
+    return model

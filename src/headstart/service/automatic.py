@@ -1,0 +1,137 @@
+"""System prompts that become caches by themselves, and requests that start from a cache they don't name."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any
+
+import msgspec
+
+from headstart.caches.entry import KEEPS_STATE, Content, Entry
+from headstart.config import Settings
+from headstart.errors import HeadstartError
+from headstart.messages import StateRef, Stats
+from headstart.prompt.template import Message
+from headstart.service.caching import Caching, Opening
+from headstart.service.model import ServedModel
+from headstart.service.seen import MOST, Seen
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Unnamed:
+    """What a request begins with that names no cache: its `system` messages, `boundary` tokens, and the cache
+    with just these, if there is one."""
+
+    system: list[dict[str, Any]]
+    boundary: int
+    entry: Entry | None = None
+    opening: Opening | None = None
+
+    @property
+    def restore(self) -> StateRef | None:
+        return self.opening.restore if self.opening else None
+
+
+class Automatic:
+    """Used from the event loop. What it makes it makes after answers have ended, one at a time."""
+
+    def __init__(self, settings: Settings, caching: Caching) -> None:
+        self.settings = settings
+        self.caching = caching
+        self.default = [{"role": "system", "content": settings.default_system or ""}]
+        self._seen = Seen(settings.automatic_window)
+        # Those that alone are larger than the quota.
+        self._too_large: set[str] = set()
+        self._turn = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def with_default(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """The messages with the configured system message, if there is one and they have none."""
+        if not self.settings.default_system or any(message["role"] == "system" for message in messages):
+            return messages
+        return [*self.default, *messages]
+
+    async def look(
+        self, model: ServedModel, system: Sequence[Message], tokens: list[int], boundary: int
+    ) -> Unnamed | None:
+        """What there is for a request of `tokens` that begins with these system messages."""
+        if not system:
+            return None
+        messages = [dict(message) for message in system]
+        if (found := await self.caching.unnamed(model, messages, tokens)) is None:
+            return Unnamed(messages, boundary)
+        return Unnamed(messages, boundary, *found)
+
+    def answered(self, model: ServedModel, unnamed: Unnamed, stats: Stats) -> None:
+        """To be told once the answer's end has been sent: this may write to the disk, and build."""
+        entry, opening = unnamed.entry, unnamed.opening
+        if entry is None or opening is None:
+            self._count(model, unnamed)
+        elif opening.restore and stats.cached_tokens >= unnamed.boundary:
+            self.caching.store.used(entry)
+        elif (opening.miss or "restore_failed") not in KEEPS_STATE:
+            self.caching.rebuild(model, entry)
+
+    def _count(self, model: ServedModel, unnamed: Unnamed) -> None:
+        settings = self.settings
+        is_default = unnamed.system == self.default
+        if not settings.automatic or not (is_default or unnamed.boundary > settings.automatic_tokens):
+            return
+        # What the configuration says is no secret of a key's.
+        model = model.seen_by("") if is_default else model
+        name = automatic_name(unnamed.system)
+        enough = 1 if is_default else settings.automatic_after
+        if name not in self._too_large and self._seen.again(model.shelf, name, monotonic(), enough):
+            task = asyncio.create_task(self._build(model, name, unnamed.system))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _build(self, model: ServedModel, name: str, system: list[dict[str, Any]]) -> None:
+        content = Content(system[0]["content"]) if len(system) == 1 else Content(messages=system)
+        async with self._turn:
+            try:
+                entry = await self.caching.create(
+                    model, name, content, forms=["chat"], origin="automatic", overwrite=False
+                )
+                if entry in self._trim():
+                    log.info("%s of %s alone is larger than automatic_quota_mb", name, model.shelf)
+                    self._give_up(name)
+            except HeadstartError as error:
+                log.info("no automatic cache %s of %s: %s", name, model.shelf, error)
+
+    def _give_up(self, name: str) -> None:
+        if len(self._too_large) >= MOST:
+            self._too_large.clear()
+        self._too_large.add(name)
+
+    def _trim(self) -> list[Entry]:
+        """Deletes the automatic caches not used for longest until the others keep within their quota; those
+        that were deleted."""
+        store, deleted = self.caching.store, []
+        entries = [e for e in store.list() if e.origin == "automatic" and not e.terms.pinned]
+        entries.sort(key=lambda entry: store.usage(entry).last_used or entry.updated)
+        excess = sum(entry.size_bytes for entry in entries) - 1e6 * self.settings.automatic_quota_mb
+        for entry in entries:
+            if excess <= 0:
+                break
+            if not self.caching.is_building(entry):
+                store.delete(entry.shelf, entry.name)
+                deleted.append(entry)
+                excess -= entry.size_bytes
+        return deleted
+
+
+def automatic_name(system: Sequence[Message]) -> str:
+    return "auto-" + hashlib.sha256(msgspec.json.encode(list(system))).hexdigest()[:12]
