@@ -14,6 +14,7 @@ from headstart.errors import BadRequest, CacheConflict, CacheNotFound
 from headstart.messages import StateRef
 from headstart.names import check_name
 from headstart.service.building import Build, Builder, OnProgress, opening_tokens
+from headstart.service.joining import Asked, Joint
 from headstart.service.model import ServedModel
 from headstart.tokens import common_prefix
 
@@ -36,6 +37,7 @@ class Caching:
         self.store = store
         self.builder = Builder(store)
         self._builds: dict[tuple[str, str], asyncio.Task[Entry]] = {}
+        self._joints: dict[tuple[str, str], Joint] = {}
 
     async def close(self) -> None:
         for build in list(self._builds.values()):
@@ -100,24 +102,43 @@ class Caching:
         """Computes and stores the states of `content`, in all forms unless some are named; version 1 of the
         entry means that the name was new.
 
-        Raises BadRequest, CacheConflict, StorageError or what the engine raises; then nothing has changed.
-        When the caller is cancelled, so is the build."""
+        Callers that ask for the same at the same time get the result of one build; when the last of them is
+        cancelled, so is the build. Raises BadRequest, CacheConflict (also while something else is built under
+        this name), StorageError or what the engine raises; then nothing has changed."""
         check_name(name, param="cache_name")
         if not content.opening:
             raise BadRequest("The prompt is empty: there is nothing to keep.", param="prompt")
-        self._check_not_building(model, name)
+        asked = Asked.of(content, content.forms if forms is None else forms, terms, origin)
+        joint = await self._joint(model, name, asked)
         previous = self._current(model, name)
         if previous and not overwrite:
             raise CacheConflict(f"There is a cache {name!r} already.", param="cache_name")
+        if joint:
+            return await joint.join(on_progress)
         version = previous.version + 1 if previous else 1
         wanted = content.forms if forms is None else forms
-        build = self._start(
-            Build(model, name, content, wanted, version, terms, origin, previous, on_progress=on_progress)
-        )
-        try:
-            return await asyncio.shield(build)
-        finally:
-            build.cancel()
+        joint = Joint(asked)
+        build = Build(model, name, content, wanted, version, terms, origin, previous, on_progress=joint.tell)
+        joint.task = self._start(build)
+        self._joints[model.shelf, name] = joint
+        return await joint.join(on_progress)
+
+    async def _joint(self, model: ServedModel, name: str, asked: Asked) -> Joint | None:
+        """The running build of the same; None once there is none of this name. One that everybody has left,
+        or that only makes the same content's states anew, is waited for. Raises CacheConflict."""
+        key = (model.shelf, name)
+        while task := self._builds.get(key):
+            joint = self._joints.get(key)
+            if joint and joint.asked == asked and not joint.abandoned:
+                return joint
+            if not (joint.abandoned if joint else self._holds(model, name, asked.content)):
+                self._check_not_building(model, name)
+            await asyncio.wait([task])
+        return None
+
+    def _holds(self, model: ServedModel, name: str, content: Content) -> bool:
+        entry = self._current(model, name)
+        return entry is not None and entry.content == content
 
     def delete(self, model: ServedModel, name: str) -> None:
         """Raises CacheNotFound, or CacheConflict while the name is being built."""
@@ -170,5 +191,6 @@ class Caching:
 
     def _ended(self, key: tuple[str, str], task: asyncio.Task[Entry]) -> None:
         del self._builds[key]
+        self._joints.pop(key, None)
         if not task.cancelled() and (error := task.exception()):
             log.warning("building cache %s of %s failed: %s", key[1], key[0], error)
