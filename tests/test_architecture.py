@@ -10,7 +10,7 @@ from fastapi.routing import APIRoute
 
 import headstart
 from headstart import errors
-from headstart.api import app, caches, completions
+from headstart.api import app, caches, completions, verify
 from headstart.config import Settings
 
 ROOT = Path(headstart.__file__).parent
@@ -106,7 +106,8 @@ def test_every_setting_is_documented_with_its_default() -> None:
 
 def test_every_route_is_documented() -> None:
     text = (ROOT.parents[1] / "docs" / "http-api.md").read_text()
-    routes = [route for router in (app.router, completions.router, caches.router) for route in router.routes]
+    routers = (app.router, completions.router, caches.router, verify.router)
+    routes = [route for router in routers for route in router.routes]
     assert len(routes) > 8
     for route in routes:
         assert isinstance(route, APIRoute)

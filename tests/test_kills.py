@@ -70,7 +70,7 @@ def _prompt(name: str, version: int) -> str:
 
 
 def _version(prompt: str) -> int:
-    return int(prompt.split(".")[0].split()[-1])
+    return int(prompt.partition(".")[0].split()[-1])
 
 
 # What is done with a cache: whether there must be one before, whether there is one after, and how.
@@ -216,5 +216,3 @@ def test_the_ledger_notices_what_is_lost_and_what_is_half() -> None:
     ledger.refused()
     with pytest.raises(AssertionError):
         ledger.settle({"one": 3, "two": None, "three": None})
-
-

@@ -15,6 +15,7 @@ from starlette.responses import Response
 from headstart.api.schemas import CacheRequest
 from headstart.api.streaming import BEGIN_SECONDS, EventStream, as_event, begun, while_connected
 from headstart.caches.entry import Content, Entry
+from headstart.errors import ModelLoading
 from headstart.names import check_name
 from headstart.service.model import ServedModel
 from headstart.service.server import Service
@@ -104,7 +105,7 @@ async def show(request: Request, model: str, name: str) -> Json:
     service: Service = request.app.state.service
     served = service.model(model)
     entry = service.store.find(served.shelf, check_name(name, param="name"), param="name")
-    return _described(service, entry) | {"prompt": entry.prompt}
+    return _described(service, entry) | {"prompt": entry.prompt} | await _prospect(service, served, entry)
 
 
 @router.delete("/{model}/{name:path}")
@@ -114,6 +115,15 @@ async def delete(request: Request, model: str, name: str) -> Json:
     served = service.model(model)
     service.caching.delete(served, name)
     return {"object": "cache.deleted", "cache_name": name, "model": served.name, "deleted": True}
+
+
+async def _prospect(service: Service, model: ServedModel, entry: Entry) -> Json:
+    """Whether a request would start from the cache's state now; null while the model loads."""
+    try:
+        miss = await service.caching.miss_reason(model, entry)
+    except ModelLoading:
+        return {"would_hit": None, "miss_reason": None}
+    return {"would_hit": miss is None, "miss_reason": miss}
 
 
 def _listed(service: Service, entries: list[Entry]) -> Json:

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 SUFFIX = ".headstart"
 SCRATCH = ".tmp-"
+# The disk, the user's quota, or the size that the system lets a file have (ulimit -f).
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,14 @@ class Store:
         self._reconcile()
 
     def _take_lock(self) -> int:
-        lock = os.open(self.directory / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            lock = os.open(self.directory / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            if error.errno != errno.EROFS:
+                raise
+            # A disk that is mounted read-only: its caches can be used, and nobody writes.
+            log.warning("%s can't be written: no cache can be created or deleted", self.directory)
+            lock = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -76,7 +85,10 @@ class Store:
 
     def _remove_scratch(self) -> None:
         for left_over in self.directory.glob(f"*/{SCRATCH}*"):
-            left_over.unlink()
+            try:
+                left_over.unlink()
+            except OSError as error:
+                log.warning("left over from an interrupted write, and still there: %s", error)
 
     def _reconcile(self) -> None:
         on_disk = set()
@@ -87,9 +99,13 @@ class Store:
         for key in self._entries.keys() - on_disk:
             self._forget(*key)
 
+    def refresh(self) -> None:
+        """Looks at all of the directory again: what others put there or took away is seen by `list` then."""
+        self._reconcile()
+
     def _look(self, shelf: str, name: str) -> Entry | None:
-        """The entry as the disk has it now. A damaged file keeps the entry the index remembers, so that its
-        state can be computed again; verification will refuse it."""
+        """The entry as the disk has it now. A damaged file keeps the entry that its header has or the index
+        remembers, so that its state can be computed again; verification will refuse it."""
         path = self.path(shelf, name)
         known = self._entries.get((shelf, name))
         identity = _identity(path)
@@ -102,7 +118,9 @@ class Store:
             entry = file.read(path)
         except (Corrupt, OSError) as error:
             log.warning("damaged cache file: %s", error)
-            return known
+            if salvaged := _salvaged(path):
+                self._remember(salvaged)
+            return salvaged or known
         if (entry.shelf, entry.name) != (shelf, name):
             log.warning("%s holds the cache %s of %s: ignored", path, entry.name, entry.shelf)
             return known
@@ -161,14 +179,28 @@ class Store:
             raise Corrupt(f"{path} is not the file it was")
         identity, tokens = self._verified.get((entry.shelf, entry.name), (None, {}))
         if identity != entry.identity:
-            try:
-                tokens = await asyncio.to_thread(file.verify, path, entry.identity)
-            except OSError as error:
-                raise Corrupt(str(error)) from error
-            self._verified[entry.shelf, entry.name] = (entry.identity, tokens)
+            tokens = await self.check(entry)
         stored = entry.forms[form]
         ref = StateRef(str(path), stored.state_offset, stored.state_bytes, stored.n_tokens, entry.identity)
         return VerifiedState(tokens[form], ref)
+
+    async def check(self, entry: Entry, *, from_disk: bool = False) -> dict[Form, list[int]]:
+        """Checks the file's hashes, whether or not they were checked before; the tokens of each form. Raises
+        Corrupt, also when the file is gone."""
+        path = self.path(entry.shelf, entry.name)
+        self._verified.pop((entry.shelf, entry.name), None)
+        try:
+            tokens = await asyncio.to_thread(file.verify, path, entry.identity, from_disk=from_disk)
+        except OSError as error:
+            raise Corrupt(str(error)) from error
+        self._verified[entry.shelf, entry.name] = (entry.identity, tokens)
+        return tokens
+
+    def remembered(self, shelf: str, form: Form) -> Iterator[list[int]]:
+        """The token ids of the shelf's states that were checked since the start."""
+        for key, (_, tokens) in self._verified.items():
+            if key[0] == shelf and form in tokens:
+                yield tokens[form]
 
     @contextmanager
     def scratch(self, shelf: str) -> Iterator[Path]:
@@ -208,6 +240,15 @@ class Store:
         self._forget(shelf, name)
 
 
+def _salvaged(path: Path) -> Entry | None:
+    """What a file that lost its end says of itself."""
+    try:
+        entry = file.read(path, whole=False)
+    except (Corrupt, OSError):
+        return None
+    return entry if (entry.shelf, entry.name + SUFFIX) == (path.parent.name, path.name) else None
+
+
 def _identity(path: Path) -> Identity | None:
     try:
         return file.identity_of(path.lstat())
@@ -234,5 +275,5 @@ def storage_errors(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        kind = StorageFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
+        kind = StorageFull if error.errno in NO_ROOM else StorageError
         raise kind(f"Can't write {what}: {error.strerror or error}") from error

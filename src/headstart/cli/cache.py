@@ -121,7 +121,14 @@ def _fields(cache: Json) -> dict[str, str]:
         "Build time": f"{cache['build_ms'] / 1000:.2f} s",
         "Hits": f"{cache['hits']:,}",
         "Last used": _local(cache["last_used"]),
+        "Would hit": _prospect(cache),
     }
+
+
+def _prospect(cache: Json) -> str:
+    if cache.get("would_hit") is None:
+        return "unknown until its model has loaded"
+    return "yes" if cache["would_hit"] else f"no: {cache['miss_reason']}"
 
 
 def age(time: str | None) -> str:

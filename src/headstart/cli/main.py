@@ -15,6 +15,7 @@ from rich.markup import escape
 
 from headstart import __version__
 from headstart.arithmetic import Weights
+from headstart.cli import verify
 from headstart.config import Settings, load_settings
 from headstart.errors import HeadstartError, StartupError
 
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 cache = typer.Typer(help="Manage the named caches of a running server.", no_args_is_help=True)
 app.add_typer(cache, name="cache")
+verify.install(cache, DEFAULT_URL)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 

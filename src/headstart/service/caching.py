@@ -20,6 +20,9 @@ from headstart.tokens import common_prefix
 
 log = logging.getLogger(__name__)
 
+# Stands for whatever a request has after the cache.
+NO_TOKEN = -1
+
 
 @dataclass(frozen=True)
 class Opening:
@@ -86,6 +89,16 @@ class Caching:
         if state.tokens != wanted:
             return Opening(boundary, miss="template_changed")
         return Opening(boundary, restore=state.ref)
+
+    async def miss_reason(self, model: ServedModel, entry: Entry) -> MissReason | None:
+        """Why a request that begins with the cache would not start from its state as things are; None: it
+        would. Raises ModelLoading."""
+        for form in tuple(entry.forms) or entry.content.forms:
+            wanted = await opening_tokens(model, form, entry.content)
+            opening = await self._open(model, entry, form, [*wanted, NO_TOKEN])
+            if opening.miss:
+                return opening.miss
+        return None
 
     async def create(
         self,
@@ -164,6 +177,14 @@ class Caching:
                     keep_states=False,
                 )
             )
+
+    async def rebuilt(self, model: ServedModel, entry: Entry) -> Entry:
+        """The entry with its states computed again, once that is done. Raises StorageError or what the
+        engine raises."""
+        self.rebuild(model, entry)
+        if build := self._builds.get((entry.shelf, entry.name)):
+            return await asyncio.shield(build)
+        return self.store.find(entry.shelf, entry.name, param="name")
 
     def known_opening(self, model: ServedModel, text: str) -> str:
         """The longest cached completion prompt that `text` begins with; "" for none."""

@@ -11,6 +11,7 @@ from headstart.errors import ModelNotFound
 from headstart.service.caching import Caching
 from headstart.service.generation import Generation
 from headstart.service.model import Say, ServedModel
+from headstart.service.verifying import Verifier
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ class Service:
         self.caching = Caching(self.store)
         self.generation = Generation(self.caching)
         self.models = {name: ServedModel(name, path, settings) for name, path in settings.model_paths.items()}
+        self.verifier = Verifier(self.caching, self.models)
 
     async def load(self) -> None:
         """Returns when every model answers. Raises StartupError."""
