@@ -10,7 +10,7 @@ from fastapi.routing import APIRoute
 
 import headstart
 from headstart import errors
-from headstart.api import app, cache_files, caches, completions
+from headstart.api import app, cache_files, caches, completions, verify
 from headstart.config import Settings
 
 ROOT = Path(headstart.__file__).parent
@@ -108,7 +108,8 @@ def test_every_setting_is_documented_with_its_default() -> None:
 
 def test_every_route_is_documented() -> None:
     text = (ROOT.parents[1] / "docs" / "http-api.md").read_text()
-    routes = [route for router in (app, completions, caches, cache_files) for route in router.router.routes]
+    parts = (app, completions, caches, cache_files, verify)
+    routes = [route for part in parts for route in part.router.routes]
     assert len(routes) > 8
     for route in routes:
         assert isinstance(route, APIRoute)

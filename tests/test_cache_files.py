@@ -14,9 +14,10 @@ from msgspec.structs import replace
 from safetensors import safe_open
 
 from headstart.caches import file
+from headstart.caches.disk import storage_errors
 from headstart.caches.entry import Entry, Fingerprint, Form
 from headstart.caches.file import Corrupt, Part
-from headstart.caches.store import Store, storage_errors
+from headstart.caches.store import Store
 from headstart.caches.writing import Writer
 from headstart.errors import CacheNotFound, StartupError, StorageError, StorageFull
 from headstart.service.caching import Caching
@@ -137,7 +138,7 @@ async def test_the_index_can_be_made_again_from_the_files(store: Store, tmp_path
     store.close()
     (store.directory / "index.sqlite").unlink()
     again = Store(store.directory)
-    assert again.list() == [written]
+    assert again.entries() == [written]
 
 
 async def test_an_index_that_can_not_be_read_is_replaced(store: Store, tmp_path: Path) -> None:
@@ -146,7 +147,7 @@ async def test_an_index_that_can_not_be_read_is_replaced(store: Store, tmp_path:
     (store.directory / "index.sqlite").write_bytes(b"no database" * 100)
     for leftover in ("index.sqlite-wal", "index.sqlite-shm"):
         (store.directory / leftover).unlink(missing_ok=True)
-    assert Store(store.directory).list() == [written]
+    assert Store(store.directory).entries() == [written]
 
 
 async def test_a_file_put_there_by_hand_is_found_and_one_taken_away_is_gone(
@@ -249,7 +250,7 @@ async def test_a_cache_works_while_the_index_can_not_be_written(store: Store, tm
     store.used(written)
     assert (await store.verified(store.find("toy", "one"), "chat")).tokens == TOKENS
     store.delete("toy", "one")
-    assert store.list() == []
+    assert store.entries() == []
 
 
 async def test_of_the_caches_a_text_may_begin_with_the_longest_that_is_there_is_found(

@@ -83,7 +83,7 @@ def test_a_store_leaves_converted_weights_alone(conversions: str, tmp_path: Path
     path = obtain(conversions, lambda target: _write(target, b"weights"))
     (path.parent / SCRATCH).touch()
     store = Store(tmp_path / "cache")
-    assert store.list() == []
+    assert store.entries() == []
     store.close()
     assert path.exists()
     assert (path.parent / SCRATCH).exists()

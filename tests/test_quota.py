@@ -247,7 +247,7 @@ async def test_only_as_many_go_as_must_the_least_worth_first(tmp_path: Path) -> 
         store.used(used, 2, 0)
     await _put(store, "middle", build_ms=5000.0)
     await _hold(Quota(store, 210_000), "new", 100_000)
-    assert {entry.name for entry in store.list() if entry.evicted} == {"cheap", "middle"}
+    assert {entry.name for entry in store.entries() if entry.evicted} == {"cheap", "middle"}
 
 
 async def test_a_cache_that_is_being_built_does_not_go(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request
 
 from headstart import __version__
-from headstart.api import cache_files, caches, completions, errors
+from headstart.api import cache_files, caches, completions, errors, verify
 from headstart.api.middleware import Faults, JsonBodies, PlainPaths, RequestIds
 from headstart.api.routes import Routes
 from headstart.errors import HeadstartError, ModelLoading, Unavailable
@@ -26,7 +26,7 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(Faults)
     app.add_middleware(RequestIds)
     errors.install(app)
-    for part in (completions.router, router, cache_files.router, caches.router):
+    for part in (completions.router, router, cache_files.router, caches.router, verify.router):
         app.include_router(part)
     return app
 

@@ -15,7 +15,9 @@ from starlette.responses import Response
 from headstart.api.streaming import BEGIN_SECONDS, EventStream, as_event, begun, while_connected
 from headstart.api.terms import CreateRequest, EditRequest, iso_time, shown
 from headstart.caches.entry import Content, Entry
+from headstart.errors import ModelLoading
 from headstart.service.model import ServedModel
+from headstart.service.opening import miss_reason
 from headstart.service.server import Service
 
 router = APIRouter(prefix="/v1/cache")
@@ -112,7 +114,7 @@ async def show(request: Request, model: str, name: str) -> Json:
     service: Service = request.app.state.service
     served = service.model(model)
     entry = service.caching.look_up(served, name, param="name")
-    return _described(service, entry) | {"prompt": entry.prompt}
+    return _described(service, entry) | {"prompt": entry.prompt} | await _prospect(service, served, entry)
 
 
 @router.patch("/{model}/{name:path}")
@@ -130,6 +132,15 @@ async def delete(request: Request, model: str, name: str) -> Json:
     served = service.model(model)
     service.caching.delete(served, name)
     return {"object": "cache.deleted", "cache_name": name, "model": served.name, "deleted": True}
+
+
+async def _prospect(service: Service, model: ServedModel, entry: Entry) -> Json:
+    """Whether a request would start from the cache's state now; null while the model loads."""
+    try:
+        miss = await miss_reason(service.store, model, entry)
+    except ModelLoading:
+        return {"would_hit": None, "miss_reason": None}
+    return {"would_hit": miss is None, "miss_reason": miss}
 
 
 def _listed(service: Service, owner: str, model: str | None) -> Json:

@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -21,7 +22,7 @@ from headstart.api.schemas import (
     GenerationRequest,
 )
 from headstart.api.streaming import BEGIN_SECONDS, EventStream, as_event, begun, while_connected
-from headstart.service.generation import Prepared, Result, Text
+from headstart.service.generation import Options, Prepared, Result, Text
 from headstart.service.server import Service
 
 router = APIRouter(prefix="/v1")
@@ -29,6 +30,7 @@ router = APIRouter(prefix="/v1")
 Json = dict[str, Any]
 # Stands for an answer's text where a chunk is encoded once for many; in no other field.
 MARK = "\0"
+EXPLAIN_HEADER = "x-headstart-explain"
 
 
 @router.post("/chat/completions")
@@ -38,7 +40,7 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     messages = [message.plain() for message in body.messages]
     model = addressed(request, body)
-    prepared = await service.generation.prepare_chat(model, messages, body.options(limit))
+    prepared = await service.generation.prepare_chat(model, messages, _options(request, body, limit))
     return await _answer(request, body, prepared, Chat(body.model))
 
 
@@ -48,8 +50,15 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     service: Service = request.app.state.service
     limit = COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     model = addressed(request, body)
-    prepared = await service.generation.prepare_text(model, body.text(), body.options(limit))
+    prepared = await service.generation.prepare_text(model, body.text(), _options(request, body, limit))
     return await _answer(request, body, prepared, Completion(body.model))
+
+
+def _options(request: Request, body: GenerationRequest, max_tokens: int | None) -> Options:
+    """The body's; the explanation may be asked for by a header as well."""
+    options = body.options(max_tokens)
+    asked = request.headers.get(EXPLAIN_HEADER, "").lower() in ("1", "true")
+    return replace(options, explain=options.explain or asked)
 
 
 class Chat:
@@ -137,12 +146,18 @@ async def stream(
                 waiting = b""
             else:
                 last = shape.chunk(None, event.finish_reason) | extra | {"timings": timings(event)}
+                last |= _explanation(event)
                 account = as_event(shape.usage_chunk(event)) if include_usage else b""
                 yield waiting + as_event(last) + account
 
 
 def _account(result: Result) -> Json:
-    return {"usage": usage(result), "timings": timings(result)}
+    return {"usage": usage(result), "timings": timings(result)} | _explanation(result)
+
+
+def _explanation(result: Result) -> Json:
+    told = result.explanation
+    return {"cache_explanation": msgspec.structs.asdict(told)} if told else {}
 
 
 def usage(result: Result) -> Json:
@@ -168,6 +183,7 @@ def timings(result: Result) -> Json:
     return {
         "cache_n": stats.cached_tokens,
         "cache_source": stats.source,
+        "prefix_match_n": result.matched,
         "prompt_n": stats.evaluated_tokens,
         "prompt_ms": round(stats.prefill_ms, 3),
         "predicted_n": result.n_tokens,

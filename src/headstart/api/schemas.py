@@ -44,6 +44,7 @@ class GenerationRequest(Body):
     cache_prompt: bool = Field(
         True, description="False: evaluate every prompt token, taking nothing from caches or slots."
     )
+    explain_cache: bool = Field(False, description="Tell why the request started from a cache, or didn't.")
     max_tokens: int | None = Field(None, ge=0)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
@@ -70,6 +71,7 @@ class GenerationRequest(Body):
             stop=[self.stop] if isinstance(self.stop, str) else self.stop or [],
             use_cache=self.use_cache,
             reuse=self.cache_prompt,
+            explain=self.explain_cache,
         )
 
     @property

@@ -63,8 +63,9 @@ def hashed(text: bytes) -> bytes:
     return text.replace(NO_HASH.encode(), blake3(text).hexdigest().encode(), 1)
 
 
-def read(path: Path) -> Entry:
-    """Reads and checks the header. Raises Corrupt, or OSError when the file can't be opened."""
+def read(path: Path, *, whole: bool = True) -> Entry:
+    """Reads and checks the header. Not `whole`: also of a file that ends before its states do, whose prompt
+    is there all the same. Raises Corrupt, or OSError when the file can't be opened."""
     with opened(path) as file:
         header, start = read_header(file)
         stat = os.fstat(file.fileno())
@@ -74,23 +75,27 @@ def read(path: Path) -> Entry:
         end = max([start, *(form.state_offset + form.state_bytes for form in forms.values())])
     except (KeyError, ValueError, TypeError, msgspec.MsgspecError) as error:
         raise Corrupt(f"{path}: {error}") from error
-    if end != stat.st_size:
+    if whole and end != stat.st_size:
         raise Corrupt(f"{path}: {stat.st_size} bytes instead of {end}")
     return msgspec.structs.replace(entry, forms=forms, identity=identity_of(stat))
 
 
-def verify(path: Path, identity: Identity) -> dict[Form, list[int]]:
+def verify(path: Path, identity: Identity, *, from_disk: bool = False) -> dict[Form, list[int]]:
     """Checks every hash of the file, which must still be the one with this identity; returns the token ids of
-    each form. Raises Corrupt, or OSError when the file can't be opened."""
+    each form. `from_disk`: what the disk has is checked, as far as the system can be made to read it again,
+    not what is in memory. Raises Corrupt, or OSError when the file can't be opened."""
     with opened(path) as file:
+        if from_disk and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         header, start = read_header(file)
         if identity_of(os.fstat(file.fileno())) != identity:
             raise Corrupt(f"{path}: changed while it was being read")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapping, memoryview(mapping) as view:
             tokens: dict[Form, list[int]] = {}
-            for name, tensor in header.items():
-                if name == "__metadata__":
-                    continue
+            tensors = {name: tensor for name, tensor in header.items() if name != "__metadata__"}
+            if (end := start + max([0, *(t["data_offsets"][1] for t in tensors.values())])) != len(view):
+                raise Corrupt(f"{path}: {len(view)} bytes instead of {end}")
+            for name, tensor in tensors.items():
                 begin, end = tensor["data_offsets"]
                 with view[start + begin : start + end] as data:
                     if hash_of(data) != header["__metadata__"][f"blake3 {name}"]:

@@ -1,7 +1,8 @@
 """The SQLite index: entries as last seen, how often they were used, and hashes of weights files.
 
-Everything in it but the usage figures can be had from the files again; a database that can't be read is set
-aside and a new one made.
+Everything in it but the usage figures can be had from the files again; a database that isn't one any more is
+replaced by a new one. Where the disk is full or can't be written, the index is kept in memory for as long as
+the server runs, and what is on the disk stays as it is.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -34,6 +36,15 @@ LATER = {
     "tokens_saved": "INTEGER NOT NULL DEFAULT 0",
     "seconds_saved": "REAL NOT NULL DEFAULT 0",
 }
+# What SQLite says of a database that the disk has no room for, or that it may not open or write now.
+# Extended codes have one of these in their lowest byte.
+UNUSABLE = {
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_BUSY,
+}
 
 
 @dataclass(frozen=True)
@@ -54,14 +65,26 @@ class Index:
         try:
             self.database = self._open(path)
         except sqlite3.DatabaseError as error:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF in UNUSABLE:
+                self.database = self._in_memory(path, error)
+                return
             log.warning("the index %s can't be read (%s): making a new one", path, error)
             for file in path.parent.glob(path.name + "*"):
                 file.unlink()
             self.database = self._open(path)
+        except OSError as error:
+            self.database = self._in_memory(path, error)
+
+    def _in_memory(self, path: Path, error: Exception) -> sqlite3.Connection:
+        log.warning("the index %s can't be used (%s): usage is not remembered", path, error)
+        return self._connected(":memory:")
+
+    def _open(self, path: Path) -> sqlite3.Connection:
+        path.touch(mode=0o600)
+        return self._connected(path)
 
     @staticmethod
-    def _open(path: Path) -> sqlite3.Connection:
-        path.touch(mode=0o600)
+    def _connected(path: Path | str) -> sqlite3.Connection:
         database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = NORMAL")
@@ -69,7 +92,9 @@ class Index:
         present = {row[1] for row in database.execute("PRAGMA table_info(entries)")}
         for column in LATER.keys() - present:
             database.execute(f"ALTER TABLE entries ADD COLUMN {column} {LATER[column]}")
-        database.execute("SELECT count(*) FROM entries").fetchone()
+        (found,) = database.execute("PRAGMA quick_check(1)").fetchone()
+        if found != "ok":
+            raise sqlite3.DatabaseError(found)
         return database
 
     def close(self) -> None:
@@ -79,8 +104,17 @@ class Index:
         """An index that can't be written, on a full disk say, is behind the files, which is no error."""
         try:
             self.database.execute(statement, values)
-        except sqlite3.OperationalError as error:
+        except sqlite3.Error as error:
             log.warning("the index can't be written: %s", error)
+
+    def _row(self, statement: str, values: Sequence[object]) -> Sequence[Any] | None:
+        """None also where the index can't be read any more."""
+        try:
+            row: Sequence[Any] | None = self.database.execute(statement, values).fetchone()
+        except sqlite3.Error as error:
+            log.warning("the index can't be read: %s", error)
+            return None
+        return row
 
     def entries(self) -> list[Entry]:
         """Those that can be read; one written by another version of the program is read from its file."""
@@ -110,16 +144,15 @@ class Index:
         )
 
     def usage(self, shelf: str, name: str) -> Usage:
-        row = self.database.execute(
+        row = self._row(
             "SELECT hits, last_used, tokens_saved, seconds_saved FROM entries WHERE shelf = ? AND name = ?",
             (shelf, name),
-        ).fetchone()
+        )
         return Usage(*row) if row else Usage()
 
     def weights_hash(self, path: str, identity: Identity) -> str | None:
-        row = self.database.execute(
-            "SELECT sha256 FROM weights WHERE path = ? AND identity = ?", (path, json.dumps(identity))
-        ).fetchone()
+        values = (path, json.dumps(identity))
+        row = self._row("SELECT sha256 FROM weights WHERE path = ? AND identity = ?", values)
         return str(row[0]) if row else None
 
     def put_weights_hash(self, path: str, identity: Identity, sha256: str) -> None:

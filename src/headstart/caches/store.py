@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
-import fcntl
 import logging
 import os
 import uuid
@@ -16,13 +14,13 @@ from pathlib import Path
 from time import time
 
 from headstart.caches import file
-from headstart.caches.disk import identity_at, sha256_of, sync_directory
+from headstart.caches.disk import identity_at, sha256_of, storage_errors, sync_directory, take_lock
 from headstart.caches.entry import Entry, Form, Identity
 from headstart.caches.file import Corrupt
 from headstart.caches.index import Index, Usage
 from headstart.caches.rewriting import rewrite, write_stub
 from headstart.caches.writing import Writer
-from headstart.errors import CacheNotFound, StartupError, StorageError, StorageFull
+from headstart.errors import CacheNotFound, StorageError
 from headstart.messages import StateRef
 from headstart.names import NAME, SHELF
 
@@ -52,24 +50,12 @@ class Store:
         self.held: set[tuple[str, str]] = set()
         with storage_errors(f"the cache directory {self.directory}"):
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = self._take_lock()
+            self._lock = take_lock(self.directory)
             self._remove_scratch()
             self.index = Index(self.directory / "index.sqlite")
         self._entries = {(entry.shelf, entry.name): entry for entry in self.index.entries()}
         self._verified: dict[tuple[str, str], tuple[Identity, dict[Form, list[int]]]] = {}
         self._reconcile()
-
-    def _take_lock(self) -> int:
-        lock = os.open(self.directory / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            raise StartupError(
-                f"Another Headstart server uses the cache directory {self.directory}. Stop it, or start "
-                "this one with another --cache-dir."
-            ) from None
-        return lock
 
     def close(self) -> None:
         self.index.close()
@@ -82,7 +68,10 @@ class Store:
 
     def _remove_scratch(self) -> None:
         for left_over in self.directory.glob(f"*/{SCRATCH}*"):
-            left_over.unlink()
+            try:
+                left_over.unlink()
+            except OSError as error:
+                log.warning("left over from an interrupted write, and still there: %s", error)
 
     def _reconcile(self) -> None:
         on_disk = set()
@@ -93,10 +82,14 @@ class Store:
         for key in self._entries.keys() - on_disk:
             self._forget(*key)
 
+    def refresh(self) -> None:
+        """Looks at all of the directory again: what others did there is seen from then on."""
+        self._reconcile()
+
     def _look(self, shelf: str, name: str) -> Entry | None:
         """The entry as the disk has it now; None, its file being removed, once its time is over. A damaged
-        file keeps the entry the index remembers, so that its state can be computed again; verification will
-        refuse it."""
+        file keeps the entry that its header has or the index remembers, so that its state can be computed
+        again; verification will refuse it."""
         entry = self._look_at_file(shelf, name)
         if entry and entry.is_over(self.clock()):
             self._end(entry)
@@ -116,7 +109,9 @@ class Store:
             entry = file.read(path)
         except (Corrupt, OSError) as error:
             log.warning("damaged cache file: %s", error)
-            return known
+            if salvaged := _salvaged(path):
+                self._remember(salvaged)
+            return salvaged or known
         if (entry.shelf, entry.name) != (shelf, name):
             log.warning("%s holds the cache %s of %s: ignored", path, entry.name, entry.shelf)
             return known
@@ -159,7 +154,7 @@ class Store:
             )
         return entry
 
-    def list(self, shelf: str | None = None) -> list[Entry]:
+    def entries(self, shelf: str | None = None) -> list[Entry]:
         keys = sorted(key for key in self._entries if shelf in (None, key[0]))
         return [entry for key in keys if (entry := self._look(*key))]
 
@@ -193,14 +188,28 @@ class Store:
             raise Corrupt(f"{path} is not the file it was")
         identity, tokens = self._verified.get((entry.shelf, entry.name), (None, {}))
         if identity != entry.identity:
-            try:
-                tokens = await asyncio.to_thread(file.verify, path, entry.identity)
-            except OSError as error:
-                raise Corrupt(str(error)) from error
-            self._verified[entry.shelf, entry.name] = (entry.identity, tokens)
+            tokens = await self.check(entry)
         stored = entry.forms[form]
         ref = StateRef(str(path), stored.state_offset, stored.state_bytes, stored.n_tokens, entry.identity)
         return VerifiedState(tokens[form], ref)
+
+    async def check(self, entry: Entry, *, from_disk: bool = False) -> dict[Form, list[int]]:
+        """Checks the file's hashes, whether or not they were checked before; the tokens of each form. Raises
+        Corrupt, also when the file is gone."""
+        path = self.path(entry.shelf, entry.name)
+        self._verified.pop((entry.shelf, entry.name), None)
+        try:
+            tokens = await asyncio.to_thread(file.verify, path, entry.identity, from_disk=from_disk)
+        except OSError as error:
+            raise Corrupt(str(error)) from error
+        self._verified[entry.shelf, entry.name] = (entry.identity, tokens)
+        return tokens
+
+    def remembered(self, shelf: str, form: Form) -> Iterator[list[int]]:
+        """The token ids of the shelf's states that were checked since the start."""
+        for key, (_, tokens) in self._verified.items():
+            if key[0] == shelf and form in tokens:
+                yield tokens[form]
 
     @contextmanager
     def scratch(self, shelf: str) -> Iterator[Path]:
@@ -263,11 +272,10 @@ class Store:
         self._forget(shelf, name)
 
 
-@contextmanager
-def storage_errors(what: str) -> Iterator[None]:
-    """Turns OSError into StorageFull or StorageError about `what`."""
+def _salvaged(path: Path) -> Entry | None:
+    """What a file that lost its end says of itself."""
     try:
-        yield
-    except OSError as error:
-        kind = StorageFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
-        raise kind(f"Can't write {what}: {error.strerror or error}") from error
+        entry = file.read(path, whole=False)
+    except (Corrupt, OSError):
+        return None
+    return entry if (entry.shelf, entry.name + SUFFIX) == (path.parent.name, path.name) else None

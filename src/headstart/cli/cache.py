@@ -141,6 +141,7 @@ def _fields(cache: Json) -> dict[str, str]:
         "Last used": _local(cache["last_used"]),
         "Saved": f"{cache['tokens_saved']:,} tokens, {cache['seconds_saved']:,.1f} s",
         **_terms(cache),
+        "Would hit": _prospect(cache),
     }
 
 
@@ -154,6 +155,12 @@ def _terms(cache: Json) -> dict[str, str]:
         "Metadata": "\n".join(f"{key}={value}" for key, value in cache["metadata"].items()),
     }
     return {label: value for label, value in fields.items() if value}
+
+
+def _prospect(cache: Json) -> str:
+    if cache.get("would_hit") is None:
+        return "unknown until its model has loaded"
+    return "yes" if cache["would_hit"] else f"no: {cache['miss_reason']}"
 
 
 def age(time: str | None) -> str:

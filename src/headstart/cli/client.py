@@ -99,6 +99,17 @@ class Client:
         except RequestFailed:
             return False
 
+    def is_there(self) -> bool:
+        """Whether something answers, ready or not. Raises RequestFailed when it can't be said."""
+        try:
+            with self._failures_told():
+                self._http.get("/health")
+        except RequestFailed as failure:
+            if isinstance(failure.__cause__, httpx.ConnectError):
+                return False
+            raise
+        return True
+
     @contextmanager
     def _failures_told(self) -> Iterator[None]:
         try:

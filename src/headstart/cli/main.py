@@ -9,6 +9,7 @@ import typer
 
 from headstart import __version__
 from headstart.arithmetic import Weights
+from headstart.cli import verify
 from headstart.cli.cache_commands import cache
 from headstart.cli.options import DEFAULT_URL, Model, Url, errors, failed, pairs
 from headstart.config import Settings, load_settings
@@ -21,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(cache, name="cache")
+verify.install(cache, DEFAULT_URL)
 
 
 def _say(text: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -226,7 +225,7 @@ class Engine:
         try:
             saved = state_file.write(place, state)
         except OSError as error:
-            kind: FailureKind = "storage_full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "storage"
+            kind: FailureKind = "storage_full" if error.errno in state_file.NO_ROOM else "storage"
             self.written.put(Failed(sequence.request.id, kind, f"state not written: {error.strerror}"))
         else:
             stats = self._stats(sequence, len(state), saved)

@@ -15,6 +15,8 @@ from blake3 import blake3
 from headstart.messages import SaveTo, StateRef
 
 READ_BYTES = 4 << 20
+# The disk, the user's quota, or the size that the system lets a file have (ulimit -f).
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Of what mincore says of a page only the lowest bit counts.
 LOWEST_BIT = bytes(number & 1 for number in range(256))
 

@@ -34,6 +34,9 @@ class Tokenizer(Protocol):
     def piece(self, token: int) -> bytes:
         """The bytes a generated token stands for; control tokens stand for none."""
 
+    def written(self, token: int) -> bytes:
+        """The bytes of a prompt that the token was made from; control tokens by their names."""
+
 
 def load_tokenizer(path: str) -> Tokenizer:
     """Raises StartupError for a file that is not a GGUF model."""
@@ -88,6 +91,9 @@ class LlamaTokenizer:
     def piece(self, token: int) -> bytes:
         return self._piece(token, special=False)
 
+    def written(self, token: int) -> bytes:
+        return self._piece(token, special=True)
+
     def _piece(self, token: int, special: bool) -> bytes:
         buffer = ctypes.create_string_buffer(64)
         size = lib.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, special)
@@ -115,6 +121,7 @@ class ToyTokenizer:
         merges = sorted(enumerate(MERGES, N_BYTES), key=lambda item: -len(item[1]))
         control = [(id_, text.encode()) for text, id_ in CONTROL.items()]
         self.specials = list(CONTROL)
+        self.names = {id_: text.encode() for text, id_ in CONTROL.items()}
         self.longest_first = control + merges
         self.pieces = dict(enumerate(MERGES, N_BYTES))
 
@@ -138,3 +145,6 @@ class ToyTokenizer:
         if token < N_BYTES:
             return bytes([token])
         return b"" if BOS <= token <= EOS else self.pieces[token]
+
+    def written(self, token: int) -> bytes:
+        return self.names.get(token) or self.piece(token)

@@ -17,8 +17,9 @@ from headstart.config import Settings
 from headstart.errors import HeadstartError
 from headstart.messages import StateRef, Stats
 from headstart.prompt.template import Message
-from headstart.service.caching import Caching, Opening
+from headstart.service.caching import Caching
 from headstart.service.model import ServedModel
+from headstart.service.opening import Opening
 from headstart.service.seen import MOST, Seen
 
 log = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ class Automatic:
         """Deletes the automatic caches not used for longest until the others keep within their quota; those
         that were deleted."""
         store, deleted = self.caching.store, []
-        entries = [e for e in store.list() if e.origin == "automatic" and not e.terms.pinned]
+        entries = [e for e in store.entries() if e.origin == "automatic" and not e.terms.pinned]
         entries.sort(key=lambda entry: store.usage(entry).last_used or entry.updated)
         excess = sum(entry.size_bytes for entry in entries) - 1e6 * self.settings.automatic_quota_mb
         for entry in entries:

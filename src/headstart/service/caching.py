@@ -5,33 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from msgspec.structs import replace
 
-from headstart.caches.entry import DEFAULT_TERMS, KEEPS_STATE, Content, Entry, Form, MissReason, Origin, Terms
-from headstart.caches.file import Corrupt
+from headstart.caches.entry import DEFAULT_TERMS, KEEPS_STATE, Content, Entry, Form, Origin, Terms
 from headstart.caches.store import Store
 from headstart.errors import BadRequest, CacheConflict, CacheNotFound
-from headstart.messages import StateRef
 from headstart.names import check_name, shelves
-from headstart.service.building import Build, Builder, OnProgress, opening_tokens
+from headstart.service.building import Build, Builder, OnProgress
+from headstart.service.joining import Asked, Joint
 from headstart.service.model import ServedModel
+from headstart.service.opening import Opening, opened
 from headstart.service.promises import Promises
 from headstart.service.quota import Quota
-from headstart.tokens import common_prefix
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Opening:
-    """What a named cache does for a request: `boundary` tokens come from `restore`, or why they don't."""
-
-    boundary: int
-    restore: StateRef | None = None
-    miss: MissReason | None = None
 
 
 class Caching:
@@ -42,6 +31,7 @@ class Caching:
         self.builder = Builder(store, quota or Quota(store))
         self.promises = Promises()
         self._builds: dict[tuple[str, str], asyncio.Task[Entry]] = {}
+        self._joints: dict[tuple[str, str], Joint] = {}
 
     async def close(self) -> None:
         for build in list(self._builds.values()):
@@ -74,7 +64,7 @@ class Caching:
         for entry in (entry for shelf in shelves(model.shelf) for entry in self.store.known(shelf)):
             is_for_chats = "chat" in entry.forms or "chat" in entry.evicted
             if is_for_chats and not entry.tools and entry.content.opening == system:
-                return entry, await self._open(model, entry, "chat", tokens)
+                return entry, await opened(self.store, model, entry, "chat", tokens)
         return None
 
     def is_building(self, entry: Entry) -> bool:
@@ -82,7 +72,7 @@ class Caching:
 
     def visible(self, owner: str, model: str | None = None) -> list[Entry]:
         """The owner's caches and everyone's, by model and name; of two with the same name the owner's."""
-        wanted = [e for e in self.store.list() if e.owner in ("", owner) and model in (None, e.model)]
+        wanted = [e for e in self.store.entries() if e.owner in ("", owner) and model in (None, e.model)]
         by_name = {(e.model, e.name): e for e in sorted(wanted, key=lambda entry: entry.owner)}
         return [by_name[key] for key in sorted(by_name)]
 
@@ -104,33 +94,13 @@ class Caching:
         key = (entry.shelf, entry.name)
         # A build that ends while the old state is looked at is one that had begun before.
         build = self._builds.get(key)
-        opening = await self._open(model, entry, form, tokens)
+        opening = await opened(self.store, model, entry, form, tokens)
         if opening.miss is None or opening.miss in KEEPS_STATE:
             return opening
         if build := build or self._builds.get(key):
             await asyncio.wait([build])
             return None
         return opening if self.current(model, entry.name) == entry else None
-
-    async def _open(self, model: ServedModel, entry: Entry, form: Form, tokens: list[int]) -> Opening:
-        wanted = await opening_tokens(model, form, entry.content)
-        boundary = min(common_prefix(wanted, tokens), len(tokens) - 1)
-        if reason := model.fingerprint.changed_since(entry.fingerprint):
-            return Opening(boundary, miss=reason)
-        if form in entry.evicted:
-            return Opening(boundary, miss="evicted")
-        if form not in entry.forms:
-            return Opening(boundary, miss="form_not_built" if wanted else "too_short")
-        if boundary <= 0 or (boundary < len(wanted) and not model.info.can_cut):
-            return Opening(max(boundary, 0), miss="prompt_differs")
-        try:
-            state = await self.store.verified(entry, form)
-        except Corrupt as error:
-            log.warning("cache %s of %s is damaged: %s", entry.name, entry.model, error)
-            return Opening(boundary, miss="corrupt")
-        if state.tokens != wanted:
-            return Opening(boundary, miss="template_changed")
-        return Opening(boundary, restore=state.ref)
 
     async def create(
         self,
@@ -147,27 +117,46 @@ class Caching:
         """Computes and stores the states of `content`, in all forms unless some are named; version 1 of the
         entry means that the name was new. Without `terms` it keeps those that it had.
 
-        Raises BadRequest, CacheConflict, StorageError or what the engine raises; then nothing has changed.
-        When the caller is cancelled, so is the build."""
+        Callers that ask for the same at the same time get the result of one build; when the last of them is
+        cancelled, so is the build. Raises BadRequest, CacheConflict (also while something else is built under
+        this name), StorageError or what the engine raises; then nothing has changed."""
         check_name(name, param="cache_name")
         if not content.opening:
             raise BadRequest("The prompt is empty: there is nothing to keep.", param="prompt")
         if origin != "declared":
             self._check_not_declared(model, name, param="cache_name")
-        self.check_not_building(model, name)
+        kept = terms or self.terms(model, name)
+        asked = Asked.of(content, content.forms if forms is None else forms, kept, origin)
+        joint = await self._joint(model, name, asked)
         previous = self.current(model, name)
         if previous and not overwrite:
             raise CacheConflict(f"There is a cache {name!r} already.", param="cache_name")
+        if joint:
+            return await joint.join(on_progress)
         version = previous.version + 1 if previous else 1
         wanted = content.forms if forms is None else forms
-        kept = terms or self.terms(model, name)
-        build = self._start(
-            Build(model, name, content, wanted, version, kept, origin, previous, on_progress=on_progress)
-        )
-        try:
-            return await asyncio.shield(build)
-        finally:
-            build.cancel()
+        joint = Joint(asked)
+        build = Build(model, name, content, wanted, version, kept, origin, previous, on_progress=joint.tell)
+        joint.task = self._start(build)
+        self._joints[model.shelf, name] = joint
+        return await joint.join(on_progress)
+
+    async def _joint(self, model: ServedModel, name: str, asked: Asked) -> Joint | None:
+        """The running build of the same; None once there is none of this name. One that everybody has left,
+        or that only makes the same content's states anew, is waited for. Raises CacheConflict."""
+        key = (model.shelf, name)
+        while task := self._builds.get(key):
+            joint = self._joints.get(key)
+            if joint and joint.asked == asked and not joint.abandoned:
+                return joint
+            if not (joint.abandoned if joint else self._holds(model, name, asked.content)):
+                self.check_not_building(model, name)
+            await asyncio.wait([task])
+        return None
+
+    def _holds(self, model: ServedModel, name: str, content: Content) -> bool:
+        entry = self.current(model, name)
+        return entry is not None and entry.content == content
 
     def terms(self, model: ServedModel, name: str) -> Terms:
         """How the named cache is kept, or would be by default if it were new. Raises InvalidName."""
@@ -214,6 +203,14 @@ class Caching:
                 )
             )
 
+    async def rebuilt(self, model: ServedModel, entry: Entry) -> Entry:
+        """The entry with its states computed again, once that is done. Raises StorageError or what the
+        engine raises."""
+        self.rebuild(model, entry)
+        if build := self._builds.get((entry.shelf, entry.name)):
+            return await asyncio.shield(build)
+        return self.store.find(entry.shelf, entry.name, param="name")
+
     def known_opening(self, model: ServedModel, text: str) -> str:
         """The longest cached completion prompt that `text` begins with; "" for none."""
         entries = (entry for shelf in shelves(model.shelf) for entry in self.store.known(shelf))
@@ -258,5 +255,6 @@ class Caching:
     def _ended(self, key: tuple[str, str], task: asyncio.Task[Entry]) -> None:
         del self._builds[key]
         self.store.held.discard(key)
+        self._joints.pop(key, None)
         if not task.cancelled() and (error := task.exception()):
             log.warning("building cache %s of %s failed: %s", key[1], key[0], error)

@@ -100,7 +100,7 @@ class Declared:
         return declaration.is_met_by(entry, model.fingerprint)
 
     def _prune(self, model: ServedModel, declared: set[str]) -> None:
-        for entry in self.caching.store.list(model.shelf):
+        for entry in self.caching.store.entries(model.shelf):
             if entry.origin == "declared" and entry.name not in declared:
                 try:
                     self.caching.delete(model, entry.name)

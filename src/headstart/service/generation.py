@@ -18,21 +18,25 @@ from headstart.prompt.answer import AnswerText
 from headstart.prompt.prompts import soon
 from headstart.prompt.template import Message
 from headstart.service.automatic import Automatic, Unnamed
-from headstart.service.caching import Caching, Opening
+from headstart.service.caching import Caching
+from headstart.service.explanation import Closest, Explanation, closest, explained, longest_match, texts_of
 from headstart.service.model import ServedModel
+from headstart.service.opening import Opening
 from headstart.tokens import common_prefix
 
 
 @dataclass(frozen=True)
 class Options:
     """What a request says besides its prompt. `max_tokens` None: to the end of the context. `reuse` False:
-    every prompt token is evaluated, nothing is taken from a cache or an earlier request."""
+    every prompt token is evaluated, nothing is taken from a cache or an earlier request. `explain`: the
+    result is to say why it started from a cache or didn't."""
 
     max_tokens: int | None = None
     sampling: Sampling = field(default_factory=Sampling)
     stop: Sequence[str] = ()
     use_cache: str | None = None
     reuse: bool = True
+    explain: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,8 @@ class Text:
 @dataclass(frozen=True)
 class Result:
     """The end of an answer of `n_tokens` tokens. `cache_hit` is None when no cache was named, else whether
-    the engine started from its state; all counts are the engine's."""
+    the engine started from its state; all counts are the engine's. `matched`: how many of the prompt's tokens
+    the closest known state begins with. `explanation`: only where it was asked for."""
 
     finish_reason: Literal["stop", "length"]
     n_tokens: int
@@ -53,6 +58,8 @@ class Result:
     cache_hit: bool | None = None
     cache_name: str | None = None
     miss: MissReason | None = None
+    matched: int = 0
+    explanation: Explanation | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,9 @@ class Prepared:
     entry: Entry | None = None
     opening: Opening = field(default_factory=lambda: Opening(0))
     unnamed: Unnamed | None = None
+    matched: int = 0
+    explain: bool = False
+    closest: Closest | None = None
 
 
 class Generation:
@@ -76,6 +86,12 @@ class Generation:
         self, model: ServedModel, messages: Sequence[Message], options: Options
     ) -> Prepared:
         """Raises BadRequest, CacheNotFound, ContextLengthExceeded or Unavailable."""
+        prepared = await self._prepare_chat(model, messages, options)
+        return await self._explaining(prepared, "chat", texts_of(messages)) if options.explain else prepared
+
+    async def _prepare_chat(
+        self, model: ServedModel, messages: Sequence[Message], options: Options
+    ) -> Prepared:
         prompts = model.prompts
         if options.use_cache is None:
             messages = self.automatic.with_default(messages)
@@ -95,6 +111,10 @@ class Generation:
 
     async def prepare_text(self, model: ServedModel, prompt: str, options: Options) -> Prepared:
         """Raises as `prepare_chat` does."""
+        prepared = await self._prepare_text(model, prompt, options)
+        return await self._explaining(prepared, "completion", [prompt]) if options.explain else prepared
+
+    async def _prepare_text(self, model: ServedModel, prompt: str, options: Options) -> Prepared:
         prompts = model.prompts
         if options.use_cache is None:
             tokens = await soon(lambda most: prompts.text(prompt, most))
@@ -171,7 +191,19 @@ class Generation:
         )
         if not options.reuse:
             opening = Opening(opening.boundary, miss="cache_prompt_false")
-        return Prepared(model, submit, options.stop, entry, opening)
+        form: Form = "chat" if param == "messages" else "completion"
+        known = (
+            opening.boundary
+            if entry
+            else longest_match(self.caching.store.remembered(model.shelf, form), tokens)
+        )
+        return Prepared(model, submit, options.stop, entry, opening, matched=known)
+
+    async def _explaining(self, prepared: Prepared, form: Form, texts: Sequence[str]) -> Prepared:
+        """The same request, whose result will say why it started from a cache or didn't."""
+        store, model = self.caching.store, prepared.model
+        known = [prepared.entry] if prepared.entry else store.entries(model.shelf)
+        return replace(prepared, explain=True, closest=await closest(model, form, known, texts))
 
     async def run(self, prepared: Prepared) -> AsyncGenerator[Text | Result, None]:
         """Yields the answer's text and, last, one Result. Closing it early ends the sequence."""
@@ -211,6 +243,8 @@ class Generation:
                             cache_hit=None if prepared.entry is None else miss is None,
                             cache_name=prepared.entry.name if prepared.entry else None,
                             miss=miss,
+                            matched=max(prepared.matched, stats.cached_tokens),
+                            explanation=_explained(prepared, miss, stats),
                         )
 
     def _heal(self, prepared: Prepared, miss: MissReason | None) -> None:
@@ -226,6 +260,13 @@ def _miss(prepared: Prepared, stats: Stats) -> MissReason | None:
     if prepared.opening.miss:
         return prepared.opening.miss
     return None if stats.cached_tokens >= prepared.opening.boundary else "restore_failed"
+
+
+def _explained(prepared: Prepared, miss: MissReason | None, stats: Stats) -> Explanation | None:
+    if not prepared.explain:
+        return None
+    named = prepared.entry is not None
+    return explained(prepared.closest, prepared.submit.tokens, named=named, miss=miss, stats=stats)
 
 
 def _leading_system(messages: Sequence[Message]) -> list[Message]:

@@ -80,7 +80,7 @@ class ServedModel:
 
     def _entries(self, store: Store) -> list[Entry]:
         """Its caches, whomever they belong to."""
-        return [entry for entry in store.list() if entry.model == self.name]
+        return [entry for entry in store.entries() if entry.model == self.name]
 
     def _load_prompts(self) -> Prompts:
         return load_prompts(self.path, self._template_file)

@@ -44,12 +44,14 @@ class Patient:
         set."""
         found: dict[str, list[str]] = {}
         for entry in self.entries:
-            others = {k: v for k, v in entry.fingerprint.settings.items() if k not in arithmetic.shown()}
-            kept = others | arithmetic.kept()
-            now = Fingerprint(self.weights, self.plan.key.engine, kept, self.template)
-            for reason, names in misfits([entry], now).items():
+            for reason, names in misfits([entry], self.fingerprint(entry, arithmetic)).items():
                 found.setdefault(reason, []).extend(names)
         return found
+
+    def fingerprint(self, entry: Entry, arithmetic: Arithmetic) -> Fingerprint:
+        """What states computed with it would have, taking from the entry's what only the engine could say."""
+        others = {k: v for k, v in entry.fingerprint.settings.items() if k not in arithmetic.shown()}
+        return Fingerprint(self.weights, self.plan.key.engine, others | arithmetic.kept(), self.template)
 
     def measure(self, say: Say, *, agree: bool) -> None:
         """Measures again; says which caches don't fit what was found, then remembers it. The arithmetic that

@@ -17,6 +17,7 @@ from headstart.service.lifecycle import Lifecycle
 from headstart.service.model import Say, ServedModel
 from headstart.service.quota import Quota
 from headstart.service.routes import split
+from headstart.service.verifying import Verifier
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class Service:
         self.automatic = Automatic(settings, self.caching)
         self.generation = Generation(self.caching, self.automatic)
         self.models = {name: ServedModel(name, path, settings) for name, path in settings.model_paths.items()}
+        self.verifier = Verifier(self.caching, self.models)
 
     async def load(self) -> None:
         """Returns when every model answers. Raises StartupError."""

@@ -1,0 +1,72 @@
+"""POST /v1/verify: checks caches, and repairs them if asked to."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+from pydantic import Field
+from starlette.responses import Response
+
+from headstart.api.schemas import Body, Utf8
+from headstart.api.streaming import BEGIN_SECONDS, EventStream, as_event, begun, while_connected
+from headstart.service.server import Service
+from headstart.service.verdict import Verdict
+from headstart.service.verifying import Wish
+
+router = APIRouter(prefix="/v1")
+
+Json = dict[str, Any]
+
+
+class VerifyRequest(Body):
+    model: Utf8 | None = Field(None, description="Only this model's caches.")
+    cache_name: Utf8 | None = Field(None, description="Only caches of this name.")
+    repair: bool = Field(False, description="Compute those damaged or unfit again from their prompts.")
+    remove_unreadable: bool = Field(
+        False,
+        description="With `repair`: delete files whose prompt can't be read, rather than set them aside.",
+    )
+    stream: bool = Field(False, description="Tell each cache's verdict as a server-sent event.")
+
+
+@router.post("/verify")
+async def verify(request: Request, body: VerifyRequest) -> Response:
+    """Checks the files' hashes as the disk has them, and what requests would make of each cache."""
+    service: Service = request.app.state.service
+    model = None if body.model is None else service.settings.aliases.get(body.model, body.model)
+    wish = Wish(model, body.cache_name, body.repair, body.remove_unreadable)
+    verdicts = service.verifier.verify(wish)
+    if body.stream:
+        return EventStream(await begun(request, _events(verdicts), BEGIN_SECONDS))
+    return JSONResponse(await while_connected(request, _whole(verdicts)))
+
+
+async def _events(verdicts: AsyncGenerator[Verdict, None]) -> AsyncGenerator[bytes, None]:
+    known = []
+    async with aclosing(verdicts):
+        async for verdict in verdicts:
+            known.append(verdict)
+            yield as_event({"object": "cache.verdict", **msgspec.structs.asdict(verdict)})
+    yield as_event(_summary(known))
+
+
+async def _whole(verdicts: AsyncGenerator[Verdict, None]) -> Json:
+    known = [verdict async for verdict in verdicts]
+    return _summary(known) | {"data": [msgspec.structs.asdict(verdict) for verdict in known]}
+
+
+def _summary(verdicts: list[Verdict]) -> Json:
+    states = Counter(verdict.state for verdict in verdicts)
+    return {
+        "object": "cache.verification",
+        "checked": len(verdicts),
+        **{state: states[state] for state in ("ok", "damaged", "unfit", "stray")},
+        "repaired": sum(verdict.action == "rebuilt" for verdict in verdicts),
+        "wrong": sum(verdict.is_wrong for verdict in verdicts),
+    }

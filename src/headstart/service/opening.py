@@ -1,0 +1,61 @@
+"""Whether a request may start from a cache's state, or why it may not."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from headstart.caches.entry import Entry, Form, MissReason
+from headstart.caches.file import Corrupt
+from headstart.caches.store import Store
+from headstart.messages import StateRef
+from headstart.service.building import opening_tokens
+from headstart.service.model import ServedModel
+from headstart.tokens import common_prefix
+
+log = logging.getLogger(__name__)
+
+# Stands for whatever a request has after the cache.
+NO_TOKEN = -1
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What a named cache does for a request: `boundary` tokens come from `restore`, or why they don't."""
+
+    boundary: int
+    restore: StateRef | None = None
+    miss: MissReason | None = None
+
+
+async def opened(store: Store, model: ServedModel, entry: Entry, form: Form, tokens: list[int]) -> Opening:
+    """What the cache does for a request whose prompt is `tokens`, as things are. Raises ModelLoading."""
+    wanted = await opening_tokens(model, form, entry.content)
+    boundary = min(common_prefix(wanted, tokens), len(tokens) - 1)
+    if reason := model.fingerprint.changed_since(entry.fingerprint):
+        return Opening(boundary, miss=reason)
+    if form in entry.evicted:
+        return Opening(boundary, miss="evicted")
+    if form not in entry.forms:
+        return Opening(boundary, miss="form_not_built" if wanted else "too_short")
+    if boundary <= 0 or (boundary < len(wanted) and not model.info.can_cut):
+        return Opening(max(boundary, 0), miss="prompt_differs")
+    try:
+        state = await store.verified(entry, form)
+    except Corrupt as error:
+        log.warning("cache %s of %s is damaged: %s", entry.name, entry.model, error)
+        return Opening(boundary, miss="corrupt")
+    if state.tokens != wanted:
+        return Opening(boundary, miss="template_changed")
+    return Opening(boundary, restore=state.ref)
+
+
+async def miss_reason(store: Store, model: ServedModel, entry: Entry) -> MissReason | None:
+    """Why a request that begins with the cache would not start from its state as things are; None: it
+    would. Raises ModelLoading."""
+    for form in tuple(entry.forms) or entry.content.forms:
+        wanted = await opening_tokens(model, form, entry.content)
+        opening = await opened(store, model, entry, form, [*wanted, NO_TOKEN])
+        if opening.miss:
+            return opening.miss
+    return None

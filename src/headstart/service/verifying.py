@@ -1,0 +1,126 @@
+"""Looks at every cache as the disk has it, tells which would hit, and repairs the others if asked to."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass
+
+from headstart.caches.entry import Entry
+from headstart.caches.file import Corrupt
+from headstart.caches.strays import Stray, set_aside, strays
+from headstart.errors import CacheNotFound, HeadstartError, ModelLoading
+from headstart.names import NAME, SHELF
+from headstart.service.caching import Caching
+from headstart.service.model import ServedModel
+from headstart.service.opening import miss_reason
+from headstart.service.verdict import Verdict, judged, judged_stray
+
+
+@dataclass(frozen=True)
+class Wish:
+    """Which caches are looked at, all unless a model or a name is given. `repair`: those damaged or unfit are
+    computed again from their prompts, and a file from which none can be read is set aside; or, with
+    `remove_unreadable`, deleted."""
+
+    model: str | None = None
+    name: str | None = None
+    repair: bool = False
+    remove_unreadable: bool = False
+
+    def covers(self, model: str, name: str) -> bool:
+        return self.model in (None, model) and self.name in (None, name)
+
+
+class Verifier:
+    """Works beside requests; what they replace or delete meanwhile is looked at anew or left out."""
+
+    def __init__(self, caching: Caching, models: Mapping[str, ServedModel]) -> None:
+        self.caching = caching
+        self.store = caching.store
+        self.models = models
+
+    async def verify(self, wish: Wish) -> AsyncGenerator[Verdict, None]:
+        """Raises CacheNotFound when one is named that isn't there."""
+        found = await asyncio.to_thread(strays, self.store.directory)
+        self.store.refresh()
+        n_verdicts = 0
+        for entry in self.store.entries():
+            if wish.covers(entry.model, entry.name) and (verdict := await self._entry(entry, wish)):
+                n_verdicts += 1
+                yield verdict
+        for stray in found:
+            if wish.covers(stray.model, stray.name) and not self._knows(stray):
+                n_verdicts += 1
+                yield self._stray(stray, wish)
+        if wish.name is not None and not n_verdicts:
+            raise CacheNotFound(f"There is no cache {wish.name!r}.", param="cache_name")
+
+    async def _entry(self, entry: Entry, wish: Wish) -> Verdict | None:
+        """None: it was deleted meanwhile."""
+        model = self._model(entry)
+        verdict = await self._look(model, entry)
+        try:
+            current = self.store.find(entry.shelf, entry.name)
+        except CacheNotFound:
+            return None
+        if current != entry and (current.version, current.identity) != (entry.version, entry.identity):
+            return await self._entry(current, wish)
+        if not (wish.repair and verdict.is_wrong):
+            return verdict
+        if model is None:
+            return verdict.after("failed", f"{verdict.detail}; it can be repaired where its model is served")
+        try:
+            await self.caching.rebuilt(model, entry)
+        except HeadstartError as error:
+            return verdict.after("failed", f"{verdict.detail}; computing it again failed: {error.message}")
+        return verdict.after("rebuilt", f"{verdict.detail}; it was computed again")
+
+    async def _look(self, model: ServedModel | None, entry: Entry) -> Verdict:
+        try:
+            await self.store.check(entry, from_disk=True)
+        except Corrupt as error:
+            return judged(entry, "corrupt", str(error))
+        if model is None:
+            return Verdict(entry.name, entry.model, "ok", detail="its model is not being served")
+        try:
+            miss = await miss_reason(self.caching.store, model, entry)
+            words = model.fingerprint.differences(entry.fingerprint)
+        except ModelLoading as error:
+            return Verdict(entry.name, entry.model, "ok", detail=error.message)
+        return judged(entry, miss, words)
+
+    def _model(self, entry: Entry) -> ServedModel | None:
+        """As the cache's owner sees it."""
+        model = self.models.get(entry.model)
+        if model is None or model.owner == entry.owner:
+            return model
+        owned = copy.copy(model)
+        owned.owner = entry.owner
+        return owned
+
+    def _knows(self, stray: Stray) -> bool:
+        """Whether the index remembers the prompt that the file itself doesn't tell."""
+        if not (SHELF.fullmatch(stray.shelf) and NAME.fullmatch(stray.name)):
+            return False
+        try:
+            self.store.find(stray.shelf, stray.name)
+        except CacheNotFound:
+            return False
+        return True
+
+    def _stray(self, stray: Stray, wish: Wish) -> Verdict:
+        verdict = judged_stray(stray)
+        if not (wish.repair and stray.damaged):
+            return verdict
+        try:
+            if wish.remove_unreadable:
+                stray.path.unlink()
+                return verdict.after("removed", f"{stray.why}; its prompt can't be read, so it was deleted")
+            aside = set_aside(stray.path)
+        except OSError as error:
+            return verdict.after("failed", f"{stray.why}; it can't be set aside: {error.strerror}")
+        return verdict.after(
+            "set_aside", f"{stray.why}; its prompt can't be read, so the file was kept as {aside.name}"
+        )
