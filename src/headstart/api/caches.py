@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from headstart.api.schemas import CacheRequest
 from headstart.api.streaming import BEGIN_SECONDS, EventStream, as_event, begun, while_connected
-from headstart.caches.entry import Content, Entry
+from headstart.caches.entry import Entry
 from headstart.names import check_name
 from headstart.service.model import ServedModel
 from headstart.service.server import Service
@@ -41,8 +41,8 @@ async def _create(service: Service, model: ServedModel, body: CacheRequest, on_p
     entry = await service.caching.create(
         model,
         body.cache_name,
-        Content(body.prompt),
-        forms=tuple(dict.fromkeys(body.forms)),
+        body.content(),
+        forms=body.wanted(),
         overwrite=body.allow_overwrite,
         on_progress=on_progress,
     )
@@ -100,11 +100,11 @@ async def list_of_model(request: Request, model: str) -> Json:
 
 @router.get("/{model}/{name:path}")
 async def show(request: Request, model: str, name: str) -> Json:
-    """One cache, with its prompt."""
+    """One cache, with what it holds."""
     service: Service = request.app.state.service
     served = service.model(model)
     entry = service.store.find(served.shelf, check_name(name, param="name"), param="name")
-    return _described(service, entry) | {"prompt": entry.prompt}
+    return _described(service, entry) | _content(entry)
 
 
 @router.delete("/{model}/{name:path}")
@@ -136,6 +136,15 @@ def _described(service: Service, entry: Entry) -> Json:
         "hits": usage.hits,
         "last_used": _time(usage.last_used),
     }
+
+
+def _content(entry: Entry) -> Json:
+    """What the cache holds the state of, and of a derived one, what it is composed of."""
+    content: Json = {"origin": entry.origin}
+    content |= (
+        {"messages": entry.messages, "tools": entry.tools} if entry.messages else {"prompt": entry.prompt}
+    )
+    return content | ({"parts": entry.parts} if entry.parts else {})
 
 
 def _forms(entry: Entry) -> Json:

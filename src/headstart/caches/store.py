@@ -187,8 +187,11 @@ class Store:
         """Makes what was written to a scratch file the cache of this entry's name, atomically replacing an
         older one. Raises OSError, the old one being untouched. Returns the entry as stored."""
         stored = await asyncio.to_thread(self._publish, writer, entry)
+        previous = self._entries.get((entry.shelf, entry.name))
         self._verified[entry.shelf, entry.name] = (stored.identity, writer.tokens)
         self._remember(stored)
+        if previous and previous.content != stored.content:
+            self._delete_derived(entry.shelf, entry.name)
         return stored
 
     def _publish(self, writer: Writer, entry: Entry) -> Entry:
@@ -206,6 +209,16 @@ class Store:
             path.unlink(missing_ok=True)
             _sync_directory(path.parent)
         self._forget(shelf, name)
+        self._delete_derived(shelf, name)
+
+    def _delete_derived(self, shelf: str, name: str) -> None:
+        """Forgets the caches composed of this one and others: they are found by their content, which nobody
+        will ask for again. One that can't be deleted takes room and does no harm."""
+        for entry in [entry for entry in self.known(shelf) if name in entry.parts]:
+            try:
+                self.delete(shelf, entry.name)
+            except (CacheNotFound, StorageError) as error:
+                log.warning("a derived cache was not deleted: %s", error)
 
 
 def _identity(path: Path) -> Identity | None:

@@ -74,15 +74,18 @@ def reusable(slot: Slot, request: Submit, cuts: Cuts, *, can_cut: bool) -> int:
     """How many tokens of the slot the request may start from; at least one of its own is always left.
 
     What was prefilled is reused up to a place where this request's own prefill would be cut, which makes its
-    output the same as without reuse. Decoded tokens are reused too, by a request that continues them.
+    output the same as without reuse. Decoded tokens are reused too, by a request that continues them, but
+    never saved.
     """
     if not request.reuse:
         return 0
     shared = min(common_prefix(slot.tokens, request.tokens), len(request.tokens) - 1)
     if not can_cut:
-        return shared if shared == len(slot.tokens) else 0
-    if shared > slot.exact:
+        whole = shared == len(slot.tokens) and (shared <= slot.exact or not request.save_to)
+        return shared if whole else 0
+    if shared > slot.exact and not request.save_to:
         return shared
+    shared = min(shared, slot.exact)
     return _last_common_cut(shared, slot.boundary, request.boundary, cuts)
 
 

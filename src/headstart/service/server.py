@@ -33,6 +33,7 @@ class Service:
         await asyncio.gather(*(model.load(self.store, self.say, measuring) for model in self.models.values()))
 
     async def close(self) -> None:
+        await self.generation.conversations.close()
         await self.caching.close()
         await asyncio.gather(*(model.engine.close() for model in self.models.values()))
         self.store.close()
