@@ -72,9 +72,9 @@ class Driver:
         self.finish()
         return self.tokens(request), self.end(request)
 
-    def save(self, tokens: list[int], path: Path) -> StateRef:
+    def save(self, tokens: list[int], path: Path, **more: Any) -> StateRef:
         path.touch()
-        request = self.submit(tokens, 0, boundary=len(tokens), save_to=SaveTo(str(path)))
+        request = self.submit(tokens, 0, boundary=len(tokens), save_to=SaveTo(str(path)), **more)
         self.finish()
         self.woken.get(timeout=10)
         self.step()

@@ -104,7 +104,10 @@ class Submit(Struct, frozen=True, tag=True):
 
     `boundary`: where prefill is cut so that the values don't depend on whether the first `boundary` tokens
     were computed or restored; 0 for none, below the number of tokens unless nothing is generated. Of a state
-    in `restore` no more than `boundary` tokens are used. `reuse=False`: every token is evaluated.
+    in `restore` no more than `boundary` tokens are used. `shared`: `restore` is the state of another opening,
+    which has so many tokens in common with this one; it is used up to a place where both are cut, if the
+    model can cut states at all. None: it is this opening's own. `reuse=False`: every token is evaluated. What
+    is saved was prefilled, whatever was decoded before.
     """
 
     id: int
@@ -113,6 +116,7 @@ class Submit(Struct, frozen=True, tag=True):
     max_tokens: int = 0
     sampling: Sampling = Sampling()
     restore: StateRef | None = None
+    shared: int | None = None
     save_to: SaveTo | None = None
     reuse: bool = True
 

@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from headstart.api.streaming import BEGIN_SECONDS, EventStream, as_event, begun, while_connected
 from headstart.api.terms import CreateRequest, EditRequest, iso_time, shown
-from headstart.caches.entry import Content, Entry
+from headstart.caches.entry import Entry
 from headstart.errors import ModelLoading
 from headstart.service.model import ServedModel
 from headstart.service.opening import miss_reason
@@ -42,8 +42,8 @@ async def _create(service: Service, model: ServedModel, body: CreateRequest, on_
     entry = await service.caching.create(
         model,
         body.cache_name,
-        Content(body.prompt),
-        forms=tuple(dict.fromkeys(body.forms)),
+        body.content(),
+        forms=body.wanted(),
         terms=replace(service.caching.terms(model, body.cache_name), **body.given()),
         overwrite=body.allow_overwrite,
         on_progress=on_progress,
@@ -110,11 +110,11 @@ async def list_of_model(request: Request, model: str) -> Json:
 
 @router.get("/{model}/{name:path}")
 async def show(request: Request, model: str, name: str) -> Json:
-    """One cache, with its prompt."""
+    """One cache, with what it holds."""
     service: Service = request.app.state.service
     served = service.model(model)
     entry = service.caching.look_up(served, name, param="name")
-    return _described(service, entry) | {"prompt": entry.prompt} | await _prospect(service, served, entry)
+    return _described(service, entry) | _content(entry) | await _prospect(service, served, entry)
 
 
 @router.patch("/{model}/{name:path}")
@@ -173,6 +173,15 @@ def _described(service: Service, entry: Entry) -> Json:
         "tokens_saved": usage.tokens_saved,
         "seconds_saved": round(usage.seconds_saved, 3),
     }
+
+
+def _content(entry: Entry) -> Json:
+    """What the cache holds the state of, and of a derived one, what it is composed of."""
+    content: Json = {"origin": entry.origin}
+    content |= (
+        {"messages": entry.messages, "tools": entry.tools} if entry.messages else {"prompt": entry.prompt}
+    )
+    return content | ({"parts": entry.parts} if entry.parts else {})
 
 
 def _forms(entry: Entry) -> Json:

@@ -22,7 +22,8 @@ from headstart.api.schemas import (
     GenerationRequest,
 )
 from headstart.api.streaming import BEGIN_SECONDS, EventStream, as_event, begun, while_connected
-from headstart.service.generation import Options, Prepared, Result, Text
+from headstart.service.generation import Result, Text
+from headstart.service.preparation import Options, Prepared
 from headstart.service.server import Service
 
 router = APIRouter(prefix="/v1")
@@ -35,12 +36,13 @@ EXPLAIN_HEADER = "x-headstart-explain"
 
 @router.post("/chat/completions")
 async def chat_completions(request: Request, body: ChatRequest) -> Response:
-    """Answers a chat; with `use_cache` the named prompt is its system message."""
+    """Answers a chat; with `use_cache` it begins as the named caches do."""
     service: Service = request.app.state.service
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     messages = [message.plain() for message in body.messages]
     model = addressed(request, body)
-    prepared = await service.generation.prepare_chat(model, messages, _options(request, body, limit))
+    options = _options(request, body, limit)
+    prepared = await service.preparation.chat(model, messages, options, body.tools)
     return await _answer(request, body, prepared, Chat(body.model))
 
 
@@ -50,7 +52,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     service: Service = request.app.state.service
     limit = COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     model = addressed(request, body)
-    prepared = await service.generation.prepare_text(model, body.text(), _options(request, body, limit))
+    prepared = await service.preparation.text(model, body.text(), _options(request, body, limit))
     return await _answer(request, body, prepared, Completion(body.model))
 
 
@@ -70,7 +72,8 @@ class Chat:
         self.head = {"id": self.prefix + uuid.uuid4().hex, "created": int(time.time()), "model": model}
 
     def whole(self, text: str, result: Result) -> Json:
-        return self._object(self.object, self._choice(text, result.finish_reason)) | _account(result)
+        account = {"usage": usage(result), **ending(result)}
+        return self._object(self.object, self._choice(text, result.finish_reason)) | account
 
     def chunk(self, text: str | None, finish_reason: str | None) -> Json:
         return self._object(self.chunk_object, self._chunk_choice(text, finish_reason))
@@ -145,19 +148,17 @@ async def stream(
                 yield waiting + before + msgspec.json.encode(event.text) + after
                 waiting = b""
             else:
-                last = shape.chunk(None, event.finish_reason) | extra | {"timings": timings(event)}
-                last |= _explanation(event)
+                last = shape.chunk(None, event.finish_reason) | extra | ending(event)
                 account = as_event(shape.usage_chunk(event)) if include_usage else b""
                 yield waiting + as_event(last) + account
 
 
-def _account(result: Result) -> Json:
-    return {"usage": usage(result), "timings": timings(result)} | _explanation(result)
-
-
-def _explanation(result: Result) -> Json:
+def ending(result: Result) -> Json:
+    """What is told at the end of an answer, beside its usage."""
+    saved = {"saved_as": result.saved_as} if result.saved_as else {}
     told = result.explanation
-    return {"cache_explanation": msgspec.structs.asdict(told)} if told else {}
+    explained = {"cache_explanation": msgspec.structs.asdict(told)} if told else {}
+    return {"timings": timings(result), **saved, **explained}
 
 
 def usage(result: Result) -> Json:
@@ -171,7 +172,7 @@ def usage(result: Result) -> Json:
     }
     if result.cache_hit is not None:
         account["cache_hit"] = result.cache_hit
-        account["cached_prompts"] = [result.cache_name] if result.cache_hit else []
+        account["cached_prompts"] = list(result.cache_names) if result.cache_hit else []
     if result.miss:
         account["cache_miss_reason"] = result.miss
     return account

@@ -3,14 +3,16 @@ are refused unless they ask for nothing."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from headstart.caches.entry import FORMS, Form
+from headstart.api.tools import Tool, ToolCall
+from headstart.caches.entry import FORMS, Content, Form
 from headstart.errors import BadRequest
 from headstart.messages import Sampling
-from headstart.service.generation import Options
+from headstart.service.preparation import Options
 
 COMPLETION_MAX_TOKENS = 16
 
@@ -40,7 +42,9 @@ class GenerationRequest(Body):
     """What chat and text completions have in common."""
 
     model: Utf8
-    use_cache: Utf8 | None = Field(None, description="Name of the cache to start from.")
+    use_cache: Utf8 | list[Utf8] | None = Field(
+        None, description="Name of the cache to start from, or several names."
+    )
     cache_prompt: bool = Field(
         True, description="False: evaluate every prompt token, taking nothing from caches or slots."
     )
@@ -69,10 +73,17 @@ class GenerationRequest(Body):
             max_tokens=max_tokens,
             sampling=Sampling(**given),
             stop=[self.stop] if isinstance(self.stop, str) else self.stop or [],
-            use_cache=self.use_cache,
+            use_cache=self.names,
             reuse=self.cache_prompt,
             explain=self.explain_cache,
         )
+
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        """The caches to start from."""
+        if isinstance(self.use_cache, list):
+            return tuple(self.use_cache)
+        return None if self.use_cache is None else (self.use_cache,)
 
     @property
     def include_usage(self) -> bool:
@@ -101,6 +112,7 @@ HARMLESS: dict[str, tuple[object, ...]] = {
     "functions": (None, []),
     "response_format": (None, {"type": "text"}),
     "modalities": (None, ["text"]),
+    "save_as": (None,),
 }
 
 
@@ -110,18 +122,44 @@ class TextPart(Body):
 
 
 class ChatMessage(Body):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Utf8 | list[TextPart]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Utf8 | list[TextPart] | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: Utf8 | None = None
+    name: Utf8 | None = None
 
-    def plain(self) -> dict[str, str]:
-        """Role and text, as chat templates want them."""
-        text = self.content if isinstance(self.content, str) else "".join(p.text for p in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+    @model_validator(mode="after")
+    def _has_content(self) -> ChatMessage:
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise ValueError("A message needs content")
+        return self
+
+    def plain(self) -> dict[str, Any]:
+        """Role and text, as chat templates want them, and what there is to say about tools."""
+        parts = self.content if isinstance(self.content, list) else []
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in parts)
+        message: dict[str, Any] = {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": text,
+        }
+        if self.role == "assistant" and self.tool_calls:
+            message["tool_calls"] = self.tool_calls
+        if self.role == "tool":
+            message |= {k: v for k in ("tool_call_id", "name") if (v := getattr(self, k)) is not None}
+        return message
 
 
 class ChatRequest(GenerationRequest):
     messages: list[ChatMessage] = Field(min_length=1)
+    tools: list[Tool] | None = Field(None, description="Functions that the model may call.")
     max_completion_tokens: int | None = Field(None, ge=0, description="Overrides `max_tokens`.")
+    save_as: Utf8 | None = Field(None, description="Name under which to keep the chat with its answer.")
+    allow_overwrite: bool | None = Field(
+        None, description="Whether `save_as` may replace a cache; by default only a saved chat."
+    )
+
+    def options(self, max_tokens: int | None) -> Options:
+        return replace(super().options(max_tokens), save_as=self.save_as, overwrite=self.allow_overwrite)
 
 
 class CompletionRequest(GenerationRequest):
@@ -141,9 +179,39 @@ class CacheRequest(Body):
     model_config = ConfigDict(extra="allow", populate_by_name=True)
 
     cache_name: Utf8
-    prompt: Utf8 = Field(description="The system prompt in chats; the leading text in completions.")
+    prompt: Utf8 | None = Field(
+        None, description="The system prompt in chats; the leading text in completions."
+    )
+    messages: list[ChatMessage] | None = Field(
+        None, min_length=1, description="Instead of a prompt: what chats begin with."
+    )
+    tools: list[Tool] | None = Field(None, description="With messages: functions the model may call.")
     forms: list[Form] = Field(
         list(FORMS), alias="for", min_length=1, description="What the cache is for: chat, completion or both."
     )
     allow_overwrite: bool = Field(True, description="False: 409 when there is one of this name.")
     stream: bool = Field(False, description="Report progress as server-sent events.")
+
+    def content(self) -> Content:
+        """Raises BadRequest unless there is a prompt or there are messages."""
+        if self.messages is None:
+            if self.prompt is None:
+                raise BadRequest("A cache needs a prompt or messages.", param="prompt")
+            if self.tools:
+                raise BadRequest(
+                    "tools go with messages; send the prompt as the first of them.", param="tools"
+                )
+            return Content(self.prompt)
+        if self.prompt is not None:
+            raise BadRequest("A cache has either a prompt or messages.", param="messages")
+        return Content(messages=[message.plain() for message in self.messages], tools=self.tools or [])
+
+    def wanted(self) -> tuple[Form, ...]:
+        """The forms asked for. Raises BadRequest for those that messages don't have."""
+        if self.messages is None:
+            return tuple(dict.fromkeys(self.forms))
+        if "forms" in self.model_fields_set and "completion" in self.forms:
+            raise BadRequest(
+                "Messages are for chats only: leave completion out, or send a prompt.", param="for"
+            )
+        return ("chat",)

@@ -229,8 +229,14 @@ class Store:
         older one. Raises OSError, the old one being untouched. Returns the entry as stored."""
         stored = await asyncio.to_thread(self._publish, writer, entry)
         self._verified[entry.shelf, entry.name] = (stored.identity, writer.tokens)
-        self._remember(stored)
+        self._replace(stored)
         return stored
+
+    def _replace(self, stored: Entry) -> None:
+        previous = self._entries.get((stored.shelf, stored.name))
+        self._remember(stored)
+        if previous and previous.content != stored.content:
+            self._delete_derived(stored.shelf, stored.name)
 
     def _publish(self, writer: Writer, entry: Entry) -> Entry:
         final = self.path(entry.shelf, entry.name)
@@ -261,7 +267,7 @@ class Store:
         """Makes a scratch file, which was written and synced, the cache that it holds. It is so before
         anything is waited for. Raises OSError."""
         scratch.rename(self.path(stored.shelf, stored.name))
-        self._remember(stored)
+        self._replace(stored)
         await asyncio.to_thread(sync_directory, scratch.parent)
 
     def _remove(self, shelf: str, name: str) -> None:
@@ -270,6 +276,18 @@ class Store:
             path.unlink(missing_ok=True)
             sync_directory(path.parent)
         self._forget(shelf, name)
+        self._delete_derived(shelf, name)
+
+    def _delete_derived(self, shelf: str, name: str) -> None:
+        """Forgets the caches composed of this one and others: they are found by their content, which nobody
+        will ask for again. One that can't be deleted takes room and does no harm."""
+        # A key's own caches may be composed of everyone's.
+        shelves = (entry for entry in self.known() if shelf in (entry.shelf, entry.model))
+        for entry in [entry for entry in shelves if name in entry.parts]:
+            try:
+                self.delete(entry.shelf, entry.name)
+            except (CacheNotFound, StorageError) as error:
+                log.warning("a derived cache was not deleted: %s", error)
 
 
 def _salvaged(path: Path) -> Entry | None:

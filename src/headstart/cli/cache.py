@@ -90,7 +90,7 @@ def show(client: Client, name: str, model: str | None, as_json: bool) -> None:
     for label, value in _fields(cache).items():
         fields.add_row(label, Text(value))
     out.print(fields, soft_wrap=False)
-    out.print(f"\n{cache['prompt']}")
+    out.print(f"\n{_content(cache)}")
 
 
 def delete(client: Client, name: str, model: str | None) -> None:
@@ -161,6 +161,19 @@ def _prospect(cache: Json) -> str:
     if cache.get("would_hit") is None:
         return "unknown until its model has loaded"
     return "yes" if cache["would_hit"] else f"no: {cache['miss_reason']}"
+
+
+def _content(cache: Json) -> str:
+    """The prompt; or the messages, each under its role, and before them the tools."""
+    if "prompt" in cache:
+        return str(cache["prompt"])
+    tools = [f"[tool]\n{json.dumps(tool, ensure_ascii=False)}" for tool in cache["tools"]]
+    return "\n\n".join([*tools, *(f"[{m['role']}]\n{_said(m)}" for m in cache["messages"])])
+
+
+def _said(message: Json) -> str:
+    calls = [json.dumps(call, ensure_ascii=False) for call in message.get("tool_calls", [])]
+    return "\n".join([*filter(None, [message["content"]]), *calls])
 
 
 def age(time: str | None) -> str:

@@ -15,7 +15,7 @@ from headstart.engine.cuts import Cuts
 from headstart.engine.model import Piece
 from headstart.engine.pool import ANSWER_CELLS, Pool
 from headstart.engine.sequence import Sequence, Slot, reusable
-from headstart.messages import StateRef
+from headstart.messages import StateRef, Submit
 
 Work = list[tuple[Sequence, Piece]]
 
@@ -90,18 +90,33 @@ class Scheduler:
             yield from seat
             return
         origin = self._origin(sequence)
-        usable = request.boundary if isinstance(origin, Slot) else _usable(origin, request.boundary)
+        usable = self._usable(origin, request)
         if origin and usable > keep:
             yield Start(sequence, _least_useful(free), usable, origin)
         else:
             yield Start(sequence, best if keep else _least_useful(free), keep, None)
 
     def _origin(self, sequence: Sequence) -> StateRef | Slot | None:
-        """Where the sequence's whole opening can be had from, without its being computed again."""
+        """Where the sequence's whole opening can be had from, or else its beginning, without its being
+        computed again."""
         request = sequence.request
         if not request.reuse:
             return None
-        return request.restore or self._holder(request.tokens, request.boundary)
+        if self._restores_whole(request):
+            return request.restore
+        return self._holder(request.tokens, request.boundary) or request.restore
+
+    def _usable(self, origin: Origin, request: Submit) -> int:
+        """Of `origin`, a state's or a slot's whole opening."""
+        if not isinstance(origin, StateRef):
+            return request.boundary
+        if request.shared is None:
+            return min(origin.n_tokens, request.boundary)
+        # Before the boundary of either of them both are cut on one grid.
+        return self.cuts.last(0, min(request.shared, request.boundary)) if self.can_cut else 0
+
+    def _restores_whole(self, request: Submit) -> bool:
+        return bool(request.restore) and self._usable(request.restore, request) == request.boundary
 
     def restores(self, sequence: Sequence) -> StateRef | None:
         """The state that, as things are, the sequence will be restored from: nothing idle holds it."""
@@ -112,7 +127,7 @@ class Scheduler:
             return None
         free = (slot for slot in self.slots if slot.sequence is None)
         held = max((reusable(slot, request, self.cuts, can_cut=self.can_cut) for slot in free), default=0)
-        return request.restore if held < _usable(request.restore, request.boundary) else None
+        return request.restore if held < self._usable(request.restore, request) else None
 
     def _holder(self, tokens: list[int], boundary: int) -> Slot | None:
         """A slot, also one in use, that holds the exact values of an opening."""
@@ -126,7 +141,7 @@ class Scheduler:
 
     def _is_being_computed(self, sequence: Sequence) -> bool:
         request = sequence.request
-        if not (request.reuse and request.boundary and self.can_cut) or request.restore:
+        if not (request.reuse and request.boundary and self.can_cut) or self._restores_whole(request):
             return False
         if request.save_to or self._holder(request.tokens, request.boundary):
             return False
@@ -147,7 +162,7 @@ class Scheduler:
             return None
         if not shares:
             origin = self._origin(sequence)
-            if pool.running or origin is None or _usable(origin, boundary) < boundary:
+            if pool.running or origin is None or self._usable(origin, request) < boundary:
                 return None
             return self._refill(pool, sequence, origin) if self._has_company(sequence) else None
         needed = sequence.n_prompt - boundary + ANSWER_CELLS
@@ -269,10 +284,6 @@ class Scheduler:
             assert self.pool.free >= 0
             n = len(self.pool.prefix)
             assert all(seat.tokens[:n] == self.pool.prefix for seat in self.pool.seats if seat.tokens)
-
-
-def _usable(origin: Origin, boundary: int) -> int:
-    return min(origin.n_tokens, boundary) if isinstance(origin, StateRef) else boundary
 
 
 def _same_opening(one: Sequence, other: Sequence) -> bool:

@@ -74,18 +74,18 @@ def reusable(slot: Slot, request: Submit, cuts: Cuts, *, can_cut: bool) -> int:
     """How many tokens of the slot the request may start from; at least one of its own is always left.
 
     What was prefilled is reused up to a place where this request's own prefill would be cut, which makes its
-    output the same as without reuse. Decoded tokens are reused too, by a request that continues them. What
-    can't be cut is reused whole or not at all.
+    output the same as without reuse. Decoded tokens are reused too, by a request that continues them, but
+    never saved. What can't be cut is reused whole or not at all.
     """
     if not request.reuse:
         return 0
     shared = min(common_prefix(slot.tokens, request.tokens), len(request.tokens) - 1)
     if not can_cut and shared < len(slot.tokens):
         return 0
-    if shared > slot.exact:
+    if shared > slot.exact and not request.save_to:
         return shared
-    kept = _last_common_cut(shared, slot.boundary, request.boundary, cuts)
-    return kept if can_cut or kept == shared else 0
+    kept = _last_common_cut(min(shared, slot.exact), slot.boundary, request.boundary, cuts)
+    return kept if can_cut or kept == len(slot.tokens) else 0
 
 
 def _last_common_cut(shared: int, held: int, wanted: int, cuts: Cuts) -> int:

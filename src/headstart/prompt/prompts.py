@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import sys
 from collections.abc import Callable, Sequence
 from datetime import date
 
 from headstart.prompt.remembered import LOOKING_UP, Memory, RememberedTokens, TakesLong
-from headstart.prompt.template import ChatTemplate, Message
+from headstart.prompt.template import ChatTemplate, Message, Tool
 from headstart.prompt.tokenizer import Tokenizer
 from headstart.tokens import common_prefix
 
@@ -45,25 +46,33 @@ class Prompts:
         self._tokens = RememberedTokens(tokenizer.encode, tokenizer.specials, template.source)
         self._openings = Memory()
 
-    def chat(self, messages: Sequence[Message], most: int = sys.maxsize) -> list[int]:
-        """Raises BadRequest when the template refuses the messages."""
+    def chat(
+        self, messages: Sequence[Message], most: int = sys.maxsize, tools: Sequence[Tool] = ()
+    ) -> list[int]:
+        """Raises BadRequest when the template refuses the messages or has no tools."""
         if _characters(messages) > LOOKING_UP * most:
             raise TakesLong
-        return self._tokens.encode(self.template.render(messages), most)
+        return self._tokens.encode(self.template.render(messages, tools), most)
 
     def text(self, text: str, most: int = sys.maxsize) -> list[int]:
         return self._tokens.encode(text, most)
 
-    def chat_opening(self, messages: Sequence[Message], most: int = sys.maxsize) -> list[int]:
-        """The tokens that every chat opening with these messages shares, but for the last now and then."""
+    def chat_opening(
+        self, messages: Sequence[Message], most: int = sys.maxsize, tools: Sequence[Tool] = ()
+    ) -> list[int]:
+        """The tokens that every chat opening with these messages and tools shares, but for the last now and
+        then."""
+        if _characters(messages) > LOOKING_UP * most:
+            raise TakesLong
+        written = json.dumps([messages, tools], ensure_ascii=False)
         # A template may write today's date, so what is remembered is remembered for a day.
-        key = (date.today(), *((message["role"], message["content"]) for message in messages))
+        key = (date.today(), written)
         if (opening := self._openings.get(key)) is None:
             probes: list[Message] = [{"role": "user", "content": probe} for probe in PROBES]
-            one, other = (self.chat([*messages, probe], most) for probe in probes)
+            one, other = (self.chat([*messages, probe], most, tools) for probe in probes)
             shared = one[: common_prefix(one, other)]
             opening = shared if self.can_cut else shared[:-1]
-            self._openings.put(key, _characters(messages), opening)
+            self._openings.put(key, len(written), opening)
         return opening.copy()
 
     def text_opening(self, text: str, most: int = sys.maxsize) -> list[int]:

@@ -8,13 +8,15 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, nodes
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from headstart.errors import BadRequest, StartupError
 
 Message = Mapping[str, Any]
+# A function that the model may call, as OpenAI's API describes it.
+Tool = Mapping[str, Any]
 
 CHATML = (
     "{% for message in messages %}"
@@ -42,7 +44,25 @@ NO_SYSTEM = (
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-BUILT_IN = {"chatml": CHATML, "fold": FOLD, "nosystem": NO_SYSTEM}
+# As Hermes and Qwen do: tools are listed in the system message, calls and their results are tagged.
+TOOLS = (
+    "{% set first = messages[0] %}{% set has_system = first['role'] == 'system' %}"
+    "{% if has_system or tools %}{{ '<|im_start|>system\n' }}"
+    "{% if has_system %}{{ first['content'] }}{% endif %}"
+    "{% if tools %}{{ '\n\n# Tools\n\n<tools>' }}"
+    "{% for tool in tools %}{{ '\n' + (tool | tojson) }}{% endfor %}{{ '\n</tools>' }}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endif %}"
+    "{% for message in (messages[1:] if has_system else messages) %}"
+    "{% if message['role'] == 'tool' %}"
+    "{{ '<|im_start|>user\n<tool_response>\n' + message['content'] }}"
+    "{{ '\n</tool_response><|im_end|>\n' }}{% else %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
+    "{% for call in message['tool_calls'] or [] %}"
+    "{{ '\n<tool_call>\n' + (call['function'] | tojson) + '\n</tool_call>' }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+BUILT_IN = {"chatml": CHATML, "fold": FOLD, "nosystem": NO_SYSTEM, "tools": TOOLS}
 
 
 def _raise(message: str) -> None:
@@ -66,26 +86,34 @@ class ChatTemplate:
     def __init__(self, source: str | None, bos_text: str, eos_text: str) -> None:
         self.source = BUILT_IN.get(source or "chatml", source or "")
         self.specials = {"bos_token": bos_text, "eos_token": eos_text}
+        environment = _environment()
         try:
-            self.compiled = _environment().from_string(self.source)
+            self.compiled = environment.from_string(self.source)
+            names = environment.parse(self.source).find_all(nodes.Name)
         except TemplateError as error:
             raise StartupError(f"The model's chat template is not valid Jinja: {error}") from error
+        self.has_tools = any(name.name == "tools" for name in names)
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> str:
         """The prompt up to where the assistant's answer begins. System messages that the template refuses
-        are folded into the user message that follows. Raises BadRequest with the template's own words."""
+        are folded into the user message that follows. Raises BadRequest with the template's own words, or
+        where it has no place for `tools`."""
+        if tools and not self.has_tools:
+            raise BadRequest("The model's chat template has no tools: leave them out.", param="tools")
         try:
-            return self._render(messages)
+            return self._render(messages, tools)
         except BadRequest:
             folded = fold_system(messages)
             if folded == list(messages):
                 raise
-            return self._render(folded)
+            return self._render(folded, tools)
 
-    def _render(self, messages: Sequence[Message]) -> str:
+    def _render(self, messages: Sequence[Message], tools: Sequence[Tool]) -> str:
         # A template may stumble over what it did not expect in as many ways as any other code.
         try:
-            return self.compiled.render(messages=messages, add_generation_prompt=True, **self.specials)
+            return self.compiled.render(
+                messages=messages, tools=list(tools) or None, add_generation_prompt=True, **self.specials
+            )
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             reason = f"The model's chat template refuses these messages: {error}"
             raise BadRequest(reason, param="messages") from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
@@ -16,7 +15,6 @@ from headstart.caches.entry import KEEPS_STATE, Content, Entry
 from headstart.config import Settings
 from headstart.errors import HeadstartError
 from headstart.messages import StateRef, Stats
-from headstart.prompt.template import Message
 from headstart.service.caching import Caching
 from headstart.service.model import ServedModel
 from headstart.service.opening import Opening
@@ -27,10 +25,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Unnamed:
-    """What a request begins with that names no cache: its `system` messages, `boundary` tokens, and the cache
-    with just these, if there is one."""
+    """What a request begins with that names no cache: an opening of `boundary` tokens, and the cache with
+    just this one, if there is one."""
 
-    system: list[dict[str, Any]]
+    begun: Content
     boundary: int
     entry: Entry | None = None
     opening: Opening | None = None
@@ -58,22 +56,20 @@ class Automatic:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def with_default(self, messages: Sequence[Message]) -> Sequence[Message]:
+    def with_default(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The messages with the configured system message, if there is one and they have none."""
         if not self.settings.default_system or any(message["role"] == "system" for message in messages):
             return messages
         return [*self.default, *messages]
 
     async def look(
-        self, model: ServedModel, system: Sequence[Message], tokens: list[int], boundary: int
+        self, model: ServedModel, begun: Content, tokens: list[int], boundary: int
     ) -> Unnamed | None:
-        """What there is for a request of `tokens` that begins with these system messages."""
-        if not system:
+        """What there is for a request of `tokens` that begins with these messages and tools."""
+        if not begun.messages:
             return None
-        messages = [dict(message) for message in system]
-        if (found := await self.caching.unnamed(model, messages, tokens)) is None:
-            return Unnamed(messages, boundary)
-        return Unnamed(messages, boundary, *found)
+        found = await self.caching.unnamed(model, begun, tokens)
+        return Unnamed(begun, boundary, *found) if found else Unnamed(begun, boundary)
 
     def answered(self, model: ServedModel, unnamed: Unnamed, stats: Stats) -> None:
         """To be told once the answer's end has been sent: this may write to the disk, and build."""
@@ -87,20 +83,21 @@ class Automatic:
 
     def _count(self, model: ServedModel, unnamed: Unnamed) -> None:
         settings = self.settings
-        is_default = unnamed.system == self.default
+        is_default = unnamed.begun == Content(messages=self.default)
         if not settings.automatic or not (is_default or unnamed.boundary > settings.automatic_tokens):
             return
         # What the configuration says is no secret of a key's.
         model = model.seen_by("") if is_default else model
-        name = automatic_name(unnamed.system)
+        name = automatic_name(unnamed.begun)
         enough = 1 if is_default else settings.automatic_after
         if name not in self._too_large and self._seen.again(model.shelf, name, monotonic(), enough):
-            task = asyncio.create_task(self._build(model, name, unnamed.system))
+            task = asyncio.create_task(self._build(model, name, unnamed.begun))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _build(self, model: ServedModel, name: str, system: list[dict[str, Any]]) -> None:
-        content = Content(system[0]["content"]) if len(system) == 1 else Content(messages=system)
+    async def _build(self, model: ServedModel, name: str, begun: Content) -> None:
+        is_prompt = len(begun.messages) == 1 and not begun.tools
+        content = Content(begun.messages[0]["content"]) if is_prompt else begun
         async with self._turn:
             try:
                 entry = await self.caching.create(
@@ -134,5 +131,6 @@ class Automatic:
         return deleted
 
 
-def automatic_name(system: Sequence[Message]) -> str:
-    return "auto-" + hashlib.sha256(msgspec.json.encode(list(system))).hexdigest()[:12]
+def automatic_name(begun: Content) -> str:
+    written = [begun.messages, begun.tools] if begun.tools else begun.messages
+    return "auto-" + hashlib.sha256(msgspec.json.encode(written)).hexdigest()[:12]

@@ -16,6 +16,7 @@ from headstart.caches.writing import Writer, expected_size
 from headstart.errors import HeadstartError
 from headstart.messages import Finished, Progress, SaveTo, Stats, Submit
 from headstart.prompt.prompts import soon
+from headstart.service.heads import Head, head_of
 from headstart.service.model import ServedModel
 from headstart.service.quota import Quota
 
@@ -27,13 +28,14 @@ async def opening_tokens(model: ServedModel, form: Form, content: Content) -> li
     prompts = model.prompts
     if form == "completion":
         return await soon(lambda most: prompts.text_opening(content.prompt, most))
-    return await soon(lambda most: prompts.chat_opening(content.opening, most))
+    return await soon(lambda most: prompts.chat_opening(content.opening, most, content.tools))
 
 
 @dataclass(frozen=True)
 class Build:
     """What is to be computed and stored; with `keep_states`, states that the previous version has already
-    are not computed again."""
+    are not computed again. `head`: a cache that this one begins like, so that what they have in common is
+    taken from it. `evicted`: forms that are stored without their states. `parts` are as in the entry."""
 
     model: ServedModel
     name: str
@@ -45,6 +47,9 @@ class Build:
     previous: Entry | None = None
     keep_states: bool = True
     on_progress: OnProgress | None = None
+    head: Entry | None = None
+    evicted: Sequence[Form] = ()
+    parts: Sequence[str] = ()
 
 
 class Builder:
@@ -59,7 +64,7 @@ class Builder:
         wanted: dict[Form, list[int]] = {}
         for form in build.forms:
             if tokens := await opening_tokens(model, form, build.content):
-                model.check_fits(len(tokens) + 1, param="prompt")
+                model.check_fits(len(tokens) + 1, param="prompt" if build.content.prompt else "messages")
                 wanted[form] = tokens
         progress = _Sum(sum(map(len, wanted.values())), build.on_progress)
         stats: dict[Form, Stats] = {}
@@ -73,7 +78,8 @@ class Builder:
                     await asyncio.to_thread(writer.copy, form, kept)
                     progress.next(len(tokens))
                     continue
-                stats[form] = await self._compute(model, tokens, writer, progress)
+                head = await head_of(self.store, model, build.head, form, tokens)
+                stats[form] = await self._compute(model, tokens, head, writer, progress)
                 writer.wrote(form, stats[form].saved_bytes, stats[form].saved_blake3)
             # Where the size was not known before, or wrong.
             await room.hold(writer.end)
@@ -94,9 +100,17 @@ class Builder:
             return None
         return Part(tokens, Path(state.ref.path), state.ref.offset, state.ref.nbytes)
 
-    async def _compute(self, model: ServedModel, tokens: list[int], writer: Writer, progress: _Sum) -> Stats:
-        place = SaveTo(str(writer.path), writer.end)
-        request = Submit(0, tokens, boundary=len(tokens), save_to=place)
+    async def _compute(
+        self, model: ServedModel, tokens: list[int], head: Head, writer: Writer, progress: _Sum
+    ) -> Stats:
+        request = Submit(
+            id=0,
+            tokens=tokens,
+            boundary=len(tokens),
+            restore=head.restore,
+            shared=head.shared,
+            save_to=SaveTo(str(writer.path), writer.end),
+        )
         with model.engine.submit(request) as running:
             async for event in running:
                 match event:
@@ -119,6 +133,8 @@ def _entry(build: Build, stats: Mapping[Form, Stats], now: float) -> Entry:
         owner=build.model.owner,
         terms=build.terms,
         origin=build.origin,
+        parts=list(build.parts),
+        evicted=list(build.evicted),
         version=build.version,
         created=build.previous.created if build.previous else now,
         updated=now,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from msgspec.structs import replace
@@ -14,6 +15,7 @@ from headstart.caches.store import Store
 from headstart.errors import BadRequest, CacheConflict, CacheNotFound
 from headstart.names import check_name, shelves
 from headstart.service.building import Build, Builder, OnProgress
+from headstart.service.composition import check_own_name, composed
 from headstart.service.joining import Asked, Joint
 from headstart.service.model import ServedModel
 from headstart.service.opening import Opening, opened
@@ -53,17 +55,26 @@ class Caching:
     def look_up(self, model: ServedModel, name: str, *, param: str) -> Entry:
         """The named cache, the owner's or everyone's, as it is now. Raises InvalidName or CacheNotFound."""
         check_name(name, param=param)
-        entries = filter(None, (self._at(shelf, name) for shelf in shelves(model.shelf)))
-        return next(entries, None) or self.store.find(model.shelf, name, param=param)
+        return self._seen(model, name) or self.store.find(model.shelf, name, param=param)
+
+    def _seen(self, model: ServedModel, name: str) -> Entry | None:
+        """The named cache, the owner's or everyone's."""
+        entries = (self._at(shelf, name) for shelf in shelves(model.shelf))
+        return next((entry for entry in entries if entry), None)
+
+    def known(self, model: ServedModel, form: Form) -> Iterator[Entry]:
+        """The caches of a form, the owner's first and then everyone's, whether or not they have a state now:
+        requests are cut where a cache ends, so that the answer is the same."""
+        entries = (entry for shelf in shelves(model.shelf) for entry in self.store.known(shelf))
+        return (entry for entry in entries if form in entry.forms or form in entry.evicted)
 
     async def unnamed(
-        self, model: ServedModel, system: list[dict[str, Any]], tokens: list[int]
+        self, model: ServedModel, opening: Content, tokens: list[int]
     ) -> tuple[Entry, Opening] | None:
-        """The cache whose chats begin with just these messages, and what it does for a request of `tokens`
-        that doesn't name it; no build is waited for."""
-        for entry in (entry for shelf in shelves(model.shelf) for entry in self.store.known(shelf)):
-            is_for_chats = "chat" in entry.forms or "chat" in entry.evicted
-            if is_for_chats and not entry.tools and entry.content.opening == system:
+        """The cache whose chats begin with just these messages and tools, and what it does for a request of
+        `tokens` that doesn't name it; no build is waited for."""
+        for entry in self.known(model, "chat"):
+            if entry.tools == opening.tools and entry.content.opening == opening.messages:
                 return entry, await opened(self.store, model, entry, "chat", tokens)
         return None
 
@@ -94,13 +105,13 @@ class Caching:
         key = (entry.shelf, entry.name)
         # A build that ends while the old state is looked at is one that had begun before.
         build = self._builds.get(key)
-        opening = await opened(self.store, model, entry, form, tokens)
+        opening = await opened(self.store, model, entry, form, tokens, head=self._head(model, entry))
         if opening.miss is None or opening.miss in KEEPS_STATE:
             return opening
         if build := build or self._builds.get(key):
             await asyncio.wait([build])
             return None
-        return opening if self.current(model, entry.name) == entry else None
+        return opening if self._is_latest(model, entry) else None
 
     async def create(
         self,
@@ -120,7 +131,7 @@ class Caching:
         Callers that ask for the same at the same time get the result of one build; when the last of them is
         cancelled, so is the build. Raises BadRequest, CacheConflict (also while something else is built under
         this name), StorageError or what the engine raises; then nothing has changed."""
-        check_name(name, param="cache_name")
+        check_own_name(name, param="cache_name")
         if not content.opening:
             raise BadRequest("The prompt is empty: there is nothing to keep.", param="prompt")
         if origin != "declared":
@@ -187,21 +198,44 @@ class Caching:
         """Starts computing the states of `entry` again, unless that is being done or it was replaced;
         requests for it wait."""
         model = model.seen_by(entry.owner)
-        if (entry.shelf, entry.name) not in self._builds and self.current(model, entry.name) == entry:
-            forms = (*entry.forms, *entry.evicted) or entry.content.forms
-            self._start(
-                Build(
-                    model,
-                    entry.name,
-                    entry.content,
-                    forms,
-                    entry.version,
-                    entry.terms,
-                    entry.origin,
-                    previous=entry,
-                    keep_states=False,
-                )
-            )
+        if (entry.shelf, entry.name) in self._builds or not self._is_latest(model, entry):
+            return
+        build = Build(
+            model,
+            entry.name,
+            entry.content,
+            (*entry.forms, *entry.evicted) or entry.content.forms,
+            max(entry.version, 1),
+            entry.terms,
+            entry.origin,
+            previous=entry,
+            keep_states=False,
+            head=self._head(model, entry),
+            parts=entry.parts,
+        )
+        if entry.parts:
+            self.run((entry.shelf, entry.name), self._derive(build))
+        else:
+            self._start(build)
+
+    def derived(self, model: ServedModel, parts: Sequence[Entry], form: Form) -> Entry:
+        """The cache composed of these, which has version 0 as long as it isn't built. Raises BadRequest."""
+        entry = composed(model, parts, form)
+        return self.current(model, entry.name) or entry
+
+    def _head(self, model: ServedModel, entry: Entry) -> Entry | None:
+        """The cache that a derived one begins like."""
+        return self._seen(model, entry.parts[0]) if entry.parts else None
+
+    async def _derive(self, build: Build) -> Entry:
+        """A derived cache is not kept if one of its parts was replaced or deleted while it was built."""
+        entry = await self.builder.build(build)
+        parts = [part for name in entry.parts if (part := self._seen(build.model, name))]
+        whole = len(parts) == len(entry.parts)
+        if not (whole and composed(build.model, parts, build.forms[0]).name == entry.name):
+            with suppress(CacheNotFound):
+                self.store.delete(entry.shelf, entry.name)
+        return entry
 
     async def rebuilt(self, model: ServedModel, entry: Entry) -> Entry:
         """The entry with its states computed again, once that is done. Raises StorageError or what the
@@ -213,11 +247,9 @@ class Caching:
 
     def known_opening(self, model: ServedModel, text: str) -> str:
         """The longest cached completion prompt that `text` begins with; "" for none."""
-        entries = (entry for shelf in shelves(model.shelf) for entry in self.store.known(shelf))
-        known = [entry for entry in entries if entry.prompt and text.startswith(entry.prompt)]
-        # Given up or not: a request is cut at the same place, so that the answer is the same.
-        built = [entry for entry in known if "completion" in (*entry.forms, *entry.evicted)]
-        fitting = (entry.prompt for entry in built if self._at(entry.shelf, entry.name) == entry)
+        known = self.known(model, "completion")
+        begun = [entry for entry in known if entry.prompt and text.startswith(entry.prompt)]
+        fitting = (entry.prompt for entry in begun if self._at(entry.shelf, entry.name) == entry)
         return max(fitting, key=len, default="")
 
     def _check_not_declared(self, model: ServedModel, name: str, *, param: str) -> None:
@@ -241,11 +273,20 @@ class Caching:
         except CacheNotFound:
             return None
 
+    def _is_latest(self, model: ServedModel, entry: Entry) -> bool:
+        """Whether the entry is the cache of its name; one of version 0 is as long as there is none."""
+        return self.current(model, entry.name) == (entry if entry.version else None)
+
+    def build_of(self, model: ServedModel, name: str) -> asyncio.Task[Entry] | None:
+        """The running build of this name."""
+        return self._builds.get((model.shelf, name))
+
     def _start(self, build: Build) -> asyncio.Task[Entry]:
         return self.run((build.model.shelf, build.name), self.builder.build(build))
 
     def run(self, key: tuple[str, str], work: Coroutine[Any, Any, Entry]) -> asyncio.Task[Entry]:
-        """Starts what makes the cache of this shelf and name, on which requests for it wait."""
+        """Starts what makes the cache of this shelf and name, on which requests for it wait. If another build
+        of it is running, `work` has to wait for that."""
         task = asyncio.create_task(work)
         self._builds[key] = task
         self.store.held.add(key)
@@ -253,8 +294,9 @@ class Caching:
         return task
 
     def _ended(self, key: tuple[str, str], task: asyncio.Task[Entry]) -> None:
-        del self._builds[key]
-        self.store.held.discard(key)
-        self._joints.pop(key, None)
+        if self._builds.get(key) is task:
+            del self._builds[key]
+            self.store.held.discard(key)
+            self._joints.pop(key, None)
         if not task.cancelled() and (error := task.exception()):
             log.warning("building cache %s of %s failed: %s", key[1], key[0], error)

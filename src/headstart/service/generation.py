@@ -1,42 +1,21 @@
-"""One answer: from a request to tokens, through the engine, to text and a true account of it all."""
+"""One answer: a prepared request through the engine, to text and a true account of it all."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from itertools import takewhile
 from typing import Literal
 
-import msgspec
-
-from headstart.caches.entry import KEEPS_STATE, Entry, Form, MissReason
-from headstart.errors import BadRequest
-from headstart.messages import Finished, Sampling, Stats, Submit, Token
+from headstart.caches.entry import KEEPS_STATE, MissReason
+from headstart.messages import Finished, Stats, Token
 from headstart.prompt.answer import AnswerText
-from headstart.prompt.prompts import soon
-from headstart.prompt.template import Message
-from headstart.service.automatic import Automatic, Unnamed
+from headstart.service.automatic import Automatic
 from headstart.service.caching import Caching
-from headstart.service.explanation import Closest, Explanation, closest, explained, longest_match, texts_of
-from headstart.service.model import ServedModel
-from headstart.service.opening import Opening
-from headstart.tokens import common_prefix
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a request says besides its prompt. `max_tokens` None: to the end of the context. `reuse` False:
-    every prompt token is evaluated, nothing is taken from a cache or an earlier request. `explain`: the
-    result is to say why it started from a cache or didn't."""
-
-    max_tokens: int | None = None
-    sampling: Sampling = field(default_factory=Sampling)
-    stop: Sequence[str] = ()
-    use_cache: str | None = None
-    reuse: bool = True
-    explain: bool = False
+from headstart.service.conversations import Conversations
+from headstart.service.explanation import Explanation, explained
+from headstart.service.preparation import Prepared
 
 
 @dataclass(frozen=True)
@@ -50,164 +29,30 @@ class Text:
 class Result:
     """The end of an answer of `n_tokens` tokens. `cache_hit` is None when no cache was named, else whether
     the engine started from its state; all counts are the engine's. `matched`: how many of the prompt's tokens
-    the closest known state begins with. `explanation`: only where it was asked for."""
+    the closest known state begins with. `explanation`: only where it was asked for. `saved_as`: the name
+    under which the chat is being kept."""
 
     finish_reason: Literal["stop", "length"]
     n_tokens: int
     stats: Stats
     cache_hit: bool | None = None
-    cache_name: str | None = None
+    cache_names: Sequence[str] = ()
     miss: MissReason | None = None
     matched: int = 0
     explanation: Explanation | None = None
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A request ready for the engine. `unnamed`: what it begins with, where it is a chat without a name."""
-
-    model: ServedModel
-    submit: Submit
-    stop: Sequence[str]
-    entry: Entry | None = None
-    opening: Opening = field(default_factory=lambda: Opening(0))
-    unnamed: Unnamed | None = None
-    matched: int = 0
-    explain: bool = False
-    closest: Closest | None = None
+    saved_as: str | None = None
 
 
 class Generation:
-    def __init__(self, caching: Caching, automatic: Automatic) -> None:
+    def __init__(self, caching: Caching, automatic: Automatic, conversations: Conversations) -> None:
         self.caching = caching
         self.automatic = automatic
-
-    async def prepare_chat(
-        self, model: ServedModel, messages: Sequence[Message], options: Options
-    ) -> Prepared:
-        """Raises BadRequest, CacheNotFound, ContextLengthExceeded or Unavailable."""
-        prepared = await self._prepare_chat(model, messages, options)
-        return await self._explaining(prepared, "chat", texts_of(messages)) if options.explain else prepared
-
-    async def _prepare_chat(
-        self, model: ServedModel, messages: Sequence[Message], options: Options
-    ) -> Prepared:
-        prompts = model.prompts
-        if options.use_cache is None:
-            messages = self.automatic.with_default(messages)
-            tokens = await soon(lambda most: prompts.chat(messages, most))
-            system = _leading_system(messages)
-            prepared = await self._without_cache(
-                model, tokens, options, lambda most: prompts.chat_opening(system, most), "messages"
-            )
-            return await self._unnamed(prepared, system)
-        return await self._with_cache(
-            model,
-            options,
-            "chat",
-            lambda cached, most: prompts.chat(_after_cached(cached, messages), most),
-            "messages",
-        )
-
-    async def prepare_text(self, model: ServedModel, prompt: str, options: Options) -> Prepared:
-        """Raises as `prepare_chat` does."""
-        prepared = await self._prepare_text(model, prompt, options)
-        return await self._explaining(prepared, "completion", [prompt]) if options.explain else prepared
-
-    async def _prepare_text(self, model: ServedModel, prompt: str, options: Options) -> Prepared:
-        prompts = model.prompts
-        if options.use_cache is None:
-            tokens = await soon(lambda most: prompts.text(prompt, most))
-            known = self.caching.known_opening(model, prompt)
-            return await self._without_cache(
-                model, tokens, options, lambda most: prompts.text_opening(known, most), "prompt"
-            )
-        return await self._with_cache(
-            model, options, "completion", lambda cached, most: prompts.text(cached + prompt, most), "prompt"
-        )
-
-    async def _with_cache(
-        self,
-        model: ServedModel,
-        options: Options,
-        form: Form,
-        encode: Callable[[str, int], list[int]],
-        param: str,
-    ) -> Prepared:
-        """`encode` gives the request's tokens after a cached prompt, as `soon` wants it."""
-        assert options.use_cache is not None
-        opening = None
-        while opening is None:
-            entry = await self.caching.find(model, options.use_cache)
-            tokens = await soon(partial(encode, entry.prompt))
-            opening = await self.caching.open(model, entry, form, tokens)
-        return self._prepared(model, tokens, options, entry, opening, param)
-
-    async def _without_cache(
-        self,
-        model: ServedModel,
-        tokens: list[int],
-        options: Options,
-        find_opening: Callable[[int], list[int]],
-        param: str,
-    ) -> Prepared:
-        """Cuts the prefill where a cache of the same opening would end, so that the answer is the same."""
-        model.check_fits(len(tokens), param=param)
-        wanted = await soon(find_opening)
-        boundary = max(min(common_prefix(wanted, tokens), len(tokens) - 1), 0)
-        return self._prepared(model, tokens, options, None, Opening(boundary), param)
-
-    async def _unnamed(self, prepared: Prepared, system: Sequence[Message]) -> Prepared:
-        """Lets the request start from a cache with the same opening, though it names none."""
-        submit = prepared.submit
-        if not submit.reuse:
-            return prepared
-        unnamed = await self.automatic.look(prepared.model, system, submit.tokens, submit.boundary)
-        if unnamed and unnamed.restore:
-            submit = msgspec.structs.replace(submit, restore=unnamed.restore)
-        return replace(prepared, submit=submit, unnamed=unnamed)
-
-    def _prepared(
-        self,
-        model: ServedModel,
-        tokens: list[int],
-        options: Options,
-        entry: Entry | None,
-        opening: Opening,
-        param: str,
-    ) -> Prepared:
-        if not tokens:
-            raise BadRequest("The prompt is empty.", param=param)
-        model.check_fits(len(tokens), param=param)
-        room = model.info.n_ctx - len(tokens)
-        submit = Submit(
-            id=0,
-            tokens=tokens,
-            boundary=opening.boundary,
-            max_tokens=room if options.max_tokens is None else min(options.max_tokens, room),
-            sampling=options.sampling,
-            restore=opening.restore,
-            reuse=options.reuse,
-        )
-        if not options.reuse:
-            opening = Opening(opening.boundary, miss="cache_prompt_false")
-        form: Form = "chat" if param == "messages" else "completion"
-        known = (
-            opening.boundary
-            if entry
-            else longest_match(self.caching.store.remembered(model.shelf, form), tokens)
-        )
-        return Prepared(model, submit, options.stop, entry, opening, matched=known)
-
-    async def _explaining(self, prepared: Prepared, form: Form, texts: Sequence[str]) -> Prepared:
-        """The same request, whose result will say why it started from a cache or didn't."""
-        store, model = self.caching.store, prepared.model
-        known = [prepared.entry] if prepared.entry else store.entries(model.shelf)
-        return replace(prepared, explain=True, closest=await closest(model, form, known, texts))
+        self.conversations = conversations
 
     async def run(self, prepared: Prepared) -> AsyncGenerator[Text | Result, None]:
         """Yields the answer's text and, last, one Result. Closing it early ends the sequence."""
         answer = AnswerText(prepared.model.prompts.tokenizer.piece, prepared.stop)
+        said = ""
         n_tokens = 0
         with prepared.model.engine.submit(prepared.submit) as running:
             async for event in running:
@@ -217,11 +62,13 @@ class Generation:
                             self._heal(prepared, prepared.opening.miss)
                         n_tokens += 1
                         if text := answer.add(token):
+                            said += text
                             yield Text(text)
                         if answer.stopped:
                             running.cancel()
                     case Finished(reason=reason, stats=stats):
                         if text := answer.end():
+                            said += text
                             yield Text(text)
                         miss = _miss(prepared, stats)
                         if n_tokens == 0 or prepared.opening.miss is None:
@@ -236,15 +83,18 @@ class Generation:
                             saved = min(stats.cached_tokens, prepared.opening.boundary)
                             count = partial(self.caching.store.used, prepared.entry, saved, stats.restore_ms)
                             asyncio.get_running_loop().call_soon(count)
+                        if prepared.saving:
+                            self.conversations.save(prepared.saving, said)
                         yield Result(
                             finish_reason="length" if reason == "length" and not answer.stopped else "stop",
                             n_tokens=n_tokens,
                             stats=stats,
                             cache_hit=None if prepared.entry is None else miss is None,
-                            cache_name=prepared.entry.name if prepared.entry else None,
+                            cache_names=prepared.names,
                             miss=miss,
                             matched=max(prepared.matched, stats.cached_tokens),
                             explanation=_explained(prepared, miss, stats),
+                            saved_as=prepared.saving.name if prepared.saving else None,
                         )
 
     def _heal(self, prepared: Prepared, miss: MissReason | None) -> None:
@@ -267,13 +117,3 @@ def _explained(prepared: Prepared, miss: MissReason | None, stats: Stats) -> Exp
         return None
     named = prepared.entry is not None
     return explained(prepared.closest, prepared.submit.tokens, named=named, miss=miss, stats=stats)
-
-
-def _leading_system(messages: Sequence[Message]) -> list[Message]:
-    return list(takewhile(lambda message: message["role"] == "system", messages))
-
-
-def _after_cached(prompt: str, messages: Sequence[Message]) -> list[Message]:
-    """The cached system message before the request's own; one equal to it is not repeated."""
-    cached: Message = {"role": "system", "content": prompt}
-    return [cached, *(messages[1:] if messages and messages[0] == cached else messages)]

@@ -10,6 +10,7 @@ from headstart.caches.file import Corrupt
 from headstart.caches.store import Store
 from headstart.messages import StateRef
 from headstart.service.building import opening_tokens
+from headstart.service.heads import head_of
 from headstart.service.model import ServedModel
 from headstart.tokens import common_prefix
 
@@ -21,21 +22,35 @@ NO_TOKEN = -1
 
 @dataclass(frozen=True)
 class Opening:
-    """What a named cache does for a request: `boundary` tokens come from `restore`, or why they don't."""
+    """What a named cache does for a request: `boundary` tokens come from `restore`, or why they don't. Then
+    `restore` may be another state, which has `shared` tokens in common with the request."""
 
     boundary: int
     restore: StateRef | None = None
     miss: MissReason | None = None
+    shared: int | None = None
 
 
-async def opened(store: Store, model: ServedModel, entry: Entry, form: Form, tokens: list[int]) -> Opening:
-    """What the cache does for a request whose prompt is `tokens`, as things are. Raises ModelLoading."""
+async def opened(
+    store: Store,
+    model: ServedModel,
+    entry: Entry,
+    form: Form,
+    tokens: list[int],
+    head: Entry | None = None,
+) -> Opening:
+    """What the cache does for a request whose prompt is `tokens`, as things are. Where it has no state, having given
+    it up or being composed of others and not yet built, its `head` may help: a cache it begins like.
+    Raises ModelLoading."""
     wanted = await opening_tokens(model, form, entry.content)
     boundary = min(common_prefix(wanted, tokens), len(tokens) - 1)
+    reason: MissReason | None
     if reason := model.fingerprint.changed_since(entry.fingerprint):
         return Opening(boundary, miss=reason)
-    if form in entry.evicted:
-        return Opening(boundary, miss="evicted")
+    if form in entry.evicted and boundary > 0:
+        start = await head_of(store, model, head, form, tokens)
+        reason = "evicted" if entry.version else "first_use"
+        return Opening(boundary, start.restore, reason, start.shared)
     if form not in entry.forms:
         return Opening(boundary, miss="form_not_built" if wanted else "too_short")
     if boundary <= 0 or (boundary < len(wanted) and not model.info.can_cut):

@@ -10,11 +10,13 @@ from headstart.config import Settings
 from headstart.errors import ModelNotFound
 from headstart.service.automatic import Automatic
 from headstart.service.caching import Caching
+from headstart.service.conversations import Conversations
 from headstart.service.declared import Declared
 from headstart.service.files import Files
 from headstart.service.generation import Generation
 from headstart.service.lifecycle import Lifecycle
 from headstart.service.model import Say, ServedModel
+from headstart.service.preparation import Preparation
 from headstart.service.quota import Quota
 from headstart.service.routes import split
 from headstart.service.verifying import Verifier
@@ -36,7 +38,9 @@ class Service:
         self.files = Files(self.store, self.caching, self.quota)
         self.declared = Declared(settings, self.caching, say)
         self.automatic = Automatic(settings, self.caching)
-        self.generation = Generation(self.caching, self.automatic)
+        self.conversations = Conversations(self.caching)
+        self.preparation = Preparation(self.caching, self.automatic, self.conversations)
+        self.generation = Generation(self.caching, self.automatic, self.conversations)
         self.models = {name: ServedModel(name, path, settings) for name, path in settings.model_paths.items()}
         self.verifier = Verifier(self.caching, self.models)
 
@@ -54,6 +58,7 @@ class Service:
         await self.lifecycle.close()
         await self.declared.close()
         await self.automatic.close()
+        await self.conversations.close()
         await self.caching.close()
         await asyncio.gather(*(model.engine.close() for model in self.models.values()))
         self.store.close()

@@ -1,0 +1,54 @@
+"""A chat as the model gets it: messages, the tools it may call, and a cached opening before both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+from headstart.caches.entry import Content, Entry
+from headstart.prompt.prompts import Prompts, soon
+
+
+@dataclass(frozen=True)
+class Chat:
+    """`messages` and `tools` as templates take them."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]]
+
+    def after(self, cached: Content) -> Chat:
+        """The cached opening and then this chat. What the chat repeats of the opening, all of it or its first
+        system messages, is not said twice. Without tools of its own it has the cache's."""
+        opening = cached.opening
+        own = self.messages[_repeated(opening, self.messages) :]
+        # Tools that are equal may be written in another order, which would be another prompt.
+        others = self.tools and self.tools != cached.tools
+        return Chat([*opening, *own], self.tools if others else cached.tools)
+
+    def answered(self, text: str) -> Chat:
+        return Chat([*self.messages, {"role": "assistant", "content": text}], self.tools)
+
+    async def tokens(self, prompts: Prompts) -> list[int]:
+        """Raises BadRequest when the template refuses it."""
+        return await soon(lambda most: prompts.chat(self.messages, most, self.tools))
+
+    def opening(self, known: Iterable[Entry]) -> Content:
+        """Its longest opening that a cache would hold: that of one of the `known` caches, or its first system
+        messages."""
+        openings = (entry.content.opening for entry in known if entry.tools == self.tools)
+        held = (opening for opening in openings if self.messages[: len(opening)] == opening)
+        return Content(messages=max([_system(self.messages), *held], key=len), tools=self.tools)
+
+
+def _system(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return list(takewhile(lambda message: message["role"] == "system", messages))
+
+
+def _repeated(opening: list[dict[str, Any]], messages: list[dict[str, Any]]) -> int:
+    """How many of the first `messages` are those of the opening."""
+    if messages[: len(opening)] == opening:
+        return len(opening)
+    pairs = zip(_system(opening), messages, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -1,0 +1,207 @@
+"""From a request to what the engine is asked: its tokens, where prefill is cut, the state it starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from headstart.caches.entry import Content, Entry, Form
+from headstart.errors import BadRequest
+from headstart.messages import Sampling, Submit
+from headstart.prompt.prompts import soon
+from headstart.service.automatic import Automatic, Unnamed
+from headstart.service.caching import Caching
+from headstart.service.chats import Chat
+from headstart.service.composition import check_parts, text_of
+from headstart.service.conversations import Conversations, Saving
+from headstart.service.explanation import Closest, closest, longest_match, texts_of
+from headstart.service.heads import head_of
+from headstart.service.model import ServedModel
+from headstart.service.opening import Opening
+from headstart.tokens import common_prefix
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a request says besides its prompt. `max_tokens` None: to the end of the context. `reuse` False:
+    every prompt token is evaluated, nothing is taken from a cache or an earlier request. `use_cache`: the
+    caches to start from, in their order, or none. `save_as`: the name under which a chat is kept once it is
+    answered; for `overwrite` see Saving. `explain`: the result is to say why it started from a cache or
+    didn't."""
+
+    max_tokens: int | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: Sequence[str] = ()
+    use_cache: tuple[str, ...] | None = None
+    reuse: bool = True
+    save_as: str | None = None
+    overwrite: bool | None = None
+    explain: bool = False
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request ready for the engine. `names`: the caches it names, of which `entry` is made. `unnamed`: what
+    it begins with, where it is a chat that names none."""
+
+    model: ServedModel
+    submit: Submit
+    stop: Sequence[str]
+    entry: Entry | None = None
+    opening: Opening = field(default_factory=lambda: Opening(0))
+    names: Sequence[str] = ()
+    unnamed: Unnamed | None = None
+    saving: Saving | None = None
+    matched: int = 0
+    explain: bool = False
+    closest: Closest | None = None
+
+
+class Preparation:
+    """All of it raises BadRequest, CacheNotFound, CacheConflict, ContextLengthExceeded, StorageError or
+    Unavailable."""
+
+    def __init__(self, caching: Caching, automatic: Automatic, conversations: Conversations) -> None:
+        self.caching = caching
+        self.automatic = automatic
+        self.conversations = conversations
+
+    async def chat(
+        self, model: ServedModel, messages: list[Json], options: Options, tools: list[Json] | None = None
+    ) -> Prepared:
+        if options.save_as is not None:
+            self.conversations.check(model, options.save_as, options.overwrite)
+        own = Chat(messages, tools or [])
+        if options.use_cache is None:
+            chat = replace(own, messages=self.automatic.with_default(messages))
+            prepared = await self._chat_without_cache(model, chat, options)
+        else:
+            entry, chat, tokens, opening = await self._chat_with_cache(model, own, options.use_cache)
+            prepared = self._prepared(model, tokens, options, entry, opening, "chat")
+        if options.save_as is not None:
+            head = prepared.entry.name if prepared.entry else None
+            saving = Saving(model, options.save_as, options.overwrite, chat, head)
+            prepared = replace(prepared, saving=saving)
+        return await self._explaining(prepared, "chat", texts_of(messages)) if options.explain else prepared
+
+    async def _chat_without_cache(self, model: ServedModel, chat: Chat, options: Options) -> Prepared:
+        """It may start from a cache with the same opening, though it names none."""
+        tokens = await chat.tokens(model.prompts)
+        model.check_fits(len(tokens), param="messages")
+        begun, opening = await self._chat_opening(model, chat, tokens)
+        unnamed = None
+        if options.reuse:
+            unnamed = await self.automatic.look(model, begun, tokens, opening.boundary)
+            opening = replace(opening, restore=unnamed.restore if unnamed else None)
+        return replace(self._prepared(model, tokens, options, None, opening, "chat"), unnamed=unnamed)
+
+    async def _chat_opening(
+        self, model: ServedModel, chat: Chat, tokens: list[int]
+    ) -> tuple[Content, Opening]:
+        """The longest opening of the chat that a cache has or could have, and the cut at its end."""
+        begun = chat.opening(self.caching.known(model, "chat"))
+        prompts = model.prompts
+        wanted = await soon(lambda most: prompts.chat_opening(begun.messages, most, begun.tools))
+        return begun, _cut(wanted, tokens)
+
+    async def _chat_with_cache(
+        self, model: ServedModel, own: Chat, names: Sequence[str]
+    ) -> tuple[Entry, Chat, list[int], Opening]:
+        opening = None
+        while opening is None:
+            entry = await self._named(model, names, "chat")
+            chat = own.after(entry.content)
+            tokens = await chat.tokens(model.prompts)
+            if chat.tools == entry.tools:
+                opening = await self.caching.open(model, entry, "chat", tokens)
+            else:
+                opening = await self._with_other_tools(model, chat, entry, tokens)
+        return entry, chat, tokens, opening
+
+    async def _with_other_tools(
+        self, model: ServedModel, chat: Chat, entry: Entry, tokens: list[int]
+    ) -> Opening:
+        """The cache is of another prompt then, which may begin alike."""
+        model.check_fits(len(tokens), param="messages")
+        _, opening = await self._chat_opening(model, chat, tokens)
+        head = await head_of(self.caching.store, model, entry, "chat", tokens)
+        return replace(opening, restore=head.restore, shared=head.shared, miss="prompt_differs")
+
+    async def text(self, model: ServedModel, prompt: str, options: Options) -> Prepared:
+        prompts = model.prompts
+        entry = None
+        if options.use_cache is None:
+            tokens = await soon(lambda most: prompts.text(prompt, most))
+            model.check_fits(len(tokens), param="prompt")
+            known = self.caching.known_opening(model, prompt)
+            opening = _cut(await soon(lambda most: prompts.text_opening(known, most)), tokens)
+        else:
+            entry, tokens, opening = await self._text_with_cache(model, prompt, options.use_cache)
+        prepared = self._prepared(model, tokens, options, entry, opening, "completion")
+        return await self._explaining(prepared, "completion", [prompt]) if options.explain else prepared
+
+    async def _text_with_cache(
+        self, model: ServedModel, prompt: str, names: Sequence[str]
+    ) -> tuple[Entry, list[int], Opening]:
+        opening = None
+        while opening is None:
+            entry = await self._named(model, names, "completion")
+            tokens = await soon(partial(model.prompts.text, text_of(entry) + prompt))
+            opening = await self.caching.open(model, entry, "completion", tokens)
+        return entry, tokens, opening
+
+    async def _named(self, model: ServedModel, names: Sequence[str], form: Form) -> Entry:
+        """The cache of this name, or the one composed of several. Raises CacheNotFound, BadRequest, or
+        StorageError where it is a conversation that could not be saved."""
+        check_parts(names)
+        parts = []
+        for name in names:
+            await self.conversations.settled(model, name)
+            parts.append(await self.caching.find(model, name))
+        return parts[0] if len(parts) == 1 else self.caching.derived(model, parts, form)
+
+    def _prepared(
+        self,
+        model: ServedModel,
+        tokens: list[int],
+        options: Options,
+        entry: Entry | None,
+        opening: Opening,
+        form: Form,
+    ) -> Prepared:
+        param = "messages" if form == "chat" else "prompt"
+        if not tokens:
+            raise BadRequest("The prompt is empty.", param=param)
+        model.check_fits(len(tokens), param=param)
+        room = model.info.n_ctx - len(tokens)
+        submit = Submit(
+            id=0,
+            tokens=tokens,
+            boundary=opening.boundary,
+            max_tokens=room if options.max_tokens is None else min(options.max_tokens, room),
+            sampling=options.sampling,
+            restore=opening.restore,
+            shared=opening.shared,
+            reuse=options.reuse,
+        )
+        if not options.reuse:
+            opening = Opening(opening.boundary, miss="cache_prompt_false")
+        remembered = self.caching.store.remembered(model.shelf, form)
+        matched = opening.boundary if entry else longest_match(remembered, tokens)
+        names = options.use_cache or ()
+        return Prepared(model, submit, options.stop, entry, opening, names, matched=matched)
+
+    async def _explaining(self, prepared: Prepared, form: Form, texts: Sequence[str]) -> Prepared:
+        """The same request, whose result will say why it started from a cache or didn't."""
+        store, model = self.caching.store, prepared.model
+        known = [prepared.entry] if prepared.entry else store.entries(model.shelf)
+        return replace(prepared, explain=True, closest=await closest(model, form, known, texts))
+
+
+def _cut(opening: list[int], tokens: list[int]) -> Opening:
+    """Cuts the prefill where a cache of the opening would end, so that the answer is the same."""
+    return Opening(max(min(common_prefix(opening, tokens), len(tokens) - 1), 0))
