@@ -20,8 +20,8 @@ from headstart.caches.file import Corrupt, Part
 from headstart.caches.store import Store
 from headstart.caches.writing import Writer
 from headstart.errors import CacheNotFound, StartupError, StorageError, StorageFull
-from headstart.service.caching import Caching
 from headstart.service.model import ServedModel
+from headstart.service.shelves import Shelves
 
 FINGERPRINT = Fingerprint("w", "e", {"a": "b"}, "t")
 ENTRY = Entry("toy", "one", "the prompt: ünï", 1, 10.0, 20.0, FINGERPRINT, {}, 1.0, 2.0)
@@ -263,11 +263,11 @@ async def test_of_the_caches_a_text_may_begin_with_the_longest_that_is_there_is_
     chat_only: dict[Form, Part] = {"chat": _parts(tmp_path)["chat"]}
     await _put(store, replace(ENTRY, name="chat", prompt="You are the keeper o"), chat_only)
     model = cast(ServedModel, SimpleNamespace(shelf="toy"))
-    caching = Caching(store)
-    assert caching.known_opening(model, "You are the keeper of the light") == "You are the keeper"
-    assert caching.known_opening(model, "You are not") == "You are"
-    assert caching.known_opening(model, "Am I?") == ""
-    assert caching.known_opening(cast(ServedModel, SimpleNamespace(shelf="other")), "You are") == ""
+    shelves = Shelves(store)
+    assert shelves.known_opening(model, "You are the keeper of the light") == "You are the keeper"
+    assert shelves.known_opening(model, "You are not") == "You are"
+    assert shelves.known_opening(model, "Am I?") == ""
+    assert shelves.known_opening(cast(ServedModel, SimpleNamespace(shelf="other")), "You are") == ""
 
 
 async def test_only_caches_a_text_begins_with_are_looked_up_on_the_disk(
@@ -283,5 +283,5 @@ async def test_only_caches_a_text_begins_with_are_looked_up_on_the_disk(
 
     monkeypatch.setattr(store, "find", find)
     model = cast(ServedModel, SimpleNamespace(shelf="toy"))
-    assert Caching(store).known_opening(model, "prompt 3 and more") == "prompt 3"
+    assert Shelves(store).known_opening(model, "prompt 3 and more") == "prompt 3"
     assert found == ["n3"]

@@ -47,7 +47,7 @@ async def health(request: Request) -> dict[str, Any]:
 @router.get("/v1/models")
 async def list_models(request: Request) -> dict[str, Any]:
     service: Service = request.app.state.service
-    caches = [entry for entry in service.caching.visible("") if entry.model in service.models]
+    caches = [entry for entry in service.shelves.visible("") if entry.model in service.models]
     names = [*service.names(), *choices(caches)]
     return {"object": "list", "data": [_model(service, name) for name in names]}
 
@@ -57,7 +57,7 @@ async def show_model(request: Request, name: str) -> dict[str, Any]:
     service: Service = request.app.state.service
     model, cache = service.target(name)
     if "@" in name and cache is not None:
-        service.caching.look_up(model, cache, param="model")
+        service.shelves.look_up(model, cache, param="model")
     return _model(service, name)
 
 

@@ -113,7 +113,7 @@ async def show(request: Request, model: str, name: str) -> Json:
     """One cache, with what it holds."""
     service: Service = request.app.state.service
     served = service.model(model)
-    entry = service.caching.look_up(served, name, param="name")
+    entry = service.shelves.look_up(served, name, param="name")
     return _described(service, entry) | _content(entry) | await _prospect(service, served, entry)
 
 
@@ -147,7 +147,7 @@ def _listed(service: Service, owner: str, model: str | None) -> Json:
     building = service.caching.building(owner, model)
     return {
         "object": "list",
-        "data": [_described(service, entry) for entry in service.caching.visible(owner, model)],
+        "data": [_described(service, entry) for entry in service.shelves.visible(owner, model)],
         "building": [{"cache_name": name, "model": model} for model, name in building],
     }
 

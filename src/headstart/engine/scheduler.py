@@ -145,9 +145,7 @@ class Scheduler:
             return False
         if request.save_to or self._holder(request.tokens, request.boundary):
             return False
-        return any(
-            other.computed < request.boundary and _same_opening(other, sequence) for other in self.running
-        )
+        return any(other.computed < request.boundary and other.opens_like(sequence) for other in self.running)
 
     def _seat(self, pool: Pool, sequence: Sequence, keep: int) -> Iterator[Action] | None:
         """How the sequence starts in the pool; None where a slot of its own is better. `keep`: tokens that a
@@ -197,7 +195,7 @@ class Scheduler:
     def _has_company(self, sequence: Sequence) -> bool:
         """Whether another sequence could use the same opening now."""
         others = (other for other in (*self.running, *self.waiting) if other is not sequence)
-        return any(other.request.max_tokens and _same_opening(other, sequence) for other in others)
+        return any(other.request.max_tokens and other.opens_like(sequence) for other in others)
 
     def relieve(self) -> Iterator[Action]:
         """Keeps what idle seats hold within bounds, and the next batch of the pool within its cells."""
@@ -284,15 +282,6 @@ class Scheduler:
             assert self.pool.free >= 0
             n = len(self.pool.prefix)
             assert all(seat.tokens[:n] == self.pool.prefix for seat in self.pool.seats if seat.tokens)
-
-
-def _same_opening(one: Sequence, other: Sequence) -> bool:
-    boundary = one.request.boundary
-    return (
-        boundary == other.request.boundary
-        and one.request.reuse
-        and one.request.tokens[:boundary] == other.request.tokens[:boundary]
-    )
 
 
 def _least_useful(idle: list[Slot]) -> Slot:

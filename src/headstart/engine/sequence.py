@@ -60,6 +60,12 @@ class Sequence:
     def is_prefilling(self) -> bool:
         return self.computed < self.n_prompt
 
+    def opens_like(self, other: Sequence) -> bool:
+        """Whether both begin with the same tokens, and this one could have them from the other."""
+        one, boundary = self.request, self.request.boundary
+        same = boundary == other.request.boundary and one.tokens[:boundary] == other.request.tokens[:boundary]
+        return one.reuse and same
+
     def next_piece(self, cuts: Cuts) -> Piece:
         """What to evaluate next: the one token just generated, or prompt tokens up to the next cut."""
         assert self.slot is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -21,6 +21,7 @@ from headstart.service.model import ServedModel
 from headstart.service.opening import Opening, opened
 from headstart.service.promises import Promises
 from headstart.service.quota import Quota
+from headstart.service.shelves import Shelves
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ class Caching:
         self.store = store
         self.builder = Builder(store, quota or Quota(store))
         self.promises = Promises()
+        self.shelves = Shelves(store)
         self._builds: dict[tuple[str, str], asyncio.Task[Entry]] = {}
         self._joints: dict[tuple[str, str], Joint] = {}
 
@@ -46,46 +48,24 @@ class Caching:
         check_name(name, param="use_cache")
         for shelf in shelves(model.shelf):
             await self.promises.settled((shelf, name))
-            if (build := self._builds.get((shelf, name))) and not self._at(shelf, name):
+            if (build := self._builds.get((shelf, name))) and not self.shelves.at(shelf, name):
                 await asyncio.wait([build])
-            if entry := self._at(shelf, name):
+            if entry := self.shelves.at(shelf, name):
                 return entry
         return self.store.find(model.shelf, name)
-
-    def look_up(self, model: ServedModel, name: str, *, param: str) -> Entry:
-        """The named cache, the owner's or everyone's, as it is now. Raises InvalidName or CacheNotFound."""
-        check_name(name, param=param)
-        return self._seen(model, name) or self.store.find(model.shelf, name, param=param)
-
-    def _seen(self, model: ServedModel, name: str) -> Entry | None:
-        """The named cache, the owner's or everyone's."""
-        entries = (self._at(shelf, name) for shelf in shelves(model.shelf))
-        return next((entry for entry in entries if entry), None)
-
-    def known(self, model: ServedModel, form: Form) -> Iterator[Entry]:
-        """The caches of a form, the owner's first and then everyone's, whether or not they have a state now:
-        requests are cut where a cache ends, so that the answer is the same."""
-        entries = (entry for shelf in shelves(model.shelf) for entry in self.store.known(shelf))
-        return (entry for entry in entries if form in entry.forms or form in entry.evicted)
 
     async def unnamed(
         self, model: ServedModel, opening: Content, tokens: list[int]
     ) -> tuple[Entry, Opening] | None:
         """The cache whose chats begin with just these messages and tools, and what it does for a request of
         `tokens` that doesn't name it; no build is waited for."""
-        for entry in self.known(model, "chat"):
+        for entry in self.shelves.known(model, "chat"):
             if entry.tools == opening.tools and entry.content.opening == opening.messages:
                 return entry, await opened(self.store, model, entry, "chat", tokens)
         return None
 
     def is_building(self, entry: Entry) -> bool:
         return (entry.shelf, entry.name) in self._builds
-
-    def visible(self, owner: str, model: str | None = None) -> list[Entry]:
-        """The owner's caches and everyone's, by model and name; of two with the same name the owner's."""
-        wanted = [e for e in self.store.entries() if e.owner in ("", owner) and model in (None, e.model)]
-        by_name = {(e.model, e.name): e for e in sorted(wanted, key=lambda entry: entry.owner)}
-        return [by_name[key] for key in sorted(by_name)]
 
     def building(self, owner: str, model: str | None = None) -> list[tuple[str, str]]:
         """Model and name of what `visible` would list and is being built or is to be."""
@@ -139,7 +119,7 @@ class Caching:
         kept = terms or self.terms(model, name)
         asked = Asked.of(content, content.forms if forms is None else forms, kept, origin)
         joint = await self._joint(model, name, asked)
-        previous = self.current(model, name)
+        previous = self.shelves.own(model, name)
         if previous and not overwrite:
             raise CacheConflict(f"There is a cache {name!r} already.", param="cache_name")
         if joint:
@@ -166,12 +146,12 @@ class Caching:
         return None
 
     def _holds(self, model: ServedModel, name: str, content: Content) -> bool:
-        entry = self.current(model, name)
+        entry = self.shelves.own(model, name)
         return entry is not None and entry.content == content
 
     def terms(self, model: ServedModel, name: str) -> Terms:
         """How the named cache is kept, or would be by default if it were new. Raises InvalidName."""
-        previous = self.current(model, check_name(name, param="cache_name"))
+        previous = self.shelves.own(model, check_name(name, param="cache_name"))
         return previous.terms if previous else DEFAULT_TERMS
 
     async def edit(self, model: ServedModel, name: str, given: Mapping[str, Any]) -> Entry:
@@ -221,16 +201,16 @@ class Caching:
     def derived(self, model: ServedModel, parts: Sequence[Entry], form: Form) -> Entry:
         """The cache composed of these, which has version 0 as long as it isn't built. Raises BadRequest."""
         entry = composed(model, parts, form)
-        return self.current(model, entry.name) or entry
+        return self.shelves.own(model, entry.name) or entry
 
     def _head(self, model: ServedModel, entry: Entry) -> Entry | None:
         """The cache that a derived one begins like."""
-        return self._seen(model, entry.parts[0]) if entry.parts else None
+        return self.shelves.seen(model, entry.parts[0]) if entry.parts else None
 
     async def _derive(self, build: Build) -> Entry:
         """A derived cache is not kept if one of its parts was replaced or deleted while it was built."""
         entry = await self.builder.build(build)
-        parts = [part for name in entry.parts if (part := self._seen(build.model, name))]
+        parts = [part for name in entry.parts if (part := self.shelves.seen(build.model, name))]
         whole = len(parts) == len(entry.parts)
         if not (whole and composed(build.model, parts, build.forms[0]).name == entry.name):
             with suppress(CacheNotFound):
@@ -245,13 +225,6 @@ class Caching:
             return await asyncio.shield(build)
         return self.store.find(entry.shelf, entry.name, param="name")
 
-    def known_opening(self, model: ServedModel, text: str) -> str:
-        """The longest cached completion prompt that `text` begins with; "" for none."""
-        known = self.known(model, "completion")
-        begun = [entry for entry in known if entry.prompt and text.startswith(entry.prompt)]
-        fitting = (entry.prompt for entry in begun if self._at(entry.shelf, entry.name) == entry)
-        return max(fitting, key=len, default="")
-
     def _check_not_declared(self, model: ServedModel, name: str, *, param: str) -> None:
         if (model.shelf, name) in self.promises:
             raise CacheConflict(
@@ -263,19 +236,9 @@ class Caching:
         if (model.shelf, name) in self._builds:
             raise CacheConflict(f"The cache {name!r} is being built.", param="cache_name")
 
-    def current(self, model: ServedModel, name: str) -> Entry | None:
-        """The model's own cache of this name."""
-        return self._at(model.shelf, name)
-
-    def _at(self, shelf: str, name: str) -> Entry | None:
-        try:
-            return self.store.find(shelf, name)
-        except CacheNotFound:
-            return None
-
     def _is_latest(self, model: ServedModel, entry: Entry) -> bool:
         """Whether the entry is the cache of its name; one of version 0 is as long as there is none."""
-        return self.current(model, entry.name) == (entry if entry.version else None)
+        return self.shelves.own(model, entry.name) == (entry if entry.version else None)
 
     def build_of(self, model: ServedModel, name: str) -> asyncio.Task[Entry] | None:
         """The running build of this name."""

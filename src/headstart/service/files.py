@@ -101,7 +101,7 @@ class Files:
 
     def _check_free(self, model: ServedModel, name: str, overwrite: bool) -> None:
         self.caching.check_not_building(model, name)
-        if not overwrite and self.caching.current(model, name):
+        if not overwrite and self.caching.shelves.own(model, name):
             raise CacheConflict(f"There is a cache {name!r} already.", param="name")
 
     def _check_room(self, shelf: str, size: int) -> None:
@@ -122,7 +122,7 @@ class Files:
             await asyncio.to_thread(_write, output, bytes(waiting))
 
     async def _place(self, model: ServedModel, name: str, scratch: Path, entry: Entry) -> Entry:
-        previous = self.caching.current(model, name)
+        previous = self.caching.shelves.own(model, name)
         now = self.store.clock()
         placed = replace(
             entry,

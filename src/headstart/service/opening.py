@@ -39,9 +39,9 @@ async def opened(
     tokens: list[int],
     head: Entry | None = None,
 ) -> Opening:
-    """What the cache does for a request whose prompt is `tokens`, as things are. Where it has no state, having given
-    it up or being composed of others and not yet built, its `head` may help: a cache it begins like.
-    Raises ModelLoading."""
+    """What the cache does for a request whose prompt is `tokens`, as things are. Where it has no state now,
+    or is composed of others and not yet built, its `head` may help: a cache that it begins like. Raises
+    ModelLoading."""
     wanted = await opening_tokens(model, form, entry.content)
     boundary = min(common_prefix(wanted, tokens), len(tokens) - 1)
     reason: MissReason | None

@@ -103,7 +103,7 @@ class Preparation:
         self, model: ServedModel, chat: Chat, tokens: list[int]
     ) -> tuple[Content, Opening]:
         """The longest opening of the chat that a cache has or could have, and the cut at its end."""
-        begun = chat.opening(self.caching.known(model, "chat"))
+        begun = chat.opening(self.caching.shelves.known(model, "chat"))
         prompts = model.prompts
         wanted = await soon(lambda most: prompts.chat_opening(begun.messages, most, begun.tools))
         return begun, _cut(wanted, tokens)
@@ -137,7 +137,7 @@ class Preparation:
         if options.use_cache is None:
             tokens = await soon(lambda most: prompts.text(prompt, most))
             model.check_fits(len(tokens), param="prompt")
-            known = self.caching.known_opening(model, prompt)
+            known = self.caching.shelves.known_opening(model, prompt)
             opening = _cut(await soon(lambda most: prompts.text_opening(known, most)), tokens)
         else:
             entry, tokens, opening = await self._text_with_cache(model, prompt, options.use_cache)

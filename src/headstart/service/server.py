@@ -35,6 +35,7 @@ class Service:
         self.quota = Quota(self.store, int(settings.quota_mb * 1e6))
         self.lifecycle = Lifecycle(self.store, self.quota)
         self.caching = Caching(self.store, self.quota)
+        self.shelves = self.caching.shelves
         self.files = Files(self.store, self.caching, self.quota)
         self.declared = Declared(settings, self.caching, say)
         self.automatic = Automatic(settings, self.caching)
