@@ -106,7 +106,7 @@ def test_damage_found_at_a_start_never_changes_an_answer(start_server: StartServ
 def test_a_damaged_index_costs_no_cache(start_server: StartServer, where: str) -> None:
     server, _, expected = _keeper(start_server)
     for i in range(40):
-        server.create(f"more{i}", f"{i} {PROMPT}", **{"for": ["chat"]})
+        server.create(f"more{i}", f"{i} {PROMPT}")
     server.stop()
     index = server.cache_dir / "index.sqlite"
     data = bytearray(index.read_bytes())

@@ -109,7 +109,7 @@ def test_a_miss_is_explained_in_words_with_what_has_changed(start_server: StartS
 
 
 def test_a_cache_for_the_other_endpoint_is_named_as_the_reason(server: RunningServer) -> None:
-    server.create("text", PROMPT, **{"for": ["completion"]})
+    server.post("/v1/cache/toy", cache_name="text", prompt=PROMPT, **{"for": ["completion"]})
     told = _explained(server, use_cache="text")
     assert "created for the other endpoint only" in told["reason"]
 

@@ -26,6 +26,8 @@ from headstart.names import NAME, SHELF
 
 log = logging.getLogger(__name__)
 
+Tokens = list[int]
+
 SUFFIX = ".headstart"
 SCRATCH = ".tmp-"
 
@@ -193,7 +195,7 @@ class Store:
         ref = StateRef(str(path), stored.state_offset, stored.state_bytes, stored.n_tokens, entry.identity)
         return VerifiedState(tokens[form], ref)
 
-    async def check(self, entry: Entry, *, from_disk: bool = False) -> dict[Form, list[int]]:
+    async def check(self, entry: Entry, *, from_disk: bool = False) -> dict[Form, Tokens]:
         """Checks the file's hashes, whether or not they were checked before; the tokens of each form. Raises
         Corrupt, also when the file is gone."""
         path = self.path(entry.shelf, entry.name)
@@ -205,7 +207,7 @@ class Store:
         self._verified[entry.shelf, entry.name] = (entry.identity, tokens)
         return tokens
 
-    def remembered(self, shelf: str, form: Form) -> Iterator[list[int]]:
+    def remembered(self, shelf: str, form: Form) -> Iterator[Tokens]:
         """The token ids of the shelf's states that were checked since the start."""
         for key, (_, tokens) in self._verified.items():
             if key[0] == shelf and form in tokens:
