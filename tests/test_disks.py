@@ -244,7 +244,7 @@ def _rewrite(directory: Path, then: float) -> None:
             for form, stored in entry.forms.items():
                 writer.copy(form, Part(tokens[form], path, stored.state_offset, stored.state_bytes))
             await store.put(writer, moved)
-        store.index.used("toy", "keeper", then)
+        store.index.used("toy", "keeper", then, 0, 0.0)
         os.utime(path, (then, then))
 
     store = Store(directory)

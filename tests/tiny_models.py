@@ -189,7 +189,7 @@ ARCHITECTURES = {
         (state_space,) * 3,
     ),
     "hybrid-window": Architecture(
-        "lfm2", LFM2.metadata | {"attention.sliding_window": WINDOW}, LFM2.layers, LFM2.output_norm
+        "lfm2", {**LFM2.metadata, "attention.sliding_window": WINDOW}, LFM2.layers, LFM2.output_norm
     ),
 }
 
