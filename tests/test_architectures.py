@@ -57,7 +57,7 @@ class Tiny:
         body = {"model": "tiny", "prompt": prompt, "temperature": 0, "max_tokens": 24, **more}
         response = self.server.post("/v1/completions", **body)
         assert response.status_code == 200, response.text
-        return response.json()  # type: ignore[no-any-return]
+        return response.json()
 
     @property
     def can_cut(self) -> bool:
@@ -182,7 +182,7 @@ def _talk(tiny: Tiny, messages: list[Json], **more: Any) -> Json:
     body = {"model": "tiny", "messages": messages, "temperature": 0, "max_tokens": 24, **more}
     response = tiny.server.post("/v1/chat/completions", **body)
     assert response.status_code == 200, response.text
-    return response.json()  # type: ignore[no-any-return]
+    return response.json()
 
 
 def test_what_shares_only_a_part_with_what_is_held_is_computed_anew(tiny: Tiny) -> None:
