@@ -13,6 +13,7 @@ from headstart.messages import SaveTo, StateRef
 pytestmark = pytest.mark.real_model
 
 BOUNDARY = 70
+LONG = PROMPT + OTHER
 WHOLE_ONLY = [kind for kind in tiny_models.ARCHITECTURES if kind != "full"]
 
 
@@ -26,10 +27,10 @@ def driver(file: Path) -> Driver:
     return Driver(small_model(str(file), slots=1))
 
 
-def _state(driver: Driver, path: Path, restore: StateRef | None = None) -> bytes:
-    """Of the whole prompt, cut at the boundary."""
+def _state(driver: Driver, path: Path, boundary: int, restore: StateRef | None = None) -> bytes:
+    """Of a long prompt."""
     path.touch()
-    request = driver.submit(PROMPT, 0, boundary=BOUNDARY, save_to=SaveTo(str(path)), restore=restore)
+    request = driver.submit(LONG, 0, boundary=boundary, save_to=SaveTo(str(path)), restore=restore)
     driver.finish()
     driver.woken.get(timeout=10)
     driver.step()
@@ -41,12 +42,12 @@ def test_what_follows_the_boundary_has_the_bits_it_has_after_a_restore(
     driver: Driver, tmp_path: Path
 ) -> None:
     """Also where the prompt is longer than the window, whose cells then lie elsewhere."""
-    assert BOUNDARY > tiny_models.WINDOW
-    cold = _state(driver, tmp_path / "cold")
+    boundary = 2 * tiny_models.WINDOW
+    cold = _state(driver, tmp_path / "cold", boundary)
     driver.evict()
-    state = driver.save(PROMPT[:BOUNDARY], tmp_path / "state")
+    state = driver.save(LONG[:boundary], tmp_path / "state")
     driver.evict()
-    assert _state(driver, tmp_path / "warm", state) == cold
+    assert _state(driver, tmp_path / "warm", boundary, state) == cold
 
 
 def test_a_state_is_not_used_in_part_not_even_when_asked_to(driver: Driver, tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ class Architecture:
     """`metadata`: under the architecture's name. `layers`: what makes the tensors of each layer."""
 
     name: str
-    metadata: Mapping[str, Any]
+    metadata: dict[str, Any]
     layers: tuple[Callable[[Random], Tensors], ...]
     output_norm: str = "output_norm"
 
@@ -144,7 +144,7 @@ def lfm2_convolution(random: Random) -> Tensors:
     return convolution(random) | feed_forward(random)
 
 
-COMMON = {
+COMMON: dict[str, Any] = {
     "context_length": CTX,
     "embedding_length": HIDDEN,
     "feed_forward_length": FFN,
@@ -152,8 +152,8 @@ COMMON = {
     "attention.head_count_kv": HEADS,
     "attention.layer_norm_rms_epsilon": 1e-6,
 }
-HEAD_SIZES = {"attention.key_length": HEAD, "attention.value_length": HEAD}
-STATE_SPACE = {
+HEAD_SIZES: dict[str, Any] = {"attention.key_length": HEAD, "attention.value_length": HEAD}
+STATE_SPACE: dict[str, Any] = {
     "ssm.conv_kernel": CONV,
     "ssm.inner_size": INNER,
     "ssm.state_size": STATE,
