@@ -4,6 +4,7 @@
     ├── BadRequest                 400  the request can't be served as it is
     │   ├── InvalidName            400  a cache name outside the allowed alphabet
     │   └── ContextLengthExceeded  400  prompt longer than the model's context
+    ├── Unauthorized               401  no API key that the server knows
     ├── NotFound                   404
     │   ├── ModelNotFound          404
     │   └── CacheNotFound          404
@@ -65,6 +66,12 @@ class ContextLengthExceeded(BadRequest):
             n_prompt_tokens=n_prompt_tokens,
             n_ctx=n_ctx,
         )
+
+
+class Unauthorized(HeadstartError):
+    status = 401
+    type = "invalid_request_error"
+    code = "invalid_api_key"
 
 
 class NotFound(HeadstartError):

@@ -105,6 +105,9 @@ class Submit(Struct, frozen=True, tag=True):
     `boundary`: where prefill is cut so that the values don't depend on whether the first `boundary` tokens
     were computed or restored; 0 for none, below the number of tokens unless nothing is generated. Of a state
     in `restore` no more than `boundary` tokens are used. `reuse=False`: every token is evaluated.
+
+    `owner`: for whom it is. What was computed for another is shared for the first `public` tokens only, which
+    everybody may know to have been computed.
     """
 
     id: int
@@ -115,6 +118,8 @@ class Submit(Struct, frozen=True, tag=True):
     restore: StateRef | None = None
     save_to: SaveTo | None = None
     reuse: bool = True
+    owner: str = ""
+    public: int = 0
 
 
 class Cancel(Struct, frozen=True, tag=True):

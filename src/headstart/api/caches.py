@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
+from headstart.api.keys import owner, seen
 from headstart.api.schemas import CacheRequest
 from headstart.api.streaming import BEGIN_SECONDS, EventStream, as_event, begun, while_connected
 from headstart.caches.entry import Content, Entry
@@ -29,7 +30,7 @@ Json = dict[str, Any]
 async def create(request: Request, model: str, body: CacheRequest) -> Response:
     """Computes the states of a prompt and keeps them under a name."""
     service: Service = request.app.state.service
-    served = service.model(model)
+    served = seen(request, service.model(model))
     served.engine.check_available()
     if body.stream:
         return EventStream(await begun(request, _progress(service, served, body), BEGIN_SECONDS))
@@ -87,21 +88,21 @@ async def _progress(service: Service, model: ServedModel, body: CacheRequest) ->
 async def list_all(request: Request) -> Json:
     """The caches of all models."""
     service: Service = request.app.state.service
-    return _listed(service, "", None)
+    return _listed(service, owner(request), None)
 
 
 @router.get("/{model}")
 async def list_of_model(request: Request, model: str) -> Json:
     """The caches of one model."""
     service: Service = request.app.state.service
-    return _listed(service, "", service.model(model).name)
+    return _listed(service, owner(request), service.model(model).name)
 
 
 @router.get("/{model}/{name:path}")
 async def show(request: Request, model: str, name: str) -> Json:
     """One cache, with its prompt."""
     service: Service = request.app.state.service
-    served = service.model(model)
+    served = seen(request, service.model(model))
     entry = service.caching.look_up(served, name, param="name")
     return _described(service, entry) | {"prompt": entry.prompt}
 
@@ -110,16 +111,16 @@ async def show(request: Request, model: str, name: str) -> Json:
 async def delete(request: Request, model: str, name: str) -> Json:
     """Forgets a cache. Requests that have begun with it end with it."""
     service: Service = request.app.state.service
-    served = service.model(model)
+    served = seen(request, service.model(model))
     service.caching.delete(served, name)
     return {"object": "cache.deleted", "cache_name": name, "model": served.name, "deleted": True}
 
 
-def _listed(service: Service, owner: str, model: str | None) -> Json:
-    building = service.caching.building(owner, model)
+def _listed(service: Service, whose: str, model: str | None) -> Json:
+    building = service.caching.building(whose, model)
     return {
         "object": "list",
-        "data": [_described(service, entry) for entry in service.caching.visible(owner, model)],
+        "data": [_described(service, entry) for entry in service.caching.visible(whose, model)],
         "building": [{"cache_name": name, "model": model} for model, name in building],
     }
 
@@ -131,6 +132,7 @@ def _described(service: Service, entry: Entry) -> Json:
         "cache_name": entry.name,
         "model": entry.model,
         "origin": entry.origin,
+        "owner": entry.owner or None,
         "version": entry.version,
         "size_mb": _megabytes(entry),
         "tokens": entry.n_tokens,

@@ -14,8 +14,8 @@ from headstart.engine.actions import Action, Drop, Fill, Move, Origin, Start
 from headstart.engine.cuts import Cuts
 from headstart.engine.model import Piece
 from headstart.engine.pool import ANSWER_CELLS, Pool
-from headstart.engine.sequence import Sequence, Slot, reusable
-from headstart.messages import StateRef
+from headstart.engine.sequence import Sequence, Slot, may_share, reusable
+from headstart.messages import StateRef, Submit
 
 Work = list[tuple[Sequence, Piece]]
 
@@ -75,6 +75,7 @@ class Scheduler:
 
     def _take(self, sequence: Sequence, slot: Slot) -> None:
         slot.sequence = sequence
+        slot.owner = sequence.request.owner
         sequence.slot = slot
         if sequence not in self.running:
             self.running.append(sequence)
@@ -101,15 +102,17 @@ class Scheduler:
         request = sequence.request
         if not request.reuse:
             return None
-        return request.restore or self._holder(request.tokens, request.boundary)
+        return request.restore or self._holder(request)
 
-    def _holder(self, tokens: list[int], boundary: int) -> Slot | None:
-        """A slot, also one in use, that holds the exact values of an opening."""
+    def _holder(self, request: Submit) -> Slot | None:
+        """A slot, also one in use, that holds the exact values of the request's opening."""
+        tokens, boundary = request.tokens, request.boundary
         if not (0 < boundary < len(tokens) and self.can_cut):
             return None
         places = (*self.slots, self.pool.trunk) if self.pool else self.slots
         for slot in places:
-            if slot.boundary == boundary <= slot.exact and slot.tokens[:boundary] == tokens[:boundary]:
+            holds = slot.boundary == boundary <= slot.exact and slot.tokens[:boundary] == tokens[:boundary]
+            if holds and may_share(slot.owner, request):
                 return slot
         return None
 
@@ -117,7 +120,7 @@ class Scheduler:
         request = sequence.request
         if not (request.reuse and request.boundary and self.can_cut) or request.restore:
             return False
-        if request.save_to or self._holder(request.tokens, request.boundary):
+        if request.save_to or self._holder(request):
             return False
         return any(
             other.computed < request.boundary and _same_opening(other, sequence) for other in self.running
@@ -129,7 +132,7 @@ class Scheduler:
         request, boundary = sequence.request, sequence.request.boundary
         if not request.reuse or not request.max_tokens or boundary < self.share_from:
             return None
-        shares = pool.prefix == request.tokens[:boundary]
+        shares = pool.prefix == request.tokens[:boundary] and may_share(pool.trunk.owner, request)
         if shares and (seat := pool.continued_by(sequence)) and len(seat.tokens) > keep:
             return iter([Start(sequence, seat, len(seat.tokens), None)])
         if keep > boundary or (keep == boundary and not pool.running and not self._has_company(sequence)):
@@ -165,6 +168,7 @@ class Scheduler:
     def _refill(self, pool: Pool, sequence: Sequence, origin: StateRef | Slot) -> Iterator[Action]:
         for seat in pool.idle():
             yield Drop(seat)
+        pool.trunk.owner = sequence.request.owner
         yield Fill(pool.trunk, sequence.request.tokens[: sequence.request.boundary], origin)
         yield from self._sit(pool, sequence)
 
@@ -269,6 +273,7 @@ def _same_opening(one: Sequence, other: Sequence) -> bool:
     return (
         boundary == other.request.boundary
         and one.request.reuse
+        and may_share(one.request.owner, other.request)
         and one.request.tokens[:boundary] == other.request.tokens[:boundary]
     )
 

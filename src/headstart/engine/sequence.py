@@ -14,7 +14,7 @@ from headstart.tokens import common_prefix
 class Slot:
     """`tokens` are those whose KV values it holds. The first `exact` of them have the values that a prefill
     from nothing, alone and cut at `boundary`, gives; later ones were decoded one by one, or in the pool
-    beside others (`pooled`), and may differ in the last bits."""
+    beside others (`pooled`), and may differ in the last bits. They were computed for `owner`."""
 
     id: int
     pooled: bool = False
@@ -22,6 +22,7 @@ class Slot:
     exact: int = 0
     boundary: int = 0
     last_used: int = 0
+    owner: str = ""
     sequence: Sequence | None = None
 
     def hold(self, tokens: list[int], exact: int, boundary: int) -> None:
@@ -79,11 +80,18 @@ def reusable(slot: Slot, request: Submit, cuts: Cuts, *, can_cut: bool) -> int:
     if not request.reuse:
         return 0
     shared = min(common_prefix(slot.tokens, request.tokens), len(request.tokens) - 1)
+    if slot.owner != request.owner:
+        shared = min(shared, request.public)
     if not can_cut:
         return shared if shared == len(slot.tokens) else 0
     if shared > slot.exact:
         return shared
     return _last_common_cut(shared, slot.boundary, request.boundary, cuts)
+
+
+def may_share(owner: str, request: Submit) -> bool:
+    """Whether the request may start from its opening as it was computed for `owner`."""
+    return owner == request.owner or request.boundary <= request.public
 
 
 def _last_common_cut(shared: int, held: int, wanted: int, cuts: Cuts) -> int:

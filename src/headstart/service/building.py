@@ -87,7 +87,7 @@ class Builder:
 
     async def _compute(self, model: ServedModel, tokens: list[int], writer: Writer, progress: _Sum) -> Stats:
         place = SaveTo(str(writer.path), writer.end)
-        request = Submit(0, tokens, boundary=len(tokens), save_to=place)
+        request = Submit(0, tokens, boundary=len(tokens), save_to=place, owner=model.owner)
         with model.engine.submit(request) as running:
             async for event in running:
                 match event:

@@ -164,9 +164,12 @@ class Caching:
             build.cancel()
 
     def delete(self, model: ServedModel, name: str) -> None:
-        """Raises CacheNotFound, or CacheConflict while the name is being built, or if it is declared."""
+        """Raises CacheNotFound, or CacheConflict while the name is being built and where the client may not:
+        it is declared, or everyone's and the model is seen by an owner."""
         check_name(name, param="name")
         self._check_not_declared(model, name, param="name")
+        if model.owner and not self._current(model, name) and self._at(model.name, name):
+            raise CacheConflict(f"The cache {name!r} is everyone's; no API key can delete it.", param="name")
         self._check_not_building(model, name)
         self.store.delete(model.shelf, name)
 

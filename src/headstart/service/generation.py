@@ -144,7 +144,8 @@ class Generation:
             return prepared
         unnamed = await self.automatic.look(prepared.model, system, submit.tokens, submit.boundary)
         if unnamed and unnamed.restore:
-            submit = msgspec.structs.replace(submit, restore=unnamed.restore)
+            public = _public(submit.boundary, unnamed.entry)
+            submit = msgspec.structs.replace(submit, restore=unnamed.restore, public=public)
         return replace(prepared, submit=submit, unnamed=unnamed)
 
     def _prepared(
@@ -168,6 +169,8 @@ class Generation:
             sampling=options.sampling,
             restore=opening.restore,
             reuse=options.reuse,
+            owner=model.owner,
+            public=_public(opening.boundary, entry),
         )
         if not options.reuse:
             opening = Opening(opening.boundary, miss="cache_prompt_false")
@@ -224,6 +227,11 @@ def _miss(prepared: Prepared, stats: Stats) -> MissReason | None:
     if prepared.opening.miss:
         return prepared.opening.miss
     return None if stats.cached_tokens >= prepared.opening.boundary else "restore_failed"
+
+
+def _public(boundary: int, entry: Entry | None) -> int:
+    """How many tokens of a request are no secret: those of a cache that is everyone's."""
+    return boundary if entry and not entry.owner else 0
 
 
 def _leading_system(messages: Sequence[Message]) -> list[Message]:
