@@ -60,7 +60,7 @@ def test_a_build_that_crashes_at_its_first_decode_is_reported_with_the_cure(tmp_
         (["--slots", "-1"], "slots"),
         (["--model", "toy=toy:", "--cache-dir", "/dev/null/cache"], "Not a directory"),
         (["--model", "m=/"], "can't be read"),
-        (["--host", "192.0.2.1", "--model", "toy=toy:"], "Can't listen"),
+        (["--host", "192.0.2.1", "--insecure", "--model", "toy=toy:"], "Can't listen"),
     ],
 )
 def test_a_server_that_can_not_start_says_why(tmp_path: Path, flags: list[str], told: str) -> None:

@@ -287,7 +287,7 @@ async def test_two_that_want_room_at_once_don_t_get_the_same(tmp_path: Path) -> 
 
 async def test_a_shelf_may_have_a_quota_of_its_own(tmp_path: Path) -> None:
     store = Store(tmp_path / "cache")
-    quota = Quota(store, share=lambda shelf: 100_000 if shelf == "toy@ada" else 0)
+    quota = Quota(store, shares={"ada": 100_000})
     await _put(store, "hers", owner="ada")
     await _put(store, "others")
     await _hold(quota, "new", 90_000, "toy@ada")

@@ -19,7 +19,7 @@ from pydantic_settings import (
 
 from headstart.arithmetic import Weights
 from headstart.errors import StartupError
-from headstart.tables import DeclaredCache, check_names, check_route
+from headstart.tables import ApiKey, DeclaredCache, check_names, check_route
 
 Origin = Literal["flag", "environment", "file", "default"]
 DEFAULT_MODEL = "smollm2"
@@ -103,11 +103,15 @@ class Settings(BaseSettings):
     routes: dict[str, str] = Field(
         default_factory=dict, description="Paths to put before /v1, each with the cache it stands for."
     )
+    keys: dict[str, ApiKey] = Field(
+        default_factory=dict, description="API keys, each with caches of its own; with any, one is needed."
+    )
+    allow_public: bool = Field(False, description="Listen on other addresses than loopback without a key.")
 
     # What paths in tables start from: where the configuration file is.
     folder: ClassVar[Path] = Path()
 
-    @field_validator("models", "aliases", "caches")
+    @field_validator("models", "aliases", "caches", "keys")
     @classmethod
     def _check_names(cls, table: dict[str, Any]) -> dict[str, Any]:
         check_names(table)
@@ -137,6 +141,11 @@ class Settings(BaseSettings):
     @property
     def model_paths(self) -> dict[str, str]:
         return self.models or {DEFAULT_MODEL: embedded_model()}
+
+    @property
+    def quotas(self) -> dict[str, int]:
+        """What the caches of an API key may take, in bytes, by the key's name; no limit for others."""
+        return {name: int(key.quota_mb * 1e6) for name, key in self.keys.items() if key.quota_mb is not None}
 
     @classmethod
     def settings_customise_sources(

@@ -5,6 +5,7 @@
     │   ├── InvalidName            400  a cache name outside the allowed alphabet
     │   ├── ContextLengthExceeded  400  prompt longer than the model's context
     │   └── DamagedFile            400  what was sent is no cache's file
+    ├── Unauthorized               401  no API key that the server knows
     ├── NotFound                   404
     │   ├── ModelNotFound          404
     │   └── CacheNotFound          404
@@ -72,6 +73,12 @@ class ContextLengthExceeded(BadRequest):
 
 class DamagedFile(BadRequest):
     code = "damaged_file"
+
+
+class Unauthorized(HeadstartError):
+    status = 401
+    type = "invalid_request_error"
+    code = "invalid_api_key"
 
 
 class NotFound(HeadstartError):

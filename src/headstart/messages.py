@@ -108,6 +108,9 @@ class Submit(Struct, frozen=True, tag=True):
     which has so many tokens in common with this one; it is used up to a place where both are cut, if the
     model can cut states at all. None: it is this opening's own. `reuse=False`: every token is evaluated. What
     is saved was prefilled, whatever was decoded before.
+
+    `owner`: for whom it is. What was computed for another is shared for the first `public` tokens only, which
+    everybody may know to have been computed.
     """
 
     id: int
@@ -119,6 +122,8 @@ class Submit(Struct, frozen=True, tag=True):
     shared: int | None = None
     save_to: SaveTo | None = None
     reuse: bool = True
+    owner: str = ""
+    public: int = 0
 
 
 class Cancel(Struct, frozen=True, tag=True):

@@ -8,6 +8,7 @@ from fastapi import APIRouter, FastAPI, Request
 
 from headstart import __version__
 from headstart.api import cache_files, caches, completions, errors, verify
+from headstart.api.keys import Keyring, Keys, owner, seen
 from headstart.api.middleware import Faults, JsonBodies, PlainPaths, RequestIds
 from headstart.api.routes import Routes
 from headstart.errors import HeadstartError, ModelLoading, Unavailable
@@ -18,10 +19,12 @@ router = APIRouter()
 
 
 def create_app(service: Service) -> FastAPI:
+    """Raises StartupError for an API key that can't be read."""
     app = FastAPI(title="Headstart", version=__version__, redirect_slashes=False)
     app.state.service = service
     app.add_middleware(JsonBodies, max_bytes=int(service.settings.max_body_mb * (1 << 20)))
     app.add_middleware(Routes, table=service.settings.routes)
+    app.add_middleware(Keys, keyring=Keyring(service.settings))
     app.add_middleware(PlainPaths)
     app.add_middleware(Faults)
     app.add_middleware(RequestIds)
@@ -47,7 +50,7 @@ async def health(request: Request) -> dict[str, Any]:
 @router.get("/v1/models")
 async def list_models(request: Request) -> dict[str, Any]:
     service: Service = request.app.state.service
-    caches = [entry for entry in service.shelves.visible("") if entry.model in service.models]
+    caches = [entry for entry in service.shelves.visible(owner(request)) if entry.model in service.models]
     names = [*service.names(), *choices(caches)]
     return {"object": "list", "data": [_model(service, name) for name in names]}
 
@@ -57,7 +60,7 @@ async def show_model(request: Request, name: str) -> dict[str, Any]:
     service: Service = request.app.state.service
     model, cache = service.target(name)
     if "@" in name and cache is not None:
-        service.shelves.look_up(model, cache, param="model")
+        service.shelves.look_up(seen(request, model), cache, param="model")
     return _model(service, name)
 
 

@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response, StreamingResponse
 
 from headstart.api.caches import made
+from headstart.api.keys import seen
 from headstart.api.streaming import ClientLeft
 from headstart.names import check_name
 from headstart.service.files import Exported
@@ -28,7 +29,7 @@ MEDIA_TYPE = "application/octet-stream"
 async def export(request: Request, model: str, name: str) -> Response:
     """The whole file, as it is now."""
     service: Service = request.app.state.service
-    exported = await service.files.export(service.model(model), _name(request, name))
+    exported = await service.files.export(seen(request, service.model(model)), _name(request, name))
     tag = f'"{exported.digest}"'
     if tag in request.headers.get("if-none-match", ""):
         exported.opened.close()
@@ -54,7 +55,7 @@ async def take(
 ) -> dict[str, Any]:
     """Takes a file that was exported, here or elsewhere."""
     service: Service = request.app.state.service
-    served = service.model(model)
+    served = seen(request, service.model(model))
     served.engine.check_available()
     declared = request.headers.get("content-length", "")
     entry = await service.files.take(

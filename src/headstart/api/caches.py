@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from msgspec.structs import replace
 from starlette.responses import Response
 
+from headstart.api.keys import owner, seen
 from headstart.api.streaming import BEGIN_SECONDS, EventStream, as_event, begun, while_connected
 from headstart.api.terms import CreateRequest, EditRequest, iso_time, shown
 from headstart.caches.entry import Entry
@@ -31,7 +32,7 @@ Json = dict[str, Any]
 async def create(request: Request, model: str, body: CreateRequest) -> Response:
     """Computes the states of a prompt and keeps them under a name."""
     service: Service = request.app.state.service
-    served = service.model(model)
+    served = seen(request, service.model(model))
     served.engine.check_available()
     if body.stream:
         return EventStream(await begun(request, _progress(service, served, body), BEGIN_SECONDS))
@@ -96,23 +97,27 @@ async def _progress(service: Service, model: ServedModel, body: CreateRequest) -
 async def list_all(request: Request) -> Json:
     """The caches of all models."""
     service: Service = request.app.state.service
-    quota = service.quota
-    totals = {"used_bytes": quota.used(), "quota_bytes": quota.limit or None, "evictions": quota.evictions}
-    return _listed(service, "", None) | totals
+    quota, whose = service.quota, owner(request)
+    totals = {
+        "used_bytes": quota.used(whose or None),
+        "quota_bytes": quota.limit_of(whose) or None,
+        "evictions": quota.evictions,
+    }
+    return _listed(service, whose, None) | totals
 
 
 @router.get("/{model}")
 async def list_of_model(request: Request, model: str) -> Json:
     """The caches of one model."""
     service: Service = request.app.state.service
-    return _listed(service, "", service.model(model).name)
+    return _listed(service, owner(request), service.model(model).name)
 
 
 @router.get("/{model}/{name:path}")
 async def show(request: Request, model: str, name: str) -> Json:
     """One cache, with what it holds."""
     service: Service = request.app.state.service
-    served = service.model(model)
+    served = seen(request, service.model(model))
     entry = service.shelves.look_up(served, name, param="name")
     return _described(service, entry) | _content(entry) | await _prospect(service, served, entry)
 
@@ -121,7 +126,7 @@ async def show(request: Request, model: str, name: str) -> Json:
 async def edit(request: Request, model: str, name: str, body: EditRequest) -> Json:
     """Changes how a cache is kept; its version and states stay."""
     service: Service = request.app.state.service
-    changing = service.caching.edit(service.model(model), name, body.given())
+    changing = service.caching.edit(seen(request, service.model(model)), name, body.given())
     return _described(service, await while_connected(request, changing))
 
 
@@ -129,7 +134,7 @@ async def edit(request: Request, model: str, name: str, body: EditRequest) -> Js
 async def delete(request: Request, model: str, name: str) -> Json:
     """Forgets a cache. Requests that have begun with it end with it."""
     service: Service = request.app.state.service
-    served = service.model(model)
+    served = seen(request, service.model(model))
     service.caching.delete(served, name)
     return {"object": "cache.deleted", "cache_name": name, "model": served.name, "deleted": True}
 
@@ -143,11 +148,11 @@ async def _prospect(service: Service, model: ServedModel, entry: Entry) -> Json:
     return {"would_hit": miss is None, "miss_reason": miss}
 
 
-def _listed(service: Service, owner: str, model: str | None) -> Json:
-    building = service.caching.building(owner, model)
+def _listed(service: Service, whose: str, model: str | None) -> Json:
+    building = service.caching.building(whose, model)
     return {
         "object": "list",
-        "data": [_described(service, entry) for entry in service.shelves.visible(owner, model)],
+        "data": [_described(service, entry) for entry in service.shelves.visible(whose, model)],
         "building": [{"cache_name": name, "model": model} for model, name in building],
     }
 
@@ -159,6 +164,7 @@ def _described(service: Service, entry: Entry) -> Json:
         "cache_name": entry.name,
         "model": entry.model,
         "origin": entry.origin,
+        "owner": entry.owner or None,
         "version": entry.version,
         "size_mb": _megabytes(entry),
         "tokens": entry.n_tokens,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from fastapi import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from headstart.api.keys import seen
 from headstart.api.schemas import GenerationRequest
 from headstart.service.model import ServedModel
 from headstart.service.server import Service
@@ -36,10 +37,12 @@ class Routes:
 
 
 def addressed(request: Request, body: GenerationRequest) -> ServedModel:
-    """The model that the body names. Where the body names no cache itself, the one of its model's name is
-    filled in, else the one of the request's route. Raises ModelNotFound."""
+    """The model that the body names, as the request's key sees it. Where the body names no cache itself, the
+    one of its model's name is filled in, else the one of the route, else of the key. Raises ModelNotFound."""
     service: Service = request.app.state.service
     model, cache = service.target(body.model)
     if body.use_cache is None:
-        body.use_cache = getattr(request.state, "cache", None) if cache is None else cache
-    return model
+        state = request.state
+        by_address = getattr(state, "cache", None) or getattr(state, "default_cache", None)
+        body.use_cache = by_address if cache is None else cache
+    return seen(request, model)

@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from pydantic import Field
 from starlette.responses import Response
 
+from headstart.api.keys import owner
 from headstart.api.schemas import Body, Utf8
 from headstart.api.streaming import BEGIN_SECONDS, EventStream, as_event, begun, while_connected
 from headstart.service.server import Service
@@ -40,7 +41,7 @@ async def verify(request: Request, body: VerifyRequest) -> Response:
     """Checks the files' hashes as the disk has them, and what requests would make of each cache."""
     service: Service = request.app.state.service
     model = None if body.model is None else service.settings.aliases.get(body.model, body.model)
-    wish = Wish(model, body.cache_name, body.repair, body.remove_unreadable)
+    wish = Wish(model, body.cache_name, body.repair, body.remove_unreadable, owner(request))
     verdicts = service.verifier.verify(wish)
     if body.stream:
         return EventStream(await begun(request, _events(verdicts), BEGIN_SECONDS))

@@ -57,7 +57,7 @@ class Store:
             self.index = Index(self.directory / "index.sqlite")
         self._entries = {(entry.shelf, entry.name): entry for entry in self.index.entries()}
         self._verified: dict[tuple[str, str], tuple[Identity, dict[Form, list[int]]]] = {}
-        self._reconcile()
+        self.reconcile()
 
     def close(self) -> None:
         self.index.close()
@@ -75,7 +75,8 @@ class Store:
             except OSError as error:
                 log.warning("left over from an interrupted write, and still there: %s", error)
 
-    def _reconcile(self) -> None:
+    def reconcile(self) -> None:
+        """Looks at all of the directory: what others did there is seen from then on."""
         on_disk = set()
         for path in self.directory.glob(f"*/*{SUFFIX}"):
             key = (path.parent.name, path.name.removesuffix(SUFFIX))
@@ -83,10 +84,6 @@ class Store:
                 on_disk.add(key)
         for key in self._entries.keys() - on_disk:
             self._forget(*key)
-
-    def refresh(self) -> None:
-        """Looks at all of the directory again: what others did there is seen from then on."""
-        self._reconcile()
 
     def _look(self, shelf: str, name: str) -> Entry | None:
         """The entry as the disk has it now; None, its file being removed, once its time is over. A damaged

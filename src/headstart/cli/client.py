@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,7 @@ import httpx
 
 Json = dict[str, Any]
 
+API_KEY = "HEADSTART_API_KEY"
 TIMEOUT = httpx.Timeout(60, connect=5)
 LOOPBACK = ("all://127.0.0.1", "all://localhost", "all://[::1]")
 
@@ -21,14 +23,19 @@ class RequestFailed(Exception):
 
 
 class Client:
-    """The API of the server at `url`. All methods raise RequestFailed."""
+    """The API of the server at `url`, with the API key from the environment, if there is one. All methods
+    raise RequestFailed."""
 
     def __init__(self, url: str) -> None:
         self.url = (url if "://" in url else f"http://{url}").rstrip("/")
+        key = os.environ.get(API_KEY, "")
         try:
             # A proxy could not reach this machine's own server.
             self._http = httpx.Client(
-                base_url=self.url, timeout=TIMEOUT, mounts=dict.fromkeys(LOOPBACK, None)
+                base_url=self.url,
+                timeout=TIMEOUT,
+                mounts=dict.fromkeys(LOOPBACK, None),
+                headers={"authorization": f"Bearer {key}"} if key else None,
             )
         except httpx.InvalidURL as error:
             raise RequestFailed(f"{url!r} is not the address of a server: {error}") from error

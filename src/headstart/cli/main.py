@@ -70,6 +70,7 @@ def serve(
     flash_attention: FlashAttention = None,
     weights: WeightsFormat = None,
     max_step_ms: MaxStepMs = None,
+    insecure: Annotated[bool | None, typer.Option("--insecure", help=_description("allow_public"))] = None,
 ) -> None:
     """Run the server."""
     from headstart.cli.serve import serve as run
@@ -91,6 +92,7 @@ def serve(
             flash_attention=flash_attention,
             weights=weights,
             max_step_ms=max_step_ms,
+            allow_public=insecure,
         )
         run(settings, _say)
     except (StartupError, HeadstartError) as error:

@@ -7,6 +7,7 @@ import logging
 import signal
 import socket
 from collections.abc import Callable
+from ipaddress import ip_address
 
 import uvicorn
 
@@ -36,6 +37,7 @@ and start every request from it:
 
 def serve(settings: Settings, say: Say) -> None:
     """Returns when the server was stopped. Raises StartupError when it can't start."""
+    check_private(settings)
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     listener = _listen(settings.host, settings.port)
     service = Service(settings, say)
@@ -72,6 +74,23 @@ async def _load(service: Service, server: uvicorn.Server) -> None:
     except BaseException:
         server.should_exit = True
         raise
+
+
+def check_private(settings: Settings) -> None:
+    """Raises StartupError where others could use the server without a key, and that wasn't asked for."""
+    if not (settings.keys or settings.allow_public or _is_loopback(settings.host)):
+        raise StartupError(
+            f"Others than this machine could use the server at {settings.host}. Configure an API key "
+            "([keys.NAME] in the configuration file), or allow it with --insecure."
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        found = socket.getaddrinfo(host or None, None, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError):
+        return False
+    return all(ip_address(str(address[0]).partition("%")[0]).is_loopback for *_, address in found)
 
 
 def _listen(host: str, port: int) -> socket.socket:

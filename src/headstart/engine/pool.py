@@ -56,7 +56,8 @@ class Pool:
         tokens = sequence.request.tokens
         for seat in self.idle():
             n = len(seat.tokens)
-            if len(self.prefix) < n < len(tokens) and seat.tokens == tokens[:n]:
+            is_theirs = seat.owner == sequence.request.owner
+            if is_theirs and len(self.prefix) < n < len(tokens) and seat.tokens == tokens[:n]:
                 return seat
         return None
 

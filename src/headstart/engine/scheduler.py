@@ -14,7 +14,7 @@ from headstart.engine.actions import Action, Drop, Fill, Move, Origin, Start
 from headstart.engine.cuts import Cuts
 from headstart.engine.model import Piece
 from headstart.engine.pool import ANSWER_CELLS, Pool
-from headstart.engine.sequence import Sequence, Slot, reusable
+from headstart.engine.sequence import Sequence, Slot, may_share, reusable
 from headstart.messages import StateRef, Submit
 
 Work = list[tuple[Sequence, Piece]]
@@ -75,6 +75,7 @@ class Scheduler:
 
     def _take(self, sequence: Sequence, slot: Slot) -> None:
         slot.sequence = sequence
+        slot.owner = sequence.request.owner
         sequence.slot = slot
         if sequence not in self.running:
             self.running.append(sequence)
@@ -104,7 +105,7 @@ class Scheduler:
             return None
         if self._restores_whole(request):
             return request.restore
-        return self._holder(request.tokens, request.boundary) or request.restore
+        return self._holder(request) or request.restore
 
     def _usable(self, origin: Origin, request: Submit) -> int:
         """Of `origin`, a state's or a slot's whole opening."""
@@ -129,13 +130,15 @@ class Scheduler:
         held = max((reusable(slot, request, self.cuts, can_cut=self.can_cut) for slot in free), default=0)
         return request.restore if held < self._usable(request.restore, request) else None
 
-    def _holder(self, tokens: list[int], boundary: int) -> Slot | None:
-        """A slot, also one in use, that holds the exact values of an opening."""
+    def _holder(self, request: Submit) -> Slot | None:
+        """A slot, also one in use, that holds the exact values of the request's opening."""
+        tokens, boundary = request.tokens, request.boundary
         if not (0 < boundary < len(tokens) and self.can_cut):
             return None
         places = (*self.slots, self.pool.trunk) if self.pool else self.slots
         for slot in places:
-            if slot.boundary == boundary <= slot.exact and slot.tokens[:boundary] == tokens[:boundary]:
+            holds = slot.boundary == boundary <= slot.exact and slot.tokens[:boundary] == tokens[:boundary]
+            if holds and may_share(slot.owner, request):
                 return slot
         return None
 
@@ -143,7 +146,7 @@ class Scheduler:
         request = sequence.request
         if not (request.reuse and request.boundary and self.can_cut) or self._restores_whole(request):
             return False
-        if request.save_to or self._holder(request.tokens, request.boundary):
+        if request.save_to or self._holder(request):
             return False
         return any(other.computed < request.boundary and other.opens_like(sequence) for other in self.running)
 
@@ -153,7 +156,7 @@ class Scheduler:
         request, boundary = sequence.request, sequence.request.boundary
         if not request.reuse or not request.max_tokens or boundary < self.share_from:
             return None
-        shares = pool.prefix == request.tokens[:boundary]
+        shares = pool.prefix == request.tokens[:boundary] and may_share(pool.trunk.owner, request)
         if shares and (seat := pool.continued_by(sequence)) and len(seat.tokens) > keep:
             return iter([Start(sequence, seat, len(seat.tokens), None)])
         if keep > boundary or (keep == boundary and not pool.running and not self._has_company(sequence)):
@@ -189,6 +192,7 @@ class Scheduler:
     def _refill(self, pool: Pool, sequence: Sequence, origin: StateRef | Slot) -> Iterator[Action]:
         for seat in pool.idle():
             yield Drop(seat)
+        pool.trunk.owner = sequence.request.owner
         yield Fill(pool.trunk, sequence.request.tokens[: sequence.request.boundary], origin)
         yield from self._sit(pool, sequence)
 

@@ -14,7 +14,7 @@ from headstart.tokens import common_prefix
 class Slot:
     """`tokens` are those whose KV values it holds. The first `exact` of them have the values that a prefill
     from nothing, alone and cut at `boundary`, gives; later ones were decoded one by one, or in the pool
-    beside others (`pooled`), and may differ in the last bits."""
+    beside others (`pooled`), and may differ in the last bits. They were computed for `owner`."""
 
     id: int
     pooled: bool = False
@@ -22,6 +22,7 @@ class Slot:
     exact: int = 0
     boundary: int = 0
     last_used: int = 0
+    owner: str = ""
     sequence: Sequence | None = None
 
     def hold(self, tokens: list[int], exact: int, boundary: int) -> None:
@@ -64,7 +65,7 @@ class Sequence:
         """Whether both begin with the same tokens, and this one could have them from the other."""
         one, boundary = self.request, self.request.boundary
         same = boundary == other.request.boundary and one.tokens[:boundary] == other.request.tokens[:boundary]
-        return one.reuse and same
+        return one.reuse and same and may_share(one.owner, other.request)
 
     def next_piece(self, cuts: Cuts) -> Piece:
         """What to evaluate next: the one token just generated, or prompt tokens up to the next cut."""
@@ -86,12 +87,19 @@ def reusable(slot: Slot, request: Submit, cuts: Cuts, *, can_cut: bool) -> int:
     if not request.reuse:
         return 0
     shared = min(common_prefix(slot.tokens, request.tokens), len(request.tokens) - 1)
+    if slot.owner != request.owner:
+        shared = min(shared, request.public)
     if not can_cut and shared < len(slot.tokens):
         return 0
     if shared > slot.exact and not request.save_to:
         return shared
     kept = _last_common_cut(min(shared, slot.exact), slot.boundary, request.boundary, cuts)
     return kept if can_cut or kept == len(slot.tokens) else 0
+
+
+def may_share(owner: str, request: Submit) -> bool:
+    """Whether the request may start from its opening as it was computed for `owner`."""
+    return owner == request.owner or request.boundary <= request.public
 
 
 def _last_common_cut(shared: int, held: int, wanted: int, cuts: Cuts) -> int:

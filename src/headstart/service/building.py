@@ -110,6 +110,7 @@ class Builder:
             restore=head.restore,
             shared=head.shared,
             save_to=SaveTo(str(writer.path), writer.end),
+            owner=model.owner,
         )
         with model.engine.submit(request) as running:
             async for event in running:

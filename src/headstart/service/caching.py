@@ -168,9 +168,12 @@ class Caching:
                 return amended
 
     def delete(self, model: ServedModel, name: str) -> None:
-        """Raises CacheNotFound, or CacheConflict while the name is being built, or if it is declared."""
+        """Raises CacheNotFound, or CacheConflict while the name is being built and where the client may not:
+        it is declared, or everyone's and the model is seen by an owner."""
         check_name(name, param="name")
         self._check_not_declared(model, name, param="name")
+        if model.owner and not self.shelves.own(model, name) and self.shelves.at(model.name, name):
+            raise CacheConflict(f"The cache {name!r} is everyone's; no API key can delete it.", param="name")
         self.check_not_building(model, name)
         self.store.delete(model.shelf, name)
 

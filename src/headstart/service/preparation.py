@@ -97,7 +97,7 @@ class Preparation:
         if options.reuse:
             unnamed = await self.automatic.look(model, begun, tokens, opening.boundary)
             opening = replace(opening, restore=unnamed.restore if unnamed else None)
-        return replace(self._prepared(model, tokens, options, None, opening, "chat"), unnamed=unnamed)
+        return self._prepared(model, tokens, options, None, opening, "chat", unnamed)
 
     async def _chat_opening(
         self, model: ServedModel, chat: Chat, tokens: list[int]
@@ -172,7 +172,9 @@ class Preparation:
         entry: Entry | None,
         opening: Opening,
         form: Form,
+        unnamed: Unnamed | None = None,
     ) -> Prepared:
+        begun = entry or (unnamed and unnamed.entry)
         param = "messages" if form == "chat" else "prompt"
         if not tokens:
             raise BadRequest("The prompt is empty.", param=param)
@@ -187,13 +189,15 @@ class Preparation:
             restore=opening.restore,
             shared=opening.shared,
             reuse=options.reuse,
+            owner=model.owner,
+            public=opening.boundary if begun and not begun.owner else 0,
         )
         if not options.reuse:
             opening = Opening(opening.boundary, miss="cache_prompt_false")
         remembered = self.caching.store.remembered(model.shelf, form)
         matched = opening.boundary if entry else longest_match(remembered, tokens)
         names = options.use_cache or ()
-        return Prepared(model, submit, options.stop, entry, opening, names, matched=matched)
+        return Prepared(model, submit, options.stop, entry, opening, names, unnamed, matched=matched)
 
     async def _explaining(self, prepared: Prepared, form: Form, texts: Sequence[str]) -> Prepared:
         """The same request, whose result will say why it started from a cache or didn't."""

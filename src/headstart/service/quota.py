@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from headstart.caches.entry import Entry
@@ -17,27 +17,31 @@ log = logging.getLogger(__name__)
 Key = tuple[str, str]
 
 
-def no_share(shelf: str) -> int:
-    return 0
-
-
 class Quota:
-    """`limit`: bytes that the files of all caches may take; `share`: what those of a shelf may. 0: no limit.
+    """`limit`: bytes that the files of all caches may take, 0 for no limit; `shares`: what those of an owner
+    may.
 
     A cache that is being replaced doesn't count: till the new file is in its place, both are on the disk.
     What is being built counts as large as it may become. Used from the event loop."""
 
-    def __init__(self, store: Store, limit: int = 0, share: Callable[[str], int] = no_share) -> None:
+    def __init__(self, store: Store, limit: int = 0, shares: Mapping[str, int] | None = None) -> None:
         self.store = store
         self.limit = limit
-        self.share = share
+        self.shares = shares or {}
         self.evictions = 0
         self._reserved: dict[Key, int] = {}
         self._deciding = asyncio.Lock()
 
-    def used(self, shelf: str | None = None) -> int:
-        """Bytes that files take, of one shelf or all, as last seen."""
-        return sum(entry.size_bytes for entry in self.store.known(shelf))
+    def used(self, owner: str | None = None) -> int:
+        """Bytes that files take, an owner's or all, as last seen."""
+        return sum(entry.size_bytes for entry in self._known(owner))
+
+    def limit_of(self, owner: str) -> int:
+        """Bytes that an owner's caches may take; 0: no limit."""
+        return min(filter(None, (self.limit, self.shares.get(owner, 0))), default=0)
+
+    def _known(self, owner: str | None) -> Iterator[Entry]:
+        return (entry for entry in self.store.known() if owner in (None, entry.owner))
 
     @contextmanager
     def reserving(self, shelf: str, name: str) -> Iterator[Reservation]:
@@ -52,10 +56,10 @@ class Quota:
         nothing evicted, where that would not do, or StorageError."""
         async with self._deciding:
             limits = self._limits(key[0])
-            for shelf, limit in limits.items():
-                self._missing(shelf, limit, key, size)
-            for shelf, limit in limits.items():
-                await self._evict(shelf, self._missing(shelf, limit, key, size), key)
+            for owner, limit in limits.items():
+                self._missing(owner, limit, key, size)
+            for owner, limit in limits.items():
+                await self._evict(owner, self._missing(owner, limit, key, size), key)
             self._reserved[key] = size
 
     def check_possible(self, shelf: str, size: int) -> None:
@@ -68,44 +72,45 @@ class Quota:
         """Evicts until what there is fits, as far as that can be: the limit may have become lower, or files
         have been put into the directory."""
         async with self._deciding:
-            for shelf in {None, *(entry.shelf for entry in self.store.known())}:
-                limit = self.limit if shelf is None else self.share(shelf)
+            limits: dict[str | None, int] = {**self.shares, None: self.limit}
+            for owner, limit in limits.items():
                 if limit:
-                    await self._evict(shelf, self._taken(shelf, None) - limit)
+                    await self._evict(owner, self._taken(owner, None) - limit)
 
     def _limits(self, shelf: str) -> Mapping[str | None, int]:
-        """Those that hold for caches of the shelf, by what they are about; None is all shelves."""
-        limits = {shelf: self.share(shelf), None: self.limit}
+        """Those that hold for caches of the shelf, by whose caches they are about; None is everyone's."""
+        owner = shelf.partition("@")[2]
+        limits = {owner: self.shares.get(owner, 0), None: self.limit}
         return {scope: limit for scope, limit in limits.items() if limit}
 
-    def _taken(self, shelf: str | None, but: Key | None) -> int:
-        sizes = {(entry.shelf, entry.name): entry.size_bytes for entry in self.store.known(shelf)}
+    def _taken(self, owner: str | None, but: Key | None) -> int:
+        sizes = {(entry.shelf, entry.name): entry.size_bytes for entry in self._known(owner)}
         for key, size in self._reserved.items():
-            if shelf in (None, key[0]):
+            if owner in (None, key[0].partition("@")[2]):
                 sizes[key] = max(size, sizes.get(key, 0))
         return sum(size for key, size in sizes.items() if key != but)
 
-    def _missing(self, shelf: str | None, limit: int, key: Key, size: int) -> int:
+    def _missing(self, owner: str | None, limit: int, key: Key, size: int) -> int:
         """Bytes that have to be freed. Raises QuotaExceeded where they can't be."""
-        free = limit - self._taken(shelf, key)
-        gain = 0 if size <= free else sum(_gain(entry) for entry in self._candidates(shelf, key))
+        free = limit - self._taken(owner, key)
+        gain = 0 if size <= free else sum(_gain(entry) for entry in self._candidates(owner, key))
         if free + gain < size:
             raise _exceeded(size, limit, free + gain)
         return size - free
 
-    def _candidates(self, shelf: str | None, but: Key | None = None) -> list[Entry]:
+    def _candidates(self, owner: str | None, but: Key | None = None) -> list[Entry]:
         """What may be evicted, the least worth first."""
         now = self.store.clock()
         found = [
             (worth(entry, self.store.usage(entry), now), entry)
-            for entry in evictable(self.store.known(shelf))
+            for entry in evictable(self._known(owner))
             if (entry.shelf, entry.name) not in {but, *self.store.held}
         ]
         return [entry for _, entry in sorted(found, key=lambda pair: pair[0])]
 
-    async def _evict(self, shelf: str | None, missing: int, but: Key | None = None) -> int:
+    async def _evict(self, owner: str | None, missing: int, but: Key | None = None) -> int:
         """Gives up the least valuable states until `missing` bytes are free; how many are still missing."""
-        for entry in self._candidates(shelf, but) if missing > 0 else ():
+        for entry in self._candidates(owner, but) if missing > 0 else ():
             if missing <= 0:
                 break
             missing -= await self._give_up(entry)

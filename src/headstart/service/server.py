@@ -32,7 +32,7 @@ class Service:
         self.say = say
         self.settings = settings
         self.store = Store(settings.cache_dir)
-        self.quota = Quota(self.store, int(settings.quota_mb * 1e6))
+        self.quota = Quota(self.store, int(settings.quota_mb * 1e6), settings.quotas)
         self.lifecycle = Lifecycle(self.store, self.quota)
         self.caching = Caching(self.store, self.quota)
         self.shelves = self.caching.shelves

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 
@@ -22,15 +21,17 @@ from headstart.service.verdict import Verdict, judged, judged_stray
 class Wish:
     """Which caches are looked at, all unless a model or a name is given. `repair`: those damaged or unfit are
     computed again from their prompts, and a file from which none can be read is set aside; or, with
-    `remove_unreadable`, deleted."""
+    `remove_unreadable`, deleted. `owner`: only what belongs to this API key; "": everything."""
 
     model: str | None = None
     name: str | None = None
     repair: bool = False
     remove_unreadable: bool = False
+    owner: str = ""
 
-    def covers(self, model: str, name: str) -> bool:
-        return self.model in (None, model) and self.name in (None, name)
+    def covers(self, shelf: str, name: str) -> bool:
+        model, _, owner = shelf.partition("@")
+        return self.model in (None, model) and self.name in (None, name) and self.owner in ("", owner)
 
 
 class Verifier:
@@ -44,14 +45,14 @@ class Verifier:
     async def verify(self, wish: Wish) -> AsyncGenerator[Verdict, None]:
         """Raises CacheNotFound when one is named that isn't there."""
         found = await asyncio.to_thread(strays, self.store.directory)
-        self.store.refresh()
+        self.store.reconcile()
         n_verdicts = 0
         for entry in self.store.entries():
-            if wish.covers(entry.model, entry.name) and (verdict := await self._entry(entry, wish)):
+            if wish.covers(entry.shelf, entry.name) and (verdict := await self._entry(entry, wish)):
                 n_verdicts += 1
                 yield verdict
         for stray in found:
-            if wish.covers(stray.model, stray.name) and not self._knows(stray):
+            if wish.covers(stray.shelf, stray.name) and not self._knows(stray):
                 n_verdicts += 1
                 yield self._stray(stray, wish)
         if wish.name is not None and not n_verdicts:
@@ -94,11 +95,7 @@ class Verifier:
     def _model(self, entry: Entry) -> ServedModel | None:
         """As the cache's owner sees it."""
         model = self.models.get(entry.model)
-        if model is None or model.owner == entry.owner:
-            return model
-        owned = copy.copy(model)
-        owned.owner = entry.owner
-        return owned
+        return model and model.seen_by(entry.owner)
 
     def _knows(self, stray: Stray) -> bool:
         """Whether the index remembers the prompt that the file itself doesn't tell."""

@@ -1,0 +1,84 @@
+"""API keys: who asks, and what that changes."""
+
+from __future__ import annotations
+
+import hashlib
+from hmac import compare_digest
+
+from fastapi import Request
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from headstart.api import errors
+from headstart.config import Settings
+from headstart.errors import StartupError, Unauthorized
+from headstart.service.model import ServedModel
+
+# What anybody may ask.
+PUBLIC = ("/health",)
+
+
+class Keyring:
+    """The configured keys' hashes and whose they are. Raises StartupError for a key that can't be read, is
+    empty or is another's too."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.caches = {name: key.cache for name, key in settings.keys.items()}
+        self._owners: dict[bytes, str] = {}
+        for name, key in settings.keys.items():
+            digest = _digest(key.secret(name, settings.folder))
+            if digest in self._owners:
+                raise StartupError(f"The API keys {self._owners[digest]!r} and {name!r} are the same.")
+            self._owners[digest] = name
+
+    def __bool__(self) -> bool:
+        return bool(self._owners)
+
+    def owner(self, secret: str) -> str | None:
+        """Takes as long for any wrong key as for a right one."""
+        asked = _digest(secret)
+        owners = [name for digest, name in self._owners.items() if compare_digest(digest, asked)]
+        return owners[0] if owners else None
+
+
+class Keys:
+    """Refuses requests without one of the keys, if there are any."""
+
+    def __init__(self, app: ASGIApp, keyring: Keyring) -> None:
+        self.app = app
+        self.keyring = keyring
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not self.keyring or scope["type"] != "http" or scope["path"] in PUBLIC:
+            await self.app(scope, receive, send)
+            return
+        secret = _secret(Headers(scope=scope))
+        owner = self.keyring.owner(secret) if secret else None
+        if owner is None:
+            text = "This is no API key of this server." if secret else "An API key is needed."
+            error = Unauthorized(f"{text} Send it as `Authorization: Bearer KEY`.")
+            await errors.response(error, {"www-authenticate": "Bearer"})(scope, receive, send)
+            return
+        state = scope.setdefault("state", {})
+        state["owner"] = owner
+        state["default_cache"] = self.keyring.caches[owner]
+        await self.app(scope, receive, send)
+
+
+def owner(request: Request) -> str:
+    """The name of the request's key; "" where none is needed."""
+    return str(getattr(request.state, "owner", ""))
+
+
+def seen(request: Request, model: ServedModel) -> ServedModel:
+    """The model with the caches that the request's key may use."""
+    return model.seen_by(owner(request))
+
+
+def _secret(headers: Headers) -> str:
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+
+
+def _digest(secret: str) -> bytes:
+    return hashlib.sha256(secret.encode()).digest()
