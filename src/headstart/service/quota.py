@@ -72,8 +72,7 @@ class Quota:
         """Evicts until what there is fits, as far as that can be: the limit may have become lower, or files
         have been put into the directory."""
         async with self._deciding:
-            limits: dict[str | None, int] = {**self.shares, None: self.limit}
-            for owner, limit in limits.items():
+            for owner, limit in (*self.shares.items(), (None, self.limit)):
                 if limit:
                     await self._evict(owner, self._taken(owner, None) - limit)
 
