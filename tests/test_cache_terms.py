@@ -220,7 +220,12 @@ def test_edits_beside_chats_never_fail_or_change_an_answer(toy: RunningServer) -
 
 def test_edits_at_the_same_time_all_count(toy: RunningServer) -> None:
     toy.create("terms-race", PROMPT)
-    given = [{"description": "d"}, {"pinned": True}, {"metadata": {"a": "b"}}, {"ttl_seconds": 99}]
+    given: list[Json] = [
+        {"description": "d"},
+        {"pinned": True},
+        {"metadata": {"a": "b"}},
+        {"ttl_seconds": 99},
+    ]
     threads = [threading.Thread(target=patch, args=(toy, "terms-race"), kwargs=one) for one in given]
     for thread in threads:
         thread.start()

@@ -21,7 +21,8 @@ def worth(entry: Entry, usage: Usage, now: float) -> float:
     week without. One just made counts as just used. A clock that was set back makes nothing older."""
     last = max(usage.last_used or 0.0, entry.updated)
     days = max(now - last, 0.0) / HALF_LIFE_SECONDS
-    return entry.cost_ms / 1000 / max(entry.size_bytes, 1) * (1 + usage.hits) * 0.5 ** min(days, 1000.0)
+    fading = float(0.5 ** min(days, 1000.0))
+    return entry.cost_ms / 1000 / max(entry.size_bytes, 1) * (1 + usage.hits) * fading
 
 
 def keeps_text(entry: Entry) -> bool:
