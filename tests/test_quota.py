@@ -9,12 +9,15 @@ import pytest
 from msgspec.structs import replace
 
 from conftest import StartServer
+from driver import small_model
 from headstart.caches.entry import Entry, Fingerprint, Form, Origin, StoredForm
 from headstart.caches.eviction import worth
 from headstart.caches.file import Part
 from headstart.caches.index import Usage
 from headstart.caches.store import Store
 from headstart.caches.writing import Writer
+from headstart.config import embedded_model
+from headstart.engine.model import Piece
 from headstart.errors import CacheNotFound, QuotaExceeded
 from headstart.service.quota import Quota
 from servers import Json, RunningServer, eventually, said
@@ -296,6 +299,17 @@ async def test_a_shelf_may_have_a_quota_of_its_own(tmp_path: Path) -> None:
     with pytest.raises(QuotaExceeded):
         await _hold(quota, "new", 110_000, "toy@ada")
     await _hold(quota, "new", 10**12)
+
+
+@pytest.mark.parametrize("path", ["toy:", pytest.param("", marks=pytest.mark.real_model)])
+def test_the_size_of_a_state_is_told_before_it_is_computed(path: str) -> None:
+    model = small_model(path or embedded_model())
+    model.clear(0)
+    tokens = list(range(100, 116))
+    for start in range(0, 160, 16):
+        model.evaluate([Piece(0, start, tokens, start == 144)])
+    size, told = len(model.save(0)), model.info.state_bytes + 160 * model.info.state_token_bytes
+    assert size <= told < 1.1 * size
 
 
 def test_giving_up_a_form_frees_its_state_and_its_tokens() -> None:
