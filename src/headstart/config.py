@@ -19,6 +19,7 @@ from pydantic_settings import (
 
 from headstart.arithmetic import Weights
 from headstart.errors import StartupError
+from headstart.folder import models_in
 from headstart.tables import ApiKey, DeclaredCache, check_names, check_route
 
 Origin = Literal["flag", "environment", "file", "default"]
@@ -33,6 +34,17 @@ class Settings(BaseSettings):
     models: dict[str, str] = Field(
         default_factory=dict,
         description="Model names and their GGUF files; empty means the embedded smollm2.",
+    )
+    models_dir: Path | None = Field(None, description="A folder whose *.gguf files are models, too.")
+    preload: Literal["first", "all", "none"] = Field(
+        "first", description="Models loaded at the start: the first, all or none; others when they are used."
+    )
+    load_timeout: float = Field(
+        120, gt=0, description="Seconds a request waits for its model to be loaded; then 503."
+    )
+    max_loaded: int = Field(0, ge=0, description="Models loaded at once; 0: as many as memory holds.")
+    idle_unload_seconds: float = Field(
+        0, ge=0, description="Unload a model that was not used for so long; 0: only when memory is needed."
     )
     aliases: dict[str, str] = Field(
         default_factory=dict,
@@ -131,16 +143,20 @@ class Settings(BaseSettings):
         meant = [target.partition("@") for target in self.aliases.values()]
         check_names(cache for _, at, cache in meant if at)
         for name in (*(model for model, _, _ in meant), *self.templates):
-            if name not in models:
+            if name not in models and self.models_dir is None:
                 raise ValueError(f"{name!r} has an alias or a template, but is not a model")
         for name, cache in self.caches.items():
-            if cache.model not in (None, *models):
+            if cache.model not in (None, *models) and self.models_dir is None:
                 raise ValueError(f"the cache {name!r} is for {cache.model!r}, which is not a model")
         return self
 
     @property
     def model_paths(self) -> dict[str, str]:
-        return self.models or {DEFAULT_MODEL: embedded_model()}
+        """Those configured by name, then those in the folder; the embedded one where neither is given."""
+        if not (self.models or self.models_dir):
+            return {DEFAULT_MODEL: embedded_model()}
+        found = models_in(self.models_dir) if self.models_dir else {}
+        return self.models | {name: path for name, path in found.items() if name not in self.models}
 
     @property
     def quotas(self) -> dict[str, int]:

@@ -11,6 +11,7 @@
     │   └── CacheNotFound          404
     ├── MethodNotAllowed           405
     ├── CacheConflict              409  the named cache is being built, or may not be replaced
+    ├── ModelBusy                  409  the model is answering requests
     │   └── CacheMismatch          409  the states that were sent were computed otherwise than here
     ├── BodyTooLarge               413
     ├── EngineError                500  the engine could not serve this one request
@@ -19,6 +20,7 @@
     │   └── QuotaExceeded          507  caches may not take as many bytes
     └── Unavailable                503  come back later
         ├── ModelLoading           503
+        ├── OutOfMemory            503  there is no memory for one more model
         ├── Overloaded             503  the queue is full
         └── EngineDied             503  the worker process ended; it is being restarted
 
@@ -112,6 +114,13 @@ class CacheMismatch(CacheConflict):
     code = "cache_mismatch"
 
 
+class ModelBusy(HeadstartError):
+    status = 409
+    type = "invalid_request_error"
+    code = "model_busy"
+    retryable = False
+
+
 class BodyTooLarge(HeadstartError):
     status = 413
     type = "invalid_request_error"
@@ -145,6 +154,11 @@ class Unavailable(HeadstartError):
 
 class ModelLoading(Unavailable):
     code = "model_loading"
+
+
+class OutOfMemory(Unavailable):
+    code = "out_of_memory"
+    retry_after = 10
 
 
 class Overloaded(Unavailable):

@@ -7,6 +7,8 @@ import platform
 from pathlib import Path
 
 CPU_INFO = Path("/proc/cpuinfo")
+MEMORY_INFO = Path("/proc/meminfo")
+CONTROL_GROUP = Path("/sys/fs/cgroup")
 TOPOLOGY = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 
 
@@ -36,6 +38,25 @@ def physical_cores() -> int | None:
         return len({Path(TOPOLOGY.format(cpu)).read_text() for cpu in os.sched_getaffinity(0)})
     except OSError:
         return None
+
+
+def available_bytes() -> int:
+    """Memory that programs can still take, what only caches files being given up; as far as the control group
+    of this process lets it."""
+    available = memory_bytes()
+    try:
+        fields = dict(line.split(":", 1) for line in MEMORY_INFO.read_text().splitlines() if ":" in line)
+        available = 1024 * int(fields["MemAvailable"].split()[0])
+    except (OSError, ValueError, KeyError, IndexError):
+        pass
+    try:
+        limit, used = (int((CONTROL_GROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        counted = dict(line.split() for line in (CONTROL_GROUP / "memory.stat").read_text().splitlines())
+        available = min(available, limit - used + int(counted["file"]))
+    except (OSError, ValueError, KeyError):
+        # No limit, or none that can be read.
+        pass
+    return available
 
 
 def memory_bytes() -> int:

@@ -47,7 +47,8 @@ class EngineSettings(Struct, frozen=True):
 
     For `threads` and `prefill_chunk` 0, for the others None means: by `tuning`. Where there is none, the
     worker measures if `tune` says so; else, or if measuring fails, it takes defaults. `conversions`: the
-    directory of converted weights and how the names of this model's begin; "": there can be none."""
+    directory of converted weights and how the names of this model's begin; "": there can be none.
+    `within_memory`: loading fails rather than take more memory than is available."""
 
     path: str
     slots: int
@@ -60,6 +61,7 @@ class EngineSettings(Struct, frozen=True):
     tune: bool = False
     tuning: Tuning | None = None
     conversions: str = ""
+    within_memory: bool = False
 
 
 class Sampling(Struct, frozen=True):
@@ -164,7 +166,10 @@ class Ready(Struct, frozen=True, tag=True):
 
 
 class LoadFailed(Struct, frozen=True, tag=True):
+    """`out_of_memory`: it would have taken more than is available."""
+
     message: str
+    out_of_memory: bool = False
 
 
 class Stats(Struct, frozen=True):

@@ -18,12 +18,13 @@ N_VOCAB = EOS + 1
 
 @dataclass(frozen=True)
 class ToySpec:
-    """`load_ms` slows loading down, `ms_per_token` evaluation; `can_cut=0` behaves like a recurrent model;
-    `crash=decode` kills the process by a signal at its first evaluation; `eos=0` never ends an answer by
-    itself; `weights` stands for the content of a weights file."""
+    """`load_ms` slows loading down, `ms_per_token` evaluation; `memory_mb` is what it says to take;
+    `can_cut=0` behaves like a recurrent model; `crash=decode` kills the process by a signal at its first
+    evaluation; `eos=0` never ends an answer by itself; `weights` stands for the content of a weights file."""
 
     template: str = "chatml"
     load_ms: float = 0.0
+    memory_mb: int = 0
     ms_per_token: float = 0.0
     can_cut: int = 1
     crash: str = ""

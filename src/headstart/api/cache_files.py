@@ -55,17 +55,17 @@ async def take(
 ) -> dict[str, Any]:
     """Takes a file that was exported, here or elsewhere."""
     service: Service = request.app.state.service
-    served = seen(request, service.model(model))
-    served.engine.check_available()
     declared = request.headers.get("content-length", "")
-    entry = await service.files.take(
-        served,
-        _name(request, name),
-        _body(request),
-        size=int(declared) if declared.isdecimal() else None,
-        overwrite=allow_overwrite,
-        rebuild=rebuild,
-    )
+    async with service.models.use(seen(request, service.model(model))) as served:
+        served.engine.check_available()
+        entry = await service.files.take(
+            served,
+            _name(request, name),
+            _body(request),
+            size=int(declared) if declared.isdecimal() else None,
+            overwrite=allow_overwrite,
+            rebuild=rebuild,
+        )
     return made(entry)
 
 

@@ -32,11 +32,11 @@ Json = dict[str, Any]
 async def create(request: Request, model: str, body: CreateRequest) -> Response:
     """Computes the states of a prompt and keeps them under a name."""
     service: Service = request.app.state.service
-    served = seen(request, service.model(model))
-    served.engine.check_available()
-    if body.stream:
-        return EventStream(await begun(request, _progress(service, served, body), BEGIN_SECONDS))
-    return JSONResponse(await while_connected(request, _create(service, served, body)))
+    async with service.models.use(seen(request, service.model(model))) as served:
+        served.engine.check_available()
+        if body.stream:
+            return EventStream(await begun(request, _progress(service, served, body), BEGIN_SECONDS))
+        return JSONResponse(await while_connected(request, _create(service, served, body)))
 
 
 async def _create(service: Service, model: ServedModel, body: CreateRequest, on_progress: Any = None) -> Json:

@@ -40,10 +40,10 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
     service: Service = request.app.state.service
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     messages = [message.plain() for message in body.messages]
-    model = addressed(request, body)
-    options = _options(request, body, limit)
-    prepared = await service.preparation.chat(model, messages, options, body.tools)
-    return await _answer(request, body, prepared, Chat(body.model))
+    async with service.models.use(addressed(request, body)) as model:
+        options = _options(request, body, limit)
+        prepared = await service.preparation.chat(model, messages, options, body.tools)
+        return await _answer(request, body, prepared, Chat(body.model))
 
 
 @router.post("/completions")
@@ -51,9 +51,9 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     """Continues a text; with `use_cache` the named prompt goes before it."""
     service: Service = request.app.state.service
     limit = COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-    model = addressed(request, body)
-    prepared = await service.preparation.text(model, body.text(), _options(request, body, limit))
-    return await _answer(request, body, prepared, Completion(body.model))
+    async with service.models.use(addressed(request, body)) as model:
+        prepared = await service.preparation.text(model, body.text(), _options(request, body, limit))
+        return await _answer(request, body, prepared, Completion(body.model))
 
 
 def _options(request: Request, body: GenerationRequest, max_tokens: int | None) -> Options:

@@ -11,6 +11,7 @@ from headstart import __version__
 from headstart.arithmetic import Weights
 from headstart.cli import verify
 from headstart.cli.cache_commands import cache
+from headstart.cli.model_commands import model as model_commands
 from headstart.cli.options import DEFAULT_URL, Model, Url, errors, failed, pairs
 from headstart.config import Settings, load_settings
 from headstart.errors import HeadstartError, StartupError
@@ -22,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(cache, name="cache")
+app.add_typer(model_commands, name="model")
 verify.install(cache, DEFAULT_URL)
 
 
@@ -59,6 +61,8 @@ def serve(
         list[str] | None,
         typer.Option(metavar="NEW=NAME", help="A further name of a model; may be repeated."),
     ] = None,
+    models_dir: Annotated[Path | None, typer.Option(help=_description("models_dir"))] = None,
+    max_loaded: Annotated[int | None, typer.Option(help=_description("max_loaded"))] = None,
     cache_dir: CacheDir = None,
     config: Config = None,
     quota_mb: Annotated[float | None, typer.Option(help=_description("quota_mb"))] = None,
@@ -82,6 +86,8 @@ def serve(
             port=port,
             models=pairs(model or [], "NAME=PATH"),
             aliases=pairs(alias or [], "NEW=NAME"),
+            models_dir=models_dir,
+            max_loaded=max_loaded,
             cache_dir=cache_dir,
             quota_mb=quota_mb,
             slots=slots,

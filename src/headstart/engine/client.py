@@ -20,6 +20,7 @@ from headstart.errors import (
     EngineDied,
     EngineError,
     ModelLoading,
+    OutOfMemory,
     Overloaded,
     StartupError,
     StorageError,
@@ -54,7 +55,8 @@ FAILURES = {
     "died": EngineDied,
 }
 
-State = Literal["loading", "ready", "failed", "closed"]
+# available: there is no worker, but one can be started.
+State = Literal["available", "loading", "ready", "failed"]
 
 
 class Running:
@@ -99,9 +101,10 @@ class EngineClient:
         self.name = name
         self.settings = settings
         self.max_waiting = max_waiting
-        self.state: State = "loading"
+        self.state: State = "available"
         self.info: ModelInfo | None = None
         self.failure = ""
+        self.out_of_memory = False
         self._ids = itertools.count(1)
         self._requests: dict[int, Running] = {}
         self._writer: asyncio.StreamWriter | None = None
@@ -113,22 +116,30 @@ class EngineClient:
         return len(self._requests)
 
     def start(self) -> None:
+        """Runs a worker from now on, until `close`."""
+        self.state, self.failure, self.out_of_memory = "loading", "", False
+        self._settled.clear()
         self._supervisor = asyncio.create_task(self._supervise(), name=f"engine {self.name}")
 
     async def wait_ready(self) -> ModelInfo:
-        """Returns when the model is loaded; raises StartupError when it can't be."""
+        """Returns when the model is loaded. Raises StartupError when it can't be or was closed, or
+        OutOfMemory where it was not to take more than there is."""
         await self._settled.wait()
-        if self.info is None or self.state == "failed":
-            raise StartupError(self.failure)
+        if self.out_of_memory:
+            raise OutOfMemory(self.failure)
+        if self.info is None or self.state in ("failed", "available"):
+            raise StartupError(self.failure or "it was stopped while it was being loaded")
         return self.info
 
     async def close(self) -> None:
-        """Ends the worker; requests still running fail with EngineDied."""
-        self.state = "closed"
-        if self._supervisor:
-            self._supervisor.cancel()
+        """Ends the worker; requests still running fail with EngineDied. It can be started again."""
+        self.state = "available"
+        supervisor, self._supervisor = self._supervisor, None
+        if supervisor:
+            supervisor.cancel()
             with suppress(asyncio.CancelledError):
-                await self._supervisor
+                await supervisor
+        self._settled.set()
 
     def check_available(self) -> None:
         """Raises Unavailable when a request could not be taken now."""
@@ -155,14 +166,15 @@ class EngineClient:
             self._writer.write(frame(command))
 
     async def _supervise(self) -> None:
-        failures = 0
+        failures, loaded = 0, False
         while True:
             try:
                 was_ready = await self._run_worker()
             except OSError as error:
                 was_ready, self.failure = False, f"the worker process can't be started: {error}"
             failures = 0 if was_ready else failures + 1
-            if not was_ready and (self.info is None or failures >= len(RESTART_SECONDS)):
+            loaded = loaded or was_ready
+            if not was_ready and (not loaded or failures >= len(RESTART_SECONDS)):
                 self.state = "failed"
                 self._settled.set()
                 return
@@ -203,8 +215,8 @@ class EngineClient:
                 self.settings = msgspec.structs.replace(self.settings, tuning=tuning)
                 self._settled.set()
                 return True
-            case LoadFailed(message=reason):
-                self.failure = reason
+            case LoadFailed(message=reason, out_of_memory=out_of_memory):
+                self.failure, self.out_of_memory = reason, out_of_memory
             case Step(events=events):
                 for event in events:
                     if running := self._requests.get(event.id):

@@ -27,6 +27,10 @@ class ModelError(Exception):
     """A model could not be loaded or could not evaluate a batch."""
 
 
+class TooLarge(ModelError):
+    """A model would take more memory than is available."""
+
+
 class Sampler(Protocol):
     """Chooses tokens for one sequence; remembers what it chose, for penalties and the random stream."""
 

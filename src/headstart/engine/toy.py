@@ -12,7 +12,8 @@ import time
 import zlib
 from collections.abc import Sequence as Seq
 
-from headstart.engine.model import LEAST_STEP_TOKENS, ModelError, Piece, Sampler
+from headstart.engine.model import LEAST_STEP_TOKENS, ModelError, Piece, Sampler, TooLarge
+from headstart.machine import available_bytes
 from headstart.messages import EngineSettings, ModelInfo, Sampling
 from headstart.toyspec import EOS, N_VOCAB, ToySpec
 
@@ -35,6 +36,8 @@ class ToyModel:
         except ValueError as error:
             raise ModelError(str(error)) from error
         time.sleep(self.spec.load_ms / 1000)
+        if settings.within_memory and self.spec.memory_mb << 20 > available_bytes():
+            raise TooLarge(f"it takes {self.spec.memory_mb} MB of memory, which are not available")
         slots = settings.slots or DEFAULT_SLOTS
         n_ctx = min(settings.ctx or self.spec.ctx, self.spec.ctx)
         self.info = ModelInfo(

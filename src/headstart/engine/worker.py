@@ -20,7 +20,7 @@ from headstart.engine.channel import Frames, frame
 from headstart.engine.cuts import Cuts
 from headstart.engine.loading import load
 from headstart.engine.loop import Engine
-from headstart.engine.model import ModelError
+from headstart.engine.model import ModelError, TooLarge
 from headstart.engine.settling import find_tuning, settled
 from headstart.messages import Command, EngineSettings, LoadFailed, Ready, Step, WorkerMessage
 
@@ -81,7 +81,7 @@ def main() -> None:
         worker = Worker(channel, settings)
     except ModelError as error:
         with suppress(OSError):
-            channel.sendall(frame(LoadFailed(str(error))))
+            channel.sendall(frame(LoadFailed(str(error), isinstance(error, TooLarge))))
         return
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return

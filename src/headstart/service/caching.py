@@ -64,6 +64,10 @@ class Caching:
                 return entry, await opened(self.store, model, entry, "chat", tokens)
         return None
 
+    def is_building_for(self, model: str) -> bool:
+        """Whether a cache of the model is being built."""
+        return any(shelf.partition("@")[0] == model for shelf, _ in self._builds)
+
     def is_building(self, entry: Entry) -> bool:
         return (entry.shelf, entry.name) in self._builds
 

@@ -44,7 +44,7 @@ class Declaration:
 
 def declarations(settings: Settings) -> list[Declaration]:
     """Raises StartupError for a text that can't be read."""
-    first = next(iter(settings.model_paths))
+    first = next(iter(settings.model_paths), "")
     return [
         Declaration(
             cache.model or first,

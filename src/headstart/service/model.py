@@ -10,6 +10,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from time import time
 
+import msgspec
+
 from headstart.caches.entry import Entry, Fingerprint
 from headstart.caches.store import Store
 from headstart.config import Settings
@@ -43,13 +45,16 @@ class ServedModel:
         self._prompts: Prompts | None = None
         self._weights = ""
 
-    async def load(self, store: Store, say: Say, measuring: asyncio.Lock) -> None:
-        """Returns when the model answers requests. Raises StartupError. Models are measured one at a time;
-        what takes the user's time, or will, is said."""
+    async def load(
+        self, store: Store, say: Say, measuring: asyncio.Lock, *, within_memory: bool = False
+    ) -> None:
+        """Returns when the model answers requests. Raises StartupError, or OutOfMemory where no more memory
+        is to be taken than is available. Models are measured one at a time; what takes the user's time, or
+        will, is said."""
         self._weights = await _weights_hash(self.path, store)
         tunings = Tunings(store.directory)
         plan = make_plan(self.path, self._weights, self.settings, tunings, self._entries(store))
-        self.engine.settings = plan.settings
+        self.engine.settings = msgspec.structs.replace(plan.settings, within_memory=within_memory)
         async with measuring if plan.measures else nullcontext():
             if plan.measures and not ToySpec.matches(self.path):
                 say(f"Measuring what is fastest for {self.name} here (once per model and machine) ...")

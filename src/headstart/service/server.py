@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 
 from headstart.caches.store import Store
@@ -16,6 +15,7 @@ from headstart.service.files import Files
 from headstart.service.generation import Generation
 from headstart.service.lifecycle import Lifecycle
 from headstart.service.model import Say, ServedModel
+from headstart.service.models import Models
 from headstart.service.preparation import Preparation
 from headstart.service.quota import Quota
 from headstart.service.routes import split
@@ -42,18 +42,15 @@ class Service:
         self.conversations = Conversations(self.caching)
         self.preparation = Preparation(self.caching, self.automatic, self.conversations)
         self.generation = Generation(self.caching, self.automatic, self.conversations)
-        self.models = {name: ServedModel(name, path, settings) for name, path in settings.model_paths.items()}
-        self.verifier = Verifier(self.caching, self.models)
+        self.models = Models(
+            settings, self.store, say, on_loaded=self.declared.start, is_building=self.caching.is_building_for
+        )
+        self.verifier = Verifier(self.caching, self.models.all)
 
     async def load(self) -> None:
-        """Returns when every model answers. Raises StartupError."""
+        """Returns when every model to be loaded at the start answers. Raises StartupError."""
         self.lifecycle.start()
-        measuring = asyncio.Lock()
-        await asyncio.gather(*(self._load(model, measuring) for model in self.models.values()))
-
-    async def _load(self, model: ServedModel, measuring: asyncio.Lock) -> None:
-        await model.load(self.store, self.say, measuring)
-        self.declared.start(model)
+        await self.models.load_first()
 
     async def close(self) -> None:
         await self.lifecycle.close()
@@ -61,19 +58,18 @@ class Service:
         await self.automatic.close()
         await self.conversations.close()
         await self.caching.close()
-        await asyncio.gather(*(model.engine.close() for model in self.models.values()))
+        await self.models.close()
         self.store.close()
 
     def target(self, name: str) -> tuple[ServedModel, str | None]:
         """The model of this name, and the cache where the name is `model@cache` or an alias of one. Raises
         ModelNotFound."""
-        model, cache = split(name, self.settings.aliases)
-        try:
-            return self.models[model], cache
-        except KeyError:
+        wanted, cache = split(name, self.settings.aliases)
+        if (model := self.models.find(wanted)) is None:
             raise ModelNotFound(
                 f"There is no model {name!r}. This server has: {', '.join(self.names())}.", param="model"
-            ) from None
+            )
+        return model, cache
 
     def model(self, name: str) -> ServedModel:
         """The model of this name or alias, which names no cache itself. Raises ModelNotFound."""
@@ -85,8 +81,4 @@ class Service:
 
     def names(self) -> list[str]:
         """Models and aliases."""
-        return [*self.models, *self.settings.aliases]
-
-    @property
-    def ready(self) -> bool:
-        return all(model.engine.state == "ready" for model in self.models.values())
+        return [*self.models.all, *self.settings.aliases]

@@ -17,8 +17,8 @@ from headstart.engine.llama.context import LlamaContext, Shape
 from headstart.engine.llama.conversion import weights_path
 from headstart.engine.llama.gguf import metadata, open_model
 from headstart.engine.llama.sampler import LlamaSampler
-from headstart.engine.model import LEAST_STEP_TOKENS, ModelError, Piece, Sampler
-from headstart.machine import available_cpus, memory_bytes
+from headstart.engine.model import LEAST_STEP_TOKENS, ModelError, Piece, Sampler, TooLarge
+from headstart.machine import available_bytes, available_cpus, memory_bytes
 from headstart.messages import EngineSettings, ModelInfo, Sampling
 
 DEFAULT_CTX = 8192
@@ -46,6 +46,8 @@ class LlamaModel:
         self.vocab = lib.llama_model_get_vocab(self.model)
         self.ctx = settings.ctx or min(lib.llama_model_n_ctx_train(self.model), DEFAULT_CTX)
         self.slots = settings.slots or self._affordable_slots()
+        if settings.within_memory:
+            self._check_memory(shares=bool(settings.share_from))
         self.streams = self._context(settings, self.ctx * self.slots, self.slots, streams=True)
         self.pool: LlamaContext | None = None
         if settings.share_from and self.slots > 1 and self.streams.can_cut:
@@ -75,6 +77,15 @@ class LlamaModel:
         contexts = int(memory / (self.ctx * self._kv_token_bytes()))
         # The pool takes as much as a slot, and is of no use to a single one.
         return max(1, min(DEFAULT_SLOTS, contexts - 1 if contexts > 2 else contexts))
+
+    def _check_memory(self, *, shares: bool) -> None:
+        """Raises TooLarge. Weights are mapped from their file, but must be in memory to be computed with."""
+        contexts = self.slots + (1 if shares and self.slots > 1 else 0)
+        needed = lib.llama_model_size(self.model) + contexts * self.ctx * self._kv_token_bytes()
+        if needed > (available := available_bytes()):
+            raise TooLarge(
+                f"it takes {needed >> 20} MB of memory, and {max(available, 0) >> 20} MB are available"
+            )
 
     def _kv_token_bytes(self) -> int:
         """Bytes of KV cache a token takes if every layer attends to everything; some models take less."""

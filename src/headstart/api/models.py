@@ -1,0 +1,114 @@
+"""/v1/models and /health: what there is, what is loaded, and loading and unloading it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from pydantic import Field
+
+from headstart.api.keys import owner, seen
+from headstart.api.schemas import Body, Utf8
+from headstart.api.streaming import while_connected
+from headstart.errors import HeadstartError, ModelLoading, Unavailable
+from headstart.service.model import ServedModel
+from headstart.service.routes import choices
+from headstart.service.server import Service
+
+router = APIRouter()
+
+Json = dict[str, Any]
+
+
+class LoadRequest(Body):
+    model: Utf8
+
+
+class UnloadRequest(LoadRequest):
+    force: bool = Field(False, description="Also while it answers requests, which fail.")
+
+
+@router.get("/health")
+async def health(request: Request) -> Json:
+    """200 when every model to be loaded at the start answers; 503 while one loads or can't run."""
+    service: Service = request.app.state.service
+    states = {name: model.engine.state for name, model in service.models.all.items()}
+    if not service.models.ready:
+        first = (service.models.all[name].engine.failure for name in service.models.first)
+        failed = [failure for failure in first if failure]
+        error: HeadstartError = Unavailable(failed[0]) if failed else ModelLoading("A model is loading.")
+        error.details = {"models": states}
+        raise error
+    return {"status": "ok", "models": states, "caches_building": service.caching.n_building}
+
+
+@router.get("/v1/models")
+async def list_models(request: Request) -> Json:
+    """Models, aliases, and `model@cache` for each cache."""
+    service: Service = request.app.state.service
+    service.models.rescan()
+    visible = service.shelves.visible(owner(request))
+    caches = [entry for entry in visible if entry.model in service.models.all]
+    names = [*service.names(), *choices(caches)]
+    return {"object": "list", "data": [_described(service, name) for name in names]}
+
+
+@router.get("/v1/models/available")
+async def available(request: Request) -> Json:
+    """The models that can be loaded, and those that are."""
+    service: Service = request.app.state.service
+    service.models.rescan()
+    return {"object": "list", "data": [_described(service, name) for name in service.models.all]}
+
+
+@router.get("/v1/models/loaded")
+async def loaded(request: Request) -> Json:
+    """The models that answer at once."""
+    service: Service = request.app.state.service
+    ready = [name for name, model in service.models.all.items() if model.engine.state == "ready"]
+    return {"object": "list", "data": [_described(service, name) for name in ready]}
+
+
+@router.post("/v1/models/load")
+async def load(request: Request, body: LoadRequest) -> Json:
+    """Loads a model before it is first used; answers when it is loaded."""
+    service: Service = request.app.state.service
+    await while_connected(request, _load(service, service.model(body.model)))
+    return _described(service, body.model)
+
+
+async def _load(service: Service, model: ServedModel) -> None:
+    async with service.models.use(model) as used:
+        used.engine.check_available()
+
+
+@router.post("/v1/models/unload")
+async def unload(request: Request, body: UnloadRequest) -> Json:
+    """Frees a model's memory. Its caches stay; the next request loads it again."""
+    service: Service = request.app.state.service
+    was_loaded = await service.models.unload(service.model(body.model), force=body.force)
+    return _described(service, body.model) | {"unloaded": was_loaded}
+
+
+@router.get("/v1/models/{name:path}")
+async def show_model(request: Request, name: str) -> Json:
+    """One of those that are listed."""
+    service: Service = request.app.state.service
+    model, cache = service.target(name)
+    if "@" in name and cache is not None:
+        service.shelves.look_up(seen(request, model), cache, param="model")
+    return _described(service, name)
+
+
+def _described(service: Service, name: str) -> Json:
+    model, _ = service.target(name)
+    answer: Json = {
+        "id": name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "headstart",
+        "state": model.engine.state,
+    }
+    if info := model.engine.info:
+        answer |= {"n_ctx": info.n_ctx, "slots": info.slots}
+    return answer
