@@ -13,6 +13,7 @@ from servers import RunningServer, running_server
 os.environ["HEADSTART_TUNE"] = "false"
 
 StartServer = Callable[..., RunningServer]
+Report = Callable[[str], None]
 
 
 @pytest.fixture
@@ -43,3 +44,14 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     directory = tmp_path_factory.mktemp("real") / "cache"
     with running_server(directory, "--alias", "qwen3-0.6b=smollm2") as server:
         yield server
+
+
+@pytest.fixture
+def report(capsys: pytest.CaptureFixture[str]) -> Report:
+    """Shows a line, such as what was counted, also where all tests pass."""
+
+    def show(line: str) -> None:
+        with capsys.disabled():
+            print(f"\n    {line}")
+
+    return show

@@ -5,30 +5,17 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
 
-from conftest import StartServer
+from conftest import Report, StartServer
 from servers import RunningServer, eventually, said
 
 PROMPT = "You keep the lighthouse.\n\n" + "Each evening you light the lamp. " * 12
 CLIENTS = 8
-Report = Callable[[str], None]
-
-
-@pytest.fixture
-def report(capsys: pytest.CaptureFixture[str]) -> Report:
-    """Shows a line also where all tests pass."""
-
-    def show(line: str) -> None:
-        with capsys.disabled():
-            print(f"\n    {line}")
-
-    return show
 
 
 def _create(server: RunningServer, prompt: str = PROMPT, timeout: float = 60, **more: Any) -> httpx.Response:

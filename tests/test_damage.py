@@ -5,29 +5,16 @@ from __future__ import annotations
 import random
 import sqlite3
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from conftest import StartServer
+from conftest import Report, StartServer
 from servers import RunningServer, said
 
 PROMPT = "You keep the lighthouse.\n\n" + "Each evening you light the lamp. " * 6
 FLIPS = 300
 CUTS = 60
-Report = Callable[[str], None]
-
-
-@pytest.fixture
-def report(capsys: pytest.CaptureFixture[str]) -> Report:
-    """Shows a line also where all tests pass."""
-
-    def show(line: str) -> None:
-        with capsys.disabled():
-            print(f"\n    {line}")
-
-    return show
 
 
 def _keeper(start_server: StartServer) -> tuple[RunningServer, Path, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import resource
 import shutil
@@ -9,8 +10,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 
 import httpx
@@ -26,7 +28,6 @@ from servers import RunningServer, running_server, said
 
 PROMPT = "You keep the lighthouse.\n\n" + "Each evening you light the lamp. " * 12
 LARGE = "And then you climb down the stairs again, one by one. " * 70
-Report = Callable[[str], None]
 
 
 @contextmanager
@@ -225,14 +226,11 @@ def test_clocks_that_were_wrong_do_no_harm(start_server: StartServer, seconds: f
 
 
 def _seconds(iso: str) -> float:
-    from datetime import datetime
-
     return datetime.fromisoformat(iso).timestamp()
 
 
 def _rewrite(directory: Path, then: float) -> None:
     """The cache "keeper" as if it had been written and used at that time."""
-    import asyncio
 
     async def rewrite(store: Store) -> None:
         entry = store.find("toy", "keeper")

@@ -130,3 +130,12 @@ def test_of_many_lists_the_one_with_the_longest_common_beginning_counts() -> Non
     assert longest_match([[9], [1, 2, 9], [1], [1, 2, 3, 4, 9], [1, 2, 3]], tokens) == 4
     assert longest_match([[1, 2, 3, 4, 5, 6], [1]], tokens) == 5
     assert longest_match([[1, 2]], []) == 0
+
+
+@pytest.mark.real_model
+def test_the_real_models_control_tokens_are_written_by_their_names(real: RunningServer) -> None:
+    real.create("explained", PROMPT, model="smollm2")
+    told = _explained(real, system=PROMPT.replace("You", "They", 1), model="smollm2", max_tokens=1)
+    assert told["closest_cache"] == "explained"
+    assert told["text_before"] == "<|im_start|>system\n"
+    assert (told["cache_text"][:9], told["prompt_text"][:9]) == ("You keep ", "They keep")

@@ -19,6 +19,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from conftest import Report
 from ledger import NAMES, Ledger
 from servers import RunningServer, eventually, running_server, said
 
@@ -26,18 +27,6 @@ STORE_ROUNDS = 150
 SERVER_ROUNDS = 26
 WORKER_ROUNDS = 26
 FILLER = " You answer in one sentence, and you never guess." * 4
-Report = Callable[[str], None]
-
-
-@pytest.fixture
-def report(capsys: pytest.CaptureFixture[str]) -> Report:
-    """Shows a line also where all tests pass."""
-
-    def show(line: str) -> None:
-        with capsys.disabled():
-            print(f"\n    {line}")
-
-    return show
 
 
 def test_a_store_killed_at_any_moment_has_every_cache_whole_or_not_at_all(
