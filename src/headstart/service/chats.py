@@ -37,10 +37,18 @@ class Chat:
     async def opening(self, prompts: Prompts, known: Iterable[Entry]) -> list[int]:
         """The tokens of its longest opening that a cache would hold: that of one of the `known` caches, or
         its first system messages."""
-        openings = (entry.messages for entry in known if "chat" in entry.forms and entry.tools == self.tools)
-        held = (opening for opening in openings if self.messages[: len(opening)] == opening)
+        held = (entry.messages for entry in known if self._begins_with(entry))
         longest = max([_system(self.messages), *held], key=len)
         return await soon(lambda most: prompts.chat_opening(longest, most, self.tools))
+
+    def _begins_with(self, entry: Entry) -> bool:
+        n = len(entry.messages)
+        return (
+            bool(n)
+            and "chat" in entry.forms
+            and self.messages[:n] == entry.messages
+            and self.tools == entry.tools
+        )
 
 
 def _system(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -48,8 +48,8 @@ def text_of(entry: Entry) -> str:
 
 
 def composed(model: ServedModel, parts: Sequence[Entry], form: Form) -> Entry:
-    """The derived cache of these parts in one form, in version 0 and without its state: its name tells whether
-    there is one. Raises BadRequest."""
+    """The derived cache of these parts in one form, in version 0 and without its state: its name tells
+    whether there is one. Raises BadRequest."""
     for part in parts:
         if part.origin == "derived":
             raise BadRequest(
