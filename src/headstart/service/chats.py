@@ -37,9 +37,12 @@ class Chat:
     def opening(self, known: Iterable[Entry]) -> Content:
         """Its longest opening that a cache would hold: that of one of the `known` caches, or its first system
         messages."""
-        openings = (entry.content.opening for entry in known if entry.tools == self.tools)
-        held = (opening for opening in openings if self.messages[: len(opening)] == opening)
+        held = (entry.messages for entry in known if self._begins_with(entry))
         return Content(messages=max([_system(self.messages), *held], key=len), tools=self.tools)
+
+    def _begins_with(self, entry: Entry) -> bool:
+        n = len(entry.messages)
+        return n > 0 and self.messages[:n] == entry.messages and self.tools == entry.tools
 
 
 def _system(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
