@@ -1,7 +1,7 @@
 """What the engine's loop adds to llama.cpp, without a server and clients on the same CPUs.
 
-`python -m bench.loop`: 8 sequences with one prefix decode in the engine's pool and, in turn, in the same pool by
-plain evaluation of as many tokens, in one process. The figures are milliseconds of a step.
+`python -m bench.loop`: 8 sequences with one prefix decode in the engine's pool and, in turn, in the same pool
+by plain evaluation of as many tokens, in one process. The figures are milliseconds of a step.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Kills processes that work on a store: `python store_kills.py DIRECTORY ROUNDS SEED`.
 
-In each round a child opens the store and creates, replaces and deletes caches until it is killed, at a random
-moment; then the store is opened again and must hold what the child had reported as done. The last line
-printed says how many kills hit what. A program of its own, since it forks and so must not have threads.
+In each round a child opens the store and creates, replaces, evicts and deletes caches until it is killed, at
+a random moment; then the store is opened again and must hold what the child had reported as done. The last
+line printed says how many kills hit what. A program of its own, since it forks and so must not have threads.
 """
 
 from __future__ import annotations
@@ -53,15 +53,21 @@ async def _delete(store: Store, name: str, _: int) -> None:
     store.delete(SHELF, name)
 
 
+async def _evict(store: Store, name: str, _: int) -> None:
+    entry = store.find(SHELF, name)
+    assert await store.amend(entry, entry.without_states(), with_states=False)
+
+
 # What is done with a cache: whether there must be one before, whether there is one after, and how.
 OPERATIONS: dict[str, tuple[bool, bool, Callable[[Store, str, int], Awaitable[None]]]] = {
     "create": (False, True, _write),
     "replace": (True, True, _write),
     "delete": (True, False, _delete),
+    "evict": (True, True, _evict),
 }
 
 
-async def _work(directory: Path, there: set[str], version: int, tell: int, seed: int) -> None:
+async def _work(directory: Path, there: dict[str, int], version: int, tell: int, seed: int) -> None:
     """Operations without an end, each told before and after."""
     rng = random.Random(seed)
     store = Store(directory)
@@ -71,10 +77,14 @@ async def _work(directory: Path, there: set[str], version: int, tell: int, seed:
         possible = [what for what, (before, _, _) in OPERATIONS.items() if before == (name in there)]
         what = rng.choice(possible)
         _, after, run = OPERATIONS[what]
-        os.write(tell, json.dumps([what, name, version if after else None]).encode() + b"\n")
+        # Evicting leaves the version that there is.
+        left = there[name] if what == "evict" else version
+        os.write(tell, json.dumps([what, name, left if after else None]).encode() + b"\n")
         await run(store, name, version)
         os.write(tell, b"[]\n")
-        (there.add if after else there.discard)(name)
+        there.pop(name, None)
+        if after:
+            there[name] = left
 
 
 def _killed_child(directory: Path, ledger: Ledger, version: int, seed: int) -> None:
@@ -82,7 +92,7 @@ def _killed_child(directory: Path, ledger: Ledger, version: int, seed: int) -> N
     child = os.fork()
     if child == 0:
         os.close(hear)
-        there = {name for name, kept in ledger.kept.items() if kept is not None}
+        there = {name: kept for name, kept in ledger.kept.items() if kept is not None}
         asyncio.run(_work(directory, there, version, tell, seed))
         os._exit(1)
     os.close(tell)
@@ -106,10 +116,13 @@ def _check(directory: Path, ledger: Ledger) -> None:
         wanted, tokens, state = _content(entry.name, entry.version)
         path = store.path(SHELF, entry.name)
         assert entry.prompt == wanted.prompt
+        found[entry.name] = entry.version
+        if entry.evicted:
+            assert (entry.forms, file.verify(path, entry.identity)) == ({}, {})
+            continue
         assert file.verify(path, entry.identity) == {"chat": tokens}
         form = entry.forms["chat"]
         assert path.read_bytes()[form.state_offset :] == state
-        found[entry.name] = entry.version
     store.close()
     files = {path.name for path in directory.rglob("*/*")}
     assert files == {f"{name}.headstart" for name, version in found.items() if version is not None}

@@ -49,7 +49,7 @@ def test_a_store_killed_at_any_moment_has_every_cache_whole_or_not_at_all(
         counts.update(json.loads(output))
     report(", ".join(f"{what}: {n}" for what, n in sorted(counts.items())))
     assert counts["rounds"] == STORE_ROUNDS
-    for operation in ("create", "replace", "delete"):
+    for operation in ("create", "replace", "delete", "evict"):
         assert counts[f"{operation} acknowledged"] > 10
     assert counts["temporary files left"] > 10
 
