@@ -259,3 +259,17 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not memory.again("one", what, 0, 2)
     assert not memory.again("one", "a", 1, 2)
     assert memory.again("one", "c", 1, 2)
+
+
+@pytest.mark.real_model
+def test_a_real_model_says_the_same_from_an_automatic_cache(start_server: StartServer) -> None:
+    server = start_server("--ctx", "1024", "--slots", "2")
+    ask = {"model": "smollm2", "system": KEEPER, "max_tokens": 16}
+    for _ in range(3):
+        server.chat("One?", **{**ask, "max_tokens": 1})
+    made(server)
+    cold = server.chat("What do you keep?", **ask, cache_prompt=False)
+    server.restart()
+    warm = server.chat("What do you keep?", **ask)
+    assert warm["timings"]["cache_source"] == "file"
+    assert said(warm) == said(cold)
