@@ -245,7 +245,7 @@ def test_earlier_calls_and_their_results_are_written_as_the_template_writes_them
         "type": "function",
         "function": {"name": "light_lamp", "arguments": '{"at": "dusk and long after it"}'},
     }
-    turns = [
+    turns: list[Json] = [
         QUESTION,
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "1", "content": "The lamp is lit."},
