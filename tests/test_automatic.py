@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -264,7 +265,7 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.real_model
 def test_a_real_model_says_the_same_from_an_automatic_cache(start_server: StartServer) -> None:
     server = start_server("--ctx", "1024", "--slots", "2")
-    ask = {"model": "smollm2", "system": KEEPER, "max_tokens": 16}
+    ask: dict[str, Any] = {"model": "smollm2", "system": KEEPER, "max_tokens": 16}
     for _ in range(3):
         server.chat("One?", **{**ask, "max_tokens": 1})
     made(server)

@@ -116,12 +116,17 @@ class Models:
             return
         if name not in self._loads:
             self._loads[name] = asyncio.create_task(self._load(self.all[name]))
-            self._loads[name].add_done_callback(lambda _: self._loads.pop(name, None))
+            self._loads[name].add_done_callback(lambda load: self._ended(name, load))
         load = self._loads[name]
         await asyncio.wait({load}, timeout=self.settings.load_timeout)
         if not load.done() or load.cancelled():
             raise ModelLoading(f"Model {name!r} is still loading.")
         load.result()
+
+    def _ended(self, name: str, load: asyncio.Task[None]) -> None:
+        del self._loads[name]
+        if not load.cancelled() and (error := load.exception()):
+            log.warning("model %s was not loaded: %s", name, error)
 
     async def _load(self, model: ServedModel) -> None:
         """Raises Unavailable."""
