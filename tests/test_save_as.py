@@ -355,7 +355,7 @@ def test_after_a_turn_that_could_not_be_saved_the_next_one_is_told_so_and_nothin
     second = _ask(server, _user("Two?"), use_cache="talk", save_as="talk")
     response = server.post(CHAT, model="toy", messages=[_user("Three?")], use_cache="talk")
     error = response.json()["error"]
-    assert (response.status_code, error["code"], error["param"]) == (500, "storage_error", "use_cache")
+    assert (response.status_code, error["code"], error["param"]) == (507, "storage_full", "use_cache")
     assert "The last turn of 'talk' was not saved" in error["message"]
     assert response.headers["x-should-retry"] == "false"
     assert len(_shown(server, "talk")["messages"]) == 3
