@@ -404,3 +404,32 @@ def test_quotas_are_known_in_bytes_and_keys_not_shown(
     settings = load_settings(tmp_path / "headstart.toml")
     assert settings.quotas == {"bob": 2_500_000}
     assert "ann-secret" not in repr(settings)
+
+
+def test_a_key_has_a_quota_of_its_own_and_gives_up_none_but_its_own_states(
+    start_server: StartServer, tmp_path: Path
+) -> None:
+    config = tmp_path / "quota.toml"
+    keys = '[keys.ann]\nkey = "ann-secret"\n[keys.bob]\nkey = "bob-secret"\nquota_mb = 0.03\n'
+    config.write_text('models = {toy = "toy:"}\n' + keys)
+    server = start_server("--config", str(config))
+    ann, bob = Client(server, "ann"), Client(server, "bob")
+    for i in range(4):
+        for client in (ann, bob):
+            assert client.create(f"c{i}", f"{i}: {KEEPER * 2}").status_code == 200
+    evicted = {
+        client: [
+            cache["cache_name"]
+            for cache in client.call("GET", "/v1/cache").json()["data"]
+            if cache["evicted"]
+        ]
+        for client in (ann, bob)
+    }
+    assert evicted[ann] == []
+    assert evicted[bob]
+    assert "c3" not in evicted[bob]
+    totals = bob.call("GET", "/v1/cache").json()
+    assert totals["used_bytes"] <= totals["quota_bytes"] == 30_000
+    refused = bob.create("vast", f"vast: {KEEPER * 7}")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (507, "quota_exceeded")
+    assert bob.ask(use_cache=evicted[bob][0]).json()["usage"]["cache_miss_reason"] == "evicted"
