@@ -241,7 +241,7 @@ def test_a_state_fits_another_number_of_slots_or_is_built_again(
         after.server.stop()
 
 
-@pytest.mark.parametrize("kind", tiny_models.ARCHITECTURES)
+@pytest.mark.parametrize("kind", ["window", "hybrid", "recurrent"])
 def test_measuring_and_converted_weights_work(start_server: StartServer, tmp_path: Path, kind: str) -> None:
     """Rows of 4 or 16 weights can't be Q8_0, and stay as they are."""
     path = tiny_models.written(tmp_path / "q4.gguf", kind, gguf.GGMLQuantizationType.Q4_1)
