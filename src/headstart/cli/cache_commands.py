@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from headstart.cli.options import DEFAULT_URL, AsJson, Model, Url, failed, pairs
-
-if TYPE_CHECKING:
-    from headstart.cli.client import Client
+from headstart.cli.options import DEFAULT_URL, AsJson, Model, Url, pairs, server
 
 cache = typer.Typer(help="Manage the named caches of a running server.", no_args_is_help=True)
 
@@ -56,18 +51,6 @@ def _terms(
     }
     given = {name: value for name, value in terms.items() if value is not None}
     return given | {"ttl_seconds": None} if ttl == 0 else given
-
-
-@contextmanager
-def _server(url: str) -> Iterator[Client]:
-    """A client for the server. What fails is shown, and ends the command with status 1."""
-    from headstart.cli.client import Client, RequestFailed
-
-    try:
-        with Client(url) as client:
-            yield client
-    except RequestFailed as error:
-        raise failed(error) from error
 
 
 def _read_prompt(prompt: str | None, file: Path | None) -> str:
@@ -116,7 +99,7 @@ def cache_create(
 
     text = _read_prompt(prompt, file)
     terms = _terms(ttl, pinned, description, metadata)
-    with _server(url) as client:
+    with server(url) as client:
         create(client, name, text, model, purposes or [], overwrite=not no_overwrite, terms=terms)
 
 
@@ -136,7 +119,7 @@ def cache_edit(
     terms = _terms(ttl, pinned, description, metadata)
     if not terms:
         raise typer.BadParameter("give one of --ttl, --pinned, --no-pinned, --description and --metadata")
-    with _server(url) as client:
+    with server(url) as client:
         edit(client, name, model, terms)
 
 
@@ -152,7 +135,7 @@ def cache_export(
     """Write a cache with its states to a file, to be imported elsewhere."""
     from headstart.cli.cache_files import export_file
 
-    with _server(url) as client:
+    with server(url) as client:
         export_file(client, name, model, path)
 
 
@@ -172,7 +155,7 @@ def cache_import(
     """
     from headstart.cli.cache_files import import_file
 
-    with _server(url) as client:
+    with server(url) as client:
         import_file(client, path, name, model, rebuild=rebuild)
 
 
@@ -185,7 +168,7 @@ def cache_list(
     """List the caches, of all models unless one is named."""
     from headstart.cli.cache import show_all
 
-    with _server(url) as client:
+    with server(url) as client:
         show_all(client, model, as_json)
 
 
@@ -194,7 +177,7 @@ def cache_show(name: Name, model: Model = None, as_json: AsJson = False, url: Ur
     """Show all that is known of a cache, and its prompt."""
     from headstart.cli.cache import show
 
-    with _server(url) as client:
+    with server(url) as client:
         show(client, name, model, as_json)
 
 
@@ -203,5 +186,49 @@ def cache_delete(name: Name, model: Model = None, url: Url = DEFAULT_URL) -> Non
     """Delete a cache. Requests that have begun with it end with it."""
     from headstart.cli.cache import delete
 
-    with _server(url) as client:
+    with server(url) as client:
         delete(client, name, model)
+
+
+@cache.command("verify")
+def cache_verify(
+    name: Annotated[str | None, typer.Argument(help="Only caches of this name.", show_default=False)] = None,
+    model: Annotated[str | None, typer.Option("--model", help="Only this model's caches.")] = None,
+    repair: Annotated[
+        bool,
+        typer.Option(
+            "--repair",
+            help="Compute those damaged or unfit again; files with no readable prompt are set aside.",
+        ),
+    ] = False,
+    remove_unreadable: Annotated[
+        bool,
+        typer.Option("--remove-unreadable", help="With --repair: delete files with no readable prompt."),
+    ] = False,
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Look at this directory itself, without a server.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="The server's TOML file, for when there is no server.")
+    ] = None,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Check every byte of the caches, and whether they would hit.
+
+    Asks the server; where there is none, looks at the cache directory itself, changing nothing. Ends with
+    status 1 if something is wrong that was not repaired.
+    """
+    from headstart.cli.client import RequestFailed
+    from headstart.cli.verify import ask, look
+
+    if remove_unreadable and not repair:
+        raise typer.BadParameter("it says what --repair does", param_hint="--remove-unreadable")
+    with server(url) as client:
+        if cache_dir is None and client.is_there():
+            wrong = ask(client, name, model, repair, remove_unreadable)
+        elif repair:
+            raise RequestFailed(f"--repair needs a running server, and there is none at {client.url}.")
+        else:
+            wrong = look(name, model, cache_dir, config)
+    if wrong:
+        raise typer.Exit(1)

@@ -9,7 +9,6 @@ import typer
 
 from headstart import __version__
 from headstart.arithmetic import Weights
-from headstart.cli import verify
 from headstart.cli.cache_commands import cache
 from headstart.cli.model_commands import model as model_commands
 from headstart.cli.options import DEFAULT_URL, Model, Url, errors, failed, pairs
@@ -24,7 +23,6 @@ app = typer.Typer(
 )
 app.add_typer(cache, name="cache")
 app.add_typer(model_commands, name="model")
-verify.install(cache, DEFAULT_URL)
 
 
 def _say(text: str) -> None:

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from headstart.cli.options import DEFAULT_URL, AsJson, Url, failed
+from headstart.cli.options import DEFAULT_URL, AsJson, Url, server
 
 model = typer.Typer(help="List, load and unload the models of a running server.", no_args_is_help=True)
 out = Console(highlight=False, markup=False, soft_wrap=True)
@@ -21,13 +21,8 @@ STATES = {"available": "not loaded", "loading": "loading", "ready": "loaded", "f
 @model.command("list")
 def model_list(as_json: AsJson = False, url: Url = DEFAULT_URL) -> None:
     """List the models that a request can name."""
-    from headstart.cli.client import Client, RequestFailed
-
-    try:
-        with Client(url) as client:
-            answer = client.call("GET", "/v1/models/available", "list")
-    except RequestFailed as error:
-        raise failed(error) from error
+    with server(url) as client:
+        answer = client.call("GET", "/v1/models/available", "list")
     if as_json:
         print(json.dumps(answer, indent=2))
         return
@@ -61,11 +56,5 @@ def model_unload(
 
 
 def _post(url: str, action: str, name: str, more: dict[str, bool]) -> dict[str, object]:
-    from headstart.cli.client import Client, RequestFailed
-
-    try:
-        with Client(url) as client:
-            body = {"model": name, **more}
-            return client.call("POST", f"/v1/models/{action}", "model", body)
-    except RequestFailed as error:
-        raise failed(error) from error
+    with server(url) as client:
+        return client.call("POST", f"/v1/models/{action}", "model", {"model": name, **more})

@@ -1,12 +1,19 @@
-"""Options that several commands have, and how they say that something failed."""
+"""What several commands have: options, a client for the server, and how they say that something failed."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+
+from headstart.errors import HeadstartError, StartupError
+
+if TYPE_CHECKING:
+    from headstart.cli.client import Client
 
 DEFAULT_URL = "http://127.0.0.1:8080"
 
@@ -21,6 +28,18 @@ def failed(error: Exception) -> typer.Exit:
     """Shows the error; to be raised."""
     errors.print(f"[red]headstart:[/red] {escape(str(error))}")
     return typer.Exit(1)
+
+
+@contextmanager
+def server(url: str) -> Iterator[Client]:
+    """A client for the server. What fails is shown, and ends the command with status 1."""
+    from headstart.cli.client import Client, RequestFailed
+
+    try:
+        with Client(url) as client:
+            yield client
+    except (RequestFailed, HeadstartError, StartupError) as error:
+        raise failed(error) from error
 
 
 def pairs(items: list[str], option: str) -> dict[str, str]:

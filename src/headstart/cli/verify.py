@@ -5,83 +5,23 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
-import typer
 from rich.console import Console
-from rich.markup import escape
 
+from headstart.cli.client import Client
 from headstart.config import load_settings
-from headstart.errors import HeadstartError, StartupError
-
-if TYPE_CHECKING:
-    from headstart.cli.client import Client
+from headstart.errors import StartupError
 
 Json = dict[str, Any]
 
 out = Console(highlight=False, markup=False, soft_wrap=True)
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 DONE = {"rebuilt": "repaired", "removed": "removed", "set_aside": "set aside", "failed": "not repaired"}
 
 
-def install(cache: typer.Typer, default_url: str) -> None:
-    """Adds the command to `headstart cache`."""
-
-    @cache.command("verify")
-    def verify(
-        name: Annotated[
-            str | None, typer.Argument(help="Only caches of this name.", show_default=False)
-        ] = None,
-        model: Annotated[str | None, typer.Option("--model", help="Only this model's caches.")] = None,
-        repair: Annotated[
-            bool,
-            typer.Option(
-                "--repair",
-                help="Compute those damaged or unfit again; files with no readable prompt are set aside.",
-            ),
-        ] = False,
-        remove_unreadable: Annotated[
-            bool,
-            typer.Option("--remove-unreadable", help="With --repair: delete files with no readable prompt."),
-        ] = False,
-        cache_dir: Annotated[
-            Path | None, typer.Option(help="Look at this directory itself, without a server.")
-        ] = None,
-        config: Annotated[
-            Path | None, typer.Option(help="The server's TOML file, for when there is no server.")
-        ] = None,
-        url: Annotated[
-            str, typer.Option("--url", envvar="HEADSTART_URL", help="Address of the server.")
-        ] = default_url,
-    ) -> None:
-        """Check every byte of the caches, and whether they would hit.
-
-        Asks the server; where there is none, looks at the cache directory itself, changing nothing. Ends with
-        status 1 if something is wrong that was not repaired.
-        """
-        from headstart.cli.client import Client, RequestFailed
-
-        if remove_unreadable and not repair:
-            raise typer.BadParameter("it says what --repair does", param_hint="--remove-unreadable")
-        try:
-            with Client(url) as client:
-                if cache_dir is None and client.is_there():
-                    wrong = _ask(client, name, model, repair, remove_unreadable)
-                elif repair:
-                    raise RequestFailed(
-                        f"--repair needs a running server, and there is none at {client.url}."
-                    )
-                else:
-                    wrong = _look(name, model, cache_dir, config)
-        except (RequestFailed, HeadstartError, StartupError) as error:
-            errors.print(f"[red]headstart:[/red] {escape(str(error))}")
-            raise typer.Exit(1) from error
-        if wrong:
-            raise typer.Exit(1)
-
-
-def _ask(client: Client, name: str | None, model: str | None, repair: bool, remove: bool) -> bool:
+def ask(client: Client, name: str | None, model: str | None, repair: bool, remove: bool) -> bool:
+    """Has the server verify; whether something is wrong still. Raises RequestFailed."""
     body: Json = {"repair": repair, "remove_unreadable": remove, "cache_name": name, "model": model}
     verdicts: list[Json] = []
     wrong = 0
@@ -95,7 +35,8 @@ def _ask(client: Client, name: str | None, model: str | None, repair: bool, remo
     return bool(wrong)
 
 
-def _look(name: str | None, model: str | None, cache_dir: Path | None, config: Path | None) -> bool:
+def look(name: str | None, model: str | None, cache_dir: Path | None, config: Path | None) -> bool:
+    """Verifies without a server; whether something is wrong. Raises CacheNotFound or StartupError."""
     import msgspec
 
     from headstart.service.inspection import inspect
