@@ -35,12 +35,12 @@ class Stray:
         return self.path.name.removesuffix(SUFFIX)
 
 
-def contents(directory: Path) -> Iterator[tuple[Path, Entry | Stray]]:
+def contents(directory: Path, *, whole: bool = False) -> Iterator[tuple[Path, Entry | Stray]]:
     """Each file with the cache it holds, or why it holds none, by its header alone: the states of a cache may
-    be damaged, or cut off."""
+    be damaged, or, unless only `whole` files count, cut off."""
     for path in sorted(directory.glob(f"*/*{SUFFIX}")):
         try:
-            entry = file.read(path, whole=False)
+            entry = file.read(path, whole=whole)
         except FileNotFoundError:
             continue
         except Corrupt as error:
@@ -51,7 +51,7 @@ def contents(directory: Path) -> Iterator[tuple[Path, Entry | Stray]]:
             if (entry.shelf, entry.name + SUFFIX) == (path.parent.name, path.name):
                 yield path, entry
             else:
-                why = f"{path} holds the cache {entry.name} of {entry.model}, so it is ignored"
+                why = f"{path}: holds the cache {entry.name} of {entry.model}, so it is ignored"
                 yield path, Stray(path, why, damaged=False)
 
 

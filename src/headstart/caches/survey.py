@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from headstart.caches import file
 from headstart.caches.entry import Entry
-from headstart.caches.file import Corrupt
-from headstart.caches.store import SUFFIX
+from headstart.caches.strays import Stray, contents
 
 
 @dataclass(frozen=True)
@@ -22,16 +20,9 @@ class Survey:
 
 def survey(directory: Path) -> Survey:
     found = Survey()
-    for path in sorted(directory.glob(f"*/*{SUFFIX}")):
-        try:
-            entry = file.read(path)
-        except FileNotFoundError:
-            continue
-        except (Corrupt, OSError) as error:
-            found.damaged.append(str(error))
-            continue
-        if (entry.shelf, entry.name + SUFFIX) != (path.parent.name, path.name):
-            found.damaged.append(f"{path}: holds the cache {entry.name} of {entry.model}, so it is ignored")
-            continue
-        found.entries.setdefault(entry.model, []).append(entry)
+    for _, what in contents(directory, whole=True):
+        if isinstance(what, Stray):
+            found.damaged.append(what.why)
+        else:
+            found.entries.setdefault(what.model, []).append(what)
     return found

@@ -24,7 +24,7 @@ def inspect(settings: Settings, wish: Wish) -> Iterator[Verdict]:
     inspector = _Inspector(settings, [entry for _, entry in found if isinstance(entry, Entry)])
     n_verdicts = 0
     for path, what in found:
-        if wish.covers(what.model, what.name):
+        if wish.covers(what.shelf, what.name):
             n_verdicts += 1
             yield judged_stray(what) if isinstance(what, Stray) else inspector.judge(path, what)
     if wish.name is not None and not n_verdicts:
