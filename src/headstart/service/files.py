@@ -111,15 +111,15 @@ class Files:
 
     async def _receive(self, shelf: str, chunks: AsyncIterator[bytes], scratch: Path) -> None:
         waiting, size = bytearray(), 0
-        with scratch.open("wb", buffering=0) as output:
+        with scratch.open("wb") as output:
             async for chunk in chunks:
                 size += len(chunk)
                 self.quota.check_possible(shelf, size)
                 waiting += chunk
                 if len(waiting) >= WRITE_BYTES:
-                    await asyncio.to_thread(_write, output, bytes(waiting))
+                    await asyncio.to_thread(output.write, bytes(waiting))
                     waiting.clear()
-            await asyncio.to_thread(_write, output, bytes(waiting))
+            await asyncio.to_thread(output.write, bytes(waiting))
 
     async def _place(self, model: ServedModel, name: str, scratch: Path, entry: Entry) -> Entry:
         previous = self.caching.shelves.own(model, name)
@@ -164,9 +164,3 @@ def _check_fits(model: ServedModel, entry: Entry) -> None:
             "its text computed here.",
             reason=reason,
         )
-
-
-def _write(output: BinaryIO, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[output.write(view) :]
