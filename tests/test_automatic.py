@@ -72,6 +72,7 @@ def test_after_a_restart_requests_start_from_its_state_with_the_same_answer(
     assert warm["usage"]["prompt_tokens_details"]["cached_tokens"] > 400
     assert not {"cache_hit", "cached_prompts"} & warm["usage"].keys()
     eventually(lambda: caches(server)[0]["hits"] == 1)
+    assert caches(server)[0]["tokens_saved"] == warm["usage"]["prompt_tokens_details"]["cached_tokens"]
 
 
 def test_streamed_requests_count_and_use_it_too(start_server: StartServer) -> None:

@@ -77,7 +77,7 @@ class Automatic:
         if entry is None or opening is None:
             self._count(model, unnamed)
         elif opening.restore and stats.cached_tokens >= unnamed.boundary:
-            self.caching.store.used(entry)
+            self.caching.count_hit(entry, unnamed.boundary, stats)
         elif (opening.miss or "restore_failed") not in KEEPS_STATE:
             self.caching.rebuild(model, entry)
 

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from headstart.caches.entry import DEFAULT_TERMS, KEEPS_STATE, Content, Entry, Form, Origin, Terms
 from headstart.caches.store import Store
 from headstart.errors import BadRequest, CacheConflict, CacheNotFound
+from headstart.messages import Stats
 from headstart.names import check_name, shelves
 from headstart.service.building import Build, Builder, OnProgress
 from headstart.service.composition import check_own_name, composed
@@ -63,6 +64,11 @@ class Caching:
             if entry.tools == opening.tools and entry.content.opening == opening.messages:
                 return entry, await opened(self.store, model, entry, "chat", tokens)
         return None
+
+    def count_hit(self, entry: Entry, boundary: int, stats: Stats) -> None:
+        """Of a request that began with `boundary` tokens of the cache. A write to the disk: for after the
+        answer's end."""
+        self.store.used(entry, min(stats.cached_tokens, boundary), stats.restore_ms)
 
     def is_building_for(self, model: str) -> bool:
         """Whether a cache of the model is being built."""

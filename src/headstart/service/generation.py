@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 from headstart.caches.entry import KEEPS_STATE, MissReason
@@ -80,9 +79,9 @@ class Generation:
                             )
                         if prepared.entry and miss is None:
                             # A write to the disk: after the answer's end has been sent.
-                            saved = min(stats.cached_tokens, prepared.opening.boundary)
-                            count = partial(self.caching.store.used, prepared.entry, saved, stats.restore_ms)
-                            asyncio.get_running_loop().call_soon(count)
+                            asyncio.get_running_loop().call_soon(
+                                self.caching.count_hit, prepared.entry, prepared.opening.boundary, stats
+                            )
                         if prepared.saving:
                             self.conversations.save(prepared.saving, said)
                         yield Result(
