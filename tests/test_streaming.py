@@ -13,19 +13,21 @@ from hypothesis import strategies as st
 from starlette.types import Message
 
 from headstart.api import streaming
-from headstart.api.completions import Chat, Completion, stream
+from headstart.api.answers import Chat, Completion, Events, stream
 from headstart.api.streaming import COMMENT, EventStream, as_event
 from headstart.errors import EngineDied
 from headstart.messages import Stats
-from headstart.service.generation import Result, Text
+from headstart.service.choices import Delta, Ended
+from headstart.service.generation import Result
 
 STATS = Stats(5, 0, 5, 3, "none", 0, 0, 0.0, 0.0, 1.0, 1.0, 1.0)
-RESULT = Result("stop", 3, STATS)
+RESULT = Result(3, STATS)
 
 
-async def _answer(texts: list[str]) -> AsyncGenerator[Text | Result, None]:
+async def _answer(texts: list[str]) -> Events:
     for text in texts:
-        yield Text(text)
+        yield Delta(0, text)
+    yield Ended(0, "stop")
     yield RESULT
 
 
@@ -33,7 +35,7 @@ def _written(texts: list[str], shape: Chat, include_usage: bool) -> list[list[An
     """The chunks of each write."""
 
     async def collect() -> list[bytes]:
-        return [data async for data in stream(_answer(texts), shape, include_usage)]
+        return [data async for data in stream(_answer(texts), shape, 1, include_usage)]
 
     writes = [data.decode().split("\n\n") for data in asyncio.run(collect())]
     assert all(write.pop() == "" for write in writes)
@@ -48,8 +50,8 @@ def test_each_text_is_in_a_chunk_as_if_that_had_been_encoded_whole(
 ) -> None:
     chunks = [chunk for write in _written(texts, shape, include_usage) for chunk in write]
     extra = {"usage": None} if include_usage else {}
-    opening = [chunk | extra for chunk in [shape.opening()] if chunk]
-    said = [shape.chunk(text, None) | extra for text in texts]
+    opening = [chunk | extra for chunk in [shape.opening(0)] if chunk]
+    said = [shape.chunk(Delta(0, text)) | extra for text in texts]
     assert chunks[: len(opening + said)] == opening + said
     last, *account = chunks[len(opening + said) :]
     assert last["choices"][0]["finish_reason"] == "stop"

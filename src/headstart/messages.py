@@ -66,7 +66,11 @@ class EngineSettings(Struct, frozen=True):
 
 class Sampling(Struct, frozen=True):
     """Sampling parameters of one request; `temperature` 0 is greedy. Penalties look back over the last
-    `repeat_last_n` tokens, the prompt's included, as in llama.cpp. `seed` None: a fresh one each time."""
+    `repeat_last_n` tokens, the prompt's included, as in llama.cpp. `seed` None: a fresh one each time.
+
+    `logit_bias`: what is added to the logits of tokens. `ignore_eos`: no token that ends an answer is chosen.
+    `logprobs`: how many of the likeliest tokens are told with each token; None: not even its own probability.
+    `grammar`: what the answer must match, as llguidance writes it; "" for anything."""
 
     temperature: float = 0.8
     top_p: float = 0.95
@@ -77,6 +81,10 @@ class Sampling(Struct, frozen=True):
     repeat_penalty: float = 1.0
     repeat_last_n: int = 64
     seed: int | None = None
+    logit_bias: dict[int, float] = {}
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    grammar: str = ""
 
 
 class StateRef(Struct, frozen=True):
@@ -104,6 +112,10 @@ class SaveTo(Struct, frozen=True):
 class Submit(Struct, frozen=True, tag=True):
     """One sequence: prefill `tokens`, then generate up to `max_tokens`, or save the state.
 
+    `n`: so many answers, no more than there are slots, each as if it were a request of its own with the ids
+    from `id` on and, of seeds, with the numbers from `seed` on. The prompt is prefilled once for all of them;
+    until that is done cancelling one cancels all.
+
     `boundary`: where prefill is cut so that the values don't depend on whether the first `boundary` tokens
     were computed or restored; 0 for none, below the number of tokens unless nothing is generated. Of a state
     in `restore` no more than `boundary` tokens are used. `shared`: `restore` is the state of another opening,
@@ -126,6 +138,7 @@ class Submit(Struct, frozen=True, tag=True):
     reuse: bool = True
     owner: str = ""
     public: int = 0
+    n: int = 1
 
 
 class Cancel(Struct, frozen=True, tag=True):
@@ -201,8 +214,13 @@ class Progress(Struct, frozen=True, tag=True):
 
 
 class Token(Struct, frozen=True, tag=True):
+    """With the natural logarithms of its probability and of the likeliest tokens', where they were asked for;
+    they are the model's own, before penalties, temperature and whatever else chose it."""
+
     id: int
     token: int
+    logprob: float | None = None
+    top: list[tuple[int, float]] = []
 
 
 class Finished(Struct, frozen=True, tag=True):

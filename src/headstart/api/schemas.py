@@ -67,7 +67,9 @@ class GenerationRequest(Body):
         """Raises BadRequest for a parameter that can't be honoured."""
         self._check_supported()
         given = {
-            name: value for name in Sampling.__struct_fields__ if (value := getattr(self, name)) is not None
+            name: value
+            for name in Sampling.__struct_fields__
+            if name in type(self).model_fields and (value := getattr(self, name)) is not None
         }
         return Options(
             max_tokens=max_tokens,

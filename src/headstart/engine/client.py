@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import os
 import signal
@@ -60,35 +59,38 @@ State = Literal["available", "loading", "ready", "failed"]
 
 
 class Running:
-    """A submitted request: iterate over its events, the last of them Finished. Use it as a context manager:
-    leaving it early cancels the sequence, which then ends within one engine step."""
+    """A submitted request: iterate over its events, the last of them Finished, one for each of its `n`
+    answers, whose ids follow each other. Use it as a context manager: leaving it early cancels the sequences,
+    which then end within one engine step."""
 
-    def __init__(self, request_id: int, engine: EngineClient) -> None:
-        self.id = request_id
+    def __init__(self, first_id: int, n: int, engine: EngineClient) -> None:
+        self.id = first_id
+        self.ids = range(first_id, first_id + n)
         self.engine = engine
         self._events: asyncio.Queue[RequestEvent] = asyncio.Queue()
-        self._ended = False
+        self._open = set(self.ids)
 
     def tell(self, event: RequestEvent) -> None:
         self._events.put_nowait(event)
 
-    def cancel(self) -> None:
-        """Asks for the end; Finished is still to come."""
-        self.engine.send(Cancel(self.id))
+    def cancel(self, answer: int = 0) -> None:
+        """Asks for the end of one answer; Finished is still to come."""
+        self.engine.send(Cancel(self.id + answer))
 
     def __enter__(self) -> Running:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.engine.forget(self)
-        if not self._ended:
-            self.cancel()
+        for open_id in self._open:
+            self.engine.send(Cancel(open_id))
 
     async def __aiter__(self) -> AsyncIterator[RequestEvent]:
-        """Raises an error of the tree when the request fails."""
-        while not self._ended:
+        """Raises an error of the tree when one of the answers fails."""
+        while self._open:
             event = await self._events.get()
-            self._ended = isinstance(event, Finished | Failed)
+            if isinstance(event, Finished | Failed):
+                self._open.discard(event.id)
             if isinstance(event, Failed):
                 raise FAILURES[event.kind](event.message)
             yield event
@@ -105,7 +107,7 @@ class EngineClient:
         self.info: ModelInfo | None = None
         self.failure = ""
         self.out_of_memory = False
-        self._ids = itertools.count(1)
+        self._next_id = 1
         self._requests: dict[int, Running] = {}
         self._writer: asyncio.StreamWriter | None = None
         self._settled = asyncio.Event()
@@ -153,13 +155,15 @@ class EngineClient:
     def submit(self, request: Submit) -> Running:
         """Sends the request to the worker, giving it an `id`. Raises Unavailable when it can't be taken."""
         self.check_available()
-        running = Running(next(self._ids), self)
-        self._requests[running.id] = running
+        running = Running(self._next_id, request.n, self)
+        self._next_id += request.n
+        self._requests |= dict.fromkeys(running.ids, running)
         self.send(msgspec.structs.replace(request, id=running.id))
         return running
 
     def forget(self, running: Running) -> None:
-        self._requests.pop(running.id, None)
+        for request_id in running.ids:
+            self._requests.pop(request_id, None)
 
     def send(self, command: Command) -> None:
         if self._writer is not None:
@@ -231,9 +235,9 @@ class EngineClient:
             self.state = "loading"
 
     def _fail_requests(self, reason: str) -> None:
-        for running in self._requests.values():
+        for request_id, running in self._requests.items():
             message = f"The engine died and is being restarted: {reason}."
-            running.tell(Failed(running.id, "died", message))
+            running.tell(Failed(request_id, "died", message))
 
 
 async def _messages(reader: asyncio.StreamReader) -> AsyncIterator[WorkerMessage]:

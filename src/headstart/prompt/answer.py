@@ -8,14 +8,20 @@ from collections.abc import Callable, Sequence
 
 class AnswerText:
     """Turns tokens into text that may be sent. What could still become a stop string, or is an unfinished
-    character, is held back until it is decided. Stop strings themselves are never part of the text."""
+    character, is held back until it is decided. Stop strings themselves are never part of the text.
+    `found`: the one that ended it. `n_characters`: of all whole characters so far, held back or not."""
 
     def __init__(self, piece: Callable[[int], bytes], stop: Sequence[str] = ()) -> None:
         self.piece = piece
         self.stop = [text for text in stop if text]
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.held = ""
-        self.stopped = False
+        self.found: str | None = None
+        self.n_characters = 0
+
+    @property
+    def stopped(self) -> bool:
+        return self.found is not None
 
     def add(self, token: int) -> str:
         """The text that this token releases, possibly none; once `stopped` is true there is no more."""
@@ -30,11 +36,13 @@ class AnswerText:
     def _release(self, text: str) -> str:
         if self.stopped:
             return ""
+        self.n_characters += len(text)
         text = self.held + text
-        found = [at for at in (text.find(stop) for stop in self.stop) if at >= 0]
-        if found:
-            self.stopped, self.held = True, ""
-            return text[: min(found)]
+        places = [(at, stop) for stop in self.stop if (at := text.find(stop)) >= 0]
+        if places:
+            at, self.found = min(places)
+            self.held = ""
+            return text[:at]
         keep = max((_overlap(text, stop) for stop in self.stop), default=0)
         self.held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -1,37 +1,30 @@
-"""One answer: a prepared request through the engine, to text and a true account of it all."""
+"""A prepared request through the engine, to its answers and a true account of it all."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from headstart.caches.entry import KEEPS_STATE, MissReason
 from headstart.messages import Finished, Stats, Token
 from headstart.prompt.answer import AnswerText
+from headstart.service.answering import Answering
 from headstart.service.automatic import Automatic
 from headstart.service.caching import Caching
+from headstart.service.choices import Delta, Ended
 from headstart.service.conversations import Conversations
 from headstart.service.explanation import Explanation, explained
 from headstart.service.preparation import Prepared
 
 
 @dataclass(frozen=True)
-class Text:
-    """A piece of the answer, never empty."""
-
-    text: str
-
-
-@dataclass(frozen=True)
 class Result:
-    """The end of an answer of `n_tokens` tokens. `cache_hit` is None when no cache was named, else whether
-    the engine started from its state; all counts are the engine's. `matched`: how many of the prompt's tokens
-    the closest known state begins with. `explanation`: only where it was asked for. `saved_as`: the name
-    under which the chat is being kept."""
+    """The account of a request, whose answers have `n_tokens` tokens together. `cache_hit` is None when no
+    cache was named, else whether the engine started from its state; all counts are the engine's. `matched`:
+    how many of the prompt's tokens the closest known state begins with. `explanation`: only where it was
+    asked for. `saved_as`: the name under which the chat is being kept."""
 
-    finish_reason: Literal["stop", "length"]
     n_tokens: int
     stats: Stats
     cache_hit: bool | None = None
@@ -48,58 +41,68 @@ class Generation:
         self.automatic = automatic
         self.conversations = conversations
 
-    async def run(self, prepared: Prepared) -> AsyncGenerator[Text | Result, None]:
-        """Yields the answer's text and, last, one Result. Closing it early ends the sequence."""
-        answer = AnswerText(prepared.model.prompts.tokenizer.piece, prepared.stop)
-        said = ""
-        n_tokens = 0
+    async def run(self, prepared: Prepared) -> AsyncGenerator[Delta | Ended | Result, None]:
+        """Yields what the answers grow by, an Ended for each, and last, one Result, which is there at once
+        after the last Ended. Closing it early ends the sequences."""
+        answers = [_answering(prepared, choice) for choice in range(prepared.submit.n)]
+        stats: Stats | None = None
+        result: Result | None = None
         with prepared.model.engine.submit(prepared.submit) as running:
             async for event in running:
+                answer = answers[event.id - running.id]
                 match event:
-                    case Token(token=token) if not answer.stopped:
-                        if n_tokens == 0:
+                    case Token() if not answer.stopped:
+                        if not any(each.n_tokens for each in answers):
                             self._heal(prepared, prepared.opening.miss)
-                        n_tokens += 1
-                        if text := answer.add(token):
-                            said += text
-                            yield Text(text)
+                        for delta in answer.add(event):
+                            yield delta
                         if answer.stopped:
-                            running.cancel()
-                    case Finished(reason=reason, stats=stats):
-                        if text := answer.end():
-                            said += text
-                            yield Text(text)
-                        miss = _miss(prepared, stats)
-                        if n_tokens == 0 or prepared.opening.miss is None:
-                            self._heal(prepared, miss)
-                        if prepared.unnamed:
-                            tell = self.automatic.answered
-                            asyncio.get_running_loop().call_soon(
-                                tell, prepared.model, prepared.unnamed, stats
-                            )
-                        if prepared.entry and miss is None:
-                            # A write to the disk: after the answer's end has been sent.
-                            asyncio.get_running_loop().call_soon(
-                                self.caching.count_hit, prepared.entry, prepared.opening.boundary, stats
-                            )
-                        if prepared.saving:
-                            self.conversations.save(prepared.saving, said)
-                        yield Result(
-                            finish_reason="length" if reason == "length" and not answer.stopped else "stop",
-                            n_tokens=n_tokens,
-                            stats=stats,
-                            cache_hit=None if prepared.entry is None else miss is None,
-                            cache_names=prepared.names,
-                            miss=miss,
-                            matched=max(prepared.matched, stats.cached_tokens),
-                            explanation=_explained(prepared, miss, stats),
-                            saved_as=prepared.saving.name if prepared.saving else None,
-                        )
+                            running.cancel(answer.choice)
+                    case Finished(reason=reason):
+                        # The first one is the one that the prompt was prefilled for.
+                        if answer.choice == 0:
+                            stats = event.stats
+                        left = list(answer.end(reason))
+                        if stats and all(each.ended for each in answers):
+                            result = self._result(prepared, answers, stats)
+                        for last in left:
+                            yield last
+        assert result
+        yield result
+
+    def _result(self, prepared: Prepared, answers: Sequence[Answering], stats: Stats) -> Result:
+        n_tokens = sum(answer.n_tokens for answer in answers)
+        miss = _miss(prepared, stats)
+        if n_tokens == 0 or prepared.opening.miss is None:
+            self._heal(prepared, miss)
+        # What is to be remembered is written to the disk after the answer's end has been sent.
+        later = asyncio.get_running_loop().call_soon
+        if prepared.unnamed:
+            later(self.automatic.answered, prepared.model, prepared.unnamed, stats)
+        if prepared.entry and miss is None:
+            later(self.caching.count_hit, prepared.entry, prepared.opening.boundary, stats)
+        if prepared.saving:
+            self.conversations.save(prepared.saving, answers[0].said)
+        return Result(
+            n_tokens=n_tokens,
+            stats=stats,
+            cache_hit=None if prepared.entry is None else miss is None,
+            cache_names=prepared.names,
+            miss=miss,
+            matched=max(prepared.matched, stats.cached_tokens),
+            explanation=_explained(prepared, miss, stats),
+            saved_as=prepared.saving.name if prepared.saving else None,
+        )
 
     def _heal(self, prepared: Prepared, miss: MissReason | None) -> None:
         """Has a state that could not be used computed again, once the request itself has its first token."""
         if prepared.entry and miss and miss not in KEEPS_STATE:
             self.caching.rebuild(prepared.model, prepared.entry)
+
+
+def _answering(prepared: Prepared, choice: int) -> Answering:
+    tokenizer = prepared.model.prompts.tokenizer
+    return Answering(choice, tokenizer, AnswerText(tokenizer.piece, prepared.stop), prepared.parser())
 
 
 def _miss(prepared: Prepared, stats: Stats) -> MissReason | None:

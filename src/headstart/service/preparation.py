@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from headstart.caches.entry import Content, Entry, Form
 from headstart.errors import BadRequest
 from headstart.messages import Sampling, Submit
+from headstart.prompt.parts import Parser, PlainText
 from headstart.prompt.prompts import soon
 from headstart.service.automatic import Automatic, Unnamed
 from headstart.service.caching import Caching
@@ -31,7 +32,7 @@ class Options:
     every prompt token is evaluated, nothing is taken from a cache or an earlier request. `use_cache`: the
     caches to start from, in their order, or none. `save_as`: the name under which a chat is kept once it is
     answered; for `overwrite` see Saving. `explain`: the result is to say why it started from a cache or
-    didn't."""
+    didn't. `n`: how many answers."""
 
     max_tokens: int | None = None
     sampling: Sampling = field(default_factory=Sampling)
@@ -41,12 +42,13 @@ class Options:
     save_as: str | None = None
     overwrite: bool | None = None
     explain: bool = False
+    n: int = 1
 
 
 @dataclass(frozen=True)
 class Prepared:
     """A request ready for the engine. `names`: the caches it names, of which `entry` is made. `unnamed`: what
-    it begins with, where it is a chat that names none."""
+    it begins with, where it is a chat that names none. `parser` makes what reads one of its answers."""
 
     model: ServedModel
     submit: Submit
@@ -59,6 +61,7 @@ class Prepared:
     matched: int = 0
     explain: bool = False
     closest: Closest | None = None
+    parser: Callable[[], Parser] = PlainText
 
 
 class Preparation:
@@ -179,6 +182,12 @@ class Preparation:
         if not tokens:
             raise BadRequest("The prompt is empty.", param=param)
         model.check_fits(len(tokens), param=param)
+        if options.n > model.info.slots:
+            raise BadRequest(
+                f"n = {options.n} is more than this model's {model.info.slots} slots: ask for fewer answers "
+                "or start the server with more --slots.",
+                param="n",
+            )
         room = model.info.n_ctx - len(tokens)
         submit = Submit(
             id=0,
@@ -191,6 +200,7 @@ class Preparation:
             reuse=options.reuse,
             owner=model.owner,
             public=opening.boundary if begun and not begun.owner else 0,
+            n=options.n,
         )
         if not options.reuse:
             opening = Opening(opening.boundary, miss="cache_prompt_false")
