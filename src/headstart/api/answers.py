@@ -103,17 +103,22 @@ def _token(token: bytes, logprob: float) -> Json:
 
 
 class Completion(Chat):
-    """The shapes of text completions, the same for chunks."""
+    """The shapes of text completions, the same for chunks. `echoes`: what each answer is to begin with."""
 
     prefix, object, chunk_object = "cmpl-", "text_completion", "text_completion"
 
+    def __init__(self, model: str, echoes: Sequence[str]) -> None:
+        super().__init__(model)
+        self.echoes = echoes
+
     def opening(self, choice: int) -> Json | None:
-        return None
+        echo = self.echoes[choice]
+        return self.chunk(Delta(choice, echo)) if echo else None
 
     def _choice(self, choice: Choice) -> Json:
         return {
             "index": choice.index,
-            "text": choice.text,
+            "text": self.echoes[choice.index] + choice.text,
             "logprobs": self._logprobs(choice.logprobs),
             "finish_reason": choice.finish_reason,
         }
