@@ -103,22 +103,25 @@ def _token(token: bytes, logprob: float) -> Json:
 
 
 class Completion(Chat):
-    """The shapes of text completions, the same for chunks. `echoes`: what each answer is to begin with."""
+    """The shapes of text completions, the same for chunks. `echoes`: what each choice is to begin with."""
 
     prefix, object, chunk_object = "cmpl-", "text_completion", "text_completion"
 
-    def __init__(self, model: str, echoes: Sequence[str]) -> None:
+    def __init__(self, model: str, echoes: Sequence[str] = ()) -> None:
         super().__init__(model)
         self.echoes = echoes
 
     def opening(self, choice: int) -> Json | None:
-        echo = self.echoes[choice]
+        echo = self._echo(choice)
         return self.chunk(Delta(choice, echo)) if echo else None
+
+    def _echo(self, choice: int) -> str:
+        return self.echoes[choice] if self.echoes else ""
 
     def _choice(self, choice: Choice) -> Json:
         return {
             "index": choice.index,
-            "text": self.echoes[choice.index] + choice.text,
+            "text": self._echo(choice.index) + choice.text,
             "logprobs": self._logprobs(choice.logprobs),
             "finish_reason": choice.finish_reason,
         }

@@ -46,9 +46,9 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
         prepared = [await service.preparation.text(model, text, options) for text in texts]
         runs = [service.generation.run(each) for each in prepared]
         events = runs[0] if len(runs) == 1 else together(runs, options.n)
-        tokenizer = model.prompts.tokenizer
-        echoes = [text.said(tokenizer) if body.echo else "" for text in texts for _ in range(options.n)]
-        return await _answer(request, body, events, Completion(body.model, echoes), len(echoes))
+        echoed = texts if body.echo else []
+        echoes = [text.said(model.prompts.tokenizer) for text in echoed for _ in range(options.n)]
+        return await _answer(request, body, events, Completion(body.model, echoes), len(texts) * options.n)
 
 
 def _options(request: Request, body: GenerationRequest, max_tokens: int | None) -> Options:
