@@ -33,19 +33,19 @@ OTHER = [7 + i * 3 % 190 for i in range(90)]
 class Driver:
     """An engine stepped by hand; collects the events of each request."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, share_from: int = 32) -> None:
         for seq in range(2 * model.info.slots + 1 if model.info.pool_tokens else model.info.slots):
             model.clear(seq)
         self.model = model
         self.woken: SimpleQueue[None] = SimpleQueue()
-        self.engine = Engine(model, Cuts(CHUNK), lambda: self.woken.put(None), share_from=32)
+        self.engine = Engine(model, Cuts(CHUNK), lambda: self.woken.put(None), share_from=share_from)
         self.events: dict[int, list[RequestEvent]] = {}
         self.last_id = 0
 
     def submit(self, tokens: list[int], max_tokens: int = 8, **more: Any) -> int:
-        self.last_id += 1
-        request = Submit(self.last_id, tokens, max_tokens=max_tokens, **{"sampling": GREEDY, **more})
-        self.events[request.id] = []
+        request = Submit(self.last_id + 1, tokens, max_tokens=max_tokens, **{"sampling": GREEDY, **more})
+        self.last_id += request.n
+        self.events |= {answer: [] for answer in range(request.id, request.id + request.n)}
         self.engine.handle(request)
         return request.id
 

@@ -39,10 +39,12 @@ class Drop:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """Let a running sequence go on in a KV stream of its own: the pool is full."""
+    """Let a sequence go on in `slot` with all that `origin` holds: its own place until now, or one that holds
+    the same."""
 
     sequence: Sequence
     slot: Slot
+    origin: Slot
 
 
 Action = Start | Fill | Drop | Move

@@ -9,8 +9,10 @@ from queue import Empty, SimpleQueue
 from time import monotonic
 
 from headstart.engine import state_file
+from headstart.engine.accounts import stats, told
 from headstart.engine.actions import Action, Drop, Fill, Move, Start
 from headstart.engine.cuts import Cuts
+from headstart.engine.logprobs import Logprobs
 from headstart.engine.model import Model, ModelError
 from headstart.engine.reading import Reader
 from headstart.engine.scheduler import Scheduler, Work
@@ -26,9 +28,7 @@ from headstart.messages import (
     RequestEvent,
     SaveTo,
     StateRef,
-    Stats,
     Submit,
-    Token,
 )
 
 log = logging.getLogger(__name__)
@@ -95,13 +95,12 @@ class Engine:
             case Start():
                 self._start(action)
             case Fill(trunk=trunk, tokens=tokens, origin=origin):
-                filled = self._load(trunk, origin, len(tokens))
-                trunk.hold(tokens if filled else [], len(tokens) if filled else 0, len(tokens))
+                self._fill(trunk, tokens, origin)
             case Drop(seat=seat):
                 self.model.clear(seat.id)
                 seat.hold([], 0, 0)
-            case Move(sequence=sequence, slot=slot):
-                self._move(sequence, slot)
+            case Move():
+                self._move(action)
 
     def _start(self, start: Start) -> None:
         sequence, slot, keep = start.sequence, start.slot, start.keep
@@ -125,16 +124,25 @@ class Engine:
             return self.model.copy(origin.id, slot.id, keep)
         return self._restore(slot.id, origin, keep)
 
-    def _move(self, sequence: Sequence, slot: Slot) -> None:
-        seat = sequence.slot
-        assert seat is not None
-        if not self._load(slot, seat, len(seat.tokens)):
-            self._fail(sequence, "the sequence could not be moved out of the pool")
+    def _fill(self, trunk: Slot, tokens: list[int], origin: StateRef | Slot) -> None:
+        if not self._load(trunk, origin, len(tokens)):
+            trunk.hold([], 0, 0)
+        elif isinstance(origin, Slot):
+            trunk.hold(tokens, min(origin.exact, len(tokens)), origin.boundary)
+        else:
+            trunk.hold(tokens, len(tokens), len(tokens))
+
+    def _move(self, move: Move) -> None:
+        sequence, slot, origin = move.sequence, move.slot, move.origin
+        left = sequence.slot
+        if not self._load(slot, origin, len(origin.tokens)):
+            self._fail(sequence, "the sequence could not be moved to another slot")
             slot.hold([], 0, 0)
             return
-        slot.hold(seat.tokens, seat.exact, seat.boundary)
+        slot.hold(origin.tokens.copy(), origin.exact, origin.boundary)
         self.scheduler.moved(sequence, slot)
-        self._act(Drop(seat))
+        if left and left.pooled:
+            self._act(Drop(left))
 
     def _restore(self, seq: int, state: StateRef, keep: int) -> bool:
         """Whether the cleared sequence now holds the state's first `keep` tokens; a file that is gone or
@@ -191,15 +199,32 @@ class Engine:
         return True
 
     def _sample(self, sequence: Sequence, row: int) -> None:
+        """Chooses the sequence's next token, and the first ones of all other answers to its prompt."""
+        asked = sequence.request.sampling.logprobs
+        # Before anything is chosen: a grammar may overwrite logits.
+        logprobs = None if asked is None else self.model.logprobs(row)
+        siblings = sequence.divide()
+        chosen = [(each, self._choose(each, row)) for each in (sequence, *siblings)]
+        for action in self.scheduler.place(siblings, sequence):
+            self._act(action)
+        for each, token in chosen:
+            if each in self.scheduler.running:
+                self._accept(each, token, logprobs)
+            elif each.slot is None:
+                self._fail(each, "the prompt's state could not be copied")
+
+    def _choose(self, sequence: Sequence, row: int) -> int:
         if sequence.sampler is None:
             sequence.sampler = self.model.sampler(sequence.request.sampling, sequence.request.tokens)
-        token = self.model.sample(row, sequence.sampler)
+        return self.model.sample(row, sequence.sampler)
+
+    def _accept(self, sequence: Sequence, token: int, logprobs: Logprobs | None) -> None:
         sequence.first_token = sequence.first_token or monotonic()
         if self.model.is_end(token):
             self._finish(sequence, "stop")
             return
         sequence.tokens.append(token)
-        self.events.append(Token(sequence.request.id, token))
+        self.events.append(told(sequence, token, logprobs))
         full = len(sequence.tokens) >= self.model.info.n_ctx
         if full or sequence.n_generated == sequence.request.max_tokens:
             self._finish(sequence, "length")
@@ -228,16 +253,17 @@ class Engine:
             kind: FailureKind = "storage_full" if error.errno in state_file.NO_ROOM else "storage"
             self.written.put(Failed(sequence.request.id, kind, f"state not written: {error.strerror}"))
         else:
-            stats = self._stats(sequence, len(state), saved)
-            self.written.put(Finished(sequence.request.id, "saved", stats))
+            account = stats(sequence, len(state), saved)
+            self.written.put(Finished(sequence.request.id, "saved", account))
         self.wake()
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        self.events.append(Finished(sequence.request.id, reason, self._stats(sequence)))
+        account = stats(sequence)
+        self.events += [Finished(answer, reason, account) for answer in sequence.ids]
         self._release(sequence)
 
     def _fail(self, sequence: Sequence, message: str) -> None:
-        self.events.append(Failed(sequence.request.id, "engine", message))
+        self.events += [Failed(answer, "engine", message) for answer in sequence.ids]
         slot = sequence.slot
         self._release(sequence)
         if slot:
@@ -248,28 +274,6 @@ class Engine:
         self.scheduler.remove(sequence)
         if sequence.sampler:
             sequence.sampler.close()
-
-    def _stats(self, sequence: Sequence, saved_bytes: int = 0, saved_blake3: str = "") -> Stats:
-        now = monotonic()
-        placed = sequence.placed or now
-        restored = sequence.restored or placed
-        first = sequence.first_token or now
-        restore = sequence.request.restore
-        return Stats(
-            prompt_tokens=sequence.n_prompt,
-            cached_tokens=sequence.cached,
-            evaluated_tokens=sequence.evaluated,
-            generated_tokens=sequence.n_generated,
-            source=sequence.source,
-            restored_bytes=restore.nbytes if restore and sequence.source == "file" else 0,
-            saved_bytes=saved_bytes,
-            saved_blake3=saved_blake3,
-            queue_ms=1000 * (placed - sequence.arrived),
-            restore_ms=1000 * (restored - placed),
-            prefill_ms=1000 * (first - restored),
-            decode_ms=1000 * (now - first),
-            ttft_ms=1000 * (first - sequence.arrived),
-        )
 
 
 def _drained(queue: SimpleQueue[RequestEvent]) -> Iterator[RequestEvent]:

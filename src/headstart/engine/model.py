@@ -6,6 +6,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Protocol
 
+from headstart.engine.logprobs import Logprobs
 from headstart.messages import ModelInfo, Sampling
 
 # Room in a step for the prompt tokens of several short prompts, however small the chunks are.
@@ -56,6 +57,9 @@ class Model(Protocol):
 
     def sample(self, row: int, sampler: Sampler) -> int:
         """The next token of piece number `row` of the last `evaluate`, which must have said `sample`."""
+
+    def logprobs(self, row: int) -> Logprobs:
+        """What the model itself thinks of all tokens in that place."""
 
     def is_end(self, token: int) -> bool:
         """Whether the token ends an answer."""

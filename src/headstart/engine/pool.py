@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from headstart.engine.sequence import Sequence, Slot
+from headstart.messages import Submit
 
 # What ended sequences may leave, in cells, while others run; a long prefix makes a few more matter less.
 IDLE_CELLS = 128
@@ -29,6 +30,11 @@ class Pool:
     def prefix(self) -> list[int]:
         return self.trunk.tokens
 
+    def holds_opening(self, request: Submit) -> bool:
+        """Whether the shared prefix is the request's opening, prefilled as such."""
+        boundary = request.boundary
+        return self.trunk.boundary == boundary and self.prefix == request.tokens[:boundary]
+
     @property
     def running(self) -> bool:
         return any(seat.sequence for seat in self.seats)
@@ -36,6 +42,11 @@ class Pool:
     @property
     def free(self) -> int:
         return self.cells - len(self.prefix) - sum(map(self._own_cells, self.seats))
+
+    @property
+    def in_use(self) -> int:
+        """Cells that running sequences have beyond the prefix."""
+        return sum(self._own_cells(seat) for seat in self.seats if seat.sequence)
 
     def _own_cells(self, seat: Slot) -> int:
         return max(len(seat.tokens) - len(self.prefix), 0)

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 
-from headstart.engine.actions import Action, Drop, Fill, Move, Origin, Start
+from headstart.engine.actions import Action, Drop, Move, Origin, Start
 from headstart.engine.cuts import Cuts
 from headstart.engine.model import Piece
 from headstart.engine.pool import ANSWER_CELLS, Pool
+from headstart.engine.seating import gather, gathers, join, refill
 from headstart.engine.sequence import Sequence, Slot, may_share, reusable
 from headstart.messages import StateRef, Submit
 
@@ -54,19 +55,22 @@ class Scheduler:
 
     def find(self, request_id: int) -> Sequence | None:
         for sequence in (*self.running, *self.waiting):
-            if sequence.request.id == request_id:
+            if request_id in sequence.ids:
                 return sequence
         return None
 
     def admit(self) -> Iterator[Action]:
-        """Starts waiting sequences, first come first served, as long as there is a slot for each. One whose
-        prefix another is just computing waits for it."""
+        """Starts waiting sequences, first come first served, as long as there is a slot for each of their
+        answers. One whose prefix another is just computing waits for it."""
         self.step += 1
         for sequence in list(self.waiting):
-            if len(self.running) == len(self.slots):
+            n_taken = sum(len(other.ids) for other in self.running)
+            if n_taken == len(self.slots):
                 return
             if sequence.reading or self._is_being_computed(sequence):
                 continue
+            if n_taken + len(sequence.ids) > len(self.slots):
+                return
             self.waiting.remove(sequence)
             for action in self._start(sequence):
                 if isinstance(action, Start):
@@ -124,7 +128,7 @@ class Scheduler:
         request = sequence.request
         if request.restore is None or not request.reuse:
             return None
-        if self.pool and self.pool.prefix == request.tokens[: request.boundary]:
+        if self.pool and self.pool.holds_opening(request):
             return None
         free = (slot for slot in self.slots if slot.sequence is None)
         held = max((reusable(slot, request, self.cuts, can_cut=self.can_cut) for slot in free), default=0)
@@ -156,7 +160,7 @@ class Scheduler:
         request, boundary = sequence.request, sequence.request.boundary
         if not request.reuse or not request.max_tokens or boundary < self.share_from:
             return None
-        shares = pool.prefix == request.tokens[:boundary] and may_share(pool.trunk.owner, request)
+        shares = pool.holds_opening(request) and may_share(pool.trunk.owner, request)
         if shares and (seat := pool.continued_by(sequence)) and len(seat.tokens) > keep:
             return iter([Start(sequence, seat, len(seat.tokens), None)])
         if keep > boundary or (keep == boundary and not pool.running and not self._has_company(sequence)):
@@ -165,36 +169,11 @@ class Scheduler:
             origin = self._origin(sequence)
             if pool.running or origin is None or self._usable(origin, request) < boundary:
                 return None
-            return self._refill(pool, sequence, origin) if self._has_company(sequence) else None
+            return refill(pool, sequence, origin) if self._has_company(sequence) else None
         needed = sequence.n_prompt - boundary + ANSWER_CELLS
-        if needed > pool.cells - len(pool.prefix) - self._cells_in_use(pool):
+        if needed > pool.cells - len(pool.prefix) - pool.in_use:
             return None
-        return self._join(pool, sequence, needed)
-
-    def _cells_in_use(self, pool: Pool) -> int:
-        running = (seat for seat in pool.seats if seat.sequence)
-        return sum(len(seat.tokens) - len(pool.prefix) for seat in running)
-
-    def _join(self, pool: Pool, sequence: Sequence, needed: int) -> Iterator[Action]:
-        # Alone in the pool it computes the same bits as in a slot of its own, if nothing lies before it.
-        for seat in pool.idle():
-            if pool.running and pool.free >= needed:
-                break
-            yield Drop(seat)
-        yield from self._sit(pool, sequence)
-
-    def _sit(self, pool: Pool, sequence: Sequence) -> Iterator[Action]:
-        seat = pool.empty_seat()
-        if seat.tokens:
-            yield Drop(seat)
-        yield Start(sequence, seat, len(pool.prefix), pool.trunk if pool.prefix else None)
-
-    def _refill(self, pool: Pool, sequence: Sequence, origin: StateRef | Slot) -> Iterator[Action]:
-        for seat in pool.idle():
-            yield Drop(seat)
-        pool.trunk.owner = sequence.request.owner
-        yield Fill(pool.trunk, sequence.request.tokens[: sequence.request.boundary], origin)
-        yield from self._sit(pool, sequence)
+        return join(pool, sequence, needed)
 
     def _has_company(self, sequence: Sequence) -> bool:
         """Whether another sequence could use the same opening now."""
@@ -213,13 +192,34 @@ class Scheduler:
                 yield Drop(idle[0])
                 continue
             sequence = max(members, key=lambda member: member.arrived)
-            free = [slot for slot in self.slots if slot.sequence is None]
-            yield Move(sequence, _least_useful(free))
+            assert sequence.slot is not None
+            yield Move(sequence, self._free_slot(), sequence.slot)
+
+    def _free_slot(self) -> Slot:
+        return _least_useful([slot for slot in self.slots if slot.sequence is None])
 
     def moved(self, sequence: Sequence, slot: Slot) -> None:
-        assert sequence.slot is not None
-        sequence.slot.sequence = None
+        if sequence.slot:
+            sequence.slot.sequence = None
         self._take(sequence, slot)
+
+    def place(self, siblings: list[Sequence], parent: Sequence) -> Iterator[Action]:
+        """Finds a place for each of the siblings, which begin with all that the parent's holds: in the pool
+        if they can be there, where they use the same cells. Places were kept for them."""
+        if not siblings:
+            return
+        if self.pool and gathers(self.pool, parent, len(siblings), self.share_from):
+            yield from gather(self.pool, parent)
+        for sibling in siblings:
+            if parent.slot is None or parent not in self.running:
+                return
+            if self.pool and parent.slot.pooled:
+                seat = self.pool.empty_seat()
+                if seat.tokens:
+                    yield Drop(seat)
+                yield Move(sibling, seat, parent.slot)
+            else:
+                yield Move(sibling, self._free_slot(), parent.slot)
 
     def _members(self) -> list[Sequence]:
         return [sequence for sequence in self.running if sequence.slot and sequence.slot.pooled]
@@ -265,7 +265,8 @@ class Scheduler:
     def remove(self, sequence: Sequence) -> None:
         """Ends a sequence; its slot is free, and keeps what it holds for later requests."""
         if sequence.slot is None:
-            self.waiting.remove(sequence)
+            if sequence in self.waiting:
+                self.waiting.remove(sequence)
             return
         self.running.remove(sequence)
         sequence.slot.sequence = None
@@ -275,7 +276,7 @@ class Scheduler:
         """Holds whenever no step is running; called by tests and when the engine becomes idle."""
         places = [*self.slots, *(self.pool.seats if self.pool else ())]
         assert {id(s.slot) for s in self.running} == {id(s) for s in places if s.sequence}
-        assert len(self.running) <= len(self.slots)
+        assert sum(len(sequence.ids) for sequence in self.running) <= len(self.slots)
         for sequence in self.running:
             slot = sequence.slot
             assert slot is not None

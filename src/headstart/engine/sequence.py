@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from dataclasses import replace as copied
+
+from msgspec.structs import replace
 
 from headstart.engine.cuts import Cuts
 from headstart.engine.model import Piece, Sampler
@@ -32,7 +35,8 @@ class Slot:
 @dataclass(eq=False, slots=True)
 class Sequence:
     """Prompt and generated tokens; evaluation catches up with their number. `reading`: its state is on its
-    way into memory. Times are monotonic seconds, 0 until they happen."""
+    way into memory. Times are monotonic seconds, 0 until they happen. While its prompt is prefilled it stands
+    for all answers that its request wants."""
 
     request: Submit
     tokens: list[int]
@@ -50,6 +54,11 @@ class Sequence:
     first_token: float = 0.0
 
     @property
+    def ids(self) -> range:
+        """Of the answers it stands for."""
+        return range(self.request.id, self.request.id + self.request.n)
+
+    @property
     def n_prompt(self) -> int:
         return len(self.request.tokens)
 
@@ -60,6 +69,24 @@ class Sequence:
     @property
     def is_prefilling(self) -> bool:
         return self.computed < self.n_prompt
+
+    def divide(self) -> list[Sequence]:
+        """The sequences of all other answers, which have no place yet; from now on it stands for one."""
+        whole = self.request
+        requests = [_answer(whole, number) for number in range(whole.n)]
+        self.request = requests[0]
+        return [
+            copied(
+                self,
+                request=request,
+                tokens=self.tokens.copy(),
+                slot=None,
+                cached=self.n_prompt,
+                evaluated=0,
+                source="slot",
+            )
+            for request in requests[1:]
+        ]
 
     def opens_like(self, other: Sequence) -> bool:
         """Whether both begin with the same tokens, and this one could have them from the other."""
@@ -75,6 +102,13 @@ class Sequence:
             end = cuts.end(self.computed, self.request.boundary, end)
         sample = end == len(self.tokens) and self.request.max_tokens > 0
         return Piece(self.slot.id, self.computed, self.tokens[self.computed : end], sample)
+
+
+def _answer(request: Submit, number: int) -> Submit:
+    sampling = request.sampling
+    if sampling.seed is not None:
+        sampling = replace(sampling, seed=sampling.seed + number)
+    return replace(request, id=request.id + number, n=1, sampling=sampling)
 
 
 def reusable(slot: Slot, request: Submit, cuts: Cuts, *, can_cut: bool) -> int:

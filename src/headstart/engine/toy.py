@@ -5,13 +5,19 @@ It runs the real engine in tests: a wrong slot, offset, cut or restore changes i
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import struct
 import time
 import zlib
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from itertools import islice
 
+import numpy as np
+
+from headstart.engine.logprobs import Logprobs, log_softmax
 from headstart.engine.model import LEAST_STEP_TOKENS, ModelError, Piece, Sampler, TooLarge
 from headstart.machine import available_bytes
 from headstart.messages import EngineSettings, ModelInfo, Sampling
@@ -21,9 +27,15 @@ DEFAULT_SLOTS = 4
 LETTERS = b"etaoinshrdlucmfwypvbgkjqxz  \n"
 
 
+# Tokens that the toy thinks of as the next one, each half as likely as the one before.
+CANDIDATES = 32
+UNLIKELY = -30.0
+
+
 class ToySampler:
-    def __init__(self, salt: int) -> None:
+    def __init__(self, salt: int, sampling: Sampling) -> None:
         self.salt = salt
+        self.bias = sampling.logit_bias | ({EOS: -math.inf} if sampling.ignore_eos else {})
 
     def close(self) -> None:
         pass
@@ -77,17 +89,38 @@ class ToyModel:
 
     def sampler(self, sampling: Sampling, history: Seq[int]) -> ToySampler:
         if sampling.temperature == 0:
-            return ToySampler(0)
+            return ToySampler(0, sampling)
         seed = sampling.seed if sampling.seed is not None else int.from_bytes(os.urandom(4))
-        return ToySampler(1 + seed)
+        return ToySampler(1 + seed, sampling)
 
     def sample(self, row: int, sampler: Sampler) -> int:
         assert isinstance(sampler, ToySampler)
+        if not sampler.bias:
+            return next(self._candidates(row, sampler.salt))
+        scores = self._scores(row, sampler.salt)
+        for token, bias in sampler.bias.items():
+            scores[token] += bias
+        return int(scores.argmax())
+
+    def logprobs(self, row: int) -> Logprobs:
+        return log_softmax(self._scores(row, 0))
+
+    def _scores(self, row: int, salt: int) -> Logprobs:
+        scores = np.full(N_VOCAB, UNLIKELY, dtype=np.float32)
+        for i, token in enumerate(islice(self._candidates(row, salt), CANDIDATES)):
+            scores[token] = max(scores[token], -i * math.log(2))
+        return scores
+
+    def _candidates(self, row: int, salt: int) -> Iterator[int]:
+        """What may come next, the likeliest first, some of it more than once."""
         history = self.rows[row]
-        code = zlib.crc32(struct.pack(f"<q{len(history)}i", sampler.salt, *history))
-        if self.spec.eos and code % 61 == 0:
-            return EOS
-        return LETTERS[code // 61 % len(LETTERS)]
+        code = zlib.crc32(struct.pack(f"<q{len(history)}i", salt, *history))
+        while True:
+            if self.spec.eos and code % 61 == 0:
+                yield EOS
+            else:
+                yield LETTERS[code // 61 % len(LETTERS)]
+            code = zlib.crc32(struct.pack("<I", code))
 
     def is_end(self, token: int) -> bool:
         return token == EOS

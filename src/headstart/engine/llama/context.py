@@ -87,8 +87,12 @@ class LlamaContext:
     def most_likely(self, row: int) -> int:
         """The token after piece number `row`; the first of several. Faster than a sampler, which makes a
         record of each token of the vocabulary first."""
+        return int(self.logits(row).argmax())
+
+    def logits(self, row: int) -> np.ndarray[Any, Any]:
+        """llama.cpp's own memory, valid until the next evaluation."""
         logits = lib.llama_get_logits_ith(self.context, self.sampled_at[row])
-        return int(np.ctypeslib.as_array(logits, (self.n_vocab,)).argmax())
+        return np.ctypeslib.as_array(logits, (self.n_vocab,))
 
     def clear(self, seq: int) -> None:
         lib.llama_memory_seq_rm(self.memory, seq, -1, -1)

@@ -17,6 +17,7 @@ from headstart.engine.llama.context import LlamaContext, Shape
 from headstart.engine.llama.conversion import weights_path
 from headstart.engine.llama.gguf import metadata, open_model
 from headstart.engine.llama.sampler import LlamaSampler
+from headstart.engine.logprobs import Logprobs, log_softmax
 from headstart.engine.model import LEAST_STEP_TOKENS, ModelError, Piece, Sampler, TooLarge
 from headstart.machine import available_bytes, available_cpus, memory_bytes
 from headstart.messages import EngineSettings, ModelInfo, Sampling
@@ -136,11 +137,14 @@ class LlamaModel:
         self.latest.evaluate([replace(p, seq=seq) for p, (_, seq) in zip(pieces, places, strict=True)])
 
     def sampler(self, sampling: Sampling, history: Seq[int]) -> LlamaSampler:
-        return LlamaSampler(sampling, history, lib.llama_vocab_n_tokens(self.vocab))
+        return LlamaSampler(sampling, history, self.vocab)
 
     def sample(self, row: int, sampler: Sampler) -> int:
         assert isinstance(sampler, LlamaSampler)
         return sampler.choose(self.latest, row)
+
+    def logprobs(self, row: int) -> Logprobs:
+        return log_softmax(self.latest.logits(row))
 
     def is_end(self, token: int) -> bool:
         return bool(lib.llama_vocab_is_eog(self.vocab, token))

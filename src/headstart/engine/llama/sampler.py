@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Sequence as Seq
+from functools import lru_cache
+from typing import Any
 
 import llama_cpp as lib
 
@@ -12,13 +15,14 @@ from headstart.messages import Sampling
 
 
 class LlamaSampler:
-    """A chain in llama.cpp's usual order: penalties, top-k, top-p, min-p, temperature, draw."""
+    """A chain in llama.cpp's usual order: biases, penalties, top-k, top-p, min-p, temperature, draw."""
 
-    def __init__(self, sampling: Sampling, history: Seq[int], n_vocab: int) -> None:
-        self.n_vocab = n_vocab
-        self.greedy = sampling.temperature == 0 and not self._has_penalties(sampling)
+    def __init__(self, sampling: Sampling, history: Seq[int], vocab: Any) -> None:
+        self.n_vocab = lib.llama_vocab_n_tokens(vocab)
+        biases = _biases(sampling, vocab)
+        self.greedy = sampling.temperature == 0 and not self._has_penalties(sampling) and not biases
         self.chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
-        for link in self._links(sampling):
+        for link in self._links(sampling, biases):
             lib.llama_sampler_chain_add(self.chain, link)
         for token in history[-sampling.repeat_last_n :] if self._has_penalties(sampling) else ():
             lib.llama_sampler_accept(self.chain, token)
@@ -28,8 +32,12 @@ class LlamaSampler:
         wanted = (sampling.repeat_penalty, sampling.frequency_penalty, sampling.presence_penalty)
         return sampling.repeat_last_n > 0 and wanted != (1.0, 0.0, 0.0)
 
-    def _links(self, sampling: Sampling) -> list[int]:
+    def _links(self, sampling: Sampling, biases: dict[int, float]) -> list[int]:
         links = []
+        if biases:
+            each = (lib.llama_logit_bias(token, bias) for token, bias in biases.items())
+            array = (lib.llama_logit_bias * len(biases))(*each)
+            links.append(lib.llama_sampler_init_logit_bias(self.n_vocab, len(biases), array))
         if self._has_penalties(sampling):
             penalties = (sampling.repeat_penalty, sampling.frequency_penalty, sampling.presence_penalty)
             last_n = sampling.repeat_last_n
@@ -54,3 +62,15 @@ class LlamaSampler:
 
     def close(self) -> None:
         lib.llama_sampler_free(self.chain)
+
+
+def _biases(sampling: Sampling, vocab: Any) -> dict[int, float]:
+    if not sampling.ignore_eos:
+        return sampling.logit_bias
+    return sampling.logit_bias | dict.fromkeys(end_tokens(vocab), -math.inf)
+
+
+@lru_cache(maxsize=1)
+def end_tokens(vocab: Any) -> list[int]:
+    """All that end an answer. A worker has one vocabulary."""
+    return [token for token in range(lib.llama_vocab_n_tokens(vocab)) if lib.llama_vocab_is_eog(vocab, token)]

@@ -1,0 +1,41 @@
+"""What is told of a sequence."""
+
+from __future__ import annotations
+
+from time import monotonic
+
+from headstart.engine.logprobs import Logprobs, likeliest
+from headstart.engine.sequence import Sequence
+from headstart.messages import Stats, Token
+
+
+def told(sequence: Sequence, token: int, logprobs: Logprobs | None) -> Token:
+    """Its next token, with probabilities where there are any."""
+    if logprobs is None:
+        return Token(sequence.request.id, token)
+    top = likeliest(logprobs, sequence.request.sampling.logprobs or 0)
+    return Token(sequence.request.id, token, float(logprobs[token]), top)
+
+
+def stats(sequence: Sequence, saved_bytes: int = 0, saved_blake3: str = "") -> Stats:
+    """As things are now."""
+    now = monotonic()
+    placed = sequence.placed or now
+    restored = sequence.restored or placed
+    first = sequence.first_token or now
+    restore = sequence.request.restore
+    return Stats(
+        prompt_tokens=sequence.n_prompt,
+        cached_tokens=sequence.cached,
+        evaluated_tokens=sequence.evaluated,
+        generated_tokens=sequence.n_generated,
+        source=sequence.source,
+        restored_bytes=restore.nbytes if restore and sequence.source == "file" else 0,
+        saved_bytes=saved_bytes,
+        saved_blake3=saved_blake3,
+        queue_ms=1000 * (placed - sequence.arrived),
+        restore_ms=1000 * (restored - placed),
+        prefill_ms=1000 * (first - restored),
+        decode_ms=1000 * (now - first),
+        ttft_ms=1000 * (first - sequence.arrived),
+    )
