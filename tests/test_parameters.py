@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from math import exp
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from openai import OpenAI
 
 from conftest import StartServer
+from headstart.errors import BadRequest
 from headstart.messages import Token
 from headstart.prompt.answer import AnswerText
 from headstart.prompt.parts import PlainText
@@ -19,7 +21,7 @@ from headstart.prompt.tokenizer import ToyTokenizer
 from headstart.service.answering import Answering
 from headstart.service.choices import Choice
 from headstart.toyspec import BOS, END, EOS
-from servers import Json, RunningServer, events, said
+from servers import Json, RunningServer, events, running_server, said
 
 SYSTEM = "You are the keeper of a lighthouse and answer in one short sentence. "
 USER = {"role": "user", "content": "How far does the light reach?"}
@@ -270,6 +272,11 @@ def test_the_same_seed_gives_the_same_answer_and_another_one_another(client: Ope
     assert len({answer(seed=None) for _ in range(3)}) > 1
 
 
+@pytest.mark.parametrize("seed", [(1 << 63) - 1, -(1 << 63), 0])
+def test_any_seed_will_do_for_several_answers(toy: RunningServer, seed: int) -> None:
+    assert len(set(texts(chat(toy, **SEEDED | {"seed": seed}, n=3)))) == 3
+
+
 def test_an_answer_without_a_most_goes_to_the_end_of_the_context(start_server: StartServer) -> None:
     server = start_server("--model", "toy=toy:eos=0,ctx=256")
     usage = chat(server, max_tokens=None)["usage"]
@@ -326,17 +333,18 @@ def test_a_stop_text_ends_an_answer_wherever_its_tokens_are_cut(size: int, stop:
     assert choice.stop == (None if left == SHORE.decode() else stop)
 
 
-@pytest.mark.parametrize("stop", ["e", "th", ["zzz", "e"]])
-def test_a_stop_text_is_no_part_of_the_answer_streamed_or_whole(toy: RunningServer, stop: Any) -> None:
-    plain = text(toy, max_tokens=60, ignore_eos=True)["choices"][0]["text"]
-    first = stop if isinstance(stop, str) else stop[-1]
-    if first not in plain:
-        pytest.skip("the toy does not say it")
-    fields: Json = {"prompt": "The light", "max_tokens": 60, "stop": stop, "ignore_eos": True}
-    whole = _sent(toy, TEXT, fields)
-    assert texts(whole) == [plain[: plain.index(first)]]
+@pytest.mark.parametrize(("start", "end"), [(5, 6), (7, 10), (20, 40)])
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_stop_text_is_no_part_of_the_answer_streamed_or_whole(
+    toy: RunningServer, start: int, end: int, listed: bool
+) -> None:
+    fields: Json = {"prompt": "The light", "max_tokens": 60, "ignore_eos": True}
+    plain = said(_sent(toy, TEXT, fields))
+    stop = plain[start:end]
+    whole = _sent(toy, TEXT, fields | {"stop": ["never said", stop] if listed else stop})
+    assert said(whole) == plain[: plain.index(stop)]
     assert whole["choices"][0]["finish_reason"] == "stop"
-    assert streamed(toy, TEXT, fields)["choices"][0]["text"] == texts(whole)[0]
+    assert streamed(toy, TEXT, fields | {"stop": stop})["choices"][0]["text"] == said(whole)
 
 
 # Prompts of completions
@@ -428,8 +436,6 @@ def test_a_stop_text_in_the_echo_ends_nothing(toy: RunningServer) -> None:
 @pytest.fixture(scope="module")
 def gap(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """A model that knows the tokens of texts with a gap."""
-    from servers import running_server
-
     directory = tmp_path_factory.mktemp("gap") / "cache"
     with running_server(directory, "--model", "toy=toy:gap=1") as server:
         yield server
@@ -451,13 +457,12 @@ def test_a_suffix_makes_a_gap_as_the_model_knows_it(gap: RunningServer) -> None:
 def test_a_cached_text_is_a_part_of_what_is_before_the_gap(gap: RunningServer) -> None:
     plain = text(gap, SYSTEM + "def light():", suffix="return far")
     gap.create("code", SYSTEM)
-    named = text(gap, "def light():", suffix="return far", use_cache="code")
-    assert texts(named) == texts(plain)
-    assert named["usage"]["cache_hit"] is False
     gap.create("code-with-a-gap", BEFORE + SYSTEM)
-    hit = text(gap, "def light():", suffix="return far", use_cache="code-with-a-gap")
-    assert texts(hit) == texts(plain)
-    assert hit["usage"]["cache_hit"] is True
+    for name, is_all_of_it in (("code", False), ("code-with-a-gap", True)):
+        named = text(gap, "def light():", suffix="return far", use_cache=name, explain_cache=True)
+        assert texts(named) == texts(plain)
+        told = named["cache_explanation"]
+        assert (told["matched_tokens"] == told["cache_tokens"]) is is_all_of_it
 
 
 def test_a_suffix_goes_with_texts_and_with_models_that_know_gaps(
@@ -495,7 +500,8 @@ def test_a_name_goes_to_a_template_that_writes_it(start_server: StartServer, tmp
         "{% for m in messages %}{{ m['role'] }}{{ '(' + m['name'] + ')' if m['name'] else '' }}: "
         "{{ m['content'] }}\n{% endfor %}assistant:"
     )
-    server = start_server("--model", "toy=toy:", "--template", f"toy={template}")
+    templates = json.dumps({"toy": str(template)})
+    server = start_server("--model", "toy=toy:", env={"HEADSTART_TEMPLATES": templates})
     named = chat(server, messages=[USER | {"name": "Ann"}])
     assert texts(named) == texts(text(server, f"user(Ann): {USER['content']}\nassistant:"))
     assert texts(chat(server)) == texts(text(server, f"user: {USER['content']}\nassistant:"))
@@ -529,6 +535,18 @@ def test_a_continued_message_is_saved_with_its_answer_as_one(toy: RunningServer)
     assert toy.http.get("/v1/cache/toy/continued").json()["messages"] == [USER, whole]
 
 
+def test_what_says_that_it_continues_or_not_is_taken_at_its_word(toy: RunningServer) -> None:
+    continued: Json = {"continue_final_message": True, "add_generation_prompt": False}
+    plain = said(chat(toy, messages=[USER, PREFILL]))
+    assert said(chat(toy, messages=[USER, PREFILL], **continued)) == plain
+    answered: Json = {"continue_final_message": False, "add_generation_prompt": True}
+    assert said(chat(toy, **answered)) == said(chat(toy))
+    for name, value in continued.items():
+        assert refusal(toy, CHAT, {name: value})["param"] == name
+    error = refusal(toy, CHAT, {"messages": [USER, PREFILL], "continue_final_message": False})
+    assert error["param"] == "continue_final_message"
+
+
 def test_calls_of_tools_are_no_message_to_continue() -> None:
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
     assert ChatTemplate(CHATML, "", "").render([USER, call]).endswith("<|im_start|>assistant\n")
@@ -543,9 +561,7 @@ def test_what_is_continued_ends_the_prompt_as_it_was_sent(source: str, content: 
     assert prompt.endswith(f"<|im_start|>assistant\n{content}")
 
 
-def test_a_template_without_the_assistants_words_can_not_continue_them(start_server: StartServer) -> None:
-    from headstart.errors import BadRequest
-
+def test_a_template_without_the_assistants_words_can_not_continue_them() -> None:
     template = ChatTemplate(
         "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}", "", ""
     )

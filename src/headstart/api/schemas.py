@@ -10,7 +10,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 
 from headstart.api.token_fields import LogitBias, TopLogprobs
 from headstart.api.tools import Tool, ToolCall
-from headstart.caches.entry import FORMS, Content, Form
 from headstart.errors import BadRequest
 from headstart.messages import Sampling
 from headstart.service.preparation import Options
@@ -184,13 +183,37 @@ class ChatRequest(GenerationRequest):
     top_logprobs: TopLogprobs | None = Field(
         None, description="With `logprobs`: tell so many of the likeliest tokens, too."
     )
+    continue_final_message: bool | None = Field(
+        None, description="Whether the answer continues the last message; only an assistant's is."
+    )
+    add_generation_prompt: bool | None = Field(
+        None, description="False: the answer continues the last message, which must be the assistant's."
+    )
     save_as: Utf8 | None = Field(None, description="Name under which to keep the chat with its answer.")
     allow_overwrite: bool | None = Field(
         None, description="Whether `save_as` may replace a cache; by default only a saved chat."
     )
 
     def options(self, max_tokens: int | None) -> Options:
+        self._check_end()
         return replace(super().options(max_tokens), save_as=self.save_as, overwrite=self.allow_overwrite)
+
+    def _check_end(self) -> None:
+        """Raises BadRequest where the messages don't end as they are said to."""
+        last = self.messages[-1]
+        continues = last.role == "assistant" and not last.tool_calls
+        if self.continue_final_message not in (None, continues):
+            end = "the user's" if continues else "the assistant's"
+            asked = str(self.continue_final_message).lower()
+            raise BadRequest(
+                f"continue_final_message = {asked} needs a last message of {end}.",
+                param="continue_final_message",
+            )
+        if self.add_generation_prompt is False and not continues:
+            raise BadRequest(
+                "add_generation_prompt = false needs a last message of the assistant's.",
+                param="add_generation_prompt",
+            )
 
     @property
     def n_logprobs(self) -> int | None:
@@ -198,45 +221,3 @@ class ChatRequest(GenerationRequest):
         if self.top_logprobs and not self.logprobs:
             raise BadRequest('top_logprobs needs "logprobs": true.', param="top_logprobs")
         return self.top_logprobs or 0 if self.logprobs else None
-
-
-class CacheRequest(Body):
-    model_config = ConfigDict(extra="allow", populate_by_name=True)
-
-    cache_name: Utf8
-    prompt: Utf8 | None = Field(
-        None, description="The system prompt in chats; the leading text in completions."
-    )
-    messages: list[ChatMessage] | None = Field(
-        None, min_length=1, description="Instead of a prompt: what chats begin with."
-    )
-    tools: list[Tool] | None = Field(None, description="With messages: functions the model may call.")
-    forms: list[Form] = Field(
-        list(FORMS), alias="for", min_length=1, description="What the cache is for: chat, completion or both."
-    )
-    allow_overwrite: bool = Field(True, description="False: 409 when there is one of this name.")
-    stream: bool = Field(False, description="Report progress as server-sent events.")
-
-    def content(self) -> Content:
-        """Raises BadRequest unless there is a prompt or there are messages."""
-        if self.messages is None:
-            if self.prompt is None:
-                raise BadRequest("A cache needs a prompt or messages.", param="prompt")
-            if self.tools:
-                raise BadRequest(
-                    "tools go with messages; send the prompt as the first of them.", param="tools"
-                )
-            return Content(self.prompt)
-        if self.prompt is not None:
-            raise BadRequest("A cache has either a prompt or messages.", param="messages")
-        return Content(messages=[message.plain() for message in self.messages], tools=self.tools or [])
-
-    def wanted(self) -> tuple[Form, ...]:
-        """The forms asked for. Raises BadRequest for those that messages don't have."""
-        if self.messages is None:
-            return tuple(dict.fromkeys(self.forms))
-        if "forms" in self.model_fields_set and "completion" in self.forms:
-            raise BadRequest(
-                "Messages are for chats only: leave completion out, or send a prompt.", param="for"
-            )
-        return ("chat",)
