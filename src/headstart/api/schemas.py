@@ -131,6 +131,7 @@ HARMLESS: dict[str, tuple[object, ...]] = {
     "modalities": (None, ["text"]),
     "audio": (None,),
     "web_search_options": (None,),
+    "moderation": (None,),
     "save_as": (None,),
 }
 INSTEAD = {"functions": "send tools instead", "function_call": "send tools and tool_choice instead"}
@@ -154,6 +155,15 @@ class ChatMessage(Body):
     def _has_content(self) -> ChatMessage:
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
             raise ValueError("A message needs content")
+        return self
+
+    @model_validator(mode="after")
+    def _says_all_in_text(self) -> ChatMessage:
+        extra = self.model_extra or {}
+        if extra.get("function_call") is not None:
+            raise ValueError("function_call is not supported: send tool_calls instead")
+        if extra.get("audio") is not None:
+            raise ValueError("audio is not supported: send its text as content")
         return self
 
     def plain(self) -> dict[str, Any]:
