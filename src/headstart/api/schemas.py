@@ -180,7 +180,7 @@ class CompletionRequest(GenerationRequest):
 class CacheRequest(Body):
     model_config = ConfigDict(extra="allow", populate_by_name=True)
 
-    cache_name: Utf8
+    cache_name: Utf8 = Field(description="1 to 64 letters, digits, dots, underscores and hyphens.")
     prompt: Utf8 | None = Field(
         None, description="The system prompt in chats; the leading text in completions."
     )
