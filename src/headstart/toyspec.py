@@ -1,7 +1,7 @@
 """What the toy model's tokenizer and engine must agree on, and how its fault switches are written.
 
 A toy model is named by a path such as `toy:template=fold,ms_per_token=2`. It needs no weights: its
-tokens are bytes, some merged ones and four control tokens; what it predicts is a hash of its history.
+tokens are bytes, some merged ones and control tokens; what it predicts is a hash of its history.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ N_BYTES = 256
 MERGES = (b"\n\n", b"  ", b"th", b"the", b"er", b"in", b"ing", b"us", b"def", b"\ndef")
 BOS, START, END, EOS = (N_BYTES + len(MERGES) + i for i in range(4))
 CONTROL = {"<s>": BOS, "<|im_start|>": START, "<|im_end|>": END, "</s>": EOS}
-N_VOCAB = EOS + 1
+GAP = {"<|fim_prefix|>": EOS + 1, "<|fim_suffix|>": EOS + 2, "<|fim_middle|>": EOS + 3}
+N_VOCAB = EOS + 1 + len(GAP)
 
 
 @dataclass(frozen=True)
 class ToySpec:
     """`load_ms` slows loading down, `ms_per_token` evaluation; `memory_mb` is what it says to take;
     `can_cut=0` behaves like a recurrent model; `crash=decode` kills the process by a signal at its first
-    evaluation; `eos=0` never ends an answer by itself; `weights` stands for the content of a weights file."""
+    evaluation; `eos=0` never ends an answer by itself; `gap=1` knows the tokens of texts with a gap;
+    `weights` stands for the content of a weights file."""
 
     template: str = "chatml"
     load_ms: float = 0.0
@@ -30,6 +32,7 @@ class ToySpec:
     crash: str = ""
     ctx: int = 4096
     eos: int = 1
+    gap: int = 0
     weights: str = "toy"
 
     @staticmethod

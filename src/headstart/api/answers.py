@@ -19,6 +19,7 @@ Json = dict[str, Any]
 Events = AsyncGenerator[Delta | Ended | Result, None]
 # Stands for an answer's text where a chunk is encoded once for many; in no other field.
 MARK = "\0"
+LEAST_LOGPROB = -9999.0
 
 
 class Chat:
@@ -99,21 +100,34 @@ def _logprob(logprob: TokenLogprob) -> Json:
 
 
 def _token(token: bytes, logprob: float) -> Json:
-    return {"token": token.decode(errors="replace"), "logprob": logprob, "bytes": list(token)}
+    return {"token": token.decode(errors="replace"), "logprob": _finite(logprob), "bytes": list(token)}
+
+
+def _finite(logprob: float) -> float:
+    """As OpenAI writes what is as good as impossible, which may be minus infinity."""
+    return max(logprob, LEAST_LOGPROB)
 
 
 class Completion(Chat):
-    """The shapes of text completions, the same for chunks."""
+    """The shapes of text completions, the same for chunks. `echoes`: what each choice is to begin with."""
 
     prefix, object, chunk_object = "cmpl-", "text_completion", "text_completion"
 
+    def __init__(self, model: str, echoes: Sequence[str] = ()) -> None:
+        super().__init__(model)
+        self.echoes = echoes
+
     def opening(self, choice: int) -> Json | None:
-        return None
+        echo = self._echo(choice)
+        return self.chunk(Delta(choice, echo)) if echo else None
+
+    def _echo(self, choice: int) -> str:
+        return self.echoes[choice] if self.echoes else ""
 
     def _choice(self, choice: Choice) -> Json:
         return {
             "index": choice.index,
-            "text": choice.text,
+            "text": self._echo(choice.index) + choice.text,
             "logprobs": self._logprobs(choice.logprobs),
             "finish_reason": choice.finish_reason,
         }
@@ -130,9 +144,9 @@ class Completion(Chat):
             return None
         return {
             "tokens": [_written(each.token) for each in logprobs],
-            "token_logprobs": [each.logprob for each in logprobs],
+            "token_logprobs": [_finite(each.logprob) for each in logprobs],
             "top_logprobs": [
-                {_written(token): value for token, value in [*each.top, (each.token, each.logprob)]}
+                {_written(token): _finite(value) for token, value in [*each.top, (each.token, each.logprob)]}
                 for each in logprobs
             ],
             "text_offset": [each.offset for each in logprobs],

@@ -8,17 +8,14 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
-from headstart.api.answers import Chat, Completion, stream, whole
+from headstart.api.answers import Chat, Completion, Events, stream, whole
+from headstart.api.completion_body import COMPLETION_MAX_TOKENS, CompletionRequest
 from headstart.api.routes import addressed
-from headstart.api.schemas import (
-    COMPLETION_MAX_TOKENS,
-    ChatRequest,
-    CompletionRequest,
-    GenerationRequest,
-)
+from headstart.api.schemas import ChatRequest, GenerationRequest
 from headstart.api.streaming import BEGIN_SECONDS, EventStream, begun, while_connected
-from headstart.service.preparation import Options, Prepared
+from headstart.service.preparation import Options
 from headstart.service.server import Service
+from headstart.service.together import together
 
 router = APIRouter(prefix="/v1")
 
@@ -34,7 +31,8 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
     async with service.models.use(addressed(request, body)) as model:
         options = _options(request, body, limit)
         prepared = await service.preparation.chat(model, messages, options, body.tools)
-        return await _answer(request, body, prepared, Chat(body.model))
+        events = service.generation.run(prepared)
+        return await _answer(request, body, events, Chat(body.model), options.n)
 
 
 @router.post("/completions")
@@ -43,8 +41,14 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     service: Service = request.app.state.service
     limit = COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     async with service.models.use(addressed(request, body)) as model:
-        prepared = await service.preparation.text(model, body.text(), _options(request, body, limit))
-        return await _answer(request, body, prepared, Completion(body.model))
+        options = _options(request, body, limit)
+        texts = body.texts()
+        prepared = [await service.preparation.text(model, text, options) for text in texts]
+        runs = [service.generation.run(each) for each in prepared]
+        events = runs[0] if len(runs) == 1 else together(runs, options.n)
+        echoed = texts if body.echo else []
+        echoes = [text.said(model.prompts.tokenizer) for text in echoed for _ in range(options.n)]
+        return await _answer(request, body, events, Completion(body.model, echoes), len(texts) * options.n)
 
 
 def _options(request: Request, body: GenerationRequest, max_tokens: int | None) -> Options:
@@ -54,10 +58,9 @@ def _options(request: Request, body: GenerationRequest, max_tokens: int | None) 
     return replace(options, explain=options.explain or asked)
 
 
-async def _answer(request: Request, body: GenerationRequest, prepared: Prepared, shape: Chat) -> Response:
-    service: Service = request.app.state.service
-    events = service.generation.run(prepared)
+async def _answer(request: Request, body: GenerationRequest, events: Events, shape: Chat, n: int) -> Response:
+    """`n`: of how many choices."""
     if body.stream:
         started = await begun(request, events, BEGIN_SECONDS)
-        return EventStream(stream(started, shape, prepared.submit.n, body.include_usage))
-    return JSONResponse(await while_connected(request, whole(events, shape, prepared.submit.n)))
+        return EventStream(stream(started, shape, n, body.include_usage))
+    return JSONResponse(await while_connected(request, whole(events, shape, n)))

@@ -8,13 +8,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from headstart.api.token_fields import LogitBias, TopLogprobs
 from headstart.api.tools import Tool, ToolCall
-from headstart.caches.entry import FORMS, Content, Form
 from headstart.errors import BadRequest
 from headstart.messages import Sampling
 from headstart.service.preparation import Options
 
-COMPLETION_MAX_TOKENS = 16
+MOST_ANSWERS = 128
 
 
 def _encodable(text: str) -> str:
@@ -41,7 +41,7 @@ class StreamOptions(Body):
 class GenerationRequest(Body):
     """What chat and text completions have in common."""
 
-    model: Utf8
+    model: Utf8 = Field(description="A model, an alias, or `model@cache`.")
     use_cache: Utf8 | list[Utf8] | None = Field(
         None, description="Name of the cache to start from, or several names."
     )
@@ -49,19 +49,28 @@ class GenerationRequest(Body):
         True, description="False: evaluate every prompt token, taking nothing from caches or slots."
     )
     explain_cache: bool = Field(False, description="Tell why the request started from a cache, or didn't.")
-    max_tokens: int | None = Field(None, ge=0)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, ge=0, le=1)
-    top_k: int | None = Field(None, ge=-1, lt=1 << 31)
-    min_p: float | None = Field(None, ge=0, le=1)
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    repeat_penalty: float | None = Field(None, gt=0, le=10)
-    repeat_last_n: int | None = Field(None, ge=0, le=4096)
-    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
-    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
-    stream: bool | None = False
-    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(None, ge=0, description="The most tokens that an answer may have.")
+    n: int | None = Field(
+        None, ge=1, le=MOST_ANSWERS, description="How many answers; no more than the model has slots."
+    )
+    temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy.")
+    top_p: float | None = Field(None, ge=0, le=1, description="Likeliest tokens with so much probability.")
+    top_k: int | None = Field(None, ge=-1, lt=1 << 31, description="So many likeliest tokens; 0 or -1: all.")
+    min_p: float | None = Field(None, ge=0, le=1, description="Tokens so likely against the likeliest.")
+    presence_penalty: float | None = Field(None, ge=-2, le=2, description="For tokens that came already.")
+    frequency_penalty: float | None = Field(None, ge=-2, le=2, description="As often as tokens came.")
+    repeat_penalty: float | None = Field(None, gt=0, le=10, description="Divides logits of such tokens.")
+    repeat_last_n: int | None = Field(None, ge=0, le=4096, description="Tokens that penalties look at.")
+    logit_bias: LogitBias | None = Field(None, description="By token id: what is added to its logit.")
+    ignore_eos: bool | None = Field(None, description="True: the model can't end its answer by itself.")
+    seed: int | None = Field(
+        None, ge=-(1 << 63), lt=1 << 63, description="The same seed makes the same answer; else a new one."
+    )
+    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = Field(
+        None, description="Texts that end an answer and are no part of it."
+    )
+    stream: bool | None = Field(False, description="Send the answer as server-sent events.")
+    stream_options: StreamOptions | None = Field(None, description="With `stream` only.")
 
     def options(self, max_tokens: int | None) -> Options:
         """Raises BadRequest for a parameter that can't be honoured."""
@@ -73,12 +82,18 @@ class GenerationRequest(Body):
         }
         return Options(
             max_tokens=max_tokens,
-            sampling=Sampling(**given),
+            sampling=Sampling(**given | {"logprobs": self.n_logprobs}),
             stop=[self.stop] if isinstance(self.stop, str) else self.stop or [],
             use_cache=self.names,
             reuse=self.cache_prompt,
             explain=self.explain_cache,
+            n=self.n or 1,
         )
+
+    @property
+    def n_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are told with each; None: not even its own probability."""
+        return None
 
     @property
     def names(self) -> tuple[str, ...] | None:
@@ -95,40 +110,45 @@ class GenerationRequest(Body):
         extra: dict[str, Any] = self.model_extra or {}
         for name, harmless in HARMLESS.items():
             if name in extra and extra[name] not in harmless:
+                instead = INSTEAD.get(name, "leave it out")
                 raise BadRequest(
-                    f"{name} = {extra[name]!r} is not supported by this server; leave it out.", param=name
+                    f"{name} = {extra[name]!r} is not supported by this server; {instead}.", param=name
                 )
 
 
-# Parameters of the OpenAI API that this server doesn't have, with the values that ask for nothing.
+# Parameters of the OpenAI API that this server, or the endpoint, doesn't have, with the values that ask for
+# nothing.
 HARMLESS: dict[str, tuple[object, ...]] = {
-    "n": (None, 1),
     "best_of": (None, 1),
-    "logprobs": (None, False),
     "top_logprobs": (None, 0),
-    "logit_bias": (None, {}),
     "echo": (None, False),
     "suffix": (None, ""),
     "tools": (None, []),
     "tool_choice": (None, "none", "auto"),
     "functions": (None, []),
+    "function_call": (None, "none", "auto"),
     "response_format": (None, {"type": "text"}),
     "modalities": (None, ["text"]),
+    "audio": (None,),
+    "web_search_options": (None,),
     "save_as": (None,),
 }
+INSTEAD = {"functions": "send tools instead", "function_call": "send tools and tool_choice instead"}
 
 
 class TextPart(Body):
-    type: Literal["text"]
-    text: Utf8
+    type: Literal["text"] = Field(description="Messages hold text only.")
+    text: Utf8 = Field(description="A part of the message's text; the parts are joined as they are.")
 
 
 class ChatMessage(Body):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Utf8 | list[TextPart] | None = None
-    tool_calls: list[ToolCall] | None = None
-    tool_call_id: Utf8 | None = None
-    name: Utf8 | None = None
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
+        description="`developer` is the same as `system`."
+    )
+    content: Utf8 | list[TextPart] | None = Field(None, description="The text, or parts of it.")
+    tool_calls: list[ToolCall] | None = Field(None, description="Calls that an assistant's message made.")
+    tool_call_id: Utf8 | None = Field(None, description="Of a tool's message: the call it answers.")
+    name: Utf8 | None = Field(None, description="Who speaks, for templates that write it.")
 
     @model_validator(mode="after")
     def _has_content(self) -> ChatMessage:
@@ -146,74 +166,58 @@ class ChatMessage(Body):
         }
         if self.role == "assistant" and self.tool_calls:
             message["tool_calls"] = self.tool_calls
-        if self.role == "tool":
-            message |= {k: v for k in ("tool_call_id", "name") if (v := getattr(self, k)) is not None}
+        if self.role == "tool" and self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        if self.name is not None:
+            message["name"] = self.name
         return message
 
 
 class ChatRequest(GenerationRequest):
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(
+        min_length=1, description="The chat so far; a last message of the assistant's is continued."
+    )
     tools: list[Tool] | None = Field(None, description="Functions that the model may call.")
     max_completion_tokens: int | None = Field(None, ge=0, description="Overrides `max_tokens`.")
+    logprobs: bool | None = Field(None, description="Tell the logarithm of each token's probability.")
+    top_logprobs: TopLogprobs | None = Field(
+        None, description="With `logprobs`: tell so many of the likeliest tokens, too."
+    )
+    continue_final_message: bool | None = Field(
+        None, description="Whether the answer continues the last message; only an assistant's is."
+    )
+    add_generation_prompt: bool | None = Field(
+        None, description="False: the answer continues the last message, which must be the assistant's."
+    )
     save_as: Utf8 | None = Field(None, description="Name under which to keep the chat with its answer.")
     allow_overwrite: bool | None = Field(
         None, description="Whether `save_as` may replace a cache; by default only a saved chat."
     )
 
     def options(self, max_tokens: int | None) -> Options:
+        self._check_end()
         return replace(super().options(max_tokens), save_as=self.save_as, overwrite=self.allow_overwrite)
 
-
-class CompletionRequest(GenerationRequest):
-    prompt: Utf8 | list[Utf8] = Field(description="One text, or a list with one.")
-
-    def text(self) -> str:
-        """Raises BadRequest for anything but one text, or an empty one that continues nothing."""
-        texts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
-        if len(texts) != 1:
-            raise BadRequest("This server takes one prompt a request.", param="prompt")
-        if not texts[0] and self.use_cache is None:
-            raise BadRequest("The prompt is empty.", param="prompt")
-        return texts[0]
-
-
-class CacheRequest(Body):
-    model_config = ConfigDict(extra="allow", populate_by_name=True)
-
-    cache_name: Utf8 = Field(description="1 to 64 letters, digits, dots, underscores and hyphens.")
-    prompt: Utf8 | None = Field(
-        None, description="The system prompt in chats; the leading text in completions."
-    )
-    messages: list[ChatMessage] | None = Field(
-        None, min_length=1, description="Instead of a prompt: what chats begin with."
-    )
-    tools: list[Tool] | None = Field(None, description="With messages: functions the model may call.")
-    forms: list[Form] = Field(
-        list(FORMS), alias="for", min_length=1, description="What the cache is for: chat, completion or both."
-    )
-    allow_overwrite: bool = Field(True, description="False: 409 when there is one of this name.")
-    stream: bool = Field(False, description="Report progress as server-sent events.")
-
-    def content(self) -> Content:
-        """Raises BadRequest unless there is a prompt or there are messages."""
-        if self.messages is None:
-            if self.prompt is None:
-                raise BadRequest("A cache needs a prompt or messages.", param="prompt")
-            if self.tools:
-                raise BadRequest(
-                    "tools go with messages; send the prompt as the first of them.", param="tools"
-                )
-            return Content(self.prompt)
-        if self.prompt is not None:
-            raise BadRequest("A cache has either a prompt or messages.", param="messages")
-        return Content(messages=[message.plain() for message in self.messages], tools=self.tools or [])
-
-    def wanted(self) -> tuple[Form, ...]:
-        """The forms asked for. Raises BadRequest for those that messages don't have."""
-        if self.messages is None:
-            return tuple(dict.fromkeys(self.forms))
-        if "forms" in self.model_fields_set and "completion" in self.forms:
+    def _check_end(self) -> None:
+        """Raises BadRequest where the messages don't end as they are said to."""
+        last = self.messages[-1]
+        continues = last.role == "assistant" and not last.tool_calls
+        if self.continue_final_message not in (None, continues):
+            end = "the user's" if continues else "the assistant's"
+            asked = str(self.continue_final_message).lower()
             raise BadRequest(
-                "Messages are for chats only: leave completion out, or send a prompt.", param="for"
+                f"continue_final_message = {asked} needs a last message of {end}.",
+                param="continue_final_message",
             )
-        return ("chat",)
+        if self.add_generation_prompt is False and not continues:
+            raise BadRequest(
+                "add_generation_prompt = false needs a last message of the assistant's.",
+                param="add_generation_prompt",
+            )
+
+    @property
+    def n_logprobs(self) -> int | None:
+        """Raises BadRequest for likeliest tokens without logprobs."""
+        if self.top_logprobs and not self.logprobs:
+            raise BadRequest('top_logprobs needs "logprobs": true.', param="top_logprobs")
+        return self.top_logprobs or 0 if self.logprobs else None

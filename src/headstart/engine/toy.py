@@ -91,7 +91,7 @@ class ToyModel:
         if sampling.temperature == 0:
             return ToySampler(0, sampling)
         seed = sampling.seed if sampling.seed is not None else int.from_bytes(os.urandom(4))
-        return ToySampler(1 + seed, sampling)
+        return ToySampler(1 + seed % (1 << 62), sampling)
 
     def sample(self, row: int, sampler: Sampler) -> int:
         assert isinstance(sampler, ToySampler)

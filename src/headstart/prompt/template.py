@@ -62,6 +62,8 @@ TOOLS = (
     "{{ '<|im_end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# Stands for the text of a message that is continued; what follows it is cut off.
+MARK = "continued-from-here-5b1f0c"
 BUILT_IN = {"chatml": CHATML, "fold": FOLD, "nosystem": NO_SYSTEM, "tools": TOOLS}
 
 
@@ -95,9 +97,10 @@ class ChatTemplate:
         self.has_tools = any(name.name == "tools" for name in names)
 
     def render(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> str:
-        """The prompt up to where the assistant's answer begins. System messages that the template refuses
-        are folded into the user message that follows. Raises BadRequest with the template's own words, or
-        where it has no place for `tools`."""
+        """The prompt up to where the assistant's answer begins, or goes on: a last message of the assistant's
+        that calls no tools is left open. System messages that the template refuses are folded into the user
+        message that follows. Raises BadRequest with the template's own words, or where it has no place for
+        `tools`."""
         if tools and not self.has_tools:
             raise BadRequest("The model's chat template has no tools: leave them out.", param="tools")
         try:
@@ -109,14 +112,40 @@ class ChatTemplate:
             return self._render(folded, tools)
 
     def _render(self, messages: Sequence[Message], tools: Sequence[Tool]) -> str:
+        if not is_open(messages):
+            return self._rendered(messages, tools, add_generation_prompt=True)
+        # Templates trim and take apart what a message says; what is continued stays as it is.
+        *before, last = messages
+        marked = [*before, {**last, "content": MARK}]
+        text, mark, _ = self._rendered(marked, tools, add_generation_prompt=False).rpartition(MARK)
+        if not mark:
+            raise BadRequest(
+                "The model's chat template can't end with a message of the assistant's: let one of the "
+                "user's be last.",
+                param="messages",
+            )
+        return text + str(last["content"])
+
+    def _rendered(
+        self, messages: Sequence[Message], tools: Sequence[Tool], *, add_generation_prompt: bool
+    ) -> str:
         # A template may stumble over what it did not expect in as many ways as any other code.
         try:
             return self.compiled.render(
-                messages=messages, tools=list(tools) or None, add_generation_prompt=True, **self.specials
+                messages=messages,
+                tools=list(tools) or None,
+                add_generation_prompt=add_generation_prompt,
+                **self.specials,
             )
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             reason = f"The model's chat template refuses these messages: {error}"
             raise BadRequest(reason, param="messages") from error
+
+
+def is_open(messages: Sequence[Message]) -> bool:
+    """Whether the answer continues the last message."""
+    last = messages[-1] if messages else {"role": ""}
+    return last["role"] == "assistant" and not last.get("tool_calls")
 
 
 def fold_system(messages: Sequence[Message]) -> list[Message]:

@@ -8,7 +8,7 @@ from typing import Protocol
 import llama_cpp as lib
 
 from headstart.errors import StartupError
-from headstart.toyspec import BOS, CONTROL, EOS, MERGES, N_BYTES, N_VOCAB, ToySpec
+from headstart.toyspec import BOS, CONTROL, GAP, MERGES, N_BYTES, N_VOCAB, ToySpec
 
 # Vocabularies whose tokenizers look for special tokens first and treat the rest piece by piece.
 CUT_AT_SPECIALS = (lib.LLAMA_VOCAB_TYPE_BPE, lib.LLAMA_VOCAB_TYPE_SPM)
@@ -20,12 +20,16 @@ STRIPS = lib.LLAMA_TOKEN_ATTR_LSTRIP | lib.LLAMA_TOKEN_ATTR_RSTRIP
 class Tokenizer(Protocol):
     """`bos_text` and `eos_text` are what a chat template may write for these tokens; `template` is the
     model's own chat template, or the name of a built-in one, or None. `specials`: the texts of tokens that
-    are found before anything else, so that a prompt may be cut after each; empty where that isn't so."""
+    are found before anything else, so that a prompt may be cut after each; empty where that isn't so. `gap`:
+    the texts of the tokens that go before a text with a gap, where the gap is, and where it is to be filled;
+    None where the model knows no gaps. `n_tokens`: ids are below it."""
 
     bos_text: str
     eos_text: str
     template: str | None
     specials: list[str]
+    gap: tuple[str, str, str] | None
+    n_tokens: int
 
     def encode(self, text: str, first: bool = True) -> list[int]:
         """Token ids of a whole prompt: control tokens are recognised, a leading one added where the model
@@ -57,14 +61,21 @@ class LlamaTokenizer:
         self.bos_text = self._control_text(lib.llama_vocab_bos(self.vocab))
         self.eos_text = self._control_text(lib.llama_vocab_eos(self.vocab))
         self.adds_bos = bool(lib.llama_vocab_get_add_bos(self.vocab))
+        self.n_tokens = lib.llama_vocab_n_tokens(self.vocab)
         self.specials = self._find_specials()
+        self.gap = self._find_gap()
+
+    def _find_gap(self) -> tuple[str, str, str] | None:
+        before, after, between = (
+            self._control_text(find(self.vocab))
+            for find in (lib.llama_vocab_fim_pre, lib.llama_vocab_fim_suf, lib.llama_vocab_fim_mid)
+        )
+        return (before, after, between) if before and after and between else None
 
     def _find_specials(self) -> list[str]:
         if lib.llama_vocab_type(self.vocab) not in CUT_AT_SPECIALS or lib.llama_vocab_get_add_eos(self.vocab):
             return []
-        attributes = {
-            i: lib.llama_vocab_get_attr(self.vocab, i) for i in range(lib.llama_vocab_n_tokens(self.vocab))
-        }
+        attributes = {i: lib.llama_vocab_get_attr(self.vocab, i) for i in range(self.n_tokens)}
         special = {i: attribute for i, attribute in attributes.items() if attribute & SPECIAL}
         if any(attribute & STRIPS for attribute in special.values()):
             return []
@@ -112,16 +123,21 @@ class ToyTokenizer:
     """Bytes, merged greedily from the left where a merge fits, so that text merges across a careless cut."""
 
     bos_text, eos_text = "<s>", "</s>"
+    n_tokens = N_VOCAB
 
     def __init__(self, path: str) -> None:
         try:
-            self.template: str | None = ToySpec.parse(path).template
+            spec = ToySpec.parse(path)
         except ValueError as error:
             raise StartupError(str(error)) from error
+        self.template: str | None = spec.template
+        known = CONTROL | (GAP if spec.gap else {})
+        before, after, between = GAP
+        self.gap = (before, after, between) if spec.gap else None
         merges = sorted(enumerate(MERGES, N_BYTES), key=lambda item: -len(item[1]))
-        control = [(id_, text.encode()) for text, id_ in CONTROL.items()]
-        self.specials = list(CONTROL)
-        self.names = {id_: text.encode() for text, id_ in CONTROL.items()}
+        control = [(id_, text.encode()) for text, id_ in known.items()]
+        self.specials = list(known)
+        self.names = {id_: text.encode() for text, id_ in known.items()}
         self.longest_first = control + merges
         self.pieces = dict(enumerate(MERGES, N_BYTES))
 
@@ -144,7 +160,7 @@ class ToyTokenizer:
         assert 0 <= token < N_VOCAB
         if token < N_BYTES:
             return bytes([token])
-        return b"" if BOS <= token <= EOS else self.pieces[token]
+        return b"" if token >= BOS else self.pieces[token]
 
     def written(self, token: int) -> bytes:
         return self.names.get(token) or self.piece(token)

@@ -9,6 +9,7 @@ from typing import Any
 
 from headstart.caches.entry import Content, Entry
 from headstart.prompt.prompts import Prompts, soon
+from headstart.prompt.template import is_open
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,10 @@ class Chat:
         return Chat([*opening, *own], self.tools if others else cached.tools)
 
     def answered(self, text: str) -> Chat:
+        """With the answer, which may continue the last message."""
+        if is_open(self.messages):
+            *before, last = self.messages
+            return Chat([*before, {**last, "content": last["content"] + text}], self.tools)
         return Chat([*self.messages, {"role": "assistant", "content": text}], self.tools)
 
     async def tokens(self, prompts: Prompts) -> list[int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 from headstart.caches.entry import Content, Entry, Form
@@ -21,6 +20,7 @@ from headstart.service.explanation import Closest, closest, longest_match, texts
 from headstart.service.heads import head_of
 from headstart.service.model import ServedModel
 from headstart.service.opening import Opening
+from headstart.service.texts import Text, check_bias
 from headstart.tokens import common_prefix
 
 Json = dict[str, Any]
@@ -134,26 +134,28 @@ class Preparation:
         head = await head_of(self.caching.store, model, entry, "chat", tokens)
         return replace(opening, restore=head.restore, shared=head.shared, miss="prompt_differs")
 
-    async def text(self, model: ServedModel, prompt: str, options: Options) -> Prepared:
+    async def text(self, model: ServedModel, prompt: Text, options: Options) -> Prepared:
         prompts = model.prompts
         entry = None
         if options.use_cache is None:
-            tokens = await soon(lambda most: prompts.text(prompt, most))
+            tokens = await prompt.read(prompts)
             model.check_fits(len(tokens), param="prompt")
-            known = self.caching.shelves.known_opening(model, prompt)
+            known = self.caching.shelves.known_opening(model, prompt.whole(prompts.tokenizer))
             opening = _cut(await soon(lambda most: prompts.text_opening(known, most)), tokens)
         else:
             entry, tokens, opening = await self._text_with_cache(model, prompt, options.use_cache)
         prepared = self._prepared(model, tokens, options, entry, opening, "completion")
-        return await self._explaining(prepared, "completion", [prompt]) if options.explain else prepared
+        if not options.explain:
+            return prepared
+        return await self._explaining(prepared, "completion", [prompt.whole(prompts.tokenizer)])
 
     async def _text_with_cache(
-        self, model: ServedModel, prompt: str, names: Sequence[str]
+        self, model: ServedModel, prompt: Text, names: Sequence[str]
     ) -> tuple[Entry, list[int], Opening]:
         opening = None
         while opening is None:
             entry = await self._named(model, names, "completion")
-            tokens = await soon(partial(model.prompts.text, text_of(entry) + prompt))
+            tokens = await prompt.read(model.prompts, text_of(entry))
             opening = await self.caching.open(model, entry, "completion", tokens)
         return entry, tokens, opening
 
@@ -182,6 +184,7 @@ class Preparation:
         if not tokens:
             raise BadRequest("The prompt is empty.", param=param)
         model.check_fits(len(tokens), param=param)
+        check_bias(model, options.sampling.logit_bias)
         if options.n > model.info.slots:
             raise BadRequest(
                 f"n = {options.n} is more than this model's {model.info.slots} slots: ask for fewer answers "
