@@ -17,6 +17,7 @@ import msgspec
 
 from headstart.engine.channel import Frames, frame
 from headstart.errors import (
+    BadRequest,
     EngineDied,
     EngineError,
     ModelLoading,
@@ -30,6 +31,8 @@ from headstart.errors import (
 from headstart.messages import (
     Cancel,
     Command,
+    Embed,
+    Embedded,
     EngineSettings,
     Failed,
     Finished,
@@ -50,6 +53,7 @@ HUGE_PAGES = "glibc.malloc.hugetlb=1"
 RESTART_SECONDS = (0.0, 1.0, 5.0, 30.0)
 FAILURES = {
     "engine": EngineError,
+    "memory": OutOfMemory,
     "storage": StorageError,
     "storage_full": StorageFull,
     "died": EngineDied,
@@ -60,7 +64,7 @@ State = Literal["available", "loading", "ready", "failed"]
 
 
 class Running:
-    """A submitted request: iterate over its events, the last of them Finished. Use it as a context manager:
+    """A submitted request: iterate over its events, the last of them Finished or Embedded. Use it as a context manager:
     leaving it early cancels the sequence, which then ends within one engine step."""
 
     def __init__(self, request_id: int, engine: EngineClient) -> None:
@@ -88,7 +92,7 @@ class Running:
         """Raises an error of the tree when the request fails."""
         while not self._ended:
             event = await self._events.get()
-            self._ended = isinstance(event, Finished | Failed)
+            self._ended = isinstance(event, Finished | Embedded | Failed)
             if isinstance(event, Failed):
                 raise FAILURES[event.kind](event.message)
             yield event
@@ -150,9 +154,12 @@ class EngineClient:
         if self.n_requests >= self.info.slots + self.max_waiting:
             raise Overloaded(f"{self.n_requests} requests are running or waiting already.")
 
-    def submit(self, request: Submit) -> Running:
-        """Sends the request to the worker, giving it an `id`. Raises Unavailable when it can't be taken."""
+    def submit(self, request: Submit | Embed) -> Running:
+        """Sends the request to the worker, giving it an `id`. Raises Unavailable when it can't be taken, and
+        BadRequest for what the model doesn't do."""
         self.check_available()
+        if isinstance(request, Submit) and self.info and not self.info.generates:
+            raise BadRequest(f"Model {self.name!r} makes embeddings only: it can't generate text.", param="model")
         running = Running(next(self._ids), self)
         self._requests[running.id] = running
         self.send(msgspec.structs.replace(request, id=running.id))
