@@ -193,7 +193,7 @@ def test_a_stream_says_the_same_and_goes_on_while_others_embed(slow: RunningServ
 
 def test_requests_take_turns(slow: RunningServer) -> None:
     with ThreadPoolExecutor() as pool:
-        long = pool.submit(vectors, slow, [f"rope number {number}" for number in range(300)])
+        long = pool.submit(vectors, slow, [f"rope number {number}" for number in range(100)])
         eventually(lambda: long.running())
         started = monotonic()
         vectors(slow, ["x", "y"])
@@ -240,15 +240,6 @@ def test_an_embedding_is_the_same_whatever_batch_it_comes_in(real: RunningServer
     apart = [vectors(real, text, "smollm2")[0] for text in texts]
     assert together == apart
     assert len(together[0]) == 576
-
-
-@pytest.mark.real_model
-def test_the_mean_of_a_long_text_is_of_all_its_pieces(real: RunningServer) -> None:
-    opening, end = tokens(real, "The harbour is closed. " * 60, "smollm2"), tokens(real, "Cats purr.", "smollm2")
-    with_end, without, other = np.array(
-        vectors(real, [opening + end * 12, opening, opening[:-40]], "smollm2")
-    )
-    assert without @ other > without @ with_end
 
 
 @pytest.mark.real_model
