@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel
 
-from headstart.api.reference import caches, generation, models
+from headstart.api.reference import caches, generation, models, tokens
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,10 @@ class Answer:
 ANSWERS = {
     ("post", "/v1/chat/completions"): Answer(generation.ChatCompletion, generation.ChatChunk),
     ("post", "/v1/completions"): Answer(generation.TextCompletion, generation.TextChunk),
+    ("post", "/v1/embeddings"): Answer(tokens.Embeddings),
+    ("post", "/tokenize"): Answer(tokens.Tokens),
+    ("post", "/detokenize"): Answer(tokens.Detokenized),
+    ("post", "/apply-template"): Answer(tokens.Prompt),
     ("get", "/v1/models"): Answer(models.ModelList),
     ("get", "/v1/models/available"): Answer(models.ModelList),
     ("get", "/v1/models/loaded"): Answer(models.ModelList),
