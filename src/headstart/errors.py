@@ -4,6 +4,7 @@
     ├── BadRequest                 400  the request can't be served as it is
     │   ├── InvalidName            400  a cache name outside the allowed alphabet
     │   ├── ContextLengthExceeded  400  prompt longer than the model's context
+    │   │   └── InputTooLong       400  the same of a text to be embedded
     │   └── DamagedFile            400  what was sent is no cache's file
     ├── Unauthorized               401  no API key that the server knows
     ├── NotFound                   404
@@ -68,6 +69,18 @@ class ContextLengthExceeded(BadRequest):
             "one of which must be left for the answer. Shorten the prompt or start the server with a "
             "larger --ctx.",
             param=param,
+            n_prompt_tokens=n_prompt_tokens,
+            n_ctx=n_ctx,
+        )
+
+
+class InputTooLong(ContextLengthExceeded):
+    def __init__(self, n_prompt_tokens: int, n_ctx: int, *, index: int) -> None:
+        BadRequest.__init__(
+            self,
+            f"Input {index} has {n_prompt_tokens} tokens; an embedding of this model is of {n_ctx} at most. "
+            "Shorten it, or embed it in parts.",
+            param="input",
             n_prompt_tokens=n_prompt_tokens,
             n_ctx=n_ctx,
         )

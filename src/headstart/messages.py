@@ -1,7 +1,8 @@
 """What crosses the socket between the server and a model's worker process: one page, all frozen.
 
 The engine speaks token ids and paths; text never crosses. A request is one `Submit`, answered by any number
-of `Progress` and `Token` events and exactly one terminal event, `Finished` or `Failed`, also after `Cancel`.
+of `Progress` and `Token` events and exactly one terminal event, `Finished` or `Failed`, also after `Cancel`;
+or one `Embed`, answered by `Vector` events and `Embedded` or `Failed`.
 """
 
 from __future__ import annotations
@@ -141,11 +142,18 @@ class Submit(Struct, frozen=True, tag=True):
     n: int = 1
 
 
+class Embed(Struct, frozen=True, tag=True):
+    """The embeddings of some inputs, each of at least one token and no more than `embedding_tokens`."""
+
+    id: int
+    inputs: list[list[int]]
+
+
 class Cancel(Struct, frozen=True, tag=True):
     id: int
 
 
-Command = Submit | Cancel
+Command = Submit | Embed | Cancel
 
 
 # From the worker
@@ -158,7 +166,10 @@ class ModelInfo(Struct, frozen=True):
     that can be evaluated at once, of several sequences.
 
     A state of n tokens takes at most `state_bytes` + n * `state_token_bytes` bytes; 0 for both: that isn't
-    known."""
+    known.
+
+    `generates`: false for a model that only makes embeddings. These have `embedding_size` numbers; 0: there
+    are none. `embedding_tokens`: how many tokens may be embedded as one."""
 
     n_ctx: int
     slots: int
@@ -169,6 +180,9 @@ class ModelInfo(Struct, frozen=True):
     step_tokens: int = 64
     state_bytes: int = 0
     state_token_bytes: int = 0
+    generates: bool = True
+    embedding_size: int = 0
+    embedding_tokens: int = 0
 
 
 class Ready(Struct, frozen=True, tag=True):
@@ -229,7 +243,20 @@ class Finished(Struct, frozen=True, tag=True):
     stats: Stats
 
 
-FailureKind = Literal["engine", "storage", "storage_full", "died"]
+class Vector(Struct, frozen=True, tag=True):
+    """The embedding of the next input, of length 1: `values` are float32, little-endian."""
+
+    id: int
+    values: bytes
+
+
+class Embedded(Struct, frozen=True, tag=True):
+    """All inputs have their vectors, or the request was cancelled."""
+
+    id: int
+
+
+FailureKind = Literal["engine", "memory", "storage", "storage_full", "died"]
 
 
 class Failed(Struct, frozen=True, tag=True):
@@ -240,7 +267,7 @@ class Failed(Struct, frozen=True, tag=True):
     message: str
 
 
-RequestEvent = Progress | Token | Finished | Failed
+RequestEvent = Progress | Token | Finished | Vector | Embedded | Failed
 
 
 class Step(Struct, frozen=True, tag=True):

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 
 from headstart import __version__
-from headstart.api import cache_files, caches, completions, errors, models, verify
-from headstart.api.keys import Keyring, Keys
+from headstart.api import cache_files, caches, completions, embeddings, errors, models, tokens, verify
+from headstart.api.keys import PAGES, Keyring, Keys
 from headstart.api.middleware import Faults, JsonBodies, PlainPaths, RequestIds
+from headstart.api.reference import document as reference
 from headstart.api.routes import Routes
 from headstart.service.server import Service
+
+DESCRIPTION = """An OpenAI-compatible server that never prefills the same prompt twice. Name a prompt once
+with `POST /v1/cache/{model}`, and let chats and completions begin with it by `use_cache`. Unknown fields are
+accepted."""
 
 
 def create_app(service: Service) -> FastAPI:
     """Raises StartupError for an API key that can't be read."""
-    app = FastAPI(title="Headstart", version=__version__, redirect_slashes=False)
+    app: FastAPI = FastAPIOffline(
+        title="Headstart",
+        version=__version__,
+        description=DESCRIPTION,
+        redirect_slashes=False,
+        redoc_url=None,
+        static_url=PAGES,
+    )
     app.state.service = service
     app.add_middleware(JsonBodies, max_bytes=int(service.settings.max_body_mb * (1 << 20)))
     app.add_middleware(Routes, table=service.settings.routes)
@@ -23,6 +36,7 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(Faults)
     app.add_middleware(RequestIds)
     errors.install(app)
-    for part in (completions, models, cache_files, caches, verify):
+    reference.install(app)
+    for part in (completions, embeddings, tokens, models, cache_files, caches, verify):
         app.include_router(part.router)
     return app

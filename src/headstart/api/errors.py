@@ -9,6 +9,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
 
 from headstart.errors import BadRequest, HeadstartError, MethodNotAllowed, NotFound
 
@@ -51,10 +52,21 @@ def install(app: FastAPI) -> None:
                 known: HeadstartError = NotFound(f"There is nothing at {asked}.")
             case 405:
                 known = MethodNotAllowed(f"{error.detail}: {asked}.")
+                return response(known, {"allow": ", ".join(_allowed(request))})
             case status:
                 known = BadRequest(f"{error.detail}: {asked}.")
                 known.status = status
         return response(known, error.headers)
+
+
+def _allowed(request: Request) -> list[str]:
+    """The methods of all routes with the request's address; the router knows those of the first one."""
+    matching = (
+        route
+        for route in request.app.routes
+        if isinstance(route, Route) and route.matches(request.scope)[0] != Match.NONE
+    )
+    return sorted({method for route in matching for method in route.methods or ()})
 
 
 def _from_validation(error: RequestValidationError) -> BadRequest:

@@ -14,8 +14,9 @@ from headstart.config import Settings
 from headstart.errors import StartupError, Unauthorized
 from headstart.service.model import ServedModel
 
-# What anybody may ask.
-PUBLIC = ("/health",)
+# What anybody may ask: the description of the API tells nothing about this server.
+PAGES = "/docs/files"
+PUBLIC = ("/health", "/openapi.json", "/docs")
 
 
 class Keyring:
@@ -49,7 +50,7 @@ class Keys:
         self.keyring = keyring
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not self.keyring or scope["type"] != "http" or scope["path"] in PUBLIC:
+        if not self.keyring or scope["type"] != "http" or _is_public(scope["path"]):
             await self.app(scope, receive, send)
             return
         secret = _secret(Headers(scope=scope))
@@ -63,6 +64,10 @@ class Keys:
         state["owner"] = owner
         state["default_cache"] = self.keyring.caches[owner]
         await self.app(scope, receive, send)
+
+
+def _is_public(path: str) -> bool:
+    return path in PUBLIC or path.startswith(f"{PAGES}/")
 
 
 def owner(request: Request) -> str:

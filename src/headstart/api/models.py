@@ -21,7 +21,7 @@ Json = dict[str, Any]
 
 
 class LoadRequest(Body):
-    model: Utf8
+    model: Utf8 = Field(description="A model of this server.")
 
 
 class UnloadRequest(LoadRequest):

@@ -26,8 +26,12 @@ class TermsBody(Body):
         None, gt=0, le=MAX_TTL, allow_inf_nan=False, description="How long the cache is kept."
     )
     pinned: bool | None = Field(None, description="True: its states are never given up for others.")
-    description: Annotated[Utf8, StringConstraints(max_length=1000)] | None = None
-    metadata: Annotated[dict[Key, Value], Field(max_length=MAX_PAIRS)] | None = None
+    description: Annotated[Utf8, StringConstraints(max_length=1000)] | None = Field(
+        None, description="What it is for, in words."
+    )
+    metadata: Annotated[dict[Key, Value], Field(max_length=MAX_PAIRS)] | None = Field(
+        None, description="Pairs of texts that clients keep with it."
+    )
 
     def given(self) -> dict[str, Any]:
         """The terms that the request names."""

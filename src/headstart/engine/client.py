@@ -16,6 +16,7 @@ import msgspec
 
 from headstart.engine.channel import Frames, frame
 from headstart.errors import (
+    BadRequest,
     EngineDied,
     EngineError,
     ModelLoading,
@@ -29,6 +30,8 @@ from headstart.errors import (
 from headstart.messages import (
     Cancel,
     Command,
+    Embed,
+    Embedded,
     EngineSettings,
     Failed,
     Finished,
@@ -49,6 +52,7 @@ HUGE_PAGES = "glibc.malloc.hugetlb=1"
 RESTART_SECONDS = (0.0, 1.0, 5.0, 30.0)
 FAILURES = {
     "engine": EngineError,
+    "memory": OutOfMemory,
     "storage": StorageError,
     "storage_full": StorageFull,
     "died": EngineDied,
@@ -60,8 +64,8 @@ State = Literal["available", "loading", "ready", "failed"]
 
 class Running:
     """A submitted request: iterate over its events, the last of them Finished, one for each of its `n`
-    answers, whose ids follow each other. Use it as a context manager: leaving it early cancels the sequences,
-    which then end within one engine step."""
+    answers, whose ids follow each other, or Embedded. Use it as a context manager: leaving it early cancels
+    the sequences, which then end within one engine step."""
 
     def __init__(self, first_id: int, n: int, engine: EngineClient) -> None:
         self.id = first_id
@@ -89,7 +93,7 @@ class Running:
         """Raises an error of the tree when one of the answers fails."""
         while self._open:
             event = await self._events.get()
-            if isinstance(event, Finished | Failed):
+            if isinstance(event, Finished | Embedded | Failed):
                 self._open.discard(event.id)
             if isinstance(event, Failed):
                 raise FAILURES[event.kind](event.message)
@@ -152,11 +156,17 @@ class EngineClient:
         if self.n_requests >= self.info.slots + self.max_waiting:
             raise Overloaded(f"{self.n_requests} requests are running or waiting already.")
 
-    def submit(self, request: Submit) -> Running:
-        """Sends the request to the worker, giving it an `id`. Raises Unavailable when it can't be taken."""
+    def submit(self, request: Submit | Embed) -> Running:
+        """Sends the request to the worker, giving it an `id`. Raises Unavailable when it can't be taken, and
+        BadRequest for what the model doesn't do."""
         self.check_available()
-        running = Running(self._next_id, request.n, self)
-        self._next_id += request.n
+        if isinstance(request, Submit) and self.info and not self.info.generates:
+            raise BadRequest(
+                f"Model {self.name!r} makes embeddings only: it can't generate text.", param="model"
+            )
+        n = request.n if isinstance(request, Submit) else 1
+        running = Running(self._next_id, n, self)
+        self._next_id += n
         self._requests |= dict.fromkeys(running.ids, running)
         self.send(msgspec.structs.replace(request, id=running.id))
         return running

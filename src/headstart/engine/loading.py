@@ -18,6 +18,15 @@ def load(settings: EngineSettings) -> Model:
     return model
 
 
+def only_embeds(path: str) -> bool:
+    """Whether the model's file says that it can't generate text."""
+    if ToySpec.matches(path):
+        return False
+    from headstart.engine.llama.gguf import only_embeds
+
+    return only_embeds(path)
+
+
 def engine_version(path: str) -> str:
     """What computes the states of this model, as its ModelInfo says it; nothing is loaded to tell."""
     return "toy" if ToySpec.matches(path) else f"llama-cpp-python {version('llama-cpp-python')}"

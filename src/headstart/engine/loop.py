@@ -12,6 +12,7 @@ from headstart.engine import state_file
 from headstart.engine.accounts import stats, told
 from headstart.engine.actions import Action, Drop, Fill, Move, Start
 from headstart.engine.cuts import Cuts
+from headstart.engine.embedding import Embeddings
 from headstart.engine.logprobs import Logprobs
 from headstart.engine.model import Model, ModelError
 from headstart.engine.reading import Reader
@@ -20,6 +21,7 @@ from headstart.engine.sequence import Sequence, Slot
 from headstart.messages import (
     Cancel,
     Command,
+    Embed,
     Failed,
     FailureKind,
     Finished,
@@ -51,6 +53,7 @@ class Engine:
             pool_cells=model.info.pool_tokens,
             share_from=share_from,
         )
+        self.embeddings = Embeddings(model, cuts)
         self.events: list[RequestEvent] = []
         self.wake = wake
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="state-writer")
@@ -59,13 +62,16 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        return self.scheduler.busy
+        return self.scheduler.busy or self.embeddings.busy
 
     def handle(self, command: Command) -> None:
         match command:
             case Submit():
                 self._add(Sequence(command, list(command.tokens), monotonic()))
+            case Embed():
+                self.embeddings.add(command)
             case Cancel(id=request_id):
+                self.events += self.embeddings.cancel(request_id)
                 if sequence := self.scheduler.find(request_id):
                     self._finish(sequence, "cancelled")
 
@@ -86,6 +92,7 @@ class Engine:
         self._evaluate(self.scheduler.pooled())
         self._evaluate(self.scheduler.decoding())
         self._evaluate(self.scheduler.prefilling())
+        self.events += self.embeddings.step()
         self.events += _drained(self.written)
         events, self.events = self.events, []
         return events

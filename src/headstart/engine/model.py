@@ -38,6 +38,22 @@ class Sampler(Protocol):
     def close(self) -> None: ...
 
 
+class Embedder(Protocol):
+    """Makes embeddings, one at a time, in memory of its own. `whole`: an input can't be evaluated in pieces."""
+
+    whole: bool
+
+    def clear(self) -> None:
+        """Forgets what was evaluated; must have been called before another input, and after a failure."""
+
+    def evaluate(self, start: int, tokens: Seq[int]) -> None:
+        """Evaluates the input's tokens from position `start` on. Raises ModelError."""
+
+    def vector(self) -> bytes:
+        """The embedding of what was evaluated: float32, little-endian, of length 1. Raises ModelError where
+        there is none."""
+
+
 class Model(Protocol):
     """A loaded model with room for `info.slots` sequences of `info.n_ctx` tokens, numbered from 0, each with
     a KV stream of its own. Where `info.pool_tokens` is not 0 there is also a pool: that many KV cells shared
@@ -84,3 +100,6 @@ class Model(Protocol):
     def restore(self, seq: int, memory: memoryview, start: int, end: int) -> bool:
         """Fills a cleared sequence from the state at `start` to `end` of `memory`; False, leaving unknown
         values, if it doesn't fit. The state and what lies before it may be overwritten."""
+
+    def embedder(self) -> Embedder:
+        """Takes memory when it is made. Raises ModelError; TooLarge where there is too little."""

@@ -13,6 +13,7 @@ from typing import get_args
 import msgspec
 
 from headstart.arithmetic import DEFAULT, Arithmetic, Weights
+from headstart.engine.loading import only_embeds
 from headstart.engine.model import ModelError
 from headstart.machine import available_cpus
 from headstart.messages import EngineSettings, Tuning
@@ -71,6 +72,10 @@ def measure_apart(
     Raises ModelError; EOFError when `channel` is closed meanwhile."""
     if ToySpec.matches(settings.path):
         return msgspec.structs.replace(TOY, arithmetic=settings.arithmetic.or_else(DEFAULT))
+    if only_embeds(settings.path):
+        # What is measured is generating.
+        chosen = settings.arithmetic.or_else(DEFAULT)
+        return msgspec.structs.replace(TOY, arithmetic=chosen, threads=available_cpus())
     process = subprocess.Popen(
         # -P: what lies in the current folder is no part of the program.
         [sys.executable, "-P", "-m", "headstart.engine.tuning", msgspec.json.encode(settings).decode()],

@@ -24,6 +24,7 @@ from headstart.messages import EngineSettings, ModelInfo, Sampling
 from headstart.toyspec import EOS, N_VOCAB, ToySpec
 
 DEFAULT_SLOTS = 4
+EMBEDDING_SIZE = 16
 LETTERS = b"etaoinshrdlucmfwypvbgkjqxz  \n"
 
 
@@ -39,6 +40,30 @@ class ToySampler:
 
     def close(self) -> None:
         pass
+
+
+class ToyEmbedder:
+    """An embedding is a hash of all tokens of the input."""
+
+    whole = False
+
+    def __init__(self, ms_per_token: float) -> None:
+        self.ms_per_token = ms_per_token
+        self.history: list[int] = []
+
+    def clear(self) -> None:
+        self.history = []
+
+    def evaluate(self, start: int, tokens: Seq[int]) -> None:
+        if start != len(self.history):
+            raise ModelError(f"the input has {len(self.history)} tokens, not {start}")
+        self.history.extend(tokens)
+        time.sleep(self.ms_per_token * len(tokens) / 1000)
+
+    def vector(self) -> bytes:
+        packed = struct.pack(f"<{len(self.history)}i", *self.history)
+        numbers = [zlib.crc32(packed, salt) / (1 << 31) - 1 for salt in range(EMBEDDING_SIZE)]
+        return struct.pack(f"<{EMBEDDING_SIZE}f", *(number / math.hypot(*numbers) for number in numbers))
 
 
 class ToyModel:
@@ -61,6 +86,8 @@ class ToyModel:
             pool_tokens=0 if slots == 1 or not self.spec.can_cut else n_ctx,
             step_tokens=max(settings.prefill_chunk, LEAST_STEP_TOKENS),
             state_token_bytes=4,
+            embedding_size=EMBEDDING_SIZE,
+            embedding_tokens=n_ctx,
         )
         self.histories: list[list[int]] = [[] for _ in range(2 * slots + 1)]
         # How many tokens of its history a sequence of the pool shares with the one it was copied from.
@@ -158,3 +185,6 @@ class ToyModel:
             return False
         self.histories[seq] = tokens
         return True
+
+    def embedder(self) -> ToyEmbedder:
+        return ToyEmbedder(self.spec.ms_per_token)

@@ -22,18 +22,19 @@ class Tokenizer(Protocol):
     model's own chat template, or the name of a built-in one, or None. `specials`: the texts of tokens that
     are found before anything else, so that a prompt may be cut after each; empty where that isn't so. `gap`:
     the texts of the tokens that go before a text with a gap, where the gap is, and where it is to be filled;
-    None where the model knows no gaps. `n_tokens`: ids are below it."""
+    None where the model knows no gaps. Token ids are below `n_vocab`."""
 
     bos_text: str
     eos_text: str
     template: str | None
     specials: list[str]
     gap: tuple[str, str, str] | None
-    n_tokens: int
+    n_vocab: int
 
-    def encode(self, text: str, first: bool = True) -> list[int]:
+    def encode(self, text: str, first: bool = True, *, parse_special: bool = True) -> list[int]:
         """Token ids of a whole prompt: control tokens are recognised, a leading one added where the model
-        wants it (and not doubled). Not `first`: of what follows a special token within it."""
+        wants it (and not doubled). Not `first`: of what follows a special token within it. Not
+        `parse_special`: what looks like a control token is text."""
 
     def piece(self, token: int) -> bytes:
         """The bytes a generated token stands for; control tokens stand for none."""
@@ -56,12 +57,12 @@ class LlamaTokenizer:
         if not self.model:
             raise StartupError(f"{path} can't be read: no such file, or not a GGUF model llama.cpp knows")
         self.vocab = lib.llama_model_get_vocab(self.model)
+        self.n_vocab = int(lib.llama_vocab_n_tokens(self.vocab))
         template = lib.llama_model_chat_template(self.model, None)
         self.template = template.decode() if template else None
         self.bos_text = self._control_text(lib.llama_vocab_bos(self.vocab))
         self.eos_text = self._control_text(lib.llama_vocab_eos(self.vocab))
         self.adds_bos = bool(lib.llama_vocab_get_add_bos(self.vocab))
-        self.n_tokens = lib.llama_vocab_n_tokens(self.vocab)
         self.specials = self._find_specials()
         self.gap = self._find_gap()
 
@@ -75,7 +76,7 @@ class LlamaTokenizer:
     def _find_specials(self) -> list[str]:
         if lib.llama_vocab_type(self.vocab) not in CUT_AT_SPECIALS or lib.llama_vocab_get_add_eos(self.vocab):
             return []
-        attributes = {i: lib.llama_vocab_get_attr(self.vocab, i) for i in range(self.n_tokens)}
+        attributes = {i: lib.llama_vocab_get_attr(self.vocab, i) for i in range(self.n_vocab)}
         special = {i: attribute for i, attribute in attributes.items() if attribute & SPECIAL}
         if any(attribute & STRIPS for attribute in special.values()):
             return []
@@ -87,16 +88,17 @@ class LlamaTokenizer:
     def _control_text(self, token: int) -> str:
         return "" if token < 0 else self._piece(token, special=True).decode(errors="replace")
 
-    def encode(self, text: str, first: bool = True) -> list[int]:
-        if first and self.adds_bos and self.bos_text:
+    def encode(self, text: str, first: bool = True, *, parse_special: bool = True) -> list[int]:
+        if first and parse_special and self.adds_bos and self.bos_text:
             text = text.removeprefix(self.bos_text)
         data = text.encode()
         # A token stands for at least one byte; the rest is room for added control tokens.
         tokens = (lib.llama_token * (len(data) + 8))()
-        n_tokens = lib.llama_tokenize(self.vocab, data, len(data), tokens, len(tokens), first, True)
+        how = first, parse_special
+        n_tokens = lib.llama_tokenize(self.vocab, data, len(data), tokens, len(tokens), *how)
         if n_tokens < 0:
             tokens = (lib.llama_token * -n_tokens)()
-            n_tokens = lib.llama_tokenize(self.vocab, data, len(data), tokens, len(tokens), first, True)
+            n_tokens = lib.llama_tokenize(self.vocab, data, len(data), tokens, len(tokens), *how)
         return tokens[:n_tokens]
 
     def piece(self, token: int) -> bytes:
@@ -122,8 +124,7 @@ def _silence(_level: int, _text: bytes, _user: object) -> None:
 class ToyTokenizer:
     """Bytes, merged greedily from the left where a merge fits, so that text merges across a careless cut."""
 
-    bos_text, eos_text = "<s>", "</s>"
-    n_tokens = N_VOCAB
+    bos_text, eos_text, n_vocab = "<s>", "</s>", N_VOCAB
 
     def __init__(self, path: str) -> None:
         try:
@@ -139,19 +140,21 @@ class ToyTokenizer:
         self.specials = list(known)
         self.names = {id_: text.encode() for text, id_ in known.items()}
         self.longest_first = control + merges
+        self.merges = merges
         self.pieces = dict(enumerate(MERGES, N_BYTES))
 
-    def encode(self, text: str, first: bool = True) -> list[int]:
+    def encode(self, text: str, first: bool = True, *, parse_special: bool = True) -> list[int]:
         data = text.encode()
+        known = self.longest_first if parse_special else self.merges
         tokens, at = [], 0
         while at < len(data):
-            id_, size = self._match(data, at)
+            id_, size = self._match(data, at, known)
             tokens.append(id_)
             at += size
         return tokens if tokens[:1] == [BOS] or not first else [BOS, *tokens]
 
-    def _match(self, data: bytes, at: int) -> tuple[int, int]:
-        for id_, text in self.longest_first:
+    def _match(self, data: bytes, at: int, known: list[tuple[int, bytes]]) -> tuple[int, int]:
+        for id_, text in known:
             if data.startswith(text, at):
                 return id_, len(text)
         return data[at], 1

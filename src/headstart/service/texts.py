@@ -58,9 +58,9 @@ class Text:
 
 def check_tokens(tokenizer: Tokenizer, tokens: Sequence[int], *, param: str) -> None:
     """Raises BadRequest for one that the model doesn't have."""
-    if unknown := [token for token in tokens if not 0 <= token < tokenizer.n_tokens]:
+    if unknown := [token for token in tokens if not 0 <= token < tokenizer.n_vocab]:
         raise BadRequest(
-            f"Token {unknown[0]} is none of this model's, whose ids are below {tokenizer.n_tokens}.",
+            f"Token {unknown[0]} is none of this model's, whose ids are below {tokenizer.n_vocab}.",
             param=param,
         )
 

@@ -26,7 +26,8 @@ PARTIAL = lib.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
 @dataclass(frozen=True)
 class Shape:
     """`cells`: tokens the KV cache holds in all. `streams`: each of the `sequences` has its own part of it;
-    else they share all of it. `batch`: tokens evaluated at once."""
+    else they share all of it. `batch`: tokens evaluated at once. `embeddings`: each token's embedding is
+    wanted, and not what follows it."""
 
     cells: int
     sequences: int
@@ -34,6 +35,7 @@ class Shape:
     batch: int
     threads: int
     flash_attention: bool
+    embeddings: bool = False
 
 
 class LlamaContext:
@@ -48,6 +50,7 @@ class LlamaContext:
         self.memory = lib.llama_get_memory(self.context)
         self.batch = lib.llama_batch_init(shape.batch, 0, 1)
         self.sampled_at: list[int] = []
+        self.generates = bool(self.memory) and bool(lib.llama_get_causal_attn(self.context))
         self.form = self._form()
         self.can_cut = attends_to_everything(model) and self.form is not None and self.form.is_plain
 
@@ -66,7 +69,7 @@ class LlamaContext:
         tokens, positions = view(batch.token, (n_tokens,)), view(batch.pos, (n_tokens,))
         logits, counts = view(batch.logits, (n_tokens,)), view(batch.n_seq_id, (n_tokens,))
         counts[:] = 1
-        logits[:] = 0
+        logits[:] = self.shape.embeddings
         self.sampled_at = [0] * len(pieces)
         at = 0
         # With streams llama.cpp evaluates together only sequences whose numbers follow each other.
@@ -76,7 +79,7 @@ class LlamaContext:
             positions[at:end] = range(piece.start, piece.start + end - at)
             for i in range(at, end):
                 batch.seq_id[i][0] = piece.seq
-            logits[end - 1] = piece.sample
+            logits[end - 1] |= piece.sample
             self.sampled_at[row] = end - 1
             at = end
         batch.n_tokens = n_tokens
@@ -93,6 +96,10 @@ class LlamaContext:
         """llama.cpp's own memory, valid until the next evaluation."""
         logits = lib.llama_get_logits_ith(self.context, self.sampled_at[row])
         return np.ctypeslib.as_array(logits, (self.n_vocab,))
+
+    def close(self) -> None:
+        lib.llama_batch_free(self.batch)
+        lib.llama_free(self.context)
 
     def clear(self, seq: int) -> None:
         lib.llama_memory_seq_rm(self.memory, seq, -1, -1)
@@ -157,6 +164,9 @@ def _params(shape: Shape) -> Any:
     params.n_threads = params.n_threads_batch = shape.threads
     params.flash_attn_type = int(shape.flash_attention)
     params.kv_unified = not shape.streams
+    params.embeddings = shape.embeddings
+    if shape.embeddings:
+        params.pooling_type = lib.LLAMA_POOLING_TYPE_NONE
     # Layers with a sliding window keep just that. More would take memory for each slot, only to allow cutting
     # what has not been restored: a saved state has no more than the window.
     params.swa_full = False

@@ -13,11 +13,14 @@ from headstart.engine.model import ModelError
 
 log = logging.getLogger("llama.cpp")
 LOG_LEVELS = {2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}
+# Said of each context in which we pool embeddings ourselves.
+EXPECTED = b"model default pooling_type"
 
 
 @lib.llama_log_callback  # type: ignore[untyped-decorator]
 def _forward_log(level: int, text: bytes, _user: object) -> None:
-    log.log(LOG_LEVELS.get(level, logging.DEBUG), "%s", text.decode(errors="replace").rstrip())
+    known = logging.DEBUG if EXPECTED in text else LOG_LEVELS.get(level, logging.DEBUG)
+    log.log(known, "%s", text.decode(errors="replace").rstrip())
 
 
 def open_model(path: str, *, weights: bool = True) -> Any:
@@ -39,6 +42,18 @@ def metadata(model: Any, key: str) -> str:
     text = ctypes.create_string_buffer(64)
     size = lib.llama_model_meta_val_str(model, key.encode(), text, len(text))
     return text.value.decode(errors="replace") if size > 0 else ""
+
+
+def only_embeds(path: str) -> bool:
+    """Whether the file says that its model reads in both directions, as encoders do; False if it can't be
+    read."""
+    try:
+        model = open_model(path, weights=False)
+    except ModelError:
+        return False
+    causal = metadata(model, f"{metadata(model, 'general.architecture')}.attention.causal")
+    lib.llama_model_free(model)
+    return causal == "false"
 
 
 def attends_to_everything(model: Any) -> bool:

@@ -15,7 +15,9 @@ import llama_cpp as lib
 
 from headstart.engine.llama.context import LlamaContext, Shape
 from headstart.engine.llama.conversion import weights_path
+from headstart.engine.llama.embedder import LlamaEmbedder
 from headstart.engine.llama.gguf import metadata, open_model
+from headstart.engine.llama.pooling import pooling_of
 from headstart.engine.llama.sampler import LlamaSampler
 from headstart.engine.logprobs import Logprobs, log_softmax
 from headstart.engine.model import LEAST_STEP_TOKENS, ModelError, Piece, Sampler, TooLarge
@@ -43,6 +45,7 @@ class LlamaModel:
 
     def __init__(self, settings: EngineSettings) -> None:
         path = weights_path(settings)
+        self.settings = settings
         self.model = open_model(path)
         self.vocab = lib.llama_model_get_vocab(self.model)
         self.ctx = settings.ctx or min(lib.llama_model_n_ctx_train(self.model), DEFAULT_CTX)
@@ -121,7 +124,15 @@ class LlamaModel:
             step_tokens=_step_tokens(settings),
             state_bytes=self._state_bytes() if attends else 0,
             state_token_bytes=self._kv_token_bytes() + CELL_BYTES if attends else 0,
+            generates=self.streams.generates,
+            embedding_size=lib.llama_model_n_embd_out(self.model) if pooling_of(self.model) else 0,
+            embedding_tokens=self._embedding_tokens(),
         )
+
+    def _embedding_tokens(self) -> int:
+        # Encoders have learned each position, and have none after the last.
+        trained = lib.llama_model_n_ctx_train(self.model)
+        return self.ctx if self.streams.generates else min(self.ctx, trained)
 
     def _place(self, seq: int) -> tuple[LlamaContext, int]:
         """The context a sequence is in, and its number there."""
@@ -179,3 +190,19 @@ class LlamaModel:
     def restore(self, seq: int, memory: memoryview, start: int, end: int) -> bool:
         context, number = self._place(seq)
         return context.restore(number, memory, start, end)
+
+    def embedder(self) -> LlamaEmbedder:
+        pooling = pooling_of(self.model)
+        if pooling is None:
+            raise ModelError("the model ranks texts")
+        needed = self.ctx * self._kv_token_bytes() if self.streams.memory else 0
+        if needed > (available := available_bytes()):
+            raise TooLarge(f"it takes {needed >> 20} MB of memory, and {available >> 20} MB are available")
+        shape = replace(
+            self.streams.shape,
+            cells=self.ctx,
+            sequences=1,
+            batch=_step_tokens(self.settings),
+            embeddings=True,
+        )
+        return LlamaEmbedder(self.model, shape, pooling)

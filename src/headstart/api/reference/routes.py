@@ -1,0 +1,44 @@
+"""What each route answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pydantic import BaseModel
+
+from headstart.api.reference import caches, generation, models, tokens
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`whole`: the JSON of a reply; None for a file. `event`: that of one event, where it may be streamed."""
+
+    whole: type[BaseModel] | None
+    event: type[BaseModel] | None = None
+
+
+# By method and path.
+ANSWERS = {
+    ("post", "/v1/chat/completions"): Answer(generation.ChatCompletion, generation.ChatChunk),
+    ("post", "/v1/completions"): Answer(generation.TextCompletion, generation.TextChunk),
+    ("post", "/v1/embeddings"): Answer(tokens.Embeddings),
+    ("post", "/tokenize"): Answer(tokens.Tokens),
+    ("post", "/detokenize"): Answer(tokens.Detokenized),
+    ("post", "/apply-template"): Answer(tokens.Prompt),
+    ("get", "/v1/models"): Answer(models.ModelList),
+    ("get", "/v1/models/available"): Answer(models.ModelList),
+    ("get", "/v1/models/loaded"): Answer(models.ModelList),
+    ("get", "/v1/models/{name}"): Answer(models.Model),
+    ("post", "/v1/models/load"): Answer(models.Model),
+    ("post", "/v1/models/unload"): Answer(models.Unloaded),
+    ("get", "/health"): Answer(models.Health),
+    ("get", "/v1/cache"): Answer(caches.AllCaches),
+    ("post", "/v1/cache/{model}"): Answer(caches.CacheMade, caches.CacheEvent),
+    ("get", "/v1/cache/{model}"): Answer(caches.CacheList),
+    ("get", "/v1/cache/{model}/{name}"): Answer(caches.CacheDetails),
+    ("patch", "/v1/cache/{model}/{name}"): Answer(caches.Cache),
+    ("delete", "/v1/cache/{model}/{name}"): Answer(caches.CacheDeleted),
+    ("get", "/v1/cache/{model}/{name}/file"): Answer(None),
+    ("put", "/v1/cache/{model}/{name}/file"): Answer(caches.CacheMade),
+    ("post", "/v1/verify"): Answer(caches.Verification, caches.VerificationEvent),
+}
