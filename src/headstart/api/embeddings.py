@@ -44,7 +44,9 @@ class EmbeddingRequest(Body):
         if not isinstance(given, list) or not all(isinstance(one, str) or _are_tokens(one) for one in given):
             raise BadRequest(f"input: should be {SHAPES}.", param="input")
         if not 0 < len(given) <= MOST_INPUTS:
-            raise BadRequest(f"input: has {len(given)} inputs; 1 to {MOST_INPUTS} may be sent.", param="input")
+            raise BadRequest(
+                f"input: has {len(given)} inputs; 1 to {MOST_INPUTS} may be sent.", param="input"
+            )
         if not all(isinstance(one, list) or _is_utf8(one) for one in given):
             raise BadRequest("input: should be valid Unicode.", param="input")
         return given

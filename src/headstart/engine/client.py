@@ -64,8 +64,8 @@ State = Literal["available", "loading", "ready", "failed"]
 
 
 class Running:
-    """A submitted request: iterate over its events, the last of them Finished or Embedded. Use it as a context manager:
-    leaving it early cancels the sequence, which then ends within one engine step."""
+    """A submitted request: iterate over its events, the last of them Finished or Embedded. Use it as a
+    context manager: leaving it early cancels the work, which then ends within one engine step."""
 
     def __init__(self, request_id: int, engine: EngineClient) -> None:
         self.id = request_id
@@ -159,7 +159,9 @@ class EngineClient:
         BadRequest for what the model doesn't do."""
         self.check_available()
         if isinstance(request, Submit) and self.info and not self.info.generates:
-            raise BadRequest(f"Model {self.name!r} makes embeddings only: it can't generate text.", param="model")
+            raise BadRequest(
+                f"Model {self.name!r} makes embeddings only: it can't generate text.", param="model"
+            )
         running = Running(next(self._ids), self)
         self._requests[running.id] = running
         self.send(msgspec.structs.replace(request, id=running.id))

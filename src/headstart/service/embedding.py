@@ -34,7 +34,8 @@ def check_dimensions(model: ServedModel, dimensions: int | None) -> None:
         raise BadRequest(f"Model {model.name!r} ranks texts; it makes no embeddings.", param="model")
     if dimensions not in (None, size):
         raise BadRequest(
-            f"The embeddings of {model.name!r} have {size} dimensions; leave dimensions out.", param="dimensions"
+            f"The embeddings of {model.name!r} have {size} dimensions; leave dimensions out.",
+            param="dimensions",
         )
 
 
