@@ -68,11 +68,12 @@ def test_tools_are_written_by_the_template_or_refused(toy: RunningServer, start_
 
 def test_the_model_must_be_named_where_there_are_several(start_server: StartServer) -> None:
     server = start_server("--model", "one=toy:", "--model", "two=toy:template=fold")
-    for path, body in {
+    bodies: dict[str, Json] = {
         "/tokenize": {"content": "x"},
         "/detokenize": {"tokens": [120]},
         "/apply-template": {"messages": [{"role": "user", "content": "x"}]},
-    }.items():
+    }
+    for path, body in bodies.items():
         response = server.post(path, **body)
         error = response.json()["error"]
         assert (response.status_code, error["param"]) == (400, "model")

@@ -39,7 +39,8 @@ class Sampler(Protocol):
 
 
 class Embedder(Protocol):
-    """Makes embeddings, one at a time, in memory of its own. `whole`: an input can't be evaluated in pieces."""
+    """Makes embeddings, one at a time, in memory of its own. `whole`: an input can't be evaluated in
+    pieces."""
 
     whole: bool
 
