@@ -24,6 +24,7 @@ from headstart.engine.embedding import Embeddings
 from headstart.engine.model import ModelError, TooLarge
 from headstart.engine.toy import ToyEmbedder, ToyModel
 from headstart.messages import Embed, Embedded, EngineSettings, Failed, RequestEvent, Vector
+from headstart.toyspec import N_VOCAB
 from servers import Json, RunningServer, events, eventually, running_server
 
 SIZE = 16
@@ -119,7 +120,7 @@ def test_as_many_inputs_as_openai_takes_are_taken(toy: RunningServer) -> None:
         ({"input": [True]}, "input", "a text, a list of texts"),
         ({"input": ["x"] * 2049}, "input", "1 to 2048"),
         ({"input": [-1]}, "input", "no token -1"),
-        ({"input": [[1], [270, 1]]}, "input", "no token 270"),
+        ({"input": [[1], [N_VOCAB, 1]]}, "input", f"no token {N_VOCAB}"),
         ({"input": [10**30]}, "input", "no token"),
         ({"input": "x", "encoding_format": "hex"}, "encoding_format", "float"),
         ({"input": "x", "dimensions": 8}, "dimensions", "16 dimensions"),

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from conftest import StartServer
+from headstart.toyspec import N_VOCAB
 from servers import Json, RunningServer
 
 TEXT = "The thing, by definition: Æsop — 漁港 🐟\n\n  indented"
@@ -102,7 +103,7 @@ def test_a_long_text_is_tokenised_and_comes_back(toy: RunningServer) -> None:
         ("/tokenize", {"content": 5}, "content"),
         ("/detokenize", {}, "tokens"),
         ("/detokenize", {"tokens": [-1]}, "tokens"),
-        ("/detokenize", {"tokens": [270]}, "tokens"),
+        ("/detokenize", {"tokens": [N_VOCAB]}, "tokens"),
         ("/detokenize", {"tokens": [10**40]}, "tokens"),
         ("/detokenize", {"tokens": ["x"] * 1000}, "tokens"),
         ("/detokenize", {"tokens": [True]}, "tokens"),
