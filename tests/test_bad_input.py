@@ -260,7 +260,6 @@ VALUES = [
 
 UNSUPPORTED = [
     chat("two answers", "n", n=2),
-    chat("tools", "tools", tools=[{"type": "function", "function": {"name": "f"}}]),
     chat("functions", "functions", functions=[{"name": "f"}]),
     chat("JSON", "response_format", response_format={"type": "json_object"}),
     chat("JSON of a schema", "response_format", response_format={"type": "json_schema", "json_schema": {}}),

@@ -1,4 +1,4 @@
-"""Answers with calls of tools and reasoning, read piece by piece: however a text was cut, it says the same."""
+"""Answers with calls and reasoning, read piece by piece: wherever they were cut, they say the same."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ CALLS: list[tuple[Dialect, str, str, list[tuple[str, Any]]]] = [
     (MISTRAL, f"[TOOL_CALLS][{_object('look')}]", "", [("look", LOOK)]),
     (
         MISTRAL,
-        f'Well. [TOOL_CALLS] [{_object("look")[:-1]}, "id": "123456789"}}, {_object("listen", arguments="{}")}]',
+        f'Well. [TOOL_CALLS] [{_object("look")[:-1]}, "id": "12"}}, {_object("listen", arguments="{}")}]',
         "Well.",
         [("look", LOOK), LISTEN],
     ),

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from headstart.api.tools import Tool, ToolCall
+from headstart.api.tools import ReasoningFormat, TemplateVariables, Tool, ToolCall, ToolChoice, calling
 from headstart.caches.entry import FORMS, Content, Form
 from headstart.errors import BadRequest
 from headstart.messages import Sampling
@@ -110,7 +110,6 @@ HARMLESS: dict[str, tuple[object, ...]] = {
     "echo": (None, False),
     "suffix": (None, ""),
     "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
     "functions": (None, []),
     "response_format": (None, {"type": "text"}),
     "modalities": (None, ["text"]),
@@ -127,6 +126,7 @@ class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Utf8 | list[TextPart] | None = None
     tool_calls: list[ToolCall] | None = None
+    reasoning_content: Utf8 | None = None
     tool_call_id: Utf8 | None = None
     name: Utf8 | None = None
 
@@ -146,6 +146,8 @@ class ChatMessage(Body):
         }
         if self.role == "assistant" and self.tool_calls:
             message["tool_calls"] = self.tool_calls
+        if self.role == "assistant" and self.reasoning_content:
+            message["reasoning_content"] = self.reasoning_content
         if self.role == "tool":
             message |= {k: v for k in ("tool_call_id", "name") if (v := getattr(self, k)) is not None}
         return message
@@ -154,6 +156,12 @@ class ChatMessage(Body):
 class ChatRequest(GenerationRequest):
     messages: list[ChatMessage] = Field(min_length=1)
     tools: list[Tool] | None = Field(None, description="Functions that the model may call.")
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = Field(None, description="False: at most one call.")
+    reasoning_format: ReasoningFormat | None = None
+    chat_template_kwargs: TemplateVariables | None = Field(
+        None, description="What the template is told besides, such as `enable_thinking`."
+    )
     max_completion_tokens: int | None = Field(None, ge=0, description="Overrides `max_tokens`.")
     save_as: Utf8 | None = Field(None, description="Name under which to keep the chat with its answer.")
     allow_overwrite: bool | None = Field(
@@ -161,7 +169,13 @@ class ChatRequest(GenerationRequest):
     )
 
     def options(self, max_tokens: int | None) -> Options:
-        return replace(super().options(max_tokens), save_as=self.save_as, overwrite=self.allow_overwrite)
+        return replace(
+            super().options(max_tokens),
+            save_as=self.save_as,
+            overwrite=self.allow_overwrite,
+            calling=calling(self.tool_choice, self.parallel_tool_calls, self.reasoning_format),
+            variables=self.chat_template_kwargs or {},
+        )
 
 
 class CompletionRequest(GenerationRequest):

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from headstart.prompt.calls.grammar import Literal
 from headstart.prompt.parts import Parser, Part
 
 OPEN, CLOSE = "<think>", "</think>"
 MARKERS = (OPEN, CLOSE)
+
+
+def grammar(literal: Literal) -> str:
+    """The rule `thoughts`: reasoning that has been opened, up to where the text begins."""
+    if literal(CLOSE) == f'"{CLOSE}"':
+        return "thoughts: unclosed /\\n{0,2}/\nunclosed[lazy]: /(.|\\n)*<\\/think>/"
+    return f"thoughts: /(.|\\n)*/ {literal(CLOSE)} /\\n{{0,2}}/"
 
 
 class ReasoningParser:

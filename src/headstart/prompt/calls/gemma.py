@@ -1,4 +1,4 @@
-"""Calls as Google's guide to function calling has Gemma write them, in one of two ways:
+"""Calls as Google's guide to function calling has Gemma write them, in one of two ways.
 
     [look(where="up"), listen()]
     {"name": "look", "parameters": {"where": "up"}}

@@ -1,4 +1,4 @@
-"""Calls as Hermes and Qwen write them, and models that are told to by the default form:
+"""Calls as Hermes and Qwen write them, and models that are told to by the default form.
 
 <tool_call>
 {"name": "look", "arguments": {"where": "up"}}

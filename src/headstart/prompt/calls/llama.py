@@ -1,4 +1,4 @@
-"""Calls as Llama 3 writes them, an object that is all of the answer, and several with semicolons between:
+"""Calls as Llama 3 writes them, an object that is all of the answer, and several with semicolons between.
 
     {"name": "look", "parameters": {"where": "up"}}
 

@@ -1,4 +1,4 @@
-"""Calls as Mistral's models write them, the earlier ones as a list, the later ones each with its name:
+"""Calls as Mistral's models write them, the earlier ones as a list, the later ones each with its name.
 
 [TOOL_CALLS][{"name": "look", "arguments": {"where": "up"}}]
 [TOOL_CALLS]look[ARGS]{"where": "up"}

@@ -1,9 +1,9 @@
 """What the parsers of all forms of calls have in common.
 
-Text is read by states, methods that take what they can from `held` and say what it is, or None where they need
-more. Each decides at the first character that lets it, so how a text was cut makes no difference. Before the
-arguments begin a call that can't be read is given back as text. From there on it is a call: what the model
-writes up to where its brackets close are the arguments, be they JSON or not.
+Text is read by states, methods that take what they can from `held` and say what it is, or None where they
+need more. Each decides at the first character that lets it, so how a text was cut makes no difference.
+Before the arguments begin a call that can't be read is given back as text. From there on it is a call: what
+the model writes up to where its brackets close are the arguments, be they JSON or not.
 """
 
 from __future__ import annotations

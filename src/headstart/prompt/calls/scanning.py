@@ -16,7 +16,7 @@ HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments
 
 
 class BracketEnd:
-    """Counts brackets outside strings; what is between them is not checked. `depth`: of those that are open."""
+    """Counts brackets outside strings; what is between them is not checked. `depth`: how many are open."""
 
     opening, closing, quotes = "{[", "}]", '"'
 
