@@ -13,6 +13,7 @@ from headstart.service.conversations import Conversations
 from headstart.service.declared import Declared
 from headstart.service.files import Files
 from headstart.service.generation import Generation
+from headstart.service.grammars import Grammars
 from headstart.service.lifecycle import Lifecycle
 from headstart.service.model import Say, ServedModel
 from headstart.service.models import Models
@@ -42,6 +43,7 @@ class Service:
         self.conversations = Conversations(self.caching)
         self.preparation = Preparation(self.caching, self.automatic, self.conversations)
         self.generation = Generation(self.caching, self.automatic, self.conversations)
+        self.grammars = Grammars()
         self.models = Models(
             settings, self.store, say, on_loaded=self.declared.start, is_building=self.caching.is_building_for
         )
@@ -58,6 +60,7 @@ class Service:
         await self.automatic.close()
         await self.conversations.close()
         await self.caching.close()
+        await self.grammars.close()
         await self.models.close()
         self.store.close()
 
