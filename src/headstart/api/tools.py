@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import msgspec
-from pydantic import AfterValidator, BaseModel
+from pydantic import AfterValidator
 
 from headstart.service.calling import Calling
 
@@ -52,30 +52,35 @@ ToolCall = Annotated[dict[str, Any], AfterValidator(_call)]
 ReasoningFormat = Literal["none", "auto", "deepseek"]
 
 
-def _is_text(variables: dict[str, Any]) -> dict[str, Any]:
+def _plain(variables: dict[str, Any]) -> dict[str, Any]:
+    if not all(isinstance(value, str | int | float | None) for value in variables.values()):
+        raise ValueError("Values should be texts, numbers, true, false or null")
     if not _is_json(variables):
         raise ValueError("Input should be valid JSON")
     return variables
 
 
-TemplateVariables = Annotated[dict[str, bool | int | float | str | None], AfterValidator(_is_text)]
+TemplateVariables = Annotated[dict[str, Any], AfterValidator(_plain)]
 
 
-class FunctionName(BaseModel):
-    name: str
+def _tool_choice(value: Any) -> str | dict[str, Any]:
+    """A word, or the function's name in the form that OpenAI has for it."""
+    match value:
+        case "none" | "auto" | "required":
+            return str(value)
+        case {"type": "function", "function": {"name": str(name)}} if _is_json({"name": name}):
+            return dict(value)
+    raise ValueError(
+        'Input should be "none", "auto", "required" or {"type": "function", "function": {"name": ...}}'
+    )
 
 
-class NamedFunction(BaseModel):
-    type: Literal["function"]
-    function: FunctionName
+ToolChoice = Annotated[Any, AfterValidator(_tool_choice)]
 
 
-ToolChoice = Literal["none", "auto", "required"] | NamedFunction
-
-
-def calling(choice: ToolChoice | None, parallel: bool | None, reasoning: ReasoningFormat | None) -> Calling:
-    """What there is to call, as a request says it."""
+def calling(choice: Any, parallel: bool | None, reasoning: ReasoningFormat | None) -> Calling:
+    """What there is to call, as a request with the validated `tool_choice` says it."""
     told = Calling(parallel=parallel is not False, reasoning=reasoning != "none")
-    if isinstance(choice, NamedFunction):
-        return replace(told, choice="required", name=choice.function.name)
+    if isinstance(choice, dict):
+        return replace(told, choice="required", name=choice["function"]["name"])
     return replace(told, choice=choice or "auto")

@@ -64,7 +64,14 @@ def _functions(tools: Sequence[Tool], calling: Calling) -> list[Function]:
         raise BadRequest(
             f"tool_choice names {calling.name!r}, which is none of the tools.", param="tool_choice"
         )
-    return [(each["name"], schema_of(each.get("parameters"))) for each in wanted]
+    return [(each["name"], _schema(each)) for each in wanted]
+
+
+def _schema(function: Mapping[str, Any]) -> dict[str, Any]:
+    schema = schema_of(function.get("parameters"))
+    if schema["type"] != "object":
+        raise BadRequest(f"The parameters of {function['name']!r} must be of type object.", param="tools")
+    return schema
 
 
 def _ending(prompts: Prompts, prompt: Sequence[int]) -> str:
