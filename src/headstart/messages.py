@@ -229,11 +229,12 @@ class Finished(Struct, frozen=True, tag=True):
     stats: Stats
 
 
-FailureKind = Literal["engine", "storage", "storage_full", "died"]
+FailureKind = Literal["engine", "grammar", "storage", "storage_full", "died"]
 
 
 class Failed(Struct, frozen=True, tag=True):
-    """`kind` "died" is what the client says for a worker that can't say anything any more."""
+    """`kind` "grammar": the one for the answer can't be followed. "died" is what the client says for a worker
+    that can't say anything any more."""
 
     id: int
     kind: FailureKind

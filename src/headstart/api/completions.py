@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
+from msgspec import structs
 from starlette.responses import Response
 
 from headstart.api.answers import Chat, Completion, stream, whole
@@ -32,7 +33,7 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     messages = [message.plain() for message in body.messages]
     async with service.models.use(addressed(request, body)) as model:
-        options = _options(request, body, limit)
+        options = await _options(request, body, limit)
         prepared = await service.preparation.chat(model, messages, options, body.tools)
         return await _answer(request, body, prepared, Chat(body.model))
 
@@ -43,13 +44,17 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     service: Service = request.app.state.service
     limit = COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     async with service.models.use(addressed(request, body)) as model:
-        prepared = await service.preparation.text(model, body.text(), _options(request, body, limit))
+        prepared = await service.preparation.text(model, body.text(), await _options(request, body, limit))
         return await _answer(request, body, prepared, Completion(body.model))
 
 
-def _options(request: Request, body: GenerationRequest, max_tokens: int | None) -> Options:
+async def _options(request: Request, body: GenerationRequest, max_tokens: int | None) -> Options:
     """The body's; the explanation may be asked for by a header as well."""
     options = body.options(max_tokens)
+    if wanted := body.wanted():
+        service: Service = request.app.state.service
+        await service.grammars.check(wanted.grammar, wanted.param)
+        options = replace(options, sampling=structs.replace(options.sampling, grammar=wanted.grammar))
     asked = request.headers.get(EXPLAIN_HEADER, "").lower() in ("1", "true")
     return replace(options, explain=options.explain or asked)
 

@@ -6,8 +6,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from headstart.api.structure import StructuredRequest
+from headstart.api.text import Utf8
 from headstart.api.tools import ReasoningFormat, TemplateVariables, Tool, ToolCall, ToolChoice, calling
 from headstart.caches.entry import FORMS, Content, Form
 from headstart.errors import BadRequest
@@ -17,16 +19,6 @@ from headstart.service.preparation import Options
 COMPLETION_MAX_TOKENS = 16
 
 
-def _encodable(text: str) -> str:
-    # JSON can write half a surrogate pair, which is no text and can't be tokenised.
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("Input should be valid Unicode") from None
-    return text
-
-
-Utf8 = Annotated[str, AfterValidator(_encodable)]
 StopString = Annotated[Utf8, StringConstraints(min_length=1, max_length=1000)]
 
 
@@ -38,7 +30,7 @@ class StreamOptions(Body):
     include_usage: bool = Field(False, description="Send a last chunk with `usage`.")
 
 
-class GenerationRequest(Body):
+class GenerationRequest(Body, StructuredRequest):
     """What chat and text completions have in common."""
 
     model: Utf8
@@ -111,7 +103,11 @@ HARMLESS: dict[str, tuple[object, ...]] = {
     "suffix": (None, ""),
     "tools": (None, []),
     "functions": (None, []),
-    "response_format": (None, {"type": "text"}),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "guided_choice": (None,),
+    "guided_grammar": (None,),
+    "json_schema": (None, {}),
     "modalities": (None, ["text"]),
     "save_as": (None,),
 }

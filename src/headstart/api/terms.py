@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, StringConstraints
 
-from headstart.api.schemas import Body, CacheRequest, Utf8
+from headstart.api.schemas import Body, CacheRequest
+from headstart.api.text import Utf8
 from headstart.caches.entry import Entry, Terms
 from headstart.errors import BadRequest
 

@@ -16,6 +16,7 @@ import msgspec
 
 from headstart.engine.channel import Frames, frame
 from headstart.errors import (
+    BadRequest,
     EngineDied,
     EngineError,
     ModelLoading,
@@ -49,6 +50,7 @@ HUGE_PAGES = "glibc.malloc.hugetlb=1"
 RESTART_SECONDS = (0.0, 1.0, 5.0, 30.0)
 FAILURES = {
     "engine": EngineError,
+    "grammar": BadRequest,
     "storage": StorageError,
     "storage_full": StorageFull,
     "died": EngineDied,

@@ -7,15 +7,11 @@ model. A grammar may ask for more time or memory than there is: LIMITS bound wha
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
-
-from headstart.engine.model import ModelError
 
 # A step that takes all of its fuel takes 14 ms; the worst that compiles, about half a second, once.
 LIMITS = LLParserLimits(
@@ -23,12 +19,11 @@ LIMITS = LLParserLimits(
 )
 # llguidance recurses as deep as rules refer to each other.
 STACK_BYTES = 512 << 20
-REMEMBERED = 32
 
 Tokens = np.ndarray[Any, np.dtype[np.intp]]
 
 
-class GrammarError(ModelError):
+class GrammarError(Exception):
     """A grammar can't be compiled, or asks for more than a step may take."""
 
 
@@ -60,6 +55,11 @@ class Matcher:
         if self.matcher.is_error():
             raise GrammarError(reason(self.matcher.get_error()))
 
+    def copy(self) -> Matcher:
+        """A matcher for another answer that has begun alike. Both share what one of them finds out, and the
+        limit of the states that this takes."""
+        return Matcher(self.matcher.deep_copy(), self.n_vocab)
+
     @property
     def ended(self) -> bool:
         """Whether the answer is complete, and nothing but its end can follow."""
@@ -67,35 +67,17 @@ class Matcher:
 
 
 class Grammars:
-    """Compiled grammars of one model; the latest are remembered. `tokenizer` makes what they are compiled
-    for, which takes a large part of a second, when it is needed first. Used by two threads."""
+    """Compiles grammars for one model. `tokenizer` makes what they are compiled for, which takes a large part
+    of a second, when it is needed first."""
 
     def __init__(self, tokenizer: Callable[[], LLTokenizer]) -> None:
         self._make_tokenizer = tokenizer
         self._tokenizer: LLTokenizer | None = None
-        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
-        self._lock = threading.Lock()
 
-    def knows(self, grammar: str) -> bool:
-        return grammar in self._compiled
-
-    def compile(self, grammar: str) -> None:
-        """Raises GrammarError."""
-        with self._lock:
-            if grammar in self._compiled:
-                return
-            self._tokenizer = self._tokenizer or self._make_tokenizer()
-            self._compiled[grammar] = compiled(self._tokenizer, grammar)
-            if len(self._compiled) > REMEMBERED:
-                self._compiled.popitem(last=False)
-
-    def matcher(self, grammar: str) -> Matcher:
-        """A matcher for one answer. Raises GrammarError."""
-        self.compile(grammar)
-        with self._lock:
-            assert self._tokenizer
-            self._compiled.move_to_end(grammar)
-            return Matcher(self._compiled[grammar].deep_copy(), self._tokenizer.vocab_size)
+    def compile(self, grammar: str) -> Matcher:
+        """A matcher for an answer that has not begun. Raises GrammarError."""
+        self._tokenizer = self._tokenizer or self._make_tokenizer()
+        return Matcher(compiled(self._tokenizer, grammar), self._tokenizer.vocab_size)
 
 
 def compiled(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:

@@ -10,7 +10,9 @@ from time import monotonic
 
 from headstart.engine import state_file
 from headstart.engine.actions import Action, Drop, Fill, Move, Start
+from headstart.engine.compiling import Compiler
 from headstart.engine.cuts import Cuts
+from headstart.engine.grammar import GrammarError
 from headstart.engine.model import Model, ModelError
 from headstart.engine.reading import Reader
 from headstart.engine.scheduler import Scheduler, Work
@@ -38,7 +40,7 @@ class Engine:
     """Runs sequences on a model. Every submitted request ends in exactly one Finished or Failed event.
 
     Disks are waited for on other threads. `wake` is called from these when a step has something new to do: a
-    state was written, or one that a sequence waits for is in memory.
+    state was written, or one that a sequence waits for is in memory, or its grammar is compiled.
     """
 
     def __init__(self, model: Model, cuts: Cuts, wake: Callable[[], object], *, share_from: int = 0) -> None:
@@ -56,6 +58,7 @@ class Engine:
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="state-writer")
         self.written: SimpleQueue[RequestEvent] = SimpleQueue()
         self.reader = Reader(wake)
+        self.compiler = Compiler(model.grammars, wake)
 
     @property
     def busy(self) -> bool:
@@ -73,12 +76,16 @@ class Engine:
         """Where others run, a state that isn't in memory is read by another thread before the sequence may
         start: restoring it would make them wait for the disk."""
         self.scheduler.add(sequence)
+        self.compiler.begin(sequence)
         if self.scheduler.running and (state := self.scheduler.restores(sequence)):
             self.reader.begin(sequence, state)
 
     def step(self) -> list[RequestEvent]:
         """Advances every running sequence, and returns what happened, in order."""
         self.reader.finish()
+        for sequence, fault in self.compiler.finish():
+            if self.scheduler.find(sequence.request.id) is sequence:
+                self._refuse(sequence, fault)
         for action in self.scheduler.admit():
             self._act(action)
         for action in self.scheduler.relieve():
@@ -191,15 +198,23 @@ class Engine:
         return True
 
     def _sample(self, sequence: Sequence, row: int) -> None:
-        if sequence.sampler is None:
-            sequence.sampler = self.model.sampler(sequence.request.sampling, sequence.request.tokens)
-        token = self.model.sample(row, sequence.sampler)
+        try:
+            if sequence.sampler is None:
+                request = sequence.request
+                sequence.sampler = self.model.sampler(request.sampling, request.tokens, sequence.matcher)
+            token = self.model.sample(row, sequence.sampler)
+        except GrammarError as error:
+            self._refuse(sequence, str(error))
+            return
         sequence.first_token = sequence.first_token or monotonic()
         if self.model.is_end(token):
             self._finish(sequence, "stop")
             return
         sequence.tokens.append(token)
         self.events.append(Token(sequence.request.id, token))
+        if sequence.sampler.ended:
+            self._finish(sequence, "stop")
+            return
         full = len(sequence.tokens) >= self.model.info.n_ctx
         if full or sequence.n_generated == sequence.request.max_tokens:
             self._finish(sequence, "length")
@@ -243,6 +258,12 @@ class Engine:
         if slot:
             self.model.clear(slot.id)
             slot.hold([], 0, 0)
+
+    def _refuse(self, sequence: Sequence, fault: str) -> None:
+        """What its slot holds is sound."""
+        message = f"The grammar of the answer can't be followed: {fault}"
+        self.events.append(Failed(sequence.request.id, "grammar", message))
+        self._release(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         self.scheduler.remove(sequence)

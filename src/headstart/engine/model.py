@@ -6,6 +6,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Protocol
 
+from headstart.engine.grammar import Grammars, Matcher
 from headstart.messages import ModelInfo, Sampling
 
 # Room in a step for the prompt tokens of several short prompts, however small the chunks are.
@@ -32,7 +33,11 @@ class TooLarge(ModelError):
 
 
 class Sampler(Protocol):
-    """Chooses tokens for one sequence; remembers what it chose, for penalties and the random stream."""
+    """Chooses tokens for one sequence; remembers what it chose, for penalties and the random stream.
+    `ended`: what it chose is complete by its grammar, and nothing may follow."""
+
+    @property
+    def ended(self) -> bool: ...
 
     def close(self) -> None: ...
 
@@ -46,16 +51,19 @@ class Model(Protocol):
     """
 
     info: ModelInfo
+    grammars: Grammars
 
     def evaluate(self, pieces: Seq[Piece]) -> None:
         """Computes the KV values of all pieces in one batch: sequences of the pool only, or none of them.
         Raises ModelError."""
 
-    def sampler(self, sampling: Sampling, history: Seq[int]) -> Sampler:
-        """A sampler for a sequence whose prompt is `history`."""
+    def sampler(self, sampling: Sampling, history: Seq[int], matcher: Matcher | None = None) -> Sampler:
+        """A sampler for a sequence whose prompt is `history`. With a `matcher`, which is its own from then
+        on, it chooses what this allows."""
 
     def sample(self, row: int, sampler: Sampler) -> int:
-        """The next token of piece number `row` of the last `evaluate`, which must have said `sample`."""
+        """The next token of piece number `row` of the last `evaluate`, which must have said `sample`.
+        Raises GrammarError."""
 
     def is_end(self, token: int) -> bool:
         """Whether the token ends an answer."""

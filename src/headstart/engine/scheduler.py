@@ -47,7 +47,7 @@ class Scheduler:
 
     @property
     def busy(self) -> bool:
-        return bool(self.running) or not all(sequence.reading for sequence in self.waiting)
+        return bool(self.running) or any(sequence.may_start for sequence in self.waiting)
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
@@ -65,7 +65,7 @@ class Scheduler:
         for sequence in list(self.waiting):
             if len(self.running) == len(self.slots):
                 return
-            if sequence.reading or self._is_being_computed(sequence):
+            if not sequence.may_start or self._is_being_computed(sequence):
                 continue
             self.waiting.remove(sequence)
             for action in self._start(sequence):

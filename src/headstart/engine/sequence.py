@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from headstart.engine.cuts import Cuts
+from headstart.engine.grammar import Matcher
 from headstart.engine.model import Piece, Sampler
 from headstart.messages import Source, Submit
 from headstart.tokens import common_prefix
@@ -32,13 +33,16 @@ class Slot:
 @dataclass(eq=False, slots=True)
 class Sequence:
     """Prompt and generated tokens; evaluation catches up with their number. `reading`: its state is on its
-    way into memory. Times are monotonic seconds, 0 until they happen."""
+    way into memory; `compiling`: its grammar isn't ready. Times are monotonic seconds, 0 until they
+    happen."""
 
     request: Submit
     tokens: list[int]
     arrived: float
     slot: Slot | None = None
     reading: bool = False
+    compiling: bool = False
+    matcher: Matcher | None = None
     sampler: Sampler | None = None
     computed: int = 0
     cached: int = 0
@@ -56,6 +60,10 @@ class Sequence:
     @property
     def n_generated(self) -> int:
         return len(self.tokens) - self.n_prompt
+
+    @property
+    def may_start(self) -> bool:
+        return not (self.reading or self.compiling)
 
     @property
     def is_prefilling(self) -> bool:

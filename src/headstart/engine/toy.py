@@ -12,18 +12,46 @@ import time
 import zlib
 from collections.abc import Sequence as Seq
 
+from llguidance import LLTokenizer, TokenizerWrapper
+
+from headstart.engine.grammar import Grammars, Matcher
 from headstart.engine.model import LEAST_STEP_TOKENS, ModelError, Piece, Sampler, TooLarge
 from headstart.machine import available_bytes
 from headstart.messages import EngineSettings, ModelInfo, Sampling
-from headstart.toyspec import EOS, N_VOCAB, ToySpec
+from headstart.toyspec import BOS, CONTROL, EOS, MERGES, N_BYTES, N_VOCAB, ToySpec
 
 DEFAULT_SLOTS = 4
 LETTERS = b"etaoinshrdlucmfwypvbgkjqxz  \n"
+# What it writes every other time where a grammar allows it, so that texts, lists and answers come to an end.
+CLOSING = (EOS, ord('"'), ord("}"), ord("]"))
+
+
+class ToyVocabulary:
+    """Its tokens, as grammars are compiled for them."""
+
+    eos_token_id, bos_token_id = EOS, BOS
+    tokens = (*(bytes([i]) for i in range(N_BYTES)), *MERGES, *(name.encode() for name in CONTROL))
+    special_token_ids = tuple(CONTROL.values())
+
+    def __call__(self, text: bytes) -> list[int]:
+        return list(text)
 
 
 class ToySampler:
-    def __init__(self, salt: int) -> None:
+    def __init__(self, salt: int, matcher: Matcher | None = None) -> None:
         self.salt = salt
+        self.matcher = matcher
+
+    @property
+    def ended(self) -> bool:
+        return self.matcher is not None and self.matcher.ended
+
+    def choose_allowed(self, matcher: Matcher, code: int) -> int:
+        allowed = matcher.allowed()
+        closing = [token for token in CLOSING if token in allowed]
+        token = closing[0] if closing and code % 2 else int(allowed[code // 2 % len(allowed)])
+        matcher.accept(token)
+        return token
 
     def close(self) -> None:
         pass
@@ -54,6 +82,7 @@ class ToyModel:
         # How many tokens of its history a sequence of the pool shares with the one it was copied from.
         self.shared = [0] * len(self.histories)
         self.rows: list[list[int]] = []
+        self.grammars = Grammars(lambda: LLTokenizer(TokenizerWrapper(ToyVocabulary())))
 
     def evaluate(self, pieces: Seq[Piece]) -> None:
         if self.spec.crash == "decode":
@@ -75,16 +104,18 @@ class ToyModel:
         pool = range(self.info.slots, len(self.histories))
         return sum(len(self.histories[seq]) - self.shared[seq] for seq in pool)
 
-    def sampler(self, sampling: Sampling, history: Seq[int]) -> ToySampler:
+    def sampler(self, sampling: Sampling, history: Seq[int], matcher: Matcher | None = None) -> ToySampler:
         if sampling.temperature == 0:
-            return ToySampler(0)
+            return ToySampler(0, matcher)
         seed = sampling.seed if sampling.seed is not None else int.from_bytes(os.urandom(4))
-        return ToySampler(1 + seed)
+        return ToySampler(1 + seed, matcher)
 
     def sample(self, row: int, sampler: Sampler) -> int:
         assert isinstance(sampler, ToySampler)
         history = self.rows[row]
         code = zlib.crc32(struct.pack(f"<q{len(history)}i", sampler.salt, *history))
+        if sampler.matcher:
+            return sampler.choose_allowed(sampler.matcher, code)
         if self.spec.eos and code % 61 == 0:
             return EOS
         return LETTERS[code // 61 % len(LETTERS)]
