@@ -284,7 +284,6 @@ VALUES = [
 
 UNSUPPORTED = [
     chat("more answers than slots", "n", n=5),
-    chat("tools", "tools", tools=[{"type": "function", "function": {"name": "f"}}]),
     chat("functions", "functions", functions=[{"name": "f"}]),
     chat("a call of a function", "function_call", function_call={"name": "f"}),
     chat("JSON", "response_format", response_format={"type": "json_object"}),

@@ -41,9 +41,9 @@ class Service:
         self.declared = Declared(settings, self.caching, say)
         self.automatic = Automatic(settings, self.caching)
         self.conversations = Conversations(self.caching)
-        self.preparation = Preparation(self.caching, self.automatic, self.conversations)
-        self.generation = Generation(self.caching, self.automatic, self.conversations)
         self.grammars = Grammars()
+        self.preparation = Preparation(self.caching, self.automatic, self.conversations, self.grammars)
+        self.generation = Generation(self.caching, self.automatic, self.conversations)
         self.models = Models(
             settings, self.store, say, on_loaded=self.declared.start, is_building=self.caching.is_building_for
         )
