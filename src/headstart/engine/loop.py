@@ -87,7 +87,7 @@ class Engine:
         self.reader.finish()
         for sequence, fault in self.compiler.finish():
             if self.scheduler.find(sequence.request.id) is sequence:
-                self._refuse(sequence, fault)
+                self._fail(sequence, fault, "grammar")
         for action in self.scheduler.admit():
             self._act(action)
         for action in self.scheduler.relieve():
@@ -217,7 +217,7 @@ class Engine:
             chosen = [(each, self._choose(each, row)) for each in (sequence, *siblings)]
         except GrammarError as error:
             for each in (sequence, *siblings):
-                self._refuse(each, str(error))
+                self._fail(each, str(error), "grammar")
             return
         for action in self.scheduler.place(siblings, sequence):
             self._act(action)
@@ -268,19 +268,13 @@ class Engine:
         self.events += [Finished(answer, reason, account) for answer in sequence.ids]
         self._release(sequence)
 
-    def _fail(self, sequence: Sequence, message: str) -> None:
-        self.events += [Failed(answer, "engine", message) for answer in sequence.ids]
+    def _fail(self, sequence: Sequence, message: str, kind: FailureKind = "engine") -> None:
+        self.events += [Failed(answer, kind, message) for answer in sequence.ids]
         slot = sequence.slot
         self._release(sequence)
         if slot:
             self.model.clear(slot.id)
             slot.hold([], 0, 0)
-
-    def _refuse(self, sequence: Sequence, fault: str) -> None:
-        """What its slot holds is sound."""
-        message = f"The grammar of the answer can't be followed: {fault}"
-        self.events += [Failed(answer, "grammar", message) for answer in sequence.ids]
-        self._release(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         self.scheduler.remove(sequence)
