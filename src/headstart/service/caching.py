@@ -255,7 +255,10 @@ class Caching:
 
     def build_of(self, model: ServedModel, name: str) -> asyncio.Task[Entry] | None:
         """The running build of this name."""
-        return self._builds.get((model.shelf, name))
+        return self.build_at(model.shelf, name)
+
+    def build_at(self, shelf: str, name: str) -> asyncio.Task[Entry] | None:
+        return self._builds.get((shelf, name))
 
     def _start(self, build: Build) -> asyncio.Task[Entry]:
         return self.run((build.model.shelf, build.name), self.builder.build(build))
