@@ -51,7 +51,12 @@ class RefusalContent(Body):
         return self.refusal
 
 
-Content = Utf8 | list[Annotated[TextContent | RefusalContent, Field(discriminator="type")]]
+PARTS = Discriminator(
+    "type",
+    custom_error_type="unsupported_part",
+    custom_error_message="Content is text here, in parts of input_text, output_text or refusal",
+)
+Content = Utf8 | list[Annotated[TextContent | RefusalContent, PARTS]]
 
 
 def _text(content: Content) -> str:

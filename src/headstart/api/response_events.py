@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -62,9 +62,9 @@ class Item:
 
 class Message(Item):
     prefix, kind, part, event = "msg_", "message", "output_text", "response.output_text"
-    fields: Json = {"role": "assistant"}
-    with_text: Json = {"logprobs": []}
-    of_part: Json = {"annotations": [], "logprobs": []}
+    fields: ClassVar[Json] = {"role": "assistant"}
+    with_text: ClassVar[Json] = {"logprobs": []}
+    of_part: ClassVar[Json] = {"annotations": [], "logprobs": []}
 
     def opened(self) -> Iterator[Json]:
         yield from super().opened()
@@ -91,9 +91,9 @@ class Message(Item):
 
 class Reasoning(Message):
     prefix, kind, part, event = "rs_", "reasoning", "reasoning_text", "response.reasoning_text"
-    fields: Json = {"summary": []}
-    with_text: Json = {}
-    of_part: Json = {}
+    fields: ClassVar[Json] = {"summary": []}
+    with_text: ClassVar[Json] = {}
+    of_part: ClassVar[Json] = {}
 
 
 class FunctionCall(Item):

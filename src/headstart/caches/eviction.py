@@ -27,7 +27,7 @@ def worth(entry: Entry, usage: Usage, now: float) -> float:
 
 
 def rank(entry: Entry, usage: Usage, now: float) -> tuple[bool, float]:
-    """What orders caches, those to go first first: responses, which nobody asked to keep, and then by worth."""
+    """What orders caches, the first to go first: responses, which nobody named, then by worth."""
     return entry.origin != "response", worth(entry, usage, now)
 
 

@@ -126,9 +126,7 @@ class Preparation:
                 opening = await self._differing(model, chat, entry, tokens)
         return entry, chat, tokens, opening
 
-    async def _differing(
-        self, model: ServedModel, chat: Chat, entry: Entry, tokens: list[int]
-    ) -> Opening:
+    async def _differing(self, model: ServedModel, chat: Chat, entry: Entry, tokens: list[int]) -> Opening:
         """The cache is of another prompt then, which may begin alike."""
         model.check_fits(len(tokens), param="messages")
         _, opening = await self._chat_opening(model, chat, tokens)

@@ -116,7 +116,8 @@ class Quota:
         return missing
 
     async def give_up(self, entry: Entry) -> int:
-        """Takes its states away. The bytes it has freed: none where the cache was replaced meanwhile, or is being built."""
+        """Takes its states away. The bytes it has freed: none where the cache was replaced meanwhile, or is
+        being built."""
         if (entry.shelf, entry.name) in self.store.held:
             return 0
         if keeps_text(entry):

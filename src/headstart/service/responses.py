@@ -33,8 +33,8 @@ RECORD = "response"
 
 
 class Record(Struct, frozen=True):
-    """A response as it was answered. Its chat begins with `opening` messages of the caches that it named, then
-    come its instructions, if they are none of those, and then what is carried on."""
+    """A response as it was answered. Its chat begins with `opening` messages of the `caches` that it named,
+    then come its instructions, if they are none of those, and then what is carried on."""
 
     body: Json
     opening: int = 0
@@ -67,8 +67,8 @@ class Responses:
 
     def of(self, owner: str) -> list[Entry]:
         """The owner's, the oldest first."""
-        known = (each for each in self.store.known() if (each.origin, each.owner) == ("response", owner))
-        return sorted(known, key=lambda entry: entry.updated)
+        known = (entry for entry in self.store.known() if entry.origin == "response")
+        return sorted((entry for entry in known if entry.owner == owner), key=lambda entry: entry.updated)
 
     async def find(
         self, owner: str, name: str, *, param: str, error: type[ResponseNotFound] = ResponseNotFound
@@ -81,7 +81,7 @@ class Responses:
             if kept := self._read(entry.shelf, name):
                 return kept
         raise error(
-            f"There is no response {name[:80]!r}: it was not stored or has been deleted, or its time is over. "
+            f"There is no response {name[:80]!r}: it was not stored, was deleted or has ended. "
             "Send the whole conversation as input.",
             param=param,
         )
