@@ -280,9 +280,9 @@ def test_a_response_is_deleted_at_once_while_it_is_being_saved(start_server: Sta
     assert server.files() == []
 
 
-@pytest.mark.parametrize("quota", [0, 0.02])
+@pytest.mark.parametrize(("quota", "with_states"), [(0, 0), (0.007, 1)])
 def test_responses_without_room_for_their_states_go_on_with_their_text(
-    start_server: StartServer, tmp_path: Path, quota: float
+    start_server: StartServer, tmp_path: Path, quota: float, with_states: int
 ) -> None:
     config = tmp_path / "headstart.toml"
     config.write_text(f'responses_quota_mb = {quota}\nresponses_kept = 3\n[models]\ntoy = "toy:"\n')
@@ -292,16 +292,20 @@ def test_responses_without_room_for_their_states_go_on_with_their_text(
         more = _ask(server, f"{turn}?", instructions=KEEPER, previous_response_id=found[-1]["id"])
         found.append(more)
     eventually(lambda: server.http.get(f"{PATH}/{found[0]['id']}").status_code == 404)
-    kept = [server.http.get(f"/v1/cache/toy/{each['id']}").json() for each in found[1:]]
-    if quota == 0:
-        assert [each["evicted"] for each in kept] == [["chat"]] * 3
-    assert sum(form["size_mb"] for each in kept for form in each["forms"].values()) <= quota
+    gone = [["chat"]] * (3 - with_states) + [[]] * with_states
+    eventually(lambda: _evicted(server, found[1:]) == gone)
     turns: list[Json] = [_user("One?"), {"role": "assistant", "content": _text(found[0])}, _user("0?")]
     turns += [{"role": "assistant", "content": _text(found[1])}, _user("Now?")]
-    branch = _ask(server, "Now?", instructions=KEEPER, previous_response_id=found[1]["id"])
+    unstored: Any = {"instructions": KEEPER, "store": False}
+    branch = _ask(server, "Now?", previous_response_id=found[1]["id"], **unstored)
     assert branch["usage"]["cache_miss_reason"] == "evicted"
-    assert _text(branch) == _text(_ask(server, turns, instructions=KEEPER, cache_prompt=False))
-    assert server.http.get("/health").json()["caches_building"] == 0
+    assert _text(branch) == _text(_ask(server, turns, cache_prompt=False, **unstored))
+    eventually(lambda: server.http.get("/health").json()["caches_building"] == 0)
+    assert _evicted(server, found[1:2]) == [["chat"]]
+
+
+def _evicted(server: RunningServer, responses: list[Json]) -> list[Any]:
+    return [server.http.get(f"/v1/cache/toy/{each['id']}").json().get("evicted") for each in responses]
 
 
 def test_responses_are_the_first_to_give_up_their_states(start_server: StartServer) -> None:
