@@ -103,7 +103,8 @@ async def list_all(request: Request) -> Json:
         "quota_bytes": quota.limit_of(whose) or None,
         "evictions": quota.evictions,
     }
-    return _listed(service, whose, None) | totals
+    kept = len(service.responses.of(whose))
+    return _listed(service, whose, None) | totals | {"responses": kept}
 
 
 @router.get("/{model}")

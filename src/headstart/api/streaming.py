@@ -59,15 +59,16 @@ def as_event(content: Any) -> bytes:
 
 
 class EventStream(Response):
-    """Sends events, those of one item in one write, comments while there is none for long, and [DONE]. An
+    """Sends events, those of one item in one write, comments while there is none for long, and `done`. An
     error after the start becomes an event with an `error` key. When the client leaves, `events` is closed."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], done: bytes = DONE) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self.events = events
+        self.done = done
         self._sending = asyncio.Lock()
         self._last_sent = 0.0
 
@@ -92,7 +93,7 @@ class EventStream(Response):
                     await self._write(send, event)
             except HeadstartError as error:
                 await self._write(send, as_event(errors.body(error)))
-        await send({"type": "http.response.body", "body": DONE, "more_body": False})
+        await send({"type": "http.response.body", "body": self.done, "more_body": False})
 
     async def _write(self, send: Send, data: bytes) -> None:
         async with self._sending:

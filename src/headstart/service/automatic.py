@@ -79,7 +79,7 @@ class Automatic:
         elif opening.restore and stats.cached_tokens >= unnamed.boundary:
             self.caching.count_hit(entry, unnamed.boundary, stats)
         elif (opening.miss or "restore_failed") not in KEEPS_STATE:
-            self.caching.rebuild(model, entry)
+            self.caching.heal(model, entry)
 
     def _count(self, model: ServedModel, unnamed: Unnamed) -> None:
         settings = self.settings

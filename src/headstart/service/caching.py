@@ -166,12 +166,14 @@ class Caching:
 
     async def edit(self, model: ServedModel, name: str, given: Mapping[str, Any]) -> Entry:
         """Changes the `given` ones of a cache's terms, and nothing else; waits for a build of it. Its time
-        begins anew where `ttl_seconds` is given. Raises CacheNotFound or StorageError."""
+        begins anew where `ttl_seconds` is given. Raises BadRequest, CacheNotFound or StorageError."""
         check_name(name, param="name")
         while True:
             if build := self._builds.get((model.shelf, name)):
                 await asyncio.wait([build])
             entry = self.store.find(model.shelf, name, param="name")
+            if entry.origin == "response" and "metadata" in given:
+                raise BadRequest("The metadata of a response can't be edited.", param="metadata")
             updated = self.store.clock() if "ttl_seconds" in given else entry.updated
             changed = replace(entry, terms=replace(entry.terms, **given), updated=updated)
             if amended := await self.store.amend(entry, changed):
@@ -210,6 +212,12 @@ class Caching:
             self.run((entry.shelf, entry.name), self._derive(build))
         else:
             self._start(build)
+
+    def heal(self, model: ServedModel, entry: Entry) -> None:
+        """Rebuilds what a request has missed. A response's state is not worth it: what goes on from it is
+        kept with a state of its own."""
+        if entry.origin != "response":
+            self.rebuild(model, entry)
 
     def derived(self, model: ServedModel, parts: Sequence[Entry], form: Form) -> Entry:
         """The cache composed of these, which has version 0 as long as it isn't built. Raises BadRequest."""
@@ -255,7 +263,10 @@ class Caching:
 
     def build_of(self, model: ServedModel, name: str) -> asyncio.Task[Entry] | None:
         """The running build of this name."""
-        return self._builds.get((model.shelf, name))
+        return self.build_at(model.shelf, name)
+
+    def build_at(self, shelf: str, name: str) -> asyncio.Task[Entry] | None:
+        return self._builds.get((shelf, name))
 
     def _start(self, build: Build) -> asyncio.Task[Entry]:
         return self.run((build.model.shelf, build.name), self.builder.build(build))

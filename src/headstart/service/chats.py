@@ -44,12 +44,12 @@ class Chat:
     def opening(self, known: Iterable[Entry]) -> Content:
         """Its longest opening that a cache would hold: that of one of the `known` caches, or its first system
         messages."""
-        held = (entry.messages for entry in known if self._begins_with(entry))
+        held = (entry.messages for entry in known if entry.messages and self.begins_with(entry.content))
         return Content(messages=max([_system(self.messages), *held], key=len), tools=self.tools)
 
-    def _begins_with(self, entry: Entry) -> bool:
-        n = len(entry.messages)
-        return n > 0 and self.messages[:n] == entry.messages and self.tools == entry.tools
+    def begins_with(self, cached: Content) -> bool:
+        opening = cached.opening
+        return self.messages[: len(opening)] == opening and self.tools == cached.tools
 
 
 def _system(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -97,7 +97,7 @@ class Generation:
     def _heal(self, prepared: Prepared, miss: MissReason | None) -> None:
         """Has a state that could not be used computed again, once the request itself has its first token."""
         if prepared.entry and miss and miss not in KEEPS_STATE:
-            self.caching.rebuild(prepared.model, prepared.entry)
+            self.caching.heal(prepared.model, prepared.entry)
 
 
 def _answering(prepared: Prepared, choice: int) -> Answering:

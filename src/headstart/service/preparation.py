@@ -37,7 +37,8 @@ class Options:
     every prompt token is evaluated, nothing is taken from a cache or an earlier request. `use_cache`: the
     caches to start from, in their order, or none. `save_as`: the name under which a chat is kept once it is
     answered; for `overwrite` see Saving. `explain`: the result is to say why it started from a cache or
-    didn't. `n`: how many answers. `variables`: what a chat's template is told besides."""
+    didn't. `n`: how many answers. `variables`: what a chat's template is told besides. `whole`: the chat has
+    in its messages what it shares with the cache."""
 
     max_tokens: int | None = None
     sampling: Sampling = field(default_factory=Sampling)
@@ -50,6 +51,7 @@ class Options:
     n: int = 1
     calling: Calling = field(default_factory=Calling)
     variables: Variables = field(default_factory=dict)
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Preparation:
             chat = replace(own, messages=self.automatic.with_default(messages))
             prepared = await self._chat_without_cache(model, chat, options)
         else:
-            entry, chat, tokens, opening = await self._chat_with_cache(model, own, options.use_cache)
+            entry, chat, tokens, opening = await self._chat_with_cache(model, own, options)
             prepared = self._prepared(model, tokens, options, entry, opening, "chat")
         prepared = await self._to_be_read(prepared, chat, options)
         if options.save_as is not None:
@@ -125,22 +127,20 @@ class Preparation:
         return begun, _cut(wanted, tokens)
 
     async def _chat_with_cache(
-        self, model: ServedModel, own: Chat, names: Sequence[str]
+        self, model: ServedModel, own: Chat, options: Options
     ) -> tuple[Entry, Chat, list[int], Opening]:
         opening = None
         while opening is None:
-            entry = await self._named(model, names, "chat")
-            chat = own.after(entry.content)
+            entry = await self._named(model, options.use_cache or (), "chat")
+            chat = own if options.whole else own.after(entry.content)
             tokens = await chat.tokens(model.prompts)
-            if chat.tools == entry.tools:
+            if chat.begins_with(entry.content):
                 opening = await self.caching.open(model, entry, "chat", tokens)
             else:
-                opening = await self._with_other_tools(model, chat, entry, tokens)
+                opening = await self._differing(model, chat, entry, tokens)
         return entry, chat, tokens, opening
 
-    async def _with_other_tools(
-        self, model: ServedModel, chat: Chat, entry: Entry, tokens: list[int]
-    ) -> Opening:
+    async def _differing(self, model: ServedModel, chat: Chat, entry: Entry, tokens: list[int]) -> Opening:
         """The cache is of another prompt then, which may begin alike."""
         model.check_fits(len(tokens), param="messages")
         _, opening = await self._chat_opening(model, chat, tokens)

@@ -19,6 +19,7 @@ from headstart.service.model import Say, ServedModel
 from headstart.service.models import Models
 from headstart.service.preparation import Preparation
 from headstart.service.quota import Quota
+from headstart.service.responses import Responses
 from headstart.service.routes import split
 from headstart.service.verifying import Verifier
 
@@ -41,6 +42,7 @@ class Service:
         self.declared = Declared(settings, self.caching, say)
         self.automatic = Automatic(settings, self.caching)
         self.conversations = Conversations(self.caching)
+        self.responses = Responses(settings, self.conversations, self.automatic, self.quota)
         self.grammars = Grammars()
         self.preparation = Preparation(self.caching, self.automatic, self.conversations, self.grammars)
         self.generation = Generation(self.caching, self.automatic, self.conversations)
@@ -59,6 +61,7 @@ class Service:
         await self.declared.close()
         await self.automatic.close()
         await self.conversations.close()
+        await self.responses.close()
         await self.caching.close()
         await self.grammars.close()
         await self.models.close()
