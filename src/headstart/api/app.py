@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from headstart import __version__
-from headstart.api import cache_files, caches, completions, errors, models, verify
+from headstart.api import cache_files, caches, completions, errors, messages, models, verify
 from headstart.api.keys import Keyring, Keys
 from headstart.api.middleware import Faults, JsonBodies, PlainPaths, RequestIds
 from headstart.api.routes import Routes
@@ -23,6 +23,6 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(Faults)
     app.add_middleware(RequestIds)
     errors.install(app)
-    for part in (completions, models, cache_files, caches, verify):
+    for part in (completions, messages, models, cache_files, caches, verify):
         app.include_router(part.router)
     return app

@@ -8,7 +8,7 @@ from itertools import takewhile
 from typing import Any
 
 from headstart.caches.entry import Content, Entry
-from headstart.prompt.prompts import Prompts, soon
+from headstart.prompt.prompts import UNFINISHED, Prompts, soon
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,40 @@ class Chat:
         """Its longest opening that a cache would hold: that of one of the `known` caches, or its first system
         messages."""
         held = (entry.messages for entry in known if self._begins_with(entry))
-        return Content(messages=max([_system(self.messages), *held], key=len), tools=self.tools)
+        return Content(messages=max([_system(self.messages), *held], key=_length), tools=self.tools)
+
+    def up_to(self, n_messages: int, n_characters: int) -> Content:
+        """Its first messages, of the last of them the first characters."""
+        *whole, last = self.messages[:n_messages]
+        if n_characters < len(last["content"]):
+            last = {**last, "content": last["content"][:n_characters], UNFINISHED: True}
+        return Content(messages=[*whole, last], tools=self.tools)
 
     def _begins_with(self, entry: Entry) -> bool:
         n = len(entry.messages)
-        return n > 0 and self.messages[:n] == entry.messages and self.tools == entry.tools
+        if not 0 < n <= len(self.messages) or self.tools != entry.tools:
+            return False
+        return self.messages[: n - 1] == entry.messages[:-1] and _begins(
+            self.messages[n - 1], entry.messages[-1]
+        )
 
 
 def _system(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(takewhile(lambda message: message["role"] == "system", messages))
+
+
+def _begins(message: dict[str, Any], opening: dict[str, Any]) -> bool:
+    if not opening.get(UNFINISHED):
+        return message == opening
+    same_role = message["role"] == opening["role"]
+    return same_role and bool(message["content"].startswith(opening["content"]))
+
+
+def _length(messages: Sequence[dict[str, Any]]) -> tuple[int, bool, int]:
+    """By which the longer of two openings of a chat is told."""
+    if not messages:
+        return 0, True, 0
+    return len(messages), not messages[-1].get(UNFINISHED), len(messages[-1]["content"])
 
 
 def _repeated(opening: list[dict[str, Any]], messages: list[dict[str, Any]]) -> int:

@@ -19,6 +19,7 @@ from headstart.service.composition import check_parts, text_of
 from headstart.service.conversations import Conversations, Saving
 from headstart.service.explanation import Closest, closest, longest_match, texts_of
 from headstart.service.heads import head_of
+from headstart.service.marks import Mark, Marked, Marks, Placed
 from headstart.service.model import ServedModel
 from headstart.service.opening import Opening
 from headstart.tokens import common_prefix
@@ -32,7 +33,7 @@ class Options:
     every prompt token is evaluated, nothing is taken from a cache or an earlier request. `use_cache`: the
     caches to start from, in their order, or none. `save_as`: the name under which a chat is kept once it is
     answered; for `overwrite` see Saving. `explain`: the result is to say why it started from a cache or
-    didn't. `n`: how many answers."""
+    didn't. `n`: how many answers. `marks`: up to where a chat is to be kept, if it names no cache."""
 
     max_tokens: int | None = None
     sampling: Sampling = field(default_factory=Sampling)
@@ -43,6 +44,7 @@ class Options:
     overwrite: bool | None = None
     explain: bool = False
     n: int = 1
+    marks: Sequence[Mark] = ()
 
 
 @dataclass(frozen=True)
@@ -62,16 +64,20 @@ class Prepared:
     explain: bool = False
     closest: Closest | None = None
     parser: Callable[[], Parser] = PlainText
+    marked: Marked | None = None
 
 
 class Preparation:
     """All of it raises BadRequest, CacheNotFound, CacheConflict, ContextLengthExceeded, StorageError or
     Unavailable."""
 
-    def __init__(self, caching: Caching, automatic: Automatic, conversations: Conversations) -> None:
+    def __init__(
+        self, caching: Caching, automatic: Automatic, conversations: Conversations, marks: Marks
+    ) -> None:
         self.caching = caching
         self.automatic = automatic
         self.conversations = conversations
+        self.marks = marks
 
     async def chat(
         self, model: ServedModel, messages: list[Json], options: Options, tools: list[Json] | None = None
@@ -81,7 +87,9 @@ class Preparation:
         own = Chat(messages, tools or [])
         if options.use_cache is None:
             chat = replace(own, messages=self.automatic.with_default(messages))
-            prepared = await self._chat_without_cache(model, chat, options)
+            added = len(chat.messages) - len(messages)
+            marks = [replace(mark, messages=mark.messages + added) for mark in options.marks]
+            prepared = await self._chat_without_cache(model, chat, replace(options, marks=marks))
         else:
             entry, chat, tokens, opening = await self._chat_with_cache(model, own, options.use_cache)
             prepared = self._prepared(model, tokens, options, entry, opening, "chat")
@@ -100,7 +108,30 @@ class Preparation:
         if options.reuse:
             unnamed = await self.automatic.look(model, begun, tokens, opening.boundary)
             opening = replace(opening, restore=unnamed.restore if unnamed else None)
-        return self._prepared(model, tokens, options, None, opening, "chat", unnamed)
+        places = await self.marks.place(model, chat, options.marks, tokens)
+        if not places:
+            return self._prepared(model, tokens, options, None, opening, "chat", unnamed)
+        return self._marked(model, tokens, options, opening, unnamed, places)
+
+    def _marked(
+        self,
+        model: ServedModel,
+        tokens: list[int],
+        options: Options,
+        opening: Opening,
+        unnamed: Unnamed | None,
+        places: Sequence[Placed],
+    ) -> Prepared:
+        """Cut at the longest mark, if no known cache is longer: what is kept is in memory then as it is."""
+        entry = unnamed.entry if unnamed else None
+        head, longest = None, places[-1].boundary
+        # A state that can't be cut helps only those that begin with all of it.
+        if longest > opening.boundary and (model.info.can_cut or not entry):
+            shared = opening.boundary if opening.restore else None
+            opening = Opening(longest, opening.restore, shared=shared)
+            head, unnamed = entry, None
+        prepared = self._prepared(model, tokens, options, None, opening, "chat", unnamed)
+        return replace(prepared, marked=Marked(places, head)) if options.reuse else prepared
 
     async def _chat_opening(
         self, model: ServedModel, chat: Chat, tokens: list[int]
@@ -133,6 +164,17 @@ class Preparation:
         _, opening = await self._chat_opening(model, chat, tokens)
         head = await head_of(self.caching.store, model, entry, "chat", tokens)
         return replace(opening, restore=head.restore, shared=head.shared, miss="prompt_differs")
+
+    async def count(
+        self, model: ServedModel, messages: list[Json], options: Options, tools: list[Json] | None = None
+    ) -> int:
+        """How many tokens the prompt of such a chat has."""
+        own = Chat(messages, tools or [])
+        if options.use_cache is None:
+            chat = replace(own, messages=self.automatic.with_default(messages))
+        else:
+            chat = own.after((await self._named(model, options.use_cache, "chat")).content)
+        return len(await chat.tokens(model.prompts))
 
     async def text(self, model: ServedModel, prompt: str, options: Options) -> Prepared:
         prompts = model.prompts

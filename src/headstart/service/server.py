@@ -14,6 +14,7 @@ from headstart.service.declared import Declared
 from headstart.service.files import Files
 from headstart.service.generation import Generation
 from headstart.service.lifecycle import Lifecycle
+from headstart.service.marks import Marks
 from headstart.service.model import Say, ServedModel
 from headstart.service.models import Models
 from headstart.service.preparation import Preparation
@@ -40,8 +41,10 @@ class Service:
         self.declared = Declared(settings, self.caching, say)
         self.automatic = Automatic(settings, self.caching)
         self.conversations = Conversations(self.caching)
-        self.preparation = Preparation(self.caching, self.automatic, self.conversations)
-        self.generation = Generation(self.caching, self.automatic, self.conversations)
+        self.marks = Marks(self.caching, self.automatic)
+        kept = (self.caching, self.automatic, self.conversations, self.marks)
+        self.preparation = Preparation(*kept)
+        self.generation = Generation(*kept)
         self.models = Models(
             settings, self.store, say, on_loaded=self.declared.start, is_building=self.caching.is_building_for
         )
@@ -55,6 +58,7 @@ class Service:
     async def close(self) -> None:
         await self.lifecycle.close()
         await self.declared.close()
+        await self.marks.close()
         await self.automatic.close()
         await self.conversations.close()
         await self.caching.close()
