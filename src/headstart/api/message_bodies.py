@@ -95,7 +95,9 @@ UserBlock = Annotated[TextBlock | ToolResultBlock | UnreadableBlock, Field(discr
 
 class UserTurn(Body):
     role: Literal["user"] = Field(description="Who says it.")
-    content: Utf8 | list[UserBlock] = Field(description="A text, or blocks of text and tools' results.")
+    content: Utf8 | Annotated[list[UserBlock], Field(min_length=1)] = Field(
+        description="A text, or blocks of text and tools' results."
+    )
 
     def add_to(self, turns: Turns) -> None:
         if isinstance(self.content, str):
@@ -197,7 +199,7 @@ class CountRequest(Body):
         many, or for an answer that is begun already."""
         if self.messages[-1].role == "assistant":
             raise BadRequest(
-                "The last message must be the user's: an answer can't be begun.", param="messages"
+                "The last message is the assistant's: this server can't continue an answer.", param="messages"
             )
         turns = Turns()
         tools = self.tools or []

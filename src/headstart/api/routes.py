@@ -36,14 +36,14 @@ class Routes:
         await self.app(scope, receive, send)
 
 
-class Addressing(Protocol):
-    """A body that names a model, and maybe caches."""
+class Addressed(Protocol):
+    """A body that names a model, and may name caches."""
 
     model: str
     use_cache: str | list[str] | None
 
 
-def addressed(request: Request, body: Addressing) -> ServedModel:
+def addressed(request: Request, body: Addressed) -> ServedModel:
     """The model that the body names, as the request's key sees it. Where the body names no cache itself, the
     one of its model's name is filled in, else the one of the route, else of the key. Raises ModelNotFound."""
     service: Service = request.app.state.service

@@ -64,8 +64,8 @@ def failed(error: HeadstartError) -> bytes:
 
 
 class EventStream(Response):
-    """Sends events, those of one item in one write, comments while there is none for long, and `end`. An
-    error after the start becomes an event, as `failed` writes it. When the client leaves, `events` is
+    """Sends events, those of one item in one write, comments while there is none for long, and `done`. An
+    error after the start becomes an event, which `failed` writes. When the client leaves, `events` is
     closed."""
 
     media_type = "text/event-stream"
@@ -73,14 +73,13 @@ class EventStream(Response):
     def __init__(
         self,
         events: AsyncGenerator[bytes, None],
-        *,
-        end: bytes = DONE,
+        done: bytes = DONE,
         failed: Callable[[HeadstartError], bytes] = failed,
     ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self.events = events
-        self.end = end
+        self.done = done
         self.failed = failed
         self._sending = asyncio.Lock()
         self._last_sent = 0.0
@@ -106,7 +105,7 @@ class EventStream(Response):
                     await self._write(send, event)
             except HeadstartError as error:
                 await self._write(send, self.failed(error))
-        await send({"type": "http.response.body", "body": self.end, "more_body": False})
+        await send({"type": "http.response.body", "body": self.done, "more_body": False})
 
     async def _write(self, send: Send, data: bytes) -> None:
         async with self._sending:

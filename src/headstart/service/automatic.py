@@ -105,8 +105,8 @@ class Automatic:
         """The cache of what chats begin with; `head` is one that it begins like. None where that can't be
         made, which is no error: nobody asked for it by name."""
         name = automatic_name(begun)
-        is_prompt = len(begun.messages) == 1 and not begun.tools
-        content = Content(begun.messages[0]["content"]) if is_prompt else begun
+        prompt = Content(begun.messages[0]["content"])
+        content = prompt if begun == Content(messages=prompt.opening) else begun
         async with self._turn:
             try:
                 entry = await self.caching.create(

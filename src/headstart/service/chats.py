@@ -37,23 +37,28 @@ class Chat:
     def opening(self, known: Iterable[Entry]) -> Content:
         """Its longest opening that a cache would hold: that of one of the `known` caches, or its first system
         messages."""
-        held = (entry.messages for entry in known if self._begins_with(entry))
-        return Content(messages=max([_system(self.messages), *held], key=_length), tools=self.tools)
+        system = Content(messages=_system(self.messages), tools=self.tools)
+        return max(system, self.held(known) or system, key=_length)
+
+    def held(self, known: Iterable[Entry]) -> Content | None:
+        """Its longest opening that one of the `known` caches has."""
+        openings = (Content(messages=entry.content.opening, tools=entry.tools) for entry in known)
+        return max(filter(self._begins_with, openings), key=_length, default=None)
 
     def up_to(self, n_messages: int, n_characters: int) -> Content:
-        """Its first messages, of the last of them the first characters."""
+        """Its first messages, of the last of them the first characters. But for a system prompt, which a
+        user's message follows, it is left open who goes on."""
         *whole, last = self.messages[:n_messages]
-        if n_characters < len(last["content"]):
+        if last["role"] != "system" or n_characters < len(last["content"]):
             last = {**last, "content": last["content"][:n_characters], UNFINISHED: True}
         return Content(messages=[*whole, last], tools=self.tools)
 
-    def _begins_with(self, entry: Entry) -> bool:
-        n = len(entry.messages)
-        if not 0 < n <= len(self.messages) or self.tools != entry.tools:
+    def _begins_with(self, opening: Content) -> bool:
+        n = len(opening.messages)
+        if not 0 < n <= len(self.messages) or self.tools != opening.tools:
             return False
-        return self.messages[: n - 1] == entry.messages[:-1] and _begins(
-            self.messages[n - 1], entry.messages[-1]
-        )
+        *whole, last = opening.messages
+        return self.messages[: n - 1] == whole and _begins(self.messages[n - 1], last)
 
 
 def _system(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -67,11 +72,12 @@ def _begins(message: dict[str, Any], opening: dict[str, Any]) -> bool:
     return same_role and bool(message["content"].startswith(opening["content"]))
 
 
-def _length(messages: Sequence[dict[str, Any]]) -> tuple[int, bool, int]:
+def _length(opening: Content) -> tuple[int, bool, int]:
     """By which the longer of two openings of a chat is told."""
-    if not messages:
+    if not opening.messages:
         return 0, True, 0
-    return len(messages), not messages[-1].get(UNFINISHED), len(messages[-1]["content"])
+    last = opening.messages[-1]
+    return len(opening.messages), not last.get(UNFINISHED), len(last["content"])
 
 
 def _repeated(opening: list[dict[str, Any]], messages: list[dict[str, Any]]) -> int:

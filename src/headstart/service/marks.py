@@ -37,11 +37,13 @@ class Mark:
 
 @dataclass(frozen=True)
 class Placed:
-    """A mark in a prompt: the state of its first `boundary` tokens is that of `content`."""
+    """A mark in a prompt: the state of its first `boundary` tokens is that of `content`. `is_new`: it isn't
+    kept yet."""
 
     content: Content
     boundary: int
     ttl_seconds: float
+    is_new: bool = True
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,11 @@ class Marked:
     head: Entry | None = None
 
     def written(self, cached_tokens: int) -> dict[float, int]:
-        """How many tokens, by the seconds they are kept, are written that were not there already."""
+        """How many of the tokens that had to be evaluated are written to new states, by the seconds these
+        are kept."""
         written: dict[float, int] = {}
         at = cached_tokens
-        for place in self.places:
+        for place in filter(lambda place: place.is_new, self.places):
             written[place.ttl_seconds] = written.get(place.ttl_seconds, 0) + max(place.boundary - at, 0)
             at = max(at, place.boundary)
         return written
@@ -88,7 +91,7 @@ class Marks:
             boundary = min(common_prefix(wanted, tokens), len(tokens) - 1)
             if self.automatic.is_worth_keeping(content, boundary):
                 longest = max(mark.ttl_seconds, found[boundary].ttl_seconds if boundary in found else 0)
-                found[boundary] = Placed(content, boundary, longest)
+                found[boundary] = Placed(content, boundary, longest, self._kept(model, content) is None)
         return [found[boundary] for boundary in sorted(found)]
 
     def answered(self, model: ServedModel, marked: Marked) -> None:

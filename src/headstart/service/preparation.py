@@ -103,44 +103,47 @@ class Preparation:
         """It may start from a cache with the same opening, though it names none."""
         tokens = await chat.tokens(model.prompts)
         model.check_fits(len(tokens), param="messages")
-        begun, opening = await self._chat_opening(model, chat, tokens)
-        unnamed = None
-        if options.reuse:
-            unnamed = await self.automatic.look(model, begun, tokens, opening.boundary)
-            opening = replace(opening, restore=unnamed.restore if unnamed else None)
         places = await self.marks.place(model, chat, options.marks, tokens)
-        if not places:
-            return self._prepared(model, tokens, options, None, opening, "chat", unnamed)
-        return self._marked(model, tokens, options, opening, unnamed, places)
-
-    def _marked(
-        self,
-        model: ServedModel,
-        tokens: list[int],
-        options: Options,
-        opening: Opening,
-        unnamed: Unnamed | None,
-        places: Sequence[Placed],
-    ) -> Prepared:
-        """Cut at the longest mark, if no known cache is longer: what is kept is in memory then as it is."""
-        entry = unnamed.entry if unnamed else None
-        head, longest = None, places[-1].boundary
-        # A state that can't be cut helps only those that begin with all of it.
-        if longest > opening.boundary and (model.info.can_cut or not entry):
-            shared = opening.boundary if opening.restore else None
-            opening = Opening(longest, opening.restore, shared=shared)
-            head, unnamed = entry, None
+        begun, opening = await self._chat_opening(model, chat, tokens, places)
+        if not options.reuse:
+            return self._prepared(model, tokens, options, None, opening, "chat")
+        unnamed = await self.automatic.look(model, begun, tokens, opening.boundary)
+        opening = replace(opening, restore=unnamed.restore if unnamed else None)
+        head = None
+        if unnamed and unnamed.entry is None:
+            head, opening = await self._from_shorter(model, chat, tokens, opening)
+            # What is marked isn't counted, but kept at once.
+            unnamed = None if begun in [place.content for place in places] else unnamed
         prepared = self._prepared(model, tokens, options, None, opening, "chat", unnamed)
-        return replace(prepared, marked=Marked(places, head)) if options.reuse else prepared
+        return replace(prepared, marked=Marked(places, head)) if places else prepared
 
     async def _chat_opening(
-        self, model: ServedModel, chat: Chat, tokens: list[int]
+        self, model: ServedModel, chat: Chat, tokens: list[int], places: Sequence[Placed] = ()
     ) -> tuple[Content, Opening]:
-        """The longest opening of the chat that a cache has or could have, and the cut at its end."""
-        begun = chat.opening(self.caching.shelves.known(model, "chat"))
+        """The longest opening of the chat that a cache has or could have, or is to have, and the cut at its
+        end."""
+        known = list(self.caching.shelves.known(model, "chat"))
+        last = places[-1] if places else None
+        # Where there are marks, they take the place of the system prompt.
+        begun = (chat.held(known) or last.content) if last else chat.opening(known)
         prompts = model.prompts
         wanted = await soon(lambda most: prompts.chat_opening(begun.messages, most, begun.tools))
-        return begun, _cut(wanted, tokens)
+        opening = _cut(wanted, tokens)
+        # A state that can't be cut helps only those that begin with all of it.
+        if last and last.boundary > opening.boundary and model.info.can_cut:
+            return last.content, Opening(last.boundary)
+        return begun, opening
+
+    async def _from_shorter(
+        self, model: ServedModel, chat: Chat, tokens: list[int], opening: Opening
+    ) -> tuple[Entry | None, Opening]:
+        """Where the opening has no cache: the longest one that it begins like, and how to start from that."""
+        held = chat.held(self.caching.shelves.known(model, "chat"))
+        found = await self.caching.unnamed(model, held, tokens) if held else None
+        if found is None or found[1].restore is None:
+            return None, opening
+        entry, start = found
+        return entry, replace(opening, restore=start.restore, shared=start.boundary)
 
     async def _chat_with_cache(
         self, model: ServedModel, own: Chat, names: Sequence[str]
