@@ -42,12 +42,11 @@ def assistant(text: str) -> Any:
 def ask(server: RunningServer, *turns: Any, system: Any = None, **more: Any) -> Any:
     """One greedy message."""
     body = {"temperature": 0, **more.pop("extra_body", {})}
+    given: Any = {"model": "toy", "max_tokens": 12, "messages": list(turns), "extra_body": body, **more}
     if system:
-        more["system"] = system
+        given["system"] = system
     with Anthropic(base_url=server.url, api_key="none", max_retries=0) as client:
-        return client.messages.create(
-            **{"model": "toy", "max_tokens": 12, "messages": list(turns), "extra_body": body} | more
-        )
+        return client.messages.create(**given)
 
 
 def text_of(message: Any) -> str:
