@@ -12,6 +12,7 @@ from headstart.api import (
     completions,
     embeddings,
     errors,
+    messages,
     models,
     responses,
     tokens,
@@ -47,6 +48,6 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(RequestIds)
     errors.install(app)
     reference.install(app)
-    for part in (completions, responses, embeddings, tokens, models, cache_files, caches, verify):
+    for part in (completions, responses, messages, embeddings, tokens, models, cache_files, caches, verify):
         app.include_router(part.router)
     return app

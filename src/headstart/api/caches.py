@@ -173,7 +173,7 @@ def _described(service: Service, entry: Entry) -> Json:
         "evicted": entry.evicted,
         "created": iso_time(entry.created),
         "updated": iso_time(entry.updated),
-        **shown(entry),
+        **shown(entry, service.store.index.ends(entry)),
         "build_ms": round(entry.build_ms, 1),
         "hits": usage.hits,
         "last_used": iso_time(usage.last_used),

@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, StringConstraints, Tag
 
-from headstart.api.schemas import Body, StopString, Utf8
+from headstart.api.schemas import Body, StopString
+from headstart.api.text import Utf8
 from headstart.api.tools import Tool
 from headstart.errors import BadRequest
 from headstart.messages import Sampling

@@ -162,12 +162,9 @@ class Entry(Struct, frozen=True):
 
     @property
     def expires(self) -> float | None:
-        """When it ends, in seconds since 1970; None: never."""
+        """When it ends unless it is used, in seconds since 1970; None: never."""
         ttl = self.terms.ttl_seconds
         return None if ttl is None else self.updated + ttl
-
-    def is_over(self, now: float) -> bool:
-        return self.expires is not None and self.expires <= now
 
     @property
     def cost_ms(self) -> float:

@@ -70,6 +70,10 @@ class Caching:
         answer's end."""
         self.store.used(entry, min(stats.cached_tokens, boundary), stats.restore_ms)
 
+    def touch(self, entry: Entry) -> None:
+        """Notes a use that is no hit."""
+        self.store.index.touch(entry.shelf, entry.name, self.store.clock())
+
     def is_building_for(self, model: str) -> bool:
         """Whether a cache of the model is being built."""
         return any(shelf.partition("@")[0] == model for shelf, _ in self._builds)
@@ -114,9 +118,10 @@ class Caching:
         origin: Origin = "client",
         overwrite: bool = True,
         on_progress: OnProgress | None = None,
+        head: Entry | None = None,
     ) -> Entry:
         """Computes and stores the states of `content`, in all forms unless some are named; version 1 of the
-        entry means that the name was new. Without `terms` it keeps those that it had.
+        entry means that the name was new. Without `terms` it keeps those that it had. `head` is as in Build.
 
         Callers that ask for the same at the same time get the result of one build; when the last of them is
         cancelled, so is the build. Raises BadRequest, CacheConflict (also while something else is built under
@@ -137,7 +142,9 @@ class Caching:
         version = previous.version + 1 if previous else 1
         wanted = content.forms if forms is None else forms
         joint = Joint(asked)
-        build = Build(model, name, content, wanted, version, kept, origin, previous, on_progress=joint.tell)
+        build = Build(
+            model, name, content, wanted, version, kept, origin, previous, on_progress=joint.tell, head=head
+        )
         joint.task = self._start(build)
         self._joints[model.shelf, name] = joint
         return await joint.join(on_progress)
