@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field
 
 from headstart.api.schemas import MOST_ANSWERS, GenerationRequest
@@ -56,11 +58,9 @@ class CompletionRequest(GenerationRequest):
         return texts
 
     def _prompts(self) -> list[str | list[int]]:
-        match self.prompt:
-            case str() | [int(), *_]:
-                return [self.prompt]  # type: ignore[list-item]
-            case prompts:
-                return [*prompts]  # type: ignore[list-item]
+        prompt: Any = self.prompt
+        is_one = isinstance(prompt, str) or (prompt and isinstance(prompt[0], int))
+        return [prompt] if is_one else list(prompt)
 
 
 def _text(prompt: str | list[int], suffix: str | None) -> Text:
