@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from headstart.api.text import Utf8
 from headstart.errors import BadRequest
@@ -34,34 +34,28 @@ class JsonSchema(Part):
     strict: bool | None = Field(None, description="Makes no difference: the schema is always enforced.")
 
 
-class Text(Part):
-    type: Literal["text"]
+class ResponseFormat(Part):
+    type: Literal["text", "json_object", "json_schema", "regex", "lark"]
+    json_schema: JsonSchema | None = None
+    schema_: Schema | None = Field(None, alias="schema", description="With `json_object`.")
+    regex: Written | None = None
+    lark: Written | None = None
 
+    @model_validator(mode="after")
+    def _has_what_its_type_names(self) -> ResponseFormat:
+        if self.type in ("json_schema", "regex", "lark") and getattr(self, self.type) is None:
+            raise ValueError(f"{self.type} is missing")
+        return self
 
-class JsonObject(Part):
-    type: Literal["json_object"]
-    schema_: Schema | None = Field(None, alias="schema")
-
-
-class JsonOfSchema(Part):
-    type: Literal["json_schema"]
-    json_schema: JsonSchema
-
-
-class Regex(Part):
-    type: Literal["regex"]
-    regex: Written
-
-
-class Lark(Part):
-    type: Literal["lark"]
-    lark: Written
-
-
-ResponseFormat = Annotated[
-    Text | JsonObject | JsonOfSchema | Regex | Lark,
-    Field(discriminator="type"),
-]
+    def grammars(self, param: str) -> Iterator[str]:
+        if self.type == "json_object":
+            yield json_grammar(self.schema_ or OBJECT, param)
+        elif self.type == "json_schema" and self.json_schema:
+            yield json_grammar(self.json_schema.schema_, param)
+        elif self.type == "regex" and self.regex:
+            yield regex_grammar(self.regex)
+        elif self.type == "lark" and self.lark:
+            yield lark_grammar(self.lark)
 
 
 class StructuredOutputs(Part):
@@ -110,22 +104,10 @@ class StructuredRequest(BaseModel):
 
     def _wanted(self) -> Iterator[Wanted]:
         if self.response_format is not None:
-            for grammar in _of_format(self.response_format, "response_format"):
+            for grammar in self.response_format.grammars("response_format"):
                 yield Wanted(grammar, "response_format")
         if self.written_grammar is not None:
             yield Wanted(written_grammar(self.written_grammar, "grammar"), "grammar")
         if self.structured_outputs is not None:
             for grammar in self.structured_outputs.grammars("structured_outputs"):
                 yield Wanted(grammar, "structured_outputs")
-
-
-def _of_format(wanted: Text | JsonObject | JsonOfSchema | Regex | Lark, param: str) -> Iterator[str]:
-    match wanted:
-        case JsonObject(schema_=schema):
-            yield json_grammar(OBJECT if schema is None else schema, param)
-        case JsonOfSchema(json_schema=described):
-            yield json_grammar(described.schema_, param)
-        case Regex(regex=regex):
-            yield regex_grammar(regex)
-        case Lark(lark=lark):
-            yield lark_grammar(lark)

@@ -50,7 +50,7 @@ class Checker:
         try:
             Matcher(compiled(self.tokenizer, grammar), END + 1).allowed()
         except GrammarError as error:
-            return str(error)
+            return error.fault
         return reason("\n".join(messages))
 
 

@@ -24,7 +24,11 @@ Tokens = np.ndarray[Any, np.dtype[np.intp]]
 
 
 class GrammarError(Exception):
-    """A grammar can't be compiled, or asks for more than a step may take."""
+    """A grammar can't be compiled, or asks for more than a step may take. `fault`: why."""
+
+    def __init__(self, fault: str) -> None:
+        super().__init__(f"The grammar of the answer can't be followed: {fault}")
+        self.fault = fault
 
 
 class Matcher:
@@ -76,7 +80,10 @@ class Grammars:
 
     def compile(self, grammar: str) -> Matcher:
         """A matcher for an answer that has not begun. Raises GrammarError."""
-        self._tokenizer = self._tokenizer or self._make_tokenizer()
+        try:
+            self._tokenizer = self._tokenizer or self._make_tokenizer()
+        except (ValueError, OverflowError) as error:
+            raise GrammarError(f"this model's vocabulary is not fit for grammars: {error}") from error
         return Matcher(compiled(self._tokenizer, grammar), self._tokenizer.vocab_size)
 
 

@@ -85,7 +85,7 @@ class Engine:
         self.reader.finish()
         for sequence, fault in self.compiler.finish():
             if self.scheduler.find(sequence.request.id) is sequence:
-                self._refuse(sequence, fault)
+                self._fail(sequence, fault, "grammar")
         for action in self.scheduler.admit():
             self._act(action)
         for action in self.scheduler.relieve():
@@ -204,7 +204,7 @@ class Engine:
                 sequence.sampler = self.model.sampler(request.sampling, request.tokens, sequence.matcher)
             token = self.model.sample(row, sequence.sampler)
         except GrammarError as error:
-            self._refuse(sequence, str(error))
+            self._fail(sequence, str(error), "grammar")
             return
         sequence.first_token = sequence.first_token or monotonic()
         if self.model.is_end(token):
@@ -251,19 +251,13 @@ class Engine:
         self.events.append(Finished(sequence.request.id, reason, self._stats(sequence)))
         self._release(sequence)
 
-    def _fail(self, sequence: Sequence, message: str) -> None:
-        self.events.append(Failed(sequence.request.id, "engine", message))
+    def _fail(self, sequence: Sequence, message: str, kind: FailureKind = "engine") -> None:
+        self.events.append(Failed(sequence.request.id, kind, message))
         slot = sequence.slot
         self._release(sequence)
         if slot:
             self.model.clear(slot.id)
             slot.hold([], 0, 0)
-
-    def _refuse(self, sequence: Sequence, fault: str) -> None:
-        """What its slot holds is sound."""
-        message = f"The grammar of the answer can't be followed: {fault}"
-        self.events.append(Failed(sequence.request.id, "grammar", message))
-        self._release(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         self.scheduler.remove(sequence)

@@ -45,10 +45,12 @@ def json_rule(schema: Schema, param: str) -> str:
 
 def _text(schema: Schema, param: str) -> str:
     try:
-        return json.dumps({**schema, "x-guidance": JSON}, allow_nan=False)
+        text = json.dumps({**schema, "x-guidance": JSON}, allow_nan=False, ensure_ascii=False)
+        text.encode()
+        return text
     except (ValueError, RecursionError):
         raise BadRequest(
-            f"{param} has a schema that is no JSON, or nested too deeply.", param=param
+            f"{param} has a schema that is no JSON, or is nested too deeply.", param=param
         ) from None
 
 
