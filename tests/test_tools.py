@@ -106,7 +106,7 @@ def test_tools_come_in_a_system_message_of_their_own_where_there_is_none() -> No
 @pytest.mark.parametrize("template", ["fold", "nosystem"])
 def test_tools_are_folded_into_the_user_message_where_the_template_takes_no_system_one(template: str) -> None:
     call = {"function": {"name": "sound_horn", "arguments": {}}}
-    turns = [
+    turns: list[Json] = [
         QUESTION,
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "content": "Toot"},
