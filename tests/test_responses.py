@@ -396,7 +396,7 @@ def test_a_response_that_fails_under_way_ends_its_stream_with_failed(start_serve
 def test_what_a_parser_finds_in_an_answer_become_items() -> None:
     """No model here calls functions by itself, so the deltas are made up."""
     writer = Writer({})
-    deltas = [
+    deltas: list[Delta | Ended] = [
         Delta(0, reasoning="Hm"),
         Delta(0, reasoning="m."),
         Delta(0, text="Let me look."),
@@ -416,8 +416,8 @@ def test_what_a_parser_finds_in_an_answer_become_items() -> None:
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     state: Any = ResponseStreamState(input_tools=omit, text_format=omit)
     for event in events:
-        typed: Any = construct_type_unchecked(type_=ResponseStreamEvent, value=event)
-        seen = state.handle_event(typed)
+        kind: Any = ResponseStreamEvent
+        seen = state.handle_event(construct_type_unchecked(type_=kind, value=event))
     body = events[-1]["response"]
     assert seen[-1].response.output_text == "Let me look."
     assert [(item["type"], item["status"]) for item in body["output"]] == [
