@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from headstart import machine
 from headstart.engine.model import ModelError
 from headstart.messages import Sampling
 
@@ -73,21 +73,28 @@ def _with_cpus(options: RuntimeOptions) -> RuntimeOptions:
         return replace(options, cpus=options.cpus or options.cpu_mask.bit_count())
     if options.cpus:
         return replace(options, cpu_mask=_last_cpus(options.cpus))
-    if machine.all_cpus() == 2 * BIG_CORES:
+    if _cpus() == 2 * BIG_CORES:
         return replace(options, cpus=BIG_CORES, cpu_mask=BIG_CORES_MASK)
-    cpus = min(machine.all_cpus(), BIG_CORES)
+    cpus = min(_cpus(), BIG_CORES)
     return replace(options, cpus=cpus, cpu_mask=_last_cpus(cpus))
 
 
 def _last_cpus(n: int) -> int:
     """On Rockchip's chips the fast cores have the highest numbers."""
-    return ((1 << n) - 1) << max(machine.all_cpus() - n, 0)
+    return ((1 << n) - 1) << max(_cpus() - n, 0)
 
 
 def _check_cpus(options: RuntimeOptions) -> None:
-    if options.cpu_mask < 0 or options.cpu_mask >> machine.all_cpus():
+    if options.cpu_mask < 0 or options.cpu_mask >> _cpus():
         raise ModelError(
-            f"CPU mask {options.cpu_mask:#x} names CPUs that aren't there: this machine has {machine.all_cpus()}"
+            f"CPU mask {options.cpu_mask:#x} names CPUs that aren't there: this machine has {_cpus()}"
         )
     if options.cpu_mask.bit_count() != options.cpus:
-        raise ModelError(f"CPU mask {options.cpu_mask:#x} doesn't name {options.cpus} CPUs; set one of the two")
+        raise ModelError(
+            f"CPU mask {options.cpu_mask:#x} doesn't name {options.cpus} CPUs; set one of the two"
+        )
+
+
+def _cpus() -> int:
+    """All there are; the runtime pins its threads to CPUs by number, whatever this process may run on."""
+    return os.cpu_count() or 1
