@@ -7,8 +7,23 @@ beside the structures and checked when this module is loaded.
 
 from __future__ import annotations
 
-from ctypes import CFUNCTYPE, POINTER, Structure, Union, c_bool, c_char, c_char_p, c_float, c_int, c_int8
-from ctypes import c_int32, c_size_t, c_uint8, c_uint32, c_void_p
+from ctypes import (
+    CFUNCTYPE,
+    POINTER,
+    Structure,
+    Union,
+    c_bool,
+    c_char,
+    c_char_p,
+    c_float,
+    c_int,
+    c_int8,
+    c_int32,
+    c_size_t,
+    c_uint8,
+    c_uint32,
+    c_void_p,
+)
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any

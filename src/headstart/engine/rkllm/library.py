@@ -42,9 +42,7 @@ class Library:
     def __init__(self, path: str, layout: Layout) -> None:
         self.layout = layout
         self._functions = opened(path)
-        missing = [
-            name for name in (*SYMBOLS, *layout.symbols) if not hasattr(self._functions, name)
-        ]
+        missing = [name for name in (*SYMBOLS, *layout.symbols) if not hasattr(self._functions, name)]
         if missing:
             raise ModelError(f"{path} has no {', '.join(missing)}: it isn't RKLLM {layout.abi}")
         self._declare()

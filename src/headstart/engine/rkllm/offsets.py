@@ -1,10 +1,17 @@
-"""Where the fields of the runtime's structures are, from its headers: for LP64, so aarch64 and x86-64 alike."""
+"""Where the fields of the runtime's structures are, by its headers; aarch64 and x86-64 are alike."""
 
 from __future__ import annotations
 
 from ctypes import Structure, sizeof
 
-from headstart.engine.rkllm.layouts import LAYOUTS, Callbacks, Layout, PerfStat, PromptCacheParam, SamplingParam
+from headstart.engine.rkllm.layouts import (
+    LAYOUTS,
+    Callbacks,
+    Layout,
+    PerfStat,
+    PromptCacheParam,
+    SamplingParam,
+)
 
 Table = dict[str, int]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from headstart.engine.model import ModelError
@@ -18,8 +18,8 @@ BIG_CORES, BIG_CORES_MASK = 4, 0xF0
 
 @dataclass(frozen=True)
 class RuntimeOptions:
-    """`library`: a path, or a name that the dynamic linker finds. `abi`: one of `layouts.ABIS`; "": found out.
-    `n_ctx`: tokens a run may have in all. `max_new_tokens`: the most that a run generates, before 1.3.0.
+    """`library`: a path, or a name to be looked for where libraries are. `abi`: a release whose layout is to be
+    taken; "": it is found out. `n_ctx`: tokens a run may have in all. `max_new_tokens`: the most that a run generates, before 1.3.0.
     `sampling`: in force for all runs before 1.3.0. `cpus` and `cpu_mask`: how many and which CPUs the runtime
     may use beside the NPU; 0: by the machine. `embed_flash`: embeddings are read from the file as they are
     needed instead of being held in memory. `log_level`: 0, 1 or 2; None: what RKLLM_LOG_LEVEL says."""
@@ -28,7 +28,7 @@ class RuntimeOptions:
     abi: str = ""
     n_ctx: int = 4096
     max_new_tokens: int = 4096
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     cpus: int = 0
     cpu_mask: int = 0
     embed_flash: bool = True
@@ -59,7 +59,7 @@ def _check_lengths(options: RuntimeOptions) -> None:
     n_ctx = options.n_ctx
     if not 0 < n_ctx <= MAX_CONTEXT or n_ctx % CONTEXT_STEP:
         raise ModelError(
-            f"a context of {n_ctx} tokens: the NPU runtime takes multiples of {CONTEXT_STEP} up to {MAX_CONTEXT}"
+            f"a context of {n_ctx} tokens: it must be a multiple of {CONTEXT_STEP}, at most {MAX_CONTEXT}"
         )
     if not 0 < options.max_new_tokens <= n_ctx:
         raise ModelError(
