@@ -1,6 +1,7 @@
 """Model folders as users have them: `model.rkllm`, and the tokenizer files of the model it was made from.
 
-The tokenizer is the one that the stand-in runtime has: bytes, merged greedily from the left, and control tokens.
+The tokenizer is the one that the stand-in runtime has: bytes, merged greedily from the left, and control
+tokens.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What crosses the socket between the server and a model's worker process: one page, all frozen.
 
-The engine speaks token ids and paths; text never crosses. A request is one `Submit`, answered by any number
+The engine speaks token ids and paths; text crosses only for an engine whose runtime takes nothing else. A request is one `Submit`, answered by any number
 of `Progress` and `Token` events and exactly one terminal event, `Finished` or `Failed`, also after `Cancel`.
 """
 
@@ -41,6 +41,34 @@ class Tuning(Struct, frozen=True):
         return next((tried for tried in self.ranking if allowed.allows(tried)), None)
 
 
+class Sampling(Struct, frozen=True):
+    """Sampling parameters of one request; `temperature` 0 is greedy. Penalties look back over the last
+    `repeat_last_n` tokens, the prompt's included, as in llama.cpp. `seed` None: a fresh one each time."""
+
+    temperature: float = 0.8
+    top_p: float = 0.95
+    top_k: int = 40
+    min_p: float = 0.05
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repeat_penalty: float = 1.0
+    repeat_last_n: int = 64
+    seed: int | None = None
+
+
+class RkllmSettings(Struct, frozen=True):
+    """What only the NPU's runtime knows. `abi` "", `cpus` and `cpu_mask` 0, `log_level` None: found out, or by
+    the machine. `sampling`: in force for all requests where the runtime can't have it for each."""
+
+    library: str = ""
+    abi: str = ""
+    cpus: int = 0
+    cpu_mask: int = 0
+    embed_flash: bool = True
+    log_level: int | None = None
+    sampling: Sampling = Sampling()
+
+
 class EngineSettings(Struct, frozen=True):
     """How a worker runs its model. For `slots` and `ctx` (tokens a slot) 0 means: by the model and the
     machine. `share_from`: how many tokens sequences must have in common to be run in the pool; 0: never.
@@ -62,21 +90,7 @@ class EngineSettings(Struct, frozen=True):
     tuning: Tuning | None = None
     conversions: str = ""
     within_memory: bool = False
-
-
-class Sampling(Struct, frozen=True):
-    """Sampling parameters of one request; `temperature` 0 is greedy. Penalties look back over the last
-    `repeat_last_n` tokens, the prompt's included, as in llama.cpp. `seed` None: a fresh one each time."""
-
-    temperature: float = 0.8
-    top_p: float = 0.95
-    top_k: int = 40
-    min_p: float = 0.05
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repeat_penalty: float = 1.0
-    repeat_last_n: int = 64
-    seed: int | None = None
+    rkllm: RkllmSettings = RkllmSettings()
 
 
 class StateRef(Struct, frozen=True):
@@ -113,6 +127,8 @@ class Submit(Struct, frozen=True, tag=True):
 
     `owner`: for whom it is. What was computed for another is shared for the first `public` tokens only, which
     everybody may know to have been computed.
+
+    `text`: what `tokens` were made from, where `ModelInfo.takes_text` says that the engine needs it.
     """
 
     id: int
@@ -126,6 +142,7 @@ class Submit(Struct, frozen=True, tag=True):
     reuse: bool = True
     owner: str = ""
     public: int = 0
+    text: str = ""
 
 
 class Cancel(Struct, frozen=True, tag=True):
@@ -145,7 +162,12 @@ class ModelInfo(Struct, frozen=True):
     that can be evaluated at once, of several sequences.
 
     A state of n tokens takes at most `state_bytes` + n * `state_token_bytes` bytes; 0 for both: that isn't
-    known."""
+    known.
+
+    Of an engine whose runtime does more by itself: `takes_text`: prompts are given to it as text, too.
+    `state_files`: each state is a file that the runtime writes and reads alone. `counts_reuse`: it says what
+    it evaluated; else nobody can tell whether a state was used. `lacks`: parameters of requests that it
+    doesn't have. `sampling`: the same for all requests; None: each has its own."""
 
     n_ctx: int
     slots: int
@@ -156,6 +178,11 @@ class ModelInfo(Struct, frozen=True):
     step_tokens: int = 64
     state_bytes: int = 0
     state_token_bytes: int = 0
+    takes_text: bool = False
+    state_files: bool = False
+    counts_reuse: bool = True
+    lacks: list[str] = []
+    sampling: Sampling | None = None
 
 
 class Ready(Struct, frozen=True, tag=True):

@@ -87,16 +87,16 @@ class HfTokenizer:
         tokens = self.encode(probe)
         if not tokens or self.encode(self.text(tokens)) != tokens:
             raise StartupError(
-                f"{path} can't be used: its tokens can't be turned back into their text, which the NPU runtime "
-                "has to be given."
+                f"{path} can't be used: its tokens can't be turned back into their text, which the NPU's "
+                "runtime has to be given."
             )
 
 
 def _backend(path: Path) -> Backend:
     if not path.is_file():
         raise StartupError(
-            f"There is no {path}. A model for the NPU needs the tokenizer.json and tokenizer_config.json of the "
-            "model that it was converted from, in the folder it is in."
+            f"There is no {path}. A model for the NPU needs the tokenizer.json and tokenizer_config.json of "
+            "the model that it was converted from, in the folder it is in."
         )
     try:
         backend = Backend.from_file(str(path))

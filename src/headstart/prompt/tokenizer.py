@@ -47,7 +47,7 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(path: str) -> Tokenizer:
-    """Raises StartupError for a file that is not a GGUF model, or for one of the NPU's without a tokenizer."""
+    """Raises StartupError for a file that is not a GGUF model, or one of the NPU's without a tokenizer."""
     if ToySpec.matches(path):
         return ToyTokenizer(path)
     if is_rkllm(path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from time import time
@@ -107,6 +107,10 @@ class ServedModel:
     @property
     def fingerprint(self) -> Fingerprint:
         return Fingerprint(self._weights, self.info.engine, self.info.settings, self.prompts.template_hash)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """What an engine that takes text is to be given for these tokens; "" for others."""
+        return self.prompts.tokenizer.text(tokens) if self.info.takes_text else ""
 
     def check_fits(self, n_tokens: int, *, param: str) -> None:
         """Raises ContextLengthExceeded unless a prompt of `n_tokens` leaves room for an answer."""
