@@ -24,4 +24,6 @@ def sampling_fields(sampling: Sampling) -> dict[str, float]:
         "frequency_penalty": sampling.frequency_penalty,
         "presence_penalty": sampling.presence_penalty,
         "mirostat": 0,
+        "mirostat_tau": 5.0,
+        "mirostat_eta": 0.1,
     }
