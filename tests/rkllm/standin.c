@@ -235,8 +235,8 @@ static void evaluate(Handle *handle, int32_t token, double ms) {
 static int check_sampling(const RKLLMSamplingParam *s) {
     REQUIRE(s->top_k >= 1 && s->top_k <= 100000, "top_k is out of range");
     REQUIRE(s->top_p > 0 && s->top_p <= 1, "top_p is out of range");
-    REQUIRE(s->temperature > 0 && s->temperature <= 5, "temperature is out of range");
-    REQUIRE(s->repeat_penalty >= 0.1f && s->repeat_penalty <= 5, "repeat_penalty is out of range");
+    REQUIRE(s->temperature > 0 && s->temperature <= 2, "temperature is out of range");
+    REQUIRE(s->repeat_penalty >= 1 && s->repeat_penalty <= 5, "repeat_penalty is out of range");
     REQUIRE(s->frequency_penalty >= -2 && s->frequency_penalty <= 2, "frequency_penalty is out of range");
     REQUIRE(s->presence_penalty >= -2 && s->presence_penalty <= 2, "presence_penalty is out of range");
     REQUIRE(s->mirostat >= 0 && s->mirostat <= 2, "mirostat is out of range");

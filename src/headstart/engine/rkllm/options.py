@@ -18,11 +18,12 @@ BIG_CORES, BIG_CORES_MASK = 4, 0xF0
 
 @dataclass(frozen=True)
 class RuntimeOptions:
-    """`library`: a path, or a name to be looked for where libraries are. `abi`: a release whose layout is taken;
-    "": it is found out. `n_ctx`: tokens a run may have in all. `max_new_tokens`: the most that a run generates,
-    and `sampling`: in force for all runs, both before 1.3.0. `cpus` and `cpu_mask`: how many and which CPUs the
-    runtime may use beside the NPU; 0: by the machine. `embed_flash`: embeddings are read from the file as they
-    are needed instead of being held in memory. `log_level`: 0, 1 or 2; None: what RKLLM_LOG_LEVEL says."""
+    """`library`: a path, or a name to be looked for where libraries are. `abi`: a release whose layout is
+    taken; "": it is found out. `n_ctx`: tokens a run may have in all. `max_new_tokens`: the most that a run
+    generates, and `sampling`: in force for all runs, both before 1.3.0. `cpus` and `cpu_mask`: how many and
+    which CPUs the runtime may use beside the NPU; 0: by the machine. `embed_flash`: embeddings are read
+    from the file as they are needed instead of being held in memory. `log_level`: 0, 1 or 2; None: what
+    RKLLM_LOG_LEVEL says."""
 
     library: str = LIBRARY
     abi: str = ""
