@@ -1,7 +1,8 @@
 """What crosses the socket between the server and a model's worker process: one page, all frozen.
 
-The engine speaks token ids and paths; text crosses only for an engine whose runtime takes nothing else. A request is one `Submit`, answered by any number
-of `Progress` and `Token` events and exactly one terminal event, `Finished` or `Failed`, also after `Cancel`.
+The engine speaks token ids and paths; text crosses only for one whose runtime takes nothing else. A request
+is one `Submit`, answered by any number of `Progress` and `Token` events and exactly one terminal event,
+`Finished` or `Failed`, also after `Cancel`.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ class Sampling(Struct, frozen=True):
 
 
 class RkllmSettings(Struct, frozen=True):
-    """What only the NPU's runtime knows. `abi` "", `cpus` and `cpu_mask` 0, `log_level` None: found out, or by
-    the machine. `sampling`: in force for all requests where the runtime can't have it for each."""
+    """What only the NPU's runtime knows. `library` and `abi` "", `cpus` and `cpu_mask` 0, `log_level` None:
+    found out, or by the machine. `sampling`: for all requests, where the runtime can't have it for each."""
 
     library: str = ""
     abi: str = ""

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from headstart.api.asked import asked
 from headstart.api.tools import Tool, ToolCall
 from headstart.caches.entry import FORMS, Content, Form
 from headstart.errors import BadRequest
@@ -76,6 +77,7 @@ class GenerationRequest(Body):
             use_cache=self.names,
             reuse=self.cache_prompt,
             explain=self.explain_cache,
+            given=asked(self),
         )
 
     @property

@@ -30,9 +30,10 @@ MissReason = Literal[
     "form_not_built",
     "prompt_differs",
     "cache_prompt_false",
+    "not_counted",
 ]
 KEEPS_STATE: frozenset[MissReason] = frozenset(
-    {"too_short", "form_not_built", "prompt_differs", "cache_prompt_false"}
+    {"too_short", "form_not_built", "prompt_differs", "cache_prompt_false", "not_counted"}
 )
 
 # What a setting is called where its name isn't clear, and what it is where it isn't named.

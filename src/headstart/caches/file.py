@@ -165,7 +165,7 @@ def _forms(header: Mapping[str, Any], start: int) -> dict[Form, StoredForm]:
     for name, tensor in header.items():
         form, _, kind = name.partition(".")
         if kind == "tokens" and form in beside:
-            forms[form] = StoredForm(tensor["shape"][0], 0, beside[form], beside=True)  # type: ignore[index]
+            forms[form] = StoredForm(tensor["shape"][0], 0, beside[form], beside=True)
         elif kind == "tokens":
             state = header[f"{form}.state"]["data_offsets"]
             forms[form] = StoredForm(  # type: ignore[index]

@@ -214,8 +214,8 @@ class Store:
 
     @contextmanager
     def scratch(self, shelf: str) -> Iterator[Path]:
-        """A new empty file beside the shelf's caches, gone at the end, with states beside it, unless it was put
-        in its place. Raises StorageError, also for OSError from within."""
+        """A new empty file beside the shelf's caches, gone at the end with its states, unless it was put in
+        its place. Raises StorageError, also for OSError from within."""
         path = self.directory / shelf / f"{SCRATCH}{uuid.uuid4().hex}"
         with storage_errors(f"the cache directory {self.directory}"):
             path.parent.mkdir(mode=0o700, exist_ok=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from headstart.caches import beside, file
+from headstart.caches.beside import CACHE_SUFFIX
 from headstart.caches.entry import Entry
 from headstart.caches.file import Corrupt
-from headstart.caches.beside import CACHE_SUFFIX
 from headstart.caches.store import SCRATCH
 
 ASIDE = ".damaged"

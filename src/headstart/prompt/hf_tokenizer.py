@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tokenizers import Tokenizer as Backend
 
@@ -35,9 +36,10 @@ class HfTokenizer:
         added = self.backend.get_added_tokens_decoder()
         self.added = {id_: token.content for id_, token in added.items()}
         self.hidden = {id_ for id_, token in added.items() if token.special}
-        self.ends = frozenset(self.hidden)
+        self.ends: AbstractSet[int] = self.hidden
         self.pieces = dict(self._pieces())
-        # Whether text gets a space put before it, at its start and perhaps after each special token.
+        # Whether a space is put before text: before the first only, or before each that follows a token.
+        self.prefixes: Literal["", "first", "each"] = ""
         self.prefixes = self._prefixes()
         strips = any(token.lstrip or token.rstrip for token in added.values())
         self.specials = [] if strips or self.prefixes else list(self.added.values())
@@ -55,7 +57,7 @@ class HfTokenizer:
     def text(self, tokens: Sequence[int]) -> str:
         """The text that these are the tokens of."""
         parts = bytearray()
-        prefixed = self.prefixes
+        prefixed = bool(self.prefixes)
         for token in tokens:
             part = self.written(token)
             parts += part.removeprefix(b" ") if prefixed and part[:1] == b" " else part
@@ -71,7 +73,7 @@ class HfTokenizer:
             else:
                 yield id_, _bytes_of(text) if by_bytes else _spaced(text)
 
-    def _prefixes(self) -> str:
+    def _prefixes(self) -> Literal["", "first", "each"]:
         if not self._begins_with_space("a"):
             return ""
         marks = [text for id_, text in self.added.items() if id_ in self.hidden]

@@ -11,6 +11,7 @@ from headstart.caches.entry import Content, Entry, Form
 from headstart.errors import BadRequest
 from headstart.messages import Sampling, Submit
 from headstart.prompt.prompts import soon
+from headstart.service import capabilities
 from headstart.service.automatic import Automatic, Unnamed
 from headstart.service.caching import Caching
 from headstart.service.chats import Chat
@@ -31,7 +32,7 @@ class Options:
     every prompt token is evaluated, nothing is taken from a cache or an earlier request. `use_cache`: the
     caches to start from, in their order, or none. `save_as`: the name under which a chat is kept once it is
     answered; for `overwrite` see Saving. `explain`: the result is to say why it started from a cache or
-    didn't."""
+    didn't. `given`: the names of the parameters by which it asks for something."""
 
     max_tokens: int | None = None
     sampling: Sampling = field(default_factory=Sampling)
@@ -41,12 +42,13 @@ class Options:
     save_as: str | None = None
     overwrite: bool | None = None
     explain: bool = False
+    given: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
 class Prepared:
     """A request ready for the engine. `names`: the caches it names, of which `entry` is made. `unnamed`: what
-    it begins with, where it is a chat that names none."""
+    it begins with, where it is a chat that names none. `warning`: how it is answered otherwise than asked."""
 
     model: ServedModel
     submit: Submit
@@ -59,6 +61,7 @@ class Prepared:
     matched: int = 0
     explain: bool = False
     closest: Closest | None = None
+    warning: str = ""
 
 
 class Preparation:
@@ -175,6 +178,7 @@ class Preparation:
         unnamed: Unnamed | None = None,
     ) -> Prepared:
         begun = entry or (unnamed and unnamed.entry)
+        warning = self._check_parameters(model, options)
         param = "messages" if form == "chat" else "prompt"
         if not tokens:
             raise BadRequest("The prompt is empty.", param=param)
@@ -198,7 +202,17 @@ class Preparation:
         remembered = self.caching.store.remembered(model.shelf, form)
         matched = opening.boundary if entry else longest_match(remembered, tokens)
         names = options.use_cache or ()
-        return Prepared(model, submit, options.stop, entry, opening, names, unnamed, matched=matched)
+        return Prepared(
+            model, submit, options.stop, entry, opening, names, unnamed, matched=matched, warning=warning
+        )
+
+    def _check_parameters(self, model: ServedModel, options: Options) -> str:
+        """What has to be said about them. Raises BadRequest for those that the engine doesn't have."""
+        capabilities.check(model, options.given)
+        names = capabilities.overridden(model.info, options.sampling, options.given)
+        if names and model.settings.rkllm_other_sampling == "refuse":
+            raise capabilities.refusal(model, names)
+        return capabilities.warning(model.info, names) if names else ""
 
     async def _explaining(self, prepared: Prepared, form: Form, texts: Sequence[str]) -> Prepared:
         """The same request, whose result will say why it started from a cache or didn't."""
