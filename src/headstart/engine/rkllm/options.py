@@ -11,6 +11,7 @@ from headstart.messages import Sampling
 
 MAX_CONTEXT = 16384
 CONTEXT_STEP = 32
+MAX_CPUS = 8
 LIBRARY = "librkllmrt.so"
 # The four fast cores of an RK3588, of eight.
 BIG_CORES, BIG_CORES_MASK = 4, 0xF0
@@ -72,8 +73,10 @@ def _with_cpus(options: RuntimeOptions) -> RuntimeOptions:
     """One of the two follows from the other; neither set, it is the fast cores where they are known to be."""
     if options.cpu_mask:
         return replace(options, cpus=options.cpus or options.cpu_mask.bit_count())
-    if options.cpus:
+    if options.cpus > 0:
         return replace(options, cpu_mask=_last_cpus(options.cpus))
+    if options.cpus < 0:
+        return options
     if _cpus() == 2 * BIG_CORES:
         return replace(options, cpus=BIG_CORES, cpu_mask=BIG_CORES_MASK)
     cpus = min(_cpus(), BIG_CORES)
@@ -86,6 +89,8 @@ def _last_cpus(n: int) -> int:
 
 
 def _check_cpus(options: RuntimeOptions) -> None:
+    if not 0 < options.cpus <= MAX_CPUS:
+        raise ModelError(f"{options.cpus} CPUs for the NPU runtime: it must be from 1 to {MAX_CPUS}")
     if options.cpu_mask < 0 or options.cpu_mask >> _cpus():
         raise ModelError(
             f"CPU mask {options.cpu_mask:#x} names CPUs that aren't there: this machine has {_cpus()}"

@@ -144,6 +144,7 @@ class Runtime:
         try:
             self._library.run(self._opened(), input_, infer, running.number)
             if not running.finished.wait(FINISH_SECONDS):
+                self._handle = None
                 raise RuntimeLost("the NPU runtime has returned from a run without finishing it")
         finally:
             self._running = None
