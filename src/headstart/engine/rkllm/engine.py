@@ -24,8 +24,8 @@ from msgspec.structs import replace
 from headstart.engine import state_file
 from headstart.engine.model import ModelError
 from headstart.engine.rkllm import written
+from headstart.engine.rkllm.info import info_of
 from headstart.engine.rkllm.runtime import Runtime, RuntimeLost
-from headstart.engine.rkllm.sampling import UNSUPPORTED
 from headstart.engine.rkllm.turn import Turn
 from headstart.messages import (
     Cancel,
@@ -34,7 +34,6 @@ from headstart.messages import (
     FailureKind,
     Finished,
     FinishReason,
-    ModelInfo,
     Progress,
     RequestEvent,
     StateRef,
@@ -45,11 +44,6 @@ from headstart.tokens import common_prefix
 
 log = logging.getLogger(__name__)
 
-LACKS = [
-    *UNSUPPORTED,
-    *("n", "best_of", "logprobs", "top_logprobs", "logit_bias"),
-    *("response_format", "tool_choice", "grammar", "ignore_eos"),
-]
 LOST_STATUS = 70
 
 
@@ -62,7 +56,7 @@ class RkllmEngine:
         self._opened = opened
         self._wake = wake
         self._runtime: Runtime | None = opened()
-        self.info = _info(self._runtime)
+        self.info = info_of(self._runtime)
         self._waiting: deque[Turn] = deque()
         self._running: Turn | None = None
         self._told: SimpleQueue[RequestEvent] = SimpleQueue()
@@ -288,19 +282,3 @@ def _check_identity(state: StateRef) -> None:
     stat = Path(state.path).lstat()
     if (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) != state.identity:
         raise OSError("another file than the one that was verified")
-
-
-def _info(runtime: Runtime) -> ModelInfo:
-    options = runtime.options
-    return ModelInfo(
-        n_ctx=options.n_ctx,
-        slots=1,
-        can_cut=True,
-        engine=f"rkllm {runtime.version} ({runtime.abi})",
-        settings={"ctx": str(options.n_ctx)},
-        takes_text=True,
-        state_files=True,
-        counts_reuse=runtime.has_perf,
-        lacks=LACKS,
-        sampling=None if runtime.per_request_sampling else options.sampling,
-    )
