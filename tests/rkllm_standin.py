@@ -4,9 +4,13 @@ Headstart speaks to the runtime; it has no model and no NPU."""
 from __future__ import annotations
 
 import functools
+import os
+import re
 import subprocess
 import tempfile
 from pathlib import Path
+
+from headstart.toyspec import CONTROL, MERGES, N_BYTES
 
 SOURCE = Path(__file__).parent / "rkllm" / "standin.c"
 # A release of each layout, and what its sources call the layout.
@@ -37,12 +41,24 @@ def command(compiler: str, layout: int, version: str, target: Path) -> list[str]
     ]
 
 
+PIECES = {text.encode(): id_ for text, id_ in CONTROL.items()}
+PIECES |= {merge: N_BYTES + i for i, merge in enumerate(MERGES)}
+LONGEST_FIRST = re.compile(b"|".join(map(re.escape, sorted(PIECES, key=len, reverse=True))) + rb"|[\s\S]")
+
+
+def standin_tokens(text: str) -> list[int]:
+    """What it makes of a prompt."""
+    return [PIECES.get(piece, piece[0]) for piece in LONGEST_FIRST.findall(text.encode())]
+
+
 @functools.cache
 def standin(version: str, layout: int | None = None) -> str:
     """The path of a library that says it is `version`, and is it unless `layout` is another's."""
     target = Path(BUILT.name) / f"{version}-{layout}" / "librkllmrt.so"
     target.parent.mkdir()
-    subprocess.run(command("cc", layout or RELEASES[version], version, target), check=True)
+    subprocess.run(
+        command(os.environ.get("CC", "cc"), layout or RELEASES[version], version, target), check=True
+    )
     return str(target)
 
 

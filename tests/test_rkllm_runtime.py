@@ -21,8 +21,7 @@ from headstart.engine.rkllm.options import RuntimeOptions, checked
 from headstart.engine.rkllm.running import Run
 from headstart.engine.rkllm.runtime import Runtime, RuntimeLost
 from headstart.messages import Sampling
-from headstart.prompt.tokenizer import ToyTokenizer
-from rkllm_standin import RELEASES, standin, standin_model
+from rkllm_standin import RELEASES, standin, standin_model, standin_tokens
 
 GREEDY = Sampling(temperature=0)
 SYSTEM = "<|im_start|>system\nThe thing is to be brief, whatever others are doing.<|im_end|>\n"
@@ -92,10 +91,6 @@ class Asked:
         return self.on_token(token, text)
 
 
-def tokens_of(text: str) -> list[int]:
-    return ToyTokenizer("toy:").encode(text, first=False)
-
-
 def saved_tokens(path: Path) -> list[int]:
     data = path.read_bytes()
     (n,) = struct.unpack_from("<I", data, 8)
@@ -115,7 +110,7 @@ def test_a_run_tells_its_tokens_from_another_thread_and_what_it_counted(start: S
     assert asked.threads != {threading.get_ident()}
     assert (asked.run.outcome, asked.run.tokens) == ("length", 10)
     if runtime.has_perf:
-        assert asked.run.prefill_tokens == len(tokens_of(SYSTEM + QUESTION))
+        assert asked.run.prefill_tokens == len(standin_tokens(SYSTEM + QUESTION))
         assert (asked.run.generated_tokens, asked.run.memory_mb) == (10, 123.5)
     else:
         assert asked.run == Run("length", 10)
@@ -124,7 +119,7 @@ def test_a_run_tells_its_tokens_from_another_thread_and_what_it_counted(start: S
 def test_the_prompt_is_not_wrapped_by_the_models_template(start: Start, tmp_path: Path) -> None:
     runtime = start()
     path = save(runtime, SYSTEM, tmp_path / "saved")
-    expected = tokens_of(SYSTEM)
+    expected = standin_tokens(SYSTEM)
     assert saved_tokens(path)[: len(expected)] == expected
 
 
@@ -140,7 +135,7 @@ def test_the_end_token_may_be_told_of_too(start: Start, switch: Switch) -> None:
     silent = Asked(runtime, "Hello", max_new_tokens=100).tokens
     switch("eos=shown")
     told = Asked(runtime, "Hello", max_new_tokens=100).tokens
-    assert told == [*silent, *tokens_of("<|im_end|>")]
+    assert told == [*silent, *standin_tokens("<|im_end|>")]
 
 
 def test_a_shorter_answer_than_was_set_at_the_start_is_ended_here(start: Start) -> None:
@@ -217,9 +212,9 @@ def test_an_abort_during_the_prefill_ends_it_once_that_is_done(
     timer.join()
     assert asked.run.outcome == "aborted"
     assert asked.tokens == []
-    assert time.monotonic() - started < 0.9 + 0.004 * len(tokens_of(SYSTEM))
+    assert time.monotonic() - started < 0.9 + 0.004 * len(standin_tokens(SYSTEM))
     if runtime.has_perf:
-        assert asked.run.prefill_tokens == len(tokens_of(SYSTEM))
+        assert asked.run.prefill_tokens == len(standin_tokens(SYSTEM))
 
 
 def test_an_abort_when_nothing_runs_changes_nothing(start: Start) -> None:
@@ -298,7 +293,7 @@ def test_the_last_runs_prefix_is_reused_and_with_history_kept_nothing_is(start: 
     appended = Asked(runtime, SYSTEM + QUESTION, keep_history=1)
     assert appended.text != cold.text
     if runtime.has_perf:
-        n = len(tokens_of(SYSTEM + QUESTION))
+        n = len(standin_tokens(SYSTEM + QUESTION))
         runs = (cold, warm, cleared, appended)
         assert [asked.run.prefill_tokens for asked in runs] == [n, 1, n, n]
 
@@ -313,7 +308,7 @@ def test_a_saved_cache_is_used_by_another_process_and_changes_nothing(start: Sta
     warm = Asked(runtime, SYSTEM + QUESTION)
     assert warm.text == cold.text
     if runtime.has_perf:
-        assert warm.run.prefill_tokens == len(tokens_of(QUESTION))
+        assert warm.run.prefill_tokens == len(standin_tokens(QUESTION))
 
 
 def test_switching_between_two_caches_works_again_and_again(start: Start, tmp_path: Path) -> None:
@@ -328,7 +323,7 @@ def test_switching_between_two_caches_works_again_and_again(start: Start, tmp_pa
             asked = Asked(runtime, opening + QUESTION)
             assert asked.text == text
             if runtime.has_perf:
-                assert asked.run.prefill_tokens == len(tokens_of(QUESTION))
+                assert asked.run.prefill_tokens == len(standin_tokens(QUESTION))
     runtime.release_cache()
     runtime.release_cache()
 
