@@ -1,5 +1,5 @@
-"""The engine's contract on the NPU's runtime, as far as it applies, with a stand-in for each of its layouts. It
-proves the protocol, not the NPU."""
+"""The engine's contract on the NPU's runtime, as far as it applies, with a stand-in for each of its layouts.
+It proves the protocol, not the NPU."""
 
 from __future__ import annotations
 

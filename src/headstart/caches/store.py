@@ -181,17 +181,17 @@ class Store:
     async def verified(self, entry: Entry, form: Form) -> VerifiedState:
         """Checks the files' hashes unless these very files were checked before. Raises Corrupt, also when one
         is gone."""
-        path = self.path(entry.shelf, entry.name)
+        path, key = self.path(entry.shelf, entry.name), (entry.shelf, entry.name)
+        if self._checked.get(key, identities(path, entry)) is None:
+            await self.check(entry)
         files = identities(path, entry)
-        if files[None] != entry.identity:
-            raise Corrupt(f"{path} is not the file it was")
-        tokens = self._checked.get((entry.shelf, entry.name), files)
-        if tokens is None:
-            tokens = await self.check(entry)
+        tokens = self._checked.get(key, files)
+        if tokens is None or files[None] != entry.identity:
+            raise Corrupt(f"{path} or its state is not the file it was")
         stored = entry.forms[form]
         place = beside.state_path(path, form) if stored.beside else path
-        # That a file which was checked is there no more, or another, is for the engine to see.
-        identity = files[form if stored.beside else None] or entry.identity
+        identity = files[form if stored.beside else None]
+        assert identity is not None
         ref = StateRef(str(place), stored.state_offset, stored.state_bytes, stored.n_tokens, identity)
         return VerifiedState(tokens[form], ref)
 

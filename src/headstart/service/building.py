@@ -63,9 +63,10 @@ class Builder:
         has changed but for what was evicted."""
         model = build.model
         wanted: dict[Form, list[int]] = {}
+        param = "prompt" if build.content.prompt else "messages"
         for form in build.forms:
             if tokens := await opening_tokens(model, form, build.content):
-                model.check_fits(len(tokens) + 1, param="prompt" if build.content.prompt else "messages")
+                model.check_fits(len(tokens) + 1, param=param)
                 wanted[form] = tokens
         progress = _Sum(sum(map(len, wanted.values())), build.on_progress)
         stats: dict[Form, Stats] = {}
@@ -83,7 +84,8 @@ class Builder:
                 head = await head_of(self.store, model, build.head, form, tokens)
                 place, offset = writer.place(form)
                 save_to = SaveTo(str(place), offset)
-                stats[form] = await self._compute(model, tokens, head, save_to, progress)
+                text = model.text(tokens, param=param)
+                stats[form] = await self._compute(model, tokens, head, save_to, text, progress)
                 writer.wrote(form, stats[form].saved_bytes, stats[form].saved_blake3)
             # Where the size was not known before, or wrong.
             await room.hold(writer.size)
@@ -105,7 +107,7 @@ class Builder:
         return Part(tokens, Path(state.ref.path), state.ref.offset, state.ref.nbytes)
 
     async def _compute(
-        self, model: ServedModel, tokens: list[int], head: Head, save_to: SaveTo, progress: _Sum
+        self, model: ServedModel, tokens: list[int], head: Head, save_to: SaveTo, text: str, progress: _Sum
     ) -> Stats:
         request = Submit(
             id=0,
@@ -115,7 +117,7 @@ class Builder:
             shared=head.shared,
             save_to=save_to,
             owner=model.owner,
-            text=model.text(tokens),
+            text=text,
         )
         with model.engine.submit(request) as running:
             async for event in running:

@@ -195,7 +195,7 @@ class Preparation:
             reuse=options.reuse,
             owner=model.owner,
             public=opening.boundary if begun and not begun.owner else 0,
-            text=model.text(tokens),
+            text=model.text(tokens, param=param),
         )
         if not options.reuse:
             opening = Opening(opening.boundary, miss="cache_prompt_false")
