@@ -131,6 +131,10 @@ def doctor(
         typer.Option("--yes", help="Take what measuring prefers, whatever caches were computed with."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    npu_checks: Annotated[
+        str | None,
+        typer.Option("--npu-checks", metavar="MODEL", help="Try an NPU model, and print a report to send."),
+    ] = None,
 ) -> None:
     """Show what a server with these settings would do here, and what is wrong.
 
@@ -154,6 +158,9 @@ def doctor(
     }
     try:
         settings = load_settings(config, **flags)
+        if npu_checks:
+            _check_npu(npu_checks, settings)
+            return
         if measure:
             measure_again(settings, lambda text: errors.print(text, markup=False), agree=yes)
         report = examine(settings, flags)
@@ -161,6 +168,16 @@ def doctor(
         raise failed(error) from error
     (show_json if as_json else show)(report)
     if report.problems:
+        raise typer.Exit(1)
+
+
+def _check_npu(model: str, settings: Settings) -> None:
+    from headstart.cli.doctor import show_json
+    from headstart.service.npu_checks import check_npu
+
+    checks = check_npu(model, settings, lambda text: errors.print(text, markup=False))
+    show_json(checks)
+    if checks.failed:
         raise typer.Exit(1)
 
 

@@ -220,6 +220,11 @@ class Runtime:
         self._library.load_cache(self._opened(), str(Path(path).absolute()))
         self._cache_loaded = True
 
+    def trust_abort(self) -> None:
+        """Whatever the last run was, a state is to be loaded without loading the model again: to find out
+        whether that crashes here."""
+        self._aborted_early = False
+
     def _load_again(self) -> None:
         self.close()
         self._load()
