@@ -51,3 +51,28 @@ class Arithmetic(Struct, frozen=True):
 
 
 DEFAULT = Arithmetic(flash_attention=False, weights="file")
+
+
+class Tuning(Struct, frozen=True):
+    """What was measured of a model on a machine; milliseconds. One call of llama_decode, of `n` tokens after
+    which a sequence holds `d`, takes pass_ms + n * (token_ms + d * attend_ms).
+
+    `ubatch`: the smallest power of two from 16 to 256 whose prefill throughput is within 5 % of the best.
+    `share_from`: tokens of a common prefix from which a unified cache decodes 4 sequences faster than
+    streams; 0: never. `ranking`: all that was tried, the best first; `arithmetic`, with which all other
+    figures were taken, is the first of them that was allowed. `measured`: the figures behind the choices, for
+    people."""
+
+    arithmetic: Arithmetic
+    threads: int
+    ubatch: int
+    pass_ms: float
+    token_ms: float
+    attend_ms: float
+    share_from: int
+    ranking: list[Arithmetic]
+    measured: dict[str, float]
+
+    def best(self, allowed: Arithmetic) -> Arithmetic | None:
+        """What measuring would choose; None where nothing that is allowed was tried."""
+        return next((tried for tried in self.ranking if allowed.allows(tried)), None)

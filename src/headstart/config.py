@@ -20,7 +20,7 @@ from pydantic_settings import (
 from headstart.arithmetic import Weights
 from headstart.errors import StartupError
 from headstart.folder import models_in
-from headstart.tables import ApiKey, DeclaredCache, check_names, check_route
+from headstart.tables import ApiKey, DeclaredCache, FixedSampling, check_names, check_route
 
 Origin = Literal["flag", "environment", "file", "default"]
 DEFAULT_MODEL = "smollm2"
@@ -33,7 +33,7 @@ class Settings(BaseSettings):
     port: int = Field(8080, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     models: dict[str, str] = Field(
         default_factory=dict,
-        description="Model names and their GGUF files; empty means the embedded smollm2.",
+        description="Model names and their GGUF or .rkllm files; empty means the embedded smollm2.",
     )
     models_dir: Path | None = Field(None, description="A folder whose *.gguf files are models, too.")
     preload: Literal["first", "all", "none"] = Field(
@@ -89,6 +89,25 @@ class Settings(BaseSettings):
     )
     max_step_ms: float = Field(
         300, gt=0, description="Longest time a step may take for prompt tokens while other streams run."
+    )
+    rkllm_library: str = Field("", description="Path of librkllmrt.so; empty: where libraries are.")
+    rkllm_abi: str = Field("", description="Its release, where it can't be found out: 1.2.0 to 1.3.0.")
+    rkllm_cpus: int = Field(0, ge=0, description="CPUs it uses beside the NPU; 0: the fast ones, at most 4.")
+    rkllm_cpu_mask: int = Field(
+        0, ge=0, lt=1 << 32, description="Which ones, a bit for each; 0: the last; 240 on an RK3588."
+    )
+    rkllm_embed_flash: bool = Field(
+        True, description="Read embeddings from the model file when needed instead of keeping them in memory."
+    )
+    rkllm_log_level: int | None = Field(
+        None, ge=0, le=2, description="How much it logs; unset: as RKLLM_LOG_LEVEL says."
+    )
+    rkllm_sampling: FixedSampling = Field(
+        default_factory=FixedSampling,
+        description="Sampling where requests can't have their own (before 1.3.0).",
+    )
+    rkllm_other_sampling: Literal["warn", "refuse"] = Field(
+        "warn", description="What becomes of requests that ask for another: a warning in the answer, or 400."
     )
     max_waiting: int = Field(64, ge=0, description="Requests that may wait for a slot; more get 503.")
     max_body_mb: float = Field(16, gt=0, description="Largest request body; more gets 413.")

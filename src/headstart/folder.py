@@ -6,10 +6,17 @@ import re
 from pathlib import Path
 
 SUFFIX = ".gguf"
+# Models that Rockchip's NPU runtime runs.
+RKLLM_SUFFIX = ".rkllm"
 # A model may have several files, of which the first leads to the others.
 PART = re.compile(r"-(\d{5})-of-\d{5}$")
 # Files that are read beside a model's.
 PROJECTOR = "mmproj"
+
+
+def is_rkllm(path: str) -> bool:
+    """Whether the NPU's runtime is what runs the model."""
+    return path.endswith(RKLLM_SUFFIX)
 
 
 def models_in(folder: Path) -> dict[str, str]:

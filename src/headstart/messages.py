@@ -1,8 +1,9 @@
 """What crosses the socket between the server and a model's worker process: one page, all frozen.
 
-The engine speaks token ids and paths; text never crosses. A request is one `Submit`, answered by any number
-of `Progress` and `Token` events and exactly one terminal event, `Finished` or `Failed`, also after `Cancel`;
-or one `Embed`, answered by `Vector` events and `Embedded` or `Failed`.
+The engine speaks token ids and paths; text crosses only for one whose runtime takes nothing else. A request
+is one `Submit`, answered by any number of `Progress` and `Token` events and exactly one terminal event,
+`Finished` or `Failed`, also after `Cancel`; or one `Embed`, answered by `Vector` events and `Embedded` or
+`Failed`.
 """
 
 from __future__ import annotations
@@ -11,58 +12,10 @@ from typing import Literal
 
 from msgspec import Struct
 
-from headstart.arithmetic import Arithmetic
+from headstart.arithmetic import Arithmetic, Tuning
 
 FinishReason = Literal["stop", "length", "saved", "cancelled"]
 Source = Literal["none", "slot", "file"]
-
-
-class Tuning(Struct, frozen=True):
-    """What was measured of a model on a machine; milliseconds. One call of llama_decode, of `n` tokens after
-    which a sequence holds `d`, takes pass_ms + n * (token_ms + d * attend_ms).
-
-    `ubatch`: the smallest power of two from 16 to 256 whose prefill throughput is within 5 % of the best.
-    `share_from`: tokens of a common prefix from which a unified cache decodes 4 sequences faster than
-    streams; 0: never. `ranking`: all that was tried, the best first; `arithmetic`, with which all other
-    figures were taken, is the first of them that was allowed. `measured`: the figures behind the choices, for
-    people."""
-
-    arithmetic: Arithmetic
-    threads: int
-    ubatch: int
-    pass_ms: float
-    token_ms: float
-    attend_ms: float
-    share_from: int
-    ranking: list[Arithmetic]
-    measured: dict[str, float]
-
-    def best(self, allowed: Arithmetic) -> Arithmetic | None:
-        """What measuring would choose; None where nothing that is allowed was tried."""
-        return next((tried for tried in self.ranking if allowed.allows(tried)), None)
-
-
-class EngineSettings(Struct, frozen=True):
-    """How a worker runs its model. For `slots` and `ctx` (tokens a slot) 0 means: by the model and the
-    machine. `share_from`: how many tokens sequences must have in common to be run in the pool; 0: never.
-
-    For `threads` and `prefill_chunk` 0, for the others None means: by `tuning`. Where there is none, the
-    worker measures if `tune` says so; else, or if measuring fails, it takes defaults. `conversions`: the
-    directory of converted weights and how the names of this model's begin; "": there can be none.
-    `within_memory`: loading fails rather than take more memory than is available."""
-
-    path: str
-    slots: int
-    ctx: int
-    threads: int = 0
-    prefill_chunk: int = 0
-    arithmetic: Arithmetic = Arithmetic()
-    max_step_ms: float = 300
-    share_from: int | None = None
-    tune: bool = False
-    tuning: Tuning | None = None
-    conversions: str = ""
-    within_memory: bool = False
 
 
 class Sampling(Struct, frozen=True):
@@ -86,6 +39,43 @@ class Sampling(Struct, frozen=True):
     ignore_eos: bool = False
     logprobs: int | None = None
     grammar: str = ""
+
+
+class RkllmSettings(Struct, frozen=True):
+    """What only the NPU's runtime knows. `library` and `abi` "", `cpus` and `cpu_mask` 0, `log_level` None:
+    found out, or by the machine. `sampling`: for all requests, where the runtime can't have it for each."""
+
+    library: str = ""
+    abi: str = ""
+    cpus: int = 0
+    cpu_mask: int = 0
+    embed_flash: bool = True
+    log_level: int | None = None
+    sampling: Sampling = Sampling()
+
+
+class EngineSettings(Struct, frozen=True):
+    """How a worker runs its model. For `slots` and `ctx` (tokens a slot) 0 means: by the model and the
+    machine. `share_from`: how many tokens sequences must have in common to be run in the pool; 0: never.
+
+    For `threads` and `prefill_chunk` 0, for the others None means: by `tuning`. Where there is none, the
+    worker measures if `tune` says so; else, or if measuring fails, it takes defaults. `conversions`: the
+    directory of converted weights and how the names of this model's begin; "": there can be none.
+    `within_memory`: loading fails rather than take more memory than is available."""
+
+    path: str
+    slots: int
+    ctx: int
+    threads: int = 0
+    prefill_chunk: int = 0
+    arithmetic: Arithmetic = Arithmetic()
+    max_step_ms: float = 300
+    share_from: int | None = None
+    tune: bool = False
+    tuning: Tuning | None = None
+    conversions: str = ""
+    within_memory: bool = False
+    rkllm: RkllmSettings = RkllmSettings()
 
 
 class StateRef(Struct, frozen=True):
@@ -126,6 +116,8 @@ class Submit(Struct, frozen=True, tag=True):
 
     `owner`: for whom it is. What was computed for another is shared for the first `public` tokens only, which
     everybody may know to have been computed.
+
+    `text`: what `tokens` were made from, where `ModelInfo.takes_text` says that the engine needs it.
     """
 
     id: int
@@ -140,6 +132,7 @@ class Submit(Struct, frozen=True, tag=True):
     owner: str = ""
     public: int = 0
     n: int = 1
+    text: str = ""
 
 
 class Embed(Struct, frozen=True, tag=True):
@@ -169,7 +162,12 @@ class ModelInfo(Struct, frozen=True):
     known.
 
     `generates`: false for a model that only makes embeddings. These have `embedding_size` numbers; 0: there
-    are none. `embedding_tokens`: how many tokens may be embedded as one."""
+    are none. `embedding_tokens`: how many tokens may be embedded as one.
+
+    Of an engine whose runtime does more by itself: `takes_text`: prompts are given to it as text, too.
+    `state_files`: each state is a file that the runtime writes and reads alone. `counts_reuse`: it says what
+    it evaluated; else nobody can tell whether a state was used. `lacks`: parameters of requests that it
+    doesn't have. `sampling`: the same for all requests; None: each has its own."""
 
     n_ctx: int
     slots: int
@@ -183,6 +181,11 @@ class ModelInfo(Struct, frozen=True):
     generates: bool = True
     embedding_size: int = 0
     embedding_tokens: int = 0
+    takes_text: bool = False
+    state_files: bool = False
+    counts_reuse: bool = True
+    lacks: list[str] = []
+    sampling: Sampling | None = None
 
 
 class Ready(Struct, frozen=True, tag=True):

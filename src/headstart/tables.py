@@ -44,6 +44,17 @@ class DeclaredCache(Table):
         return text
 
 
+class FixedSampling(Table):
+    """`[rkllm_sampling]`: in the words of requests."""
+
+    temperature: float = Field(0.8, ge=0, le=2)
+    top_p: float = Field(0.95, ge=0, le=1)
+    top_k: int = Field(40, ge=-1, lt=1 << 31)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    repeat_penalty: float = Field(1.0, gt=0, le=10)
+
+
 class ApiKey(Table):
     """`[keys.NAME]`: who may use the server. `key_env` is the name of an environment variable. `cache`: what
     requests start from that name none. `quota_mb`: what its caches may take, in millions of bytes."""

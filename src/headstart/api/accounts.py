@@ -16,7 +16,8 @@ def ending(result: Result) -> Json:
     saved = {"saved_as": result.saved_as} if result.saved_as else {}
     told = result.explanation
     explained = {"cache_explanation": msgspec.structs.asdict(told)} if told else {}
-    return {"timings": timings(result), **saved, **explained}
+    warned = {"sampling_warning": result.warning} if result.warning else {}
+    return {"timings": timings(result), **saved, **explained, **warned}
 
 
 def usage(result: Result) -> Json:

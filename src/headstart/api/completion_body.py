@@ -10,7 +10,7 @@ from headstart.api.schemas import MOST_ANSWERS, GenerationRequest
 from headstart.api.text import Utf8
 from headstart.api.token_fields import LegacyLogprobs, TokenId
 from headstart.errors import BadRequest
-from headstart.service.preparation import Options
+from headstart.service.requests import Options
 from headstart.service.texts import Text
 
 COMPLETION_MAX_TOKENS = 16

@@ -14,7 +14,7 @@ from headstart.api.routes import addressed
 from headstart.api.schemas import ChatRequest, GenerationRequest
 from headstart.api.shaping import shaped
 from headstart.api.streaming import BEGIN_SECONDS, EventStream, begun, while_connected
-from headstart.service.preparation import Options
+from headstart.service.requests import Options
 from headstart.service.server import Service
 from headstart.service.together import together
 

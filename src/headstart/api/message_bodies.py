@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, StringConstraints
 from pydantic_core import PydanticCustomError
 
+from headstart.api.asked import asked
 from headstart.api.message_turns import BETWEEN, Turns
 from headstart.api.schemas import Body, StopString
 from headstart.api.structure import Wanted
@@ -16,7 +17,7 @@ from headstart.errors import BadRequest
 from headstart.messages import Sampling
 from headstart.service.calling import Calling
 from headstart.service.marks import Mark
-from headstart.service.preparation import Options
+from headstart.service.requests import Options
 from headstart.service.structure import json_grammar
 
 Json = dict[str, Any]
@@ -273,6 +274,7 @@ class MessagesRequest(CountRequest):
             use_cache=self.names,
             reuse=self.cache_prompt,
             explain=self.explain_cache,
+            given=asked(self),
             marks=marks,
             calling=self.tool_choice.calling() if self.tool_choice else Calling(),
         )

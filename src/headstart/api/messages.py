@@ -11,7 +11,7 @@ from headstart.api.message_events import Message, failed_event
 from headstart.api.routes import addressed
 from headstart.api.shaping import shaped
 from headstart.api.streaming import BEGIN_SECONDS, EventStream, begun, while_connected
-from headstart.service.preparation import Options
+from headstart.service.requests import Options
 from headstart.service.server import Service
 
 router = APIRouter(prefix="/v1/messages")

@@ -23,7 +23,7 @@ from headstart.errors import BadRequest, HeadstartError, PreviousNotFound
 from headstart.service.choices import Choice, Delta, Ended
 from headstart.service.generation import Result
 from headstart.service.model import ServedModel
-from headstart.service.preparation import Options, Prepared
+from headstart.service.requests import Options, Prepared
 from headstart.service.responses import Kept, Record, instructing, n_tokens
 from headstart.service.server import Service
 

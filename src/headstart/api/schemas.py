@@ -8,13 +8,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from headstart.api.asked import asked
 from headstart.api.structure import StructuredRequest
 from headstart.api.text import Utf8
 from headstart.api.token_fields import LogitBias, TopLogprobs
 from headstart.api.tools import ReasoningFormat, TemplateVariables, Tool, ToolCall, ToolChoice, calling
 from headstart.errors import BadRequest
 from headstart.messages import Sampling
-from headstart.service.preparation import Options
+from headstart.service.requests import Options
 
 MOST_ANSWERS = 128
 
@@ -80,6 +81,7 @@ class GenerationRequest(Body, StructuredRequest):
             reuse=self.cache_prompt,
             explain=self.explain_cache,
             n=self.n or 1,
+            given=asked(self),
         )
 
     @property

@@ -7,7 +7,7 @@ from dataclasses import replace
 from msgspec import structs
 
 from headstart.api.structure import Wanted
-from headstart.service.preparation import Options
+from headstart.service.requests import Options
 from headstart.service.server import Service
 
 

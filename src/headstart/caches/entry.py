@@ -31,9 +31,10 @@ MissReason = Literal[
     "form_not_built",
     "prompt_differs",
     "cache_prompt_false",
+    "not_counted",
 ]
 KEEPS_STATE: frozenset[MissReason] = frozenset(
-    {"too_short", "form_not_built", "prompt_differs", "cache_prompt_false"}
+    {"too_short", "form_not_built", "prompt_differs", "cache_prompt_false", "not_counted"}
 )
 
 # What a setting is called where its name isn't clear, and what it is where it isn't named.
@@ -78,11 +79,13 @@ class Fingerprint(Struct, frozen=True):
 
 
 class StoredForm(Struct, frozen=True):
-    """How many tokens a form has, and where its state lies in the file, in bytes from its start."""
+    """How many tokens a form has, and where its state lies in the file, in bytes from its start; or, `beside`
+    it, in a file of its own."""
 
     n_tokens: int
     state_offset: int
     state_bytes: int
+    beside: bool = False
 
 
 class Content(Struct, frozen=True):
@@ -153,7 +156,13 @@ class Entry(Struct, frozen=True):
 
     @property
     def size_bytes(self) -> int:
-        return self.identity[2]
+        """What its files take."""
+        return self.identity[2] + sum(self.forms[form].state_bytes for form in self.beside)
+
+    @property
+    def beside(self) -> list[Form]:
+        """The forms whose states lie in files of their own."""
+        return [form for form, stored in self.forms.items() if stored.beside]
 
     def without_states(self) -> Entry:
         """It as one whose states were given up."""

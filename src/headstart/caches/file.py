@@ -5,6 +5,9 @@
                `__metadata__`: format, entry (JSON), `blake3 <tensor>` of each, and `blake3` of the header
     tensors    in the header's order, without gaps
 
+Of a form whose state lies in a file of its own (`beside.py`) there is no tensor `<form>.state`; its size is
+in the metadata as `bytes <form>.state`, its hash as that of others is.
+
 Format 1. The hash of the header is taken over its bytes, with zeros in the place of the hash itself.
 """
 
@@ -23,12 +26,15 @@ from typing import Any, BinaryIO
 import msgspec
 from blake3 import blake3
 
+from headstart.caches.beside import CACHE_SUFFIX, state_path
+from headstart.caches.beside import hashed as hashed_file
 from headstart.caches.entry import Entry, Form, Identity, StoredForm
 
 FORMAT = "headstart/1"
 LENGTH = Struct("<Q")
 MAX_HEADER = 64 << 20
 NO_HASH = "0" * 64
+BESIDE = "bytes "
 
 
 class Corrupt(Exception):
@@ -72,12 +78,22 @@ def read(path: Path, *, whole: bool = True) -> Entry:
     try:
         entry = msgspec.json.decode(header["__metadata__"]["entry"], type=Entry)
         forms = _forms(header, start)
-        end = max([start, *(form.state_offset + form.state_bytes for form in forms.values())])
+        tensors = (tensor for name, tensor in header.items() if name != "__metadata__")
+        end = start + max([0, *(tensor["data_offsets"][1] for tensor in tensors)])
     except (KeyError, ValueError, TypeError, msgspec.MsgspecError) as error:
         raise Corrupt(f"{path}: {error}") from error
     if whole and end != stat.st_size:
         raise Corrupt(f"{path}: {stat.st_size} bytes instead of {end}")
     return msgspec.structs.replace(entry, forms=forms, identity=identity_of(stat))
+
+
+def salvaged(path: Path) -> Entry | None:
+    """What a file that lost its end says of itself."""
+    try:
+        entry = read(path, whole=False)
+    except (Corrupt, OSError):
+        return None
+    return entry if (entry.shelf, entry.name + CACHE_SUFFIX) == (path.parent.name, path.name) else None
 
 
 def verify(path: Path, identity: Identity, *, from_disk: bool = False) -> dict[Form, list[int]]:
@@ -103,7 +119,20 @@ def verify(path: Path, identity: Identity, *, from_disk: bool = False) -> dict[F
                     form, _, kind = name.partition(".")
                     if kind == "tokens":
                         tokens[form] = data.cast("i").tolist()  # type: ignore[index]
+    for name, size in sizes_beside(header).items():
+        state = state_path(path, name)
+        if hashed_file(state, from_disk=from_disk) != (size, header["__metadata__"][f"blake3 {name}.state"]):
+            raise Corrupt(f"{state}: not the state that belongs to {path.name}")
     return tokens
+
+
+def sizes_beside(header: Mapping[str, Any]) -> dict[Form, int]:
+    """Of the states in files of their own."""
+    found: dict[Form, int] = {}
+    for name, value in header["__metadata__"].items():
+        if name.startswith(BESIDE):
+            found[name.removeprefix(BESIDE).partition(".")[0]] = int(value)
+    return found
 
 
 def opened(path: Path) -> BinaryIO:
@@ -132,9 +161,12 @@ def read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
 
 def _forms(header: Mapping[str, Any], start: int) -> dict[Form, StoredForm]:
     forms: dict[Form, StoredForm] = {}
+    beside = sizes_beside(header)
     for name, tensor in header.items():
         form, _, kind = name.partition(".")
-        if kind == "tokens":
+        if kind == "tokens" and form in beside:
+            forms[form] = StoredForm(tensor["shape"][0], 0, beside[form], beside=True)
+        elif kind == "tokens":
             state = header[f"{form}.state"]["data_offsets"]
             forms[form] = StoredForm(  # type: ignore[index]
                 n_tokens=tensor["shape"][0],

@@ -18,6 +18,8 @@ def inspect(path: Path) -> Entry:
     try:
         with file.opened(path) as opened:
             header, _ = file.read_header(opened)
+        if file.sizes_beside(header):
+            raise Corrupt("its states are in other files, as those of the NPU's runtime are")
         _check_tensors({name: tensor for name, tensor in header.items() if name != "__metadata__"})
         entry = file.read(path)
         file.verify(path, entry.identity)

@@ -42,7 +42,9 @@ def _rewrite(source: Path, target: Path, entry: Entry) -> Entry:
     with file.opened(source) as old, target.open("r+b", buffering=0) as new:
         header, start = file.read_header(old)
         metadata = header.pop("__metadata__")
-        hashes = {name: value for name, value in metadata.items() if name.startswith("blake3 ")}
+        hashes = {
+            name: value for name, value in metadata.items() if name.startswith(("blake3 ", file.BESIDE))
+        }
         text = file.header_text(entry, header, hashes)
         room = start - LENGTH.size
         if len(text) > room:

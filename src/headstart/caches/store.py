@@ -13,9 +13,11 @@ from functools import partial
 from pathlib import Path
 from time import time
 
-from headstart.caches import file
+from headstart.caches import beside, file
+from headstart.caches.beside import CACHE_SUFFIX
+from headstart.caches.checked import Checked, Identities, Tokens, identities
 from headstart.caches.disk import identity_at, sha256_of, storage_errors, sync_directory, take_lock
-from headstart.caches.entry import Entry, Form, Identity
+from headstart.caches.entry import Entry, Form
 from headstart.caches.file import Corrupt
 from headstart.caches.index import Index, Usage
 from headstart.caches.rewriting import rewrite, write_stub
@@ -26,9 +28,6 @@ from headstart.names import NAME, SHELF
 
 log = logging.getLogger(__name__)
 
-Tokens = list[int]
-
-SUFFIX = ".headstart"
 SCRATCH = ".tmp-"
 
 
@@ -56,7 +55,7 @@ class Store:
             self._remove_scratch()
             self.index = Index(self.directory / "index.sqlite")
         self._entries = {(entry.shelf, entry.name): entry for entry in self.index.entries()}
-        self._verified: dict[tuple[str, str], tuple[Identity, dict[Form, list[int]]]] = {}
+        self._checked = Checked()
         self.reconcile()
 
     def close(self) -> None:
@@ -66,7 +65,7 @@ class Store:
     def path(self, shelf: str, name: str) -> Path:
         assert SHELF.fullmatch(shelf), shelf
         assert NAME.fullmatch(name), name
-        return self.directory / shelf / (name + SUFFIX)
+        return self.directory / shelf / (name + CACHE_SUFFIX)
 
     def _remove_scratch(self) -> None:
         for left_over in self.directory.glob(f"*/{SCRATCH}*"):
@@ -78,8 +77,8 @@ class Store:
     def reconcile(self) -> None:
         """Looks at all of the directory: what others did there is seen from then on."""
         on_disk = set()
-        for path in self.directory.glob(f"*/*{SUFFIX}"):
-            key = (path.parent.name, path.name.removesuffix(SUFFIX))
+        for path in self.directory.glob(f"*/*{CACHE_SUFFIX}"):
+            key = (path.parent.name, path.name.removesuffix(CACHE_SUFFIX))
             if SHELF.fullmatch(key[0]) and NAME.fullmatch(key[1]) and self._look(*key):
                 on_disk.add(key)
         for key in self._entries.keys() - on_disk:
@@ -108,7 +107,7 @@ class Store:
             entry = file.read(path)
         except (Corrupt, OSError) as error:
             log.warning("damaged cache file: %s", error)
-            if salvaged := _salvaged(path):
+            if salvaged := file.salvaged(path):
                 self._remember(salvaged)
             return salvaged or known
         if (entry.shelf, entry.name) != (shelf, name):
@@ -122,7 +121,7 @@ class Store:
         self.index.put(entry)
 
     def _forget(self, shelf: str, name: str) -> None:
-        self._verified.pop((shelf, name), None)
+        self._checked.forget((shelf, name))
         if self._entries.pop((shelf, name), None):
             self.index.delete(shelf, name)
 
@@ -180,40 +179,43 @@ class Store:
         self.index.used(entry.shelf, entry.name, self.clock(), tokens, seconds)
 
     async def verified(self, entry: Entry, form: Form) -> VerifiedState:
-        """Checks the file's hashes unless this very file was checked before. Raises Corrupt, also when the
-        file is gone."""
-        path = self.path(entry.shelf, entry.name)
-        if identity_at(path) != entry.identity:
-            raise Corrupt(f"{path} is not the file it was")
-        identity, tokens = self._verified.get((entry.shelf, entry.name), (None, {}))
-        if identity != entry.identity:
-            tokens = await self.check(entry)
+        """Checks the files' hashes unless these very files were checked before. Raises Corrupt, also when one
+        is gone."""
+        path, key = self.path(entry.shelf, entry.name), (entry.shelf, entry.name)
+        if self._checked.get(key, identities(path, entry)) is None:
+            await self.check(entry)
+        files = identities(path, entry)
+        tokens = self._checked.get(key, files)
+        if tokens is None or files[None] != entry.identity:
+            raise Corrupt(f"{path} or its state is not the file it was")
         stored = entry.forms[form]
-        ref = StateRef(str(path), stored.state_offset, stored.state_bytes, stored.n_tokens, entry.identity)
+        place = beside.state_path(path, form) if stored.beside else path
+        identity = files[form if stored.beside else None]
+        assert identity is not None
+        ref = StateRef(str(place), stored.state_offset, stored.state_bytes, stored.n_tokens, identity)
         return VerifiedState(tokens[form], ref)
 
     async def check(self, entry: Entry, *, from_disk: bool = False) -> dict[Form, Tokens]:
-        """Checks the file's hashes, whether or not they were checked before; the tokens of each form. Raises
-        Corrupt, also when the file is gone."""
+        """Checks the files' hashes, whether or not they were checked before; the tokens of each form. Raises
+        Corrupt, also when one is gone."""
         path = self.path(entry.shelf, entry.name)
-        self._verified.pop((entry.shelf, entry.name), None)
+        files = identities(path, entry)
+        self._checked.forget((entry.shelf, entry.name))
         try:
             tokens = await asyncio.to_thread(file.verify, path, entry.identity, from_disk=from_disk)
         except OSError as error:
             raise Corrupt(str(error)) from error
-        self._verified[entry.shelf, entry.name] = (entry.identity, tokens)
+        self._checked.put((entry.shelf, entry.name), files, tokens)
         return tokens
 
     def remembered(self, shelf: str, form: Form) -> Iterator[Tokens]:
         """The token ids of the shelf's states that were checked since the start."""
-        for key, (_, tokens) in self._verified.items():
-            if key[0] == shelf and form in tokens:
-                yield tokens[form]
+        return self._checked.tokens(shelf, form)
 
     @contextmanager
     def scratch(self, shelf: str) -> Iterator[Path]:
-        """A new empty file beside the shelf's caches, gone at the end unless it was put in its place. Raises
-        StorageError, also for OSError from within."""
+        """A new empty file beside the shelf's caches, gone at the end with its states, unless it was put in
+        its place. Raises StorageError, also for OSError from within."""
         path = self.directory / shelf / f"{SCRATCH}{uuid.uuid4().hex}"
         with storage_errors(f"the cache directory {self.directory}"):
             path.parent.mkdir(mode=0o700, exist_ok=True)
@@ -222,12 +224,13 @@ class Store:
                 yield path
             finally:
                 path.unlink(missing_ok=True)
+                beside.keep_only(path)
 
     async def put(self, writer: Writer, entry: Entry) -> Entry:
         """Makes what was written to a scratch file the cache of this entry's name, atomically replacing an
         older one. Raises OSError, the old one being untouched. Returns the entry as stored."""
-        stored = await asyncio.to_thread(self._publish, writer, entry)
-        self._verified[entry.shelf, entry.name] = (stored.identity, writer.tokens)
+        stored, files = await asyncio.to_thread(self._publish, writer, entry)
+        self._checked.put((entry.shelf, entry.name), files, writer.tokens)
         self._replace(stored)
         return stored
 
@@ -237,12 +240,14 @@ class Store:
         if previous and previous.content != stored.content:
             self._delete_derived(stored.shelf, stored.name)
 
-    def _publish(self, writer: Writer, entry: Entry) -> Entry:
+    def _publish(self, writer: Writer, entry: Entry) -> tuple[Entry, Identities]:
         final = self.path(entry.shelf, entry.name)
         stored = writer.finish(entry)
+        files = identities(writer.path, stored)
         writer.path.rename(final)
+        beside.place(writer.path, final, stored.beside)
         sync_directory(final.parent)
-        return stored
+        return stored, files
 
     def delete(self, shelf: str, name: str) -> None:
         """Raises CacheNotFound. Requests that have the file open go on reading it."""
@@ -265,13 +270,16 @@ class Store:
     async def adopt(self, scratch: Path, stored: Entry) -> None:
         """Makes a scratch file, which was written and synced, the cache that it holds. It is so before
         anything is waited for. Raises OSError."""
-        scratch.rename(self.path(stored.shelf, stored.name))
+        final = self.path(stored.shelf, stored.name)
+        scratch.rename(final)
+        beside.keep_only(final, stored.beside)
         self._replace(stored)
         await asyncio.to_thread(sync_directory, scratch.parent)
 
     def _remove(self, shelf: str, name: str) -> None:
         path = self.path(shelf, name)
         with storage_errors(str(path)):
+            beside.keep_only(path)
             path.unlink(missing_ok=True)
             sync_directory(path.parent)
         self._forget(shelf, name)
@@ -287,12 +295,3 @@ class Store:
                 self.delete(entry.shelf, entry.name)
             except (CacheNotFound, StorageError) as error:
                 log.warning("a derived cache was not deleted: %s", error)
-
-
-def _salvaged(path: Path) -> Entry | None:
-    """What a file that lost its end says of itself."""
-    try:
-        entry = file.read(path, whole=False)
-    except (Corrupt, OSError):
-        return None
-    return entry if (entry.shelf, entry.name + SUFFIX) == (path.parent.name, path.name) else None

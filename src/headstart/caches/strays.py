@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from headstart.caches import file
+from headstart.caches import beside, file
+from headstart.caches.beside import CACHE_SUFFIX
 from headstart.caches.entry import Entry
 from headstart.caches.file import Corrupt
-from headstart.caches.store import SUFFIX
+from headstart.caches.store import SCRATCH
 
 ASIDE = ".damaged"
 
@@ -32,13 +33,13 @@ class Stray:
 
     @property
     def name(self) -> str:
-        return self.path.name.removesuffix(SUFFIX)
+        return self.path.name.removesuffix(CACHE_SUFFIX)
 
 
 def contents(directory: Path, *, whole: bool = False) -> Iterator[tuple[Path, Entry | Stray]]:
     """Each file with the cache it holds, or why it holds none, by its header alone: the states of a cache may
     be damaged, or, unless only `whole` files count, cut off."""
-    for path in sorted(directory.glob(f"*/*{SUFFIX}")):
+    for path in sorted(directory.glob(f"*/*{CACHE_SUFFIX}")):
         try:
             entry = file.read(path, whole=whole)
         except FileNotFoundError:
@@ -48,11 +49,14 @@ def contents(directory: Path, *, whole: bool = False) -> Iterator[tuple[Path, En
         except OSError as error:
             yield path, Stray(path, f"{path} can't be read: {error.strerror}", damaged=False)
         else:
-            if (entry.shelf, entry.name + SUFFIX) == (path.parent.name, path.name):
+            if (entry.shelf, entry.name + CACHE_SUFFIX) == (path.parent.name, path.name):
                 yield path, entry
             else:
                 why = f"{path}: holds the cache {entry.name} of {entry.model}, so it is ignored"
                 yield path, Stray(path, why, damaged=False)
+    for path in sorted(directory.glob(f"*/*{beside.SUFFIX}")):
+        if not (path.name.startswith(SCRATCH) or beside.cache_path(path).exists()):
+            yield path, Stray(path, f"{path}: holds a state whose cache is gone", damaged=True)
 
 
 def strays(directory: Path) -> list[Stray]:
@@ -65,4 +69,7 @@ def set_aside(path: Path) -> Path:
     while (aside := path.with_name(path.name + ASIDE + (f"-{number}" if number else ""))).exists():
         number += 1
     path.rename(aside)
+    if path.name.endswith(CACHE_SUFFIX):
+        # Whatever lies beside it belongs to nothing any more.
+        beside.keep_only(path)
     return aside

@@ -14,6 +14,7 @@ from typing import Any
 from blake3 import blake3
 
 from headstart.caches import file
+from headstart.caches.beside import hashed, state_path, take
 from headstart.caches.entry import Entry, Form
 from headstart.caches.file import LENGTH, NO_HASH, Part
 
@@ -26,15 +27,21 @@ SPARE = 1024
 
 class Writer:
     """Writes into the file at `path`, which must exist and be empty. `entry` and the token ids of each form
-    must be known from the start; `finish` may be given the entry with other times. `end` is where the next
-    state belongs: it is put there by `copy`, or by somebody else, who then tells it by `wrote`. Methods raise
-    OSError, with the file in an unknown state."""
+    must be known from the start; `finish` may be given the entry with other times. A state belongs where
+    `place` says: it is put there by `copy`, or by somebody else, who then tells it by `wrote`. Methods raise
+    OSError, with the file in an unknown state.
 
-    def __init__(self, path: Path, entry: Entry, tokens: Mapping[Form, list[int]]) -> None:
+    `beside`: each state is a file of its own. `end` is where the next state of others belongs."""
+
+    def __init__(
+        self, path: Path, entry: Entry, tokens: Mapping[Form, list[int]], *, beside: bool = False
+    ) -> None:
         self.path = path
+        self.beside = beside
         self.tokens = dict(tokens)
         self._tensors: dict[str, dict[str, Any]] = {}
         self._hashes: dict[str, str] = {}
+        self._sizes: dict[Form, int] = {}
         ids = {form: _int32(tokens) for form, tokens in tokens.items()}
         at = 0
         for form, data in ids.items():
@@ -47,11 +54,25 @@ class Writer:
 
     def _header_room(self, entry: Entry) -> int:
         far = {f"{form}.state": _tensor("U8", FAR, FAR, FAR) for form in self.tokens}
+        # Longer than the size of one that lies beside.
         hashes = {f"blake3 {form}.state": NO_HASH for form in self.tokens}
         return room_for(len(file.header_text(entry, self._tensors | far, self._hashes | hashes)))
 
+    def place(self, form: Form) -> tuple[Path, int]:
+        """The file that the form's state, the next to come, belongs into, and where in it."""
+        return (state_path(self.path, form), 0) if self.beside else (self.path, self.end)
+
+    @property
+    def size(self) -> int:
+        """Bytes that are taken so far."""
+        return self.end + sum(self._sizes.values())
+
     def wrote(self, form: Form, size: int, blake3_hex: str) -> None:
-        """`size` bytes with this hash, the form's state, are on the disk at `end`."""
+        """`size` bytes with this hash, the form's state, are on the disk in their place."""
+        if self.beside:
+            self._sizes[form] = size
+            self._hashes |= {f"{file.BESIDE}{form}.state": str(size), f"blake3 {form}.state": blake3_hex}
+            return
         begin = self.end - LENGTH.size - self._room
         self._tensors[f"{form}.state"] = _tensor("U8", size, begin, size)
         self._hashes[f"blake3 {form}.state"] = blake3_hex
@@ -59,6 +80,11 @@ class Writer:
 
     def copy(self, form: Form, part: Part) -> None:
         """Takes the form's state from another file."""
+        if self.beside:
+            place, _ = self.place(form)
+            take(part.path, place)
+            self.wrote(form, *hashed(place))
+            return
         with file.mapped(part) as state:
             self._write(state, self.end)
             self.wrote(form, part.size, file.hash_of(state))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import msgspec
+from msgspec import Struct
 from rich.console import Console
 from rich.table import Table
 
+from headstart.service.board import Board
 from headstart.service.doctor import ModelReport, Report
 from headstart.service.fitting import in_words
 
@@ -17,6 +19,8 @@ def show(report: Report) -> None:
     out.print(f"Machine  {report.cpu}, {report.cpus} CPUs{cores}, {_size(report.memory_bytes)} of memory")
     out.print(f"Engine   {report.engine}: {' '.join(report.features)}")
     out.print(f"Caches   in {report.cache_dir}")
+    if report.board:
+        _show_board(report.board)
     for model in report.models:
         _show_model(model)
     for name, n in report.others.items():
@@ -27,8 +31,28 @@ def show(report: Report) -> None:
         out.print("\nNo problems found.")
 
 
-def show_json(report: Report) -> None:
+def show_json(report: Struct) -> None:
     print(msgspec.json.format(msgspec.json.encode(report)).decode())
+
+
+def _show_board(board: Board) -> None:
+    most = f" of {board.npu_max_mhz}" if board.npu_max_mhz else ""
+    at = f", {board.npu_mhz}{most} MHz ({board.governor})" if board.npu_mhz is not None else ""
+    out.print(f"NPU      {board.chip or 'unknown chip'}, driver {board.driver or 'unknown'}{at}")
+    if board.name:
+        out.print(f"         in {board.name}")
+    if board.runtime:
+        forced = ", as set" if board.runtime.forced else ""
+        runtime = f"RKLLM {board.runtime.version} with the layout of {board.runtime.abi}{forced}"
+        out.print(f"Runtime  {runtime}: {board.runtime.path}")
+    available = (
+        "" if board.available_bytes is None else f", {_size(board.available_bytes)} of memory available"
+    )
+    out.print(f"Limits   {board.open_files} open files{available}; {board.model_limits}")
+    for problem in board.problems:
+        out.print(problem, style="yellow")
+    for note in board.notes:
+        out.print(note, style="yellow")
 
 
 def _show_model(model: ModelReport) -> None:

@@ -35,7 +35,7 @@ def _description(setting: str) -> str:
 
 Models = Annotated[
     list[str] | None,
-    typer.Option("--model", metavar="NAME=PATH", help="A model's name and GGUF file; may be repeated."),
+    typer.Option("--model", metavar="NAME=PATH", help="A model's name and file; may be repeated."),
 ]
 CacheDir = Annotated[Path | None, typer.Option(help=_description("cache_dir"))]
 Config = Annotated[Path | None, typer.Option(help="A TOML file with any of the settings.")]
@@ -48,6 +48,9 @@ FlashAttention = Annotated[
     typer.Option("--flash-attention/--no-flash-attention", help=_description("flash_attention")),
 ]
 WeightsFormat = Annotated[Weights | None, typer.Option("--weights", help=_description("weights"))]
+
+RkllmLibrary = Annotated[str | None, typer.Option("--rkllm-library", help=_description("rkllm_library"))]
+RkllmAbi = Annotated[str | None, typer.Option("--rkllm-abi", help=_description("rkllm_abi"))]
 
 
 @app.command()
@@ -72,6 +75,8 @@ def serve(
     flash_attention: FlashAttention = None,
     weights: WeightsFormat = None,
     max_step_ms: MaxStepMs = None,
+    rkllm_library: RkllmLibrary = None,
+    rkllm_abi: RkllmAbi = None,
     insecure: Annotated[bool | None, typer.Option("--insecure", help=_description("allow_public"))] = None,
 ) -> None:
     """Run the server."""
@@ -96,6 +101,8 @@ def serve(
             flash_attention=flash_attention,
             weights=weights,
             max_step_ms=max_step_ms,
+            rkllm_library=rkllm_library,
+            rkllm_abi=rkllm_abi,
             allow_public=insecure,
         )
         run(settings, _say)
@@ -114,6 +121,8 @@ def doctor(
     flash_attention: FlashAttention = None,
     weights: WeightsFormat = None,
     max_step_ms: MaxStepMs = None,
+    rkllm_library: RkllmLibrary = None,
+    rkllm_abi: RkllmAbi = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure again first; better with no server running.")
     ] = False,
@@ -122,6 +131,10 @@ def doctor(
         typer.Option("--yes", help="Take what measuring prefers, whatever caches were computed with."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    npu_checks: Annotated[
+        str | None,
+        typer.Option("--npu-checks", metavar="MODEL", help="Try an NPU model, and print a report to send."),
+    ] = None,
 ) -> None:
     """Show what a server with these settings would do here, and what is wrong.
 
@@ -140,9 +153,14 @@ def doctor(
         "flash_attention": flash_attention,
         "weights": weights,
         "max_step_ms": max_step_ms,
+        "rkllm_library": rkllm_library,
+        "rkllm_abi": rkllm_abi,
     }
     try:
         settings = load_settings(config, **flags)
+        if npu_checks:
+            _check_npu(npu_checks, settings)
+            return
         if measure:
             measure_again(settings, lambda text: errors.print(text, markup=False), agree=yes)
         report = examine(settings, flags)
@@ -150,6 +168,16 @@ def doctor(
         raise failed(error) from error
     (show_json if as_json else show)(report)
     if report.problems:
+        raise typer.Exit(1)
+
+
+def _check_npu(model: str, settings: Settings) -> None:
+    from headstart.cli.doctor import show_json
+    from headstart.service.npu_checks import check_npu
+
+    checks = check_npu(model, settings, lambda text: errors.print(text, markup=False))
+    show_json(checks)
+    if checks.failed:
         raise typer.Exit(1)
 
 

@@ -27,6 +27,7 @@ from headstart.errors import (
     StorageFull,
     Unavailable,
 )
+from headstart.folder import is_rkllm
 from headstart.messages import (
     Cancel,
     Command,
@@ -49,6 +50,7 @@ log = logging.getLogger(__name__)
 READ_BYTES = 1 << 20
 SPIN_COUNT = "1000"
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
+CRASHES = ("SIGILL", "SIGSEGV", "SIGBUS", "SIGABRT", "SIGFPE")
 RESTART_SECONDS = (0.0, 1.0, 5.0, 30.0)
 FAILURES = {
     "engine": EngineError,
@@ -215,7 +217,7 @@ class EngineClient:
                 ready = self._dispatch(message) or ready
         finally:
             self._disconnect()
-            reason = _explain_exit(await _ended(process))
+            reason = _explain_exit(await _ended(process), self.settings.path)
             self._fail_requests(reason)
         if not ready:
             self.failure = self.failure or reason
@@ -278,12 +280,17 @@ def worker_environment() -> dict[str, str]:
     return ours | os.environ
 
 
-def _explain_exit(code: int) -> str:
+def _explain_exit(code: int, path: str) -> str:
     if code >= 0:
         return f"the worker process exited with status {code}"
     name = signal.Signals(-code).name
     text = f"the worker process was ended by {name}"
-    if name in ("SIGILL", "SIGSEGV", "SIGBUS", "SIGABRT", "SIGFPE"):
+    if name in CRASHES and is_rkllm(path):
+        return (
+            f"{text}. At start-up this means that the NPU's runtime is another release than it was taken "
+            "for, or doesn't fit the driver: see `headstart doctor`"
+        )
+    if name in CRASHES:
         text += (
             ". At start-up this means that llama.cpp was built for another CPU or by a faulty compiler. "
             "Build it again: `make rebuild`; if that doesn't help, `export CMAKE_ARGS=-DGGML_NATIVE=OFF` and "

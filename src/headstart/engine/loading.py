@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.metadata import version
 
 from headstart.engine.model import Model, Piece
+from headstart.folder import is_rkllm
 from headstart.messages import EngineSettings
 from headstart.toyspec import ToySpec
 
@@ -29,6 +30,9 @@ def only_embeds(path: str) -> bool:
 
 def engine_version(path: str) -> str:
     """What computes the states of this model, as its ModelInfo says it; nothing is loaded to tell."""
+    if is_rkllm(path):
+        # Only its library knows.
+        return "rkllm"
     return "toy" if ToySpec.matches(path) else f"llama-cpp-python {version('llama-cpp-python')}"
 
 

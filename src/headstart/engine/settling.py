@@ -12,11 +12,11 @@ from typing import get_args
 
 import msgspec
 
-from headstart.arithmetic import DEFAULT, Arithmetic, Weights
+from headstart.arithmetic import DEFAULT, Arithmetic, Tuning, Weights
 from headstart.engine.loading import only_embeds
 from headstart.engine.model import ModelError
 from headstart.machine import available_cpus
-from headstart.messages import EngineSettings, Tuning
+from headstart.messages import EngineSettings
 from headstart.toyspec import ToySpec
 
 log = logging.getLogger(__name__)

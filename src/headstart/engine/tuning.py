@@ -19,14 +19,14 @@ from typing import Any
 
 import msgspec
 
-from headstart.arithmetic import DEFAULT, Arithmetic
+from headstart.arithmetic import DEFAULT, Arithmetic, Tuning
 from headstart.engine.bench import Bench, in_turn
 from headstart.engine.converted import discard
 from headstart.engine.costs import Sample, fit
 from headstart.engine.model import ModelError
 from headstart.engine.trials import Trials, TrialShape
 from headstart.machine import available_cpus, physical_cores
-from headstart.messages import EngineSettings, Tuning
+from headstart.messages import EngineSettings
 
 # A hit: new tokens after the prefix, and tokens of the answer. Only its first words count, since people wait
 # for them; the others come faster than they are read in every case.

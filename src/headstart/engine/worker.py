@@ -11,8 +11,10 @@ import selectors
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -22,10 +24,18 @@ from headstart.engine.loading import load
 from headstart.engine.loop import Engine
 from headstart.engine.model import ModelError, TooLarge
 from headstart.engine.settling import find_tuning, settled
+from headstart.folder import is_rkllm
 from headstart.messages import Command, EngineSettings, LoadFailed, Ready, Step, WorkerMessage
+
+if TYPE_CHECKING:
+    from headstart.engine.rkllm.engine import RkllmEngine
+
+Wake = Callable[[], object]
 
 
 class Worker:
+    engine: Engine | RkllmEngine
+
     def __init__(self, channel: socket.socket, settings: EngineSettings) -> None:
         self.channel = channel
         self.frames: Frames[Command] = Frames(Command)
@@ -33,12 +43,9 @@ class Worker:
         self.selector.register(channel, selectors.EVENT_READ, self._receive)
         wake_reader, wake_writer = os.pipe()
         self.selector.register(wake_reader, selectors.EVENT_READ, lambda: os.read(wake_reader, 4096))
-        tuning = find_tuning(settings, channel)
-        settings = settled(settings, tuning)
-        model = load(settings)
         wake = partial(os.write, wake_writer, b"w")
-        self.engine = Engine(model, _cuts(settings), wake, share_from=settings.share_from or 0)
-        self.send(Ready(model.info, tuning))
+        self.engine, ready = (_npu if is_rkllm(settings.path) else _llama)(settings, wake, channel)
+        self.send(ready)
 
     def send(self, message: WorkerMessage) -> None:
         self.channel.sendall(frame(message))
@@ -60,6 +67,23 @@ class Worker:
             raise EOFError
         for command in self.frames.feed(data):
             self.engine.handle(command)
+
+
+def _llama(settings: EngineSettings, wake: Wake, channel: socket.socket) -> tuple[Engine, Ready]:
+    """Raises ModelError, or EOFError when the channel is closed meanwhile."""
+    tuning = find_tuning(settings, channel)
+    settings = settled(settings, tuning)
+    model = load(settings)
+    engine = Engine(model, _cuts(settings), wake, share_from=settings.share_from or 0)
+    return engine, Ready(model.info, tuning)
+
+
+def _npu(settings: EngineSettings, wake: Wake, _: socket.socket) -> tuple[RkllmEngine, Ready]:
+    """Raises ModelError."""
+    from headstart.engine.rkllm.opening import opened
+
+    engine = opened(settings, wake)
+    return engine, Ready(engine.info)
 
 
 def _cuts(settings: EngineSettings) -> Cuts:

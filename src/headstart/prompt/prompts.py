@@ -90,7 +90,7 @@ class Prompts:
         key = (date.today(), written)
         if (opening := self._openings.get(key)) is None:
             one, other = (self.chat(_continued(messages, probe), most, tools) for probe in PROBES)
-            shared = one[: common_prefix(one, other)]
+            shared = self._ended(one[: common_prefix(one, other)])
             opening = shared if self.can_cut else shared[:-1]
             self._openings.put(key, len(written), opening)
         return opening.copy()
@@ -102,6 +102,12 @@ class Prompts:
             opening = tokens if self.can_cut else tokens[:-1]
             self._openings.put(text, len(text), opening)
         return opening.copy()
+
+    def _ended(self, opening: list[int]) -> list[int]:
+        """It up to the last token that one may end with, if it has any."""
+        ends = self.tokenizer.ends
+        at = next((i for i in range(len(opening), 0, -1) if opening[i - 1] in ends), len(opening))
+        return opening[:at]
 
 
 def _characters(messages: Sequence[Message]) -> int:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from typing import Protocol
 
 import llama_cpp as lib
 
 from headstart.errors import StartupError
+from headstart.folder import is_rkllm
 from headstart.toyspec import BOS, CONTROL, GAP, MERGES, N_BYTES, N_VOCAB, ToySpec
 
 # Vocabularies whose tokenizers look for special tokens first and treat the rest piece by piece.
@@ -22,7 +25,8 @@ class Tokenizer(Protocol):
     model's own chat template, or the name of a built-in one, or None. `specials`: the texts of tokens that
     are found before anything else, so that a prompt may be cut after each; empty where that isn't so. `gap`:
     the texts of the tokens that go before a text with a gap, where the gap is, and where it is to be filled;
-    None where the model knows no gaps. Token ids are below `n_vocab`."""
+    None where the model knows no gaps. Token ids are below `n_vocab`. `ends`: a cached opening must end with
+    one of these tokens; empty: with any."""
 
     bos_text: str
     eos_text: str
@@ -30,6 +34,7 @@ class Tokenizer(Protocol):
     specials: list[str]
     gap: tuple[str, str, str] | None
     n_vocab: int
+    ends: AbstractSet[int]
 
     def encode(self, text: str, first: bool = True, *, parse_special: bool = True) -> list[int]:
         """Token ids of a whole prompt: control tokens are recognised, a leading one added where the model
@@ -42,13 +47,24 @@ class Tokenizer(Protocol):
     def written(self, token: int) -> bytes:
         """The bytes of a prompt that the token was made from; control tokens by their names."""
 
+    def text(self, tokens: Sequence[int]) -> str:
+        """The prompt that these are the tokens of, U+FFFD where they end within a character."""
+
 
 def load_tokenizer(path: str) -> Tokenizer:
-    """Raises StartupError for a file that is not a GGUF model."""
-    return ToyTokenizer(path) if ToySpec.matches(path) else LlamaTokenizer(path)
+    """Raises StartupError for a file that is not a GGUF model, or one of the NPU's without a tokenizer."""
+    if ToySpec.matches(path):
+        return ToyTokenizer(path)
+    if is_rkllm(path):
+        from headstart.prompt.hf_tokenizer import HfTokenizer
+
+        return HfTokenizer(path)
+    return LlamaTokenizer(path)
 
 
 class LlamaTokenizer:
+    ends: AbstractSet[int] = frozenset()
+
     def __init__(self, path: str) -> None:
         params = lib.llama_model_default_params()
         params.vocab_only = True
@@ -107,6 +123,9 @@ class LlamaTokenizer:
     def written(self, token: int) -> bytes:
         return self._piece(token, special=True)
 
+    def text(self, tokens: Sequence[int]) -> str:
+        return b"".join(map(self.written, tokens)).decode(errors="replace")
+
     def _piece(self, token: int, special: bool) -> bytes:
         buffer = ctypes.create_string_buffer(64)
         size = lib.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, special)
@@ -125,6 +144,7 @@ class ToyTokenizer:
     """Bytes, merged greedily from the left where a merge fits, so that text merges across a careless cut."""
 
     bos_text, eos_text, n_vocab = "<s>", "</s>", N_VOCAB
+    ends: AbstractSet[int] = frozenset()
 
     def __init__(self, path: str) -> None:
         try:
@@ -167,3 +187,6 @@ class ToyTokenizer:
 
     def written(self, token: int) -> bytes:
         return self.names.get(token) or self.piece(token)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        return b"".join(map(self.written, tokens)).decode(errors="replace")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -62,9 +63,10 @@ class Builder:
         has changed but for what was evicted."""
         model = build.model
         wanted: dict[Form, list[int]] = {}
+        param = "prompt" if build.content.prompt else "messages"
         for form in build.forms:
             if tokens := await opening_tokens(model, form, build.content):
-                model.check_fits(len(tokens) + 1, param="prompt" if build.content.prompt else "messages")
+                model.check_fits(len(tokens) + 1, param=param)
                 wanted[form] = tokens
         progress = _Sum(sum(map(len, wanted.values())), build.on_progress)
         stats: dict[Form, Stats] = {}
@@ -72,17 +74,21 @@ class Builder:
         entry = replace(_entry(build, stats, self.store.clock()), prefill_ms={}, ttft_ms=0.0)
         with self.quota.reserving(model.shelf, build.name) as room, self.store.scratch(model.shelf) as path:
             await room.hold(_expected_size(model, entry, wanted))
-            writer = await asyncio.to_thread(Writer, path, entry, wanted)
+            beside = model.info.state_files
+            writer = await asyncio.to_thread(partial(Writer, path, entry, wanted, beside=beside))
             for form, tokens in wanted.items():
                 if kept := await self._kept(build, form, tokens):
                     await asyncio.to_thread(writer.copy, form, kept)
                     progress.next(len(tokens))
                     continue
                 head = await head_of(self.store, model, build.head, form, tokens)
-                stats[form] = await self._compute(model, tokens, head, writer, progress)
+                place, offset = writer.place(form)
+                save_to = SaveTo(str(place), offset)
+                text = model.text(tokens, param=param)
+                stats[form] = await self._compute(model, tokens, head, save_to, text, progress)
                 writer.wrote(form, stats[form].saved_bytes, stats[form].saved_blake3)
             # Where the size was not known before, or wrong.
-            await room.hold(writer.end)
+            await room.hold(writer.size)
             return await self.store.put(writer, _entry(build, stats, self.store.clock()))
 
     async def _kept(self, build: Build, form: Form, tokens: list[int]) -> Part | None:
@@ -101,7 +107,7 @@ class Builder:
         return Part(tokens, Path(state.ref.path), state.ref.offset, state.ref.nbytes)
 
     async def _compute(
-        self, model: ServedModel, tokens: list[int], head: Head, writer: Writer, progress: _Sum
+        self, model: ServedModel, tokens: list[int], head: Head, save_to: SaveTo, text: str, progress: _Sum
     ) -> Stats:
         request = Submit(
             id=0,
@@ -109,8 +115,9 @@ class Builder:
             boundary=len(tokens),
             restore=head.restore,
             shared=head.shared,
-            save_to=SaveTo(str(writer.path), writer.end),
+            save_to=save_to,
             owner=model.owner,
+            text=text,
         )
         with model.engine.submit(request) as running:
             async for event in running:

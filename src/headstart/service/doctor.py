@@ -10,16 +10,19 @@ from typing import Any
 from msgspec import Struct
 
 from headstart import machine
+from headstart.arithmetic import Tuning
 from headstart.caches.survey import Survey, survey
 from headstart.config import Settings, origin
 from headstart.engine.converted import found as found_conversions
 from headstart.engine.loading import engine_version
 from headstart.errors import StartupError
-from headstart.messages import EngineSettings, Tuning
+from headstart.folder import is_rkllm
+from headstart.messages import EngineSettings
+from headstart.service.board import Board, examine_board, has_npu
 from headstart.service.fitting import kept_back
 from headstart.service.model import Say, model_path
 from headstart.service.patient import Patient
-from headstart.service.plan import Plan
+from headstart.service.plan import Plan, rkllm_settings
 from headstart.service.tunings import Tunings
 
 WHY = {"caches": "its caches", "agreed": "agreed to", "measured": "measured", "default": "default"}
@@ -53,7 +56,8 @@ class ModelReport(Struct, frozen=True):
 
 class Report(Struct, frozen=True):
     """`features`: what llama.cpp was built with and this CPU has. `others`: how many caches there are of
-    models that the settings don't name. `problems`: what somebody should do something about."""
+    models that the settings don't name. `problems`: what somebody should do something about. `board`: None
+    where there is neither an NPU of Rockchip's nor a model for one."""
 
     cpu: str
     cpus: int
@@ -65,6 +69,7 @@ class Report(Struct, frozen=True):
     models: list[ModelReport]
     others: dict[str, int]
     problems: list[str]
+    board: Board | None = None
 
 
 def examine(settings: Settings, flags: Mapping[str, Any]) -> Report:
@@ -77,6 +82,8 @@ def examine(settings: Settings, flags: Mapping[str, Any]) -> Report:
     ]
     features, problems = _features()
     problems += [f"{model.name}: {model.problem}" for model in models if model.problem]
+    board = _board(settings)
+    problems += board.problems if board and _npu_models(settings) else []
     problems += [f"damaged cache file: {what}" for what in found.damaged]
     try:
         tunings.all()
@@ -93,7 +100,17 @@ def examine(settings: Settings, flags: Mapping[str, Any]) -> Report:
         models=models,
         others={n: len(caches) for n, caches in found.entries.items() if n not in settings.model_paths},
         problems=problems,
+        board=board,
     )
+
+
+def _npu_models(settings: Settings) -> bool:
+    return any(is_rkllm(path) for path in settings.model_paths.values())
+
+
+def _board(settings: Settings) -> Board | None:
+    wanted = has_npu() or _npu_models(settings) or settings.rkllm_library
+    return examine_board(rkllm_settings(settings)) if wanted else None
 
 
 def measure_again(settings: Settings, say: Say, *, agree: bool) -> None:

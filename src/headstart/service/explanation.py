@@ -32,6 +32,7 @@ WORDS: dict[MissReason, str] = {
     "form_not_built": "it was created for the other endpoint only",
     "prompt_differs": "the prompt differs from it too early to use anything of it",
     "cache_prompt_false": "the request says cache_prompt: false",
+    "not_counted": "the NPU's runtime doesn't tell whether it used its state",
 }
 
 

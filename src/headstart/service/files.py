@@ -19,6 +19,7 @@ from headstart.caches.inspection import inspect
 from headstart.caches.rewriting import rewrite
 from headstart.caches.store import Store
 from headstart.errors import (
+    BadRequest,
     CacheConflict,
     CacheMismatch,
     CacheNotFound,
@@ -52,8 +53,15 @@ class Files:
         self.quota = quota
 
     async def export(self, model: ServedModel, name: str) -> Exported:
-        """Raises CacheNotFound, or StorageError for a file whose header is damaged."""
+        """Raises CacheNotFound, BadRequest where states aren't in the cache's file, or StorageError for one
+        whose header is damaged."""
         entry = self.store.find(model.shelf, check_name(name, param="name"), param="name")
+        if entry.beside:
+            raise BadRequest(
+                f"The states of cache {name!r} are files of the NPU's runtime, which fit nowhere else; make "
+                "the cache there from its prompt.",
+                param="name",
+            )
         try:
             return await asyncio.to_thread(_open, self.store.path(model.shelf, name), entry)
         except FileNotFoundError:

@@ -16,7 +16,7 @@ from headstart.service.choices import Delta, Ended
 from headstart.service.conversations import Conversations
 from headstart.service.explanation import Explanation, explained
 from headstart.service.marks import Marks
-from headstart.service.preparation import Prepared
+from headstart.service.requests import Prepared
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Result:
     """The account of a request, whose answers have `n_tokens` tokens together. `cache_hit` is None when no
     cache was named, else whether the engine started from its state; all counts are the engine's. `matched`:
     how many of the prompt's tokens the closest known state begins with. `explanation`: only where it was
-    asked for. `saved_as`: the name under which the chat is being kept."""
+    asked for. `saved_as`: the name under which the chat is being kept. `warning`: how it was answered
+    otherwise than asked."""
 
     n_tokens: int
     stats: Stats
@@ -34,6 +35,7 @@ class Result:
     matched: int = 0
     explanation: Explanation | None = None
     saved_as: str | None = None
+    warning: str = ""
 
 
 class Generation:
@@ -98,6 +100,7 @@ class Generation:
             matched=max(prepared.matched, stats.cached_tokens),
             explanation=_explained(prepared, miss, stats),
             saved_as=prepared.saving.name if prepared.saving else None,
+            warning=prepared.warning,
         )
 
     def _heal(self, prepared: Prepared, miss: MissReason | None) -> None:
@@ -118,7 +121,12 @@ def _miss(prepared: Prepared, stats: Stats) -> MissReason | None:
         return None
     if prepared.opening.miss:
         return prepared.opening.miss
-    return None if stats.cached_tokens >= prepared.opening.boundary else "restore_failed"
+    info, boundary = prepared.model.info, prepared.opening.boundary
+    if not info.counts_reuse:
+        return "not_counted"
+    # Where the runtime cuts what it reuses is its own affair, but most of the cache must have been.
+    needed = (boundary + 1) // 2 if info.state_files else boundary
+    return None if stats.cached_tokens >= needed else "restore_failed"
 
 
 def _explained(prepared: Prepared, miss: MissReason | None, stats: Stats) -> Explanation | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from time import time
@@ -16,7 +16,7 @@ from headstart.caches.entry import Entry, Fingerprint
 from headstart.caches.store import Store
 from headstart.config import Settings
 from headstart.engine.client import EngineClient
-from headstart.errors import ContextLengthExceeded, ModelLoading, StartupError
+from headstart.errors import BadRequest, ContextLengthExceeded, ModelLoading, StartupError
 from headstart.messages import ModelInfo
 from headstart.names import shelf_name
 from headstart.prompt.prompts import Prompts
@@ -107,6 +107,14 @@ class ServedModel:
     @property
     def fingerprint(self) -> Fingerprint:
         return Fingerprint(self._weights, self.info.engine, self.info.settings, self.prompts.template_hash)
+
+    def text(self, tokens: Sequence[int], *, param: str) -> str:
+        """What an engine that takes text is to be given for these tokens; "" for others. Raises BadRequest
+        for what its text would end at."""
+        text = self.prompts.tokenizer.text(tokens) if self.info.takes_text else ""
+        if "\0" in text:
+            raise BadRequest("The NPU's runtime takes no text with a NUL character.", param=param)
+        return text
 
     def check_fits(self, n_tokens: int, *, param: str) -> None:
         """Raises ContextLengthExceeded unless a prompt of `n_tokens` leaves room for an answer."""

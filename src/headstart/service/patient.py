@@ -15,6 +15,7 @@ from headstart.engine.client import worker_environment
 from headstart.engine.model import ModelError
 from headstart.engine.settling import measure_apart, settled
 from headstart.errors import StartupError
+from headstart.folder import is_rkllm
 from headstart.messages import EngineSettings
 from headstart.service.fitting import kept_back, misfits, warnings
 from headstart.service.model import Say, load_prompts, model_path, toy_weights
@@ -50,12 +51,18 @@ class Patient:
 
     def fingerprint(self, entry: Entry, arithmetic: Arithmetic) -> Fingerprint:
         """What states computed with it would have, taking from the entry's what only the engine could say."""
+        if is_rkllm(self.path):
+            # Which release computes, and with what context, only its library can say.
+            return replace(entry.fingerprint, weights=self.weights, template=self.template)
         others = {k: v for k, v in entry.fingerprint.settings.items() if k not in arithmetic.shown()}
         return Fingerprint(self.weights, self.plan.key.engine, others | arithmetic.kept(), self.template)
 
     def measure(self, say: Say, *, agree: bool) -> None:
         """Measures again; says which caches don't fit what was found, then remembers it. The arithmetic that
         caches have is kept unless `agree`. Raises StartupError."""
+        if is_rkllm(self.path):
+            say(f"{self.name} runs on the NPU: there is nothing to measure.")
+            return
         asked = replace(self.plan.settings, tuning=None)
         if agree:
             asked = replace(asked, arithmetic=self.plan.given)

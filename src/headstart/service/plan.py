@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from msgspec.structs import replace
 
-from headstart.arithmetic import Arithmetic
+from headstart.arithmetic import Arithmetic, Tuning
 from headstart.caches.entry import Entry
 from headstart.config import Settings
 from headstart.engine.converted import conversions_of
 from headstart.engine.loading import engine_version
-from headstart.messages import EngineSettings, Tuning
+from headstart.folder import is_rkllm
+from headstart.messages import EngineSettings, RkllmSettings, Sampling
 from headstart.service.fitting import arithmetic_of
 from headstart.service.tunings import Key, Tunings
 
@@ -46,6 +48,9 @@ def make_plan(
     path: str, weights: str, settings: Settings, tunings: Tunings, entries: Sequence[Entry]
 ) -> Plan:
     """Never flips the arithmetic that a model's caches have, unless the user wants it."""
+    if is_rkllm(path):
+        key = Key.here(weights, engine_version(path), settings.threads)
+        return Plan(key, engine_settings(path, settings), Arithmetic(), {})
     key = Key.here(weights, engine_version(path), settings.threads)
     given = Arithmetic(settings.flash_attention, settings.weights)
     agreed = tunings.agreed(key) if settings.tune else None
@@ -81,5 +86,18 @@ def engine_settings(path: str, settings: Settings) -> EngineSettings:
         prefill_chunk=settings.prefill_chunk,
         max_step_ms=settings.max_step_ms,
         share_from=settings.share_from,
-        tune=settings.tune,
+        tune=settings.tune and not is_rkllm(path),
+        rkllm=rkllm_settings(settings),
+    )
+
+
+def rkllm_settings(settings: Settings) -> RkllmSettings:
+    return RkllmSettings(
+        library=str(Path(settings.rkllm_library).expanduser().absolute()) if settings.rkllm_library else "",
+        abi=settings.rkllm_abi,
+        cpus=settings.rkllm_cpus,
+        cpu_mask=settings.rkllm_cpu_mask,
+        embed_flash=settings.rkllm_embed_flash,
+        log_level=settings.rkllm_log_level,
+        sampling=Sampling(**settings.rkllm_sampling.model_dump()),
     )

@@ -2,81 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 
 from headstart.caches.entry import Content, Entry, Form
 from headstart.errors import BadRequest
-from headstart.messages import Sampling, Submit
-from headstart.prompt.parts import Parser, PlainText
+from headstart.messages import Submit
 from headstart.prompt.prompts import soon
-from headstart.prompt.template import Variables
+from headstart.service import capabilities
 from headstart.service.automatic import Automatic, Unnamed
 from headstart.service.caching import Caching
-from headstart.service.calling import Calling, reading
+from headstart.service.calling import reading
 from headstart.service.chats import Chat
 from headstart.service.composition import check_parts, text_of
 from headstart.service.conversations import Conversations, Saving
-from headstart.service.explanation import Closest, closest, longest_match, texts_of
+from headstart.service.explanation import closest, longest_match, texts_of
 from headstart.service.grammars import Grammars
 from headstart.service.heads import head_of
-from headstart.service.marks import Mark, Marked, Marks, Placed
+from headstart.service.marks import Marked, Marks, Placed
 from headstart.service.model import ServedModel
 from headstart.service.opening import Opening
+from headstart.service.requests import Options, Prepared
 from headstart.service.texts import Text, check_bias
 from headstart.tokens import common_prefix
 
 Json = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a request says besides its prompt. `max_tokens` None: to the end of the context. `reuse` False:
-    every prompt token is evaluated, nothing is taken from a cache or an earlier request. `use_cache`: the
-    caches to start from, in their order, or none. `save_as`: the name under which a chat is kept once it is
-    answered; for `overwrite` see Saving. `explain`: the result is to say why it started from a cache or
-    didn't. `n`: how many answers. `variables`: what a chat's template is told besides. `whole`: the chat has
-    in its messages what it shares with the cache. `marks`: up to where a chat is to be kept, if it names no
-    cache."""
-
-    max_tokens: int | None = None
-    sampling: Sampling = field(default_factory=Sampling)
-    stop: Sequence[str] = ()
-    use_cache: tuple[str, ...] | None = None
-    reuse: bool = True
-    save_as: str | None = None
-    overwrite: bool | None = None
-    explain: bool = False
-    n: int = 1
-    calling: Calling = field(default_factory=Calling)
-    variables: Variables = field(default_factory=dict)
-    whole: bool = False
-    marks: Sequence[Mark] = ()
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A request ready for the engine. `names`: the caches it names, of which `entry` is made. `unnamed`: what
-    it begins with, where it is a chat that names none. `parser` makes what reads one of its answers, whose
-    tokens stand for what `piece` says; None: for their text."""
-
-    model: ServedModel
-    submit: Submit
-    stop: Sequence[str]
-    entry: Entry | None = None
-    opening: Opening = field(default_factory=lambda: Opening(0))
-    names: Sequence[str] = ()
-    unnamed: Unnamed | None = None
-    saving: Saving | None = None
-    matched: int = 0
-    explain: bool = False
-    closest: Closest | None = None
-    parser: Callable[[], Parser] = PlainText
-    piece: Callable[[int], bytes] | None = None
-    marked: Marked | None = None
 
 
 class Preparation:
@@ -242,6 +195,7 @@ class Preparation:
         unnamed: Unnamed | None = None,
     ) -> Prepared:
         begun = entry or (unnamed and unnamed.entry)
+        warning = self._check_parameters(model, options)
         param = "messages" if form == "chat" else "prompt"
         if not tokens:
             raise BadRequest("The prompt is empty.", param=param)
@@ -266,19 +220,33 @@ class Preparation:
             owner=model.owner,
             public=opening.boundary if begun and not begun.owner else 0,
             n=options.n,
+            text=model.text(tokens, param=param),
         )
         if not options.reuse:
             opening = Opening(opening.boundary, miss="cache_prompt_false")
         remembered = self.caching.store.remembered(model.shelf, form)
         matched = opening.boundary if entry else longest_match(remembered, tokens)
         names = options.use_cache or ()
-        return Prepared(model, submit, options.stop, entry, opening, names, unnamed, matched=matched)
+        return Prepared(
+            model, submit, options.stop, entry, opening, names, unnamed, matched=matched, warning=warning
+        )
+
+    def _check_parameters(self, model: ServedModel, options: Options) -> str:
+        """What has to be said about them. Raises BadRequest for those that the engine doesn't have."""
+        capabilities.check(model, options.given)
+        if options.sampling.grammar:
+            capabilities.check(model, ["grammar"])
+        names = capabilities.overridden(model.info, options.sampling, options.given)
+        if names and model.settings.rkllm_other_sampling == "refuse":
+            raise capabilities.refusal(model, names)
+        return capabilities.warning(model.info, names) if names else ""
 
     async def _to_be_read(self, prepared: Prepared, chat: Chat, options: Options) -> Prepared:
         """Its answers are read as the chat's tools and the model's template say."""
         submit = prepared.submit
         how = reading(prepared.model.prompts, chat.tools, options.calling, submit.tokens)
         if how.grammar:
+            capabilities.check(prepared.model, ["grammar"], because="tool_choice")
             await self.grammars.check(how.grammar, param="tools")
             sampling = msgspec.structs.replace(submit.sampling, grammar=how.grammar)
             submit = msgspec.structs.replace(submit, sampling=sampling)

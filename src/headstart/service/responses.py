@@ -21,8 +21,8 @@ from headstart.service.chats import Chat
 from headstart.service.choices import Choice
 from headstart.service.conversations import Conversations, Saving
 from headstart.service.model import ServedModel
-from headstart.service.preparation import Options
 from headstart.service.quota import Quota
+from headstart.service.requests import Options
 
 log = logging.getLogger(__name__)
 

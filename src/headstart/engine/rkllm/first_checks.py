@@ -1,0 +1,195 @@
+"""What is to be tried first on a real board: whatever the header and the manual leave open, in steps that
+are a process each, since a wrong guess may crash. `python -m headstart.engine.rkllm.first_checks`, with a
+`Task` as JSON on its input, prints what it found.
+
+Nothing here decides; it is a report for people.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from headstart.engine.model import ModelError
+from headstart.engine.rkllm.options import RuntimeOptions
+from headstart.engine.rkllm.runtime import Runtime
+from headstart.messages import Sampling
+
+GREEDY = Sampling(temperature=0)
+ANSWER = 16
+Found = dict[str, object]
+
+
+class Task(Struct, frozen=True):
+    """`openings`: two that end with a special token, and how many tokens our tokenizer makes of each;
+    `question`: what follows either, likewise."""
+
+    step: str
+    model: str
+    options: RuntimeOptions
+    openings: tuple[tuple[str, int], tuple[str, int]]
+    question: tuple[str, int]
+
+
+class Trial:
+    """One run, as a report shows it."""
+
+    def __init__(self, runtime: Runtime, prompt: str, n_tokens: int, save_to: str | None = None) -> None:
+        self.tokens: list[int] = []
+        self.texts: list[str] = []
+        started = time.monotonic()
+        self.run = runtime.run(
+            prompt,
+            max_new_tokens=1 if save_to else ANSWER,
+            sampling=GREEDY,
+            save_to=save_to,
+            on_token=self._take,
+        )
+        self.ms = 1000 * (time.monotonic() - started)
+        self.n_tokens = n_tokens
+
+    def _take(self, token: int, text: bytes) -> bool:
+        self.tokens.append(token)
+        self.texts.append(text.decode(errors="backslashreplace"))
+        return True
+
+    def told(self) -> Found:
+        counts = msgspec.to_builtins(self.run)
+        return {"our_prompt_tokens": self.n_tokens, "ms": round(self.ms), **counts}
+
+
+def first_run(task: Task) -> Found:
+    """Whether our tokens are the runtime's, no template wraps them, and the last run's prefix is reused."""
+    started = time.monotonic()
+    runtime = Runtime(task.model, task.options)
+    load_ms = round(1000 * (time.monotonic() - started))
+    cold, warm = (Trial(runtime, *_prompt(task, 0)) for _ in range(2))
+    runtime.clear()
+    cleared = Trial(runtime, *_prompt(task, 0))
+    return {
+        "load_ms": load_ms,
+        "cold": cold.told(),
+        "tokens": cold.tokens,
+        "texts": cold.texts,
+        "again": warm.told(),
+        "after_clearing": cleared.told(),
+        "our_tokens_are_counted": cold.run.prefill_tokens == cold.n_tokens,
+        "memory_is_reused": _fewer(warm, cold),
+        "same_text": cold.tokens == warm.tokens == cleared.tokens,
+    }
+
+
+def saved_and_restored(task: Task) -> Found:
+    """Whether a state is written, how many tokens it says it has, and whether it is used."""
+    runtime = Runtime(task.model, task.options)
+    cold = Trial(runtime, *_prompt(task, 0))
+    runtime.clear()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "opening.rkllm_cache"
+        saving = Trial(runtime, *task.openings[0], save_to=str(path))
+        found = {"saving": saving.told(), "file_was_written": path.is_file()}
+        if not path.is_file():
+            return found
+        head = path.read_bytes()[:12]
+        runtime.close()
+        runtime = Runtime(task.model, task.options)
+        runtime.load_cache(str(path))
+        warm = Trial(runtime, *_prompt(task, 0))
+        return {
+            **found,
+            "file_bytes": path.stat().st_size,
+            "file_head": head.hex(),
+            "file_tokens": struct.unpack("<3I", head)[2] if len(head) == 12 else None,
+            "cold": cold.told(),
+            "restored": warm.told(),
+            "state_is_used": _fewer(warm, cold),
+            "same_text": warm.tokens == cold.tokens,
+        }
+
+
+def two_in_turn(task: Task) -> Found:
+    """Whether one state can be loaded after another, again and again."""
+    runtime = Runtime(task.model, task.options)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [str(Path(folder) / f"{i}.rkllm_cache") for i in range(2)]
+        for i, path in enumerate(paths):
+            runtime.clear()
+            Trial(runtime, *task.openings[i], save_to=path)
+        rounds: list[Found] = []
+        for i in (0, 1) * 3:
+            started = time.monotonic()
+            runtime.load_cache(paths[i])
+            loaded_ms = round(1000 * (time.monotonic() - started))
+            trial = Trial(runtime, *_prompt(task, i))
+            rounds.append({"cache": i, "loaded_ms": loaded_ms, **trial.told(), "tokens_told": trial.tokens})
+        return {"rounds": rounds, "model_loads": runtime.loads}
+
+
+def aborted(task: Task) -> Found:
+    """When an abort during the prefill is heeded, and whether a run after it is as any other."""
+    runtime = Runtime(task.model, task.options)
+    cold = Trial(runtime, *_prompt(task, 0))
+    runtime.clear()
+    timer = threading.Timer(min(cold.ms / 4000, 1), runtime.abort)
+    timer.start()
+    cut = Trial(runtime, *_prompt(task, 0))
+    timer.join()
+    after = Trial(runtime, *_prompt(task, 0))
+    same = after.tokens == cold.tokens
+    return {"cold": cold.told(), "aborted": cut.told(), "after": after.told(), "same_text": same}
+
+
+def loaded_after_abort(task: Task) -> Found:
+    """Whether a state can be loaded right after a run that was aborted at its first token. It was reported to
+    crash; Headstart loads the model again before, which this does without."""
+    runtime = Runtime(task.model, task.options)
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "opening.rkllm_cache")
+        Trial(runtime, *task.openings[0], save_to=path)
+        text, _ = _prompt(task, 0)
+        runtime.run(text, max_new_tokens=ANSWER, sampling=GREEDY, on_token=lambda token, piece: False)
+        runtime.trust_abort()
+        runtime.load_cache(path)
+        return {"after": Trial(runtime, *_prompt(task, 0)).told(), "model_loads": runtime.loads}
+
+
+STEPS: dict[str, Callable[[Task], Found]] = {
+    "first_run": first_run,
+    "saved_and_restored": saved_and_restored,
+    "two_in_turn": two_in_turn,
+    "aborted": aborted,
+    "loaded_after_abort": loaded_after_abort,
+}
+
+
+def _prompt(task: Task, opening: int) -> tuple[str, int]:
+    (text, n), (question, m) = task.openings[opening], task.question
+    return text + question, n + m
+
+
+def _fewer(warm: Trial, cold: Trial) -> bool | None:
+    """Whether fewer tokens were evaluated; None where nobody counts."""
+    if warm.run.prefill_tokens is None or cold.run.prefill_tokens is None:
+        return None
+    return warm.run.prefill_tokens < cold.run.prefill_tokens
+
+
+def main() -> None:
+    task = msgspec.json.decode(sys.stdin.buffer.read(), type=Task)
+    try:
+        print(json.dumps(STEPS[task.step](task)))
+    except ModelError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

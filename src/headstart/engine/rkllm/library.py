@@ -1,0 +1,108 @@
+"""librkllmrt.so by one layout: each function with its types, and return codes that become ModelError."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from ctypes import POINTER, byref, c_char_p, c_int, c_void_p
+from typing import Any
+
+from headstart.engine.model import ModelError
+from headstart.engine.rkllm import offsets
+from headstart.engine.rkllm.layouts import Callbacks, Layout
+
+# What every supported release exports.
+SYMBOLS = (
+    "rkllm_createDefaultParam",
+    "rkllm_init",
+    "rkllm_destroy",
+    "rkllm_run",
+    "rkllm_abort",
+    "rkllm_load_prompt_cache",
+    "rkllm_release_prompt_cache",
+    "rkllm_set_chat_template",
+    "rkllm_clear_kv_cache",
+)
+
+offsets.check()
+
+
+def opened(path: str) -> ctypes.CDLL:
+    """Raises ModelError."""
+    try:
+        return ctypes.CDLL(path)
+    except OSError as error:
+        raise ModelError(f"the NPU runtime can't be loaded: {error}") from error
+
+
+class Library:
+    """A handle is what `init` returned; it is used by one thread at a time, but for `abort`. All raise
+    ModelError when the runtime refuses."""
+
+    def __init__(self, path: str, layout: Layout) -> None:
+        self.layout = layout
+        self._functions = opened(path)
+        missing = [name for name in (*SYMBOLS, *layout.symbols) if not hasattr(self._functions, name)]
+        if missing:
+            raise ModelError(f"{path} has no {', '.join(missing)}: it isn't RKLLM {layout.abi}")
+        self._declare()
+
+    def _declare(self) -> None:
+        layout, functions = self.layout, self._functions
+        start = POINTER(Callbacks) if layout.wraps_callback else layout.callback
+        ranges = [c_void_p, c_void_p] if layout.has_perf else []
+        arguments: dict[str, list[Any]] = {
+            "init": [POINTER(c_void_p), POINTER(layout.param), start],
+            "destroy": [c_void_p],
+            "run": [c_void_p, POINTER(layout.input), POINTER(layout.infer_param), c_void_p],
+            "abort": [c_void_p],
+            "load_prompt_cache": [c_void_p, c_char_p],
+            "release_prompt_cache": [c_void_p],
+            "set_chat_template": [c_void_p, c_char_p, c_char_p, c_char_p],
+            # From 1.2.1 on it may be told which positions; none means all.
+            "clear_kv_cache": [c_void_p, c_int, *ranges],
+        }
+        for name, types in arguments.items():
+            function = getattr(functions, f"rkllm_{name}")
+            function.argtypes, function.restype = types, c_int
+        functions.rkllm_createDefaultParam.argtypes = []
+        functions.rkllm_createDefaultParam.restype = layout.param
+
+    def _call(self, name: str, *arguments: object) -> None:
+        code = getattr(self._functions, f"rkllm_{name}")(*arguments)
+        if code != 0:
+            raise ModelError(f"the NPU runtime's rkllm_{name} answered {code}")
+
+    def default_param(self) -> Any:
+        return self._functions.rkllm_createDefaultParam()
+
+    def init(self, param: Any, callback: Any) -> c_void_p:
+        """The callback must be kept as long as the handle."""
+        handle = c_void_p()
+        start = byref(callback) if self.layout.wraps_callback else callback
+        self._call("init", byref(handle), byref(param), start)
+        return handle
+
+    def destroy(self, handle: c_void_p) -> None:
+        self._call("destroy", handle)
+
+    def run(self, handle: c_void_p, input_: Any, infer_param: Any, number: int) -> None:
+        self._call("run", handle, byref(input_), byref(infer_param), c_void_p(number))
+
+    def abort(self, handle: c_void_p) -> None:
+        """That there is nothing to abort any more is no error."""
+        self._functions.rkllm_abort(handle)
+
+    def load_cache(self, handle: c_void_p, path: str) -> None:
+        self._call("load_prompt_cache", handle, os.fsencode(path))
+
+    def release_cache(self, handle: c_void_p) -> None:
+        self._call("release_prompt_cache", handle)
+
+    def unset_template(self, handle: c_void_p) -> None:
+        """Prompts come rendered; the model's own template would wrap them once more."""
+        self._call("set_chat_template", handle, b"", b"", b"")
+
+    def clear(self, handle: c_void_p) -> None:
+        ranges = (None, None) if self.layout.has_perf else ()
+        self._call("clear_kv_cache", handle, 0, *ranges)
