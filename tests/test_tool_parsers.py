@@ -27,7 +27,7 @@ from headstart.prompt.calls.dialects import (
     Dialect,
     dialect_of,
 )
-from headstart.prompt.calls.grammar import quoted, schema_of
+from headstart.prompt.calls.grammar import Function, quoted, schema_of
 from headstart.prompt.parts import Parser, Part, PlainText
 from headstart.prompt.reasoning import ReasoningParser
 
@@ -302,7 +302,11 @@ PLACES: dict[str, Any] = {
     "properties": {"where": {"enum": ["up", "} </tool_call>"]}, "n": {"type": "integer"}},
     "required": ["where"],
 }
-FUNCTIONS = [("look", schema_of(PLACES)), ("listen", schema_of(None)), ("look_up", schema_of(PLACES))]
+FUNCTIONS: list[Function] = [
+    ("look", schema_of(PLACES)),
+    ("listen", schema_of(None)),
+    ("look_up", schema_of(PLACES)),
+]
 
 
 @pytest.mark.parametrize("thinks", [False, True])
