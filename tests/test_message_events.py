@@ -15,7 +15,7 @@ from headstart.service.choices import Delta, Ended
 from headstart.service.generation import Result
 
 STATS = Stats(20, 8, 12, 9, "slot", 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0)
-ANSWER = [
+ANSWER: list[Delta | Ended] = [
     Delta(0, reasoning="I sh"),
     Delta(0, reasoning="ould look."),
     Delta(0, text="Let me "),
@@ -77,7 +77,7 @@ def gathered(told: list[Any]) -> list[Any]:
 
 
 async def test_reasoning_text_and_calls_are_blocks_in_the_order_they_came() -> None:
-    whole = await message().whole(events(list(ANSWER)))
+    whole = await message().whole(events(ANSWER))
     assert whole["content"] == CONTENT
     assert (whole["stop_reason"], whole["stop_sequence"]) == ("tool_use", None)
     assert whole["usage"]["input_tokens"] == 12
@@ -85,7 +85,7 @@ async def test_reasoning_text_and_calls_are_blocks_in_the_order_they_came() -> N
 
 
 async def test_events_make_the_same_content() -> None:
-    told = await streamed(list(ANSWER))
+    told = await streamed(ANSWER)
     assert gathered(told) == CONTENT
     kinds = [event["type"] for event in told]
     assert kinds.count("content_block_start") == kinds.count("content_block_stop") == len(CONTENT)
@@ -93,13 +93,16 @@ async def test_events_make_the_same_content() -> None:
 
 
 async def test_reasoning_that_was_not_asked_for_is_not_told() -> None:
-    whole = await message(with_reasoning=False).whole(events(list(ANSWER)))
+    whole = await message(with_reasoning=False).whole(events(ANSWER))
     assert whole["content"] == CONTENT[1:]
 
 
 @pytest.mark.parametrize("arguments", ["", '{"where": "se', "[1]"])
 async def test_arguments_that_were_cut_off_are_none(arguments: str) -> None:
-    answer = [Delta(0, call=CallDelta(0, "call_1", "look", arguments)), Ended(0, "length")]
+    answer: list[Delta | Ended] = [
+        Delta(0, call=CallDelta(0, "call_1", "look", arguments)),
+        Ended(0, "length"),
+    ]
     whole = await message().whole(events(answer))
     assert whole["content"] == [{"type": "tool_use", "id": "call_1", "name": "look", "input": {}}]
     assert whole["stop_reason"] == "max_tokens"
