@@ -127,6 +127,21 @@ def test_doctor_shows_the_runtime_of_an_npu_model(model: str, tmp_path: Path, re
     assert report["board"]["runtime"]["path"] == standin(release)
 
 
+def test_doctor_shows_the_settings_that_an_npu_model_has_and_refuses_those_it_can_not_have(
+    model: str, tmp_path: Path
+) -> None:
+    arguments = [*flags(model, tmp_path, "1.3.0"), "--json"]
+    (shown,) = json.loads(doctor(*arguments, env={"HEADSTART_CTX": "512"}).output)["models"]
+    settings = {setting["name"]: (setting["value"], setting["origin"]) for setting in shown["settings"]}
+    assert settings["ctx"] == ("512", "environment")
+    assert settings["rkllm_library"] == (standin("1.3.0"), "flag")
+    assert settings["rkllm_embed_flash"] == ("on", "default")
+    assert "flash_attention" not in settings
+    done = doctor(*arguments, env={"HEADSTART_CTX": "1000"})
+    assert done.exit_code == 1
+    assert "a context of 1000 tokens: it must be a multiple of 32" in done.output
+
+
 def test_doctor_says_nothing_of_an_npu_where_there_is_none(tmp_path: Path) -> None:
     report = json.loads(doctor("--model", "toy=toy:", "--cache-dir", str(tmp_path), "--json").output)
     assert report["board"] is None

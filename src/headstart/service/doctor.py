@@ -21,6 +21,7 @@ from headstart.messages import EngineSettings
 from headstart.service.board import Board, examine_board, has_npu
 from headstart.service.fitting import kept_back
 from headstart.service.model import Say, model_path
+from headstart.service.npu_settings import npu_settings
 from headstart.service.patient import Patient
 from headstart.service.plan import Plan, rkllm_settings
 from headstart.service.tunings import Tunings
@@ -145,6 +146,7 @@ def _examine_model(
     size = Path(path).stat().st_size if Path(path).is_file() else None
     try:
         patient = Patient(name, path, settings, tunings, entries)
+        in_force = _in_force(settings, flags, patient.plan, patient.in_force)
     except StartupError as error:
         return ModelReport(name, path, size, problem=str(error))
     tuning = patient.plan.settings.tuning
@@ -155,7 +157,7 @@ def _examine_model(
         path,
         size,
         _converted_bytes(patient.plan.settings.conversions),
-        settings=_in_force(settings, flags, patient.plan, patient.in_force),
+        settings=in_force,
         tuning=tuning,
         fitting=len(entries) - sum(map(len, misfits.values())),
         misfits=misfits,
@@ -172,6 +174,10 @@ def _converted_bytes(conversions: str) -> int | None:
 
 
 def _in_force(settings: Settings, flags: Mapping[str, Any], plan: Plan, now: EngineSettings) -> list[InForce]:
+    """Raises StartupError where a model can't be loaded with them."""
+    if is_rkllm(now.path):
+        shown = npu_settings(now.path, settings)
+        return [InForce(name, value, origin(settings, name, flags)) for name, value in shown.items()]
     values: dict[str, str] = {
         **now.arithmetic.shown(),
         "threads": str(now.threads),

@@ -15,16 +15,15 @@ from msgspec import Struct
 
 from headstart import __version__
 from headstart.config import Settings
-from headstart.engine.model import ModelError
 from headstart.engine.rkllm.first_checks import STEPS, Task
 from headstart.engine.rkllm.opening import options_of
-from headstart.engine.rkllm.options import checked
 from headstart.errors import StartupError
 from headstart.folder import is_rkllm
 from headstart.prompt.prompts import Prompts
 from headstart.prompt.template import Message
 from headstart.service.board import Board, examine_board
 from headstart.service.model import Say, load_prompts, model_path
+from headstart.service.npu_settings import npu_settings
 from headstart.service.plan import engine_settings
 
 STEP_SECONDS = 600
@@ -70,14 +69,11 @@ def check_npu(name: str, settings: Settings, say: Say) -> Checks:
     path = model_path(settings.model_paths.get(name, name))
     if not is_rkllm(path):
         raise StartupError(f"{name!r} is neither a .rkllm file nor the name of a model that is one.")
+    npu_settings(path, settings)
     asked = engine_settings(path, settings)
-    try:
-        options = checked(path, options_of(asked))
-    except ModelError as error:
-        raise StartupError(f"{name} can't be tried: {error}") from error
     prompts = load_prompts(path, settings.templates.get(name))
     openings = (_opening(prompts, OPENINGS[0]), _opening(prompts, OPENINGS[1]))
-    task = Task("", path, options, openings, _question(prompts, openings[0]))
+    task = Task("", path, options_of(asked), openings, _question(prompts, openings[0]))
     board = examine_board(asked.rkllm)
     steps = list(_run_all(task, say)) if board.runtime else []
     return Checks(__version__, Path(path).name, Path(path).stat().st_size, board, steps)
