@@ -46,8 +46,10 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(PlainPaths)
     app.add_middleware(Faults)
     app.add_middleware(RequestIds)
-    errors.install(app)
+    parts = (completions, responses, messages, embeddings, tokens, models, cache_files, caches, verify)
+    routers = [part.router for part in parts]
+    errors.install(app, routers)
     reference.install(app)
-    for part in (completions, responses, messages, embeddings, tokens, models, cache_files, caches, verify):
-        app.include_router(part.router)
+    for router in routers:
+        app.include_router(router)
     return app

@@ -3,10 +3,10 @@ in Anthropic's: {"type": "error", "error": {"type", "message"}, "request_id"}.""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
@@ -85,7 +85,9 @@ def response(error: HeadstartError, headers: Mapping[str, str] | None = None) ->
     return ErrorResponse(error, headers)
 
 
-def install(app: FastAPI) -> None:
+def install(app: FastAPI, routers: Sequence[APIRouter]) -> None:
+    """`routers`: all that the application answers."""
+
     @app.exception_handler(HeadstartError)
     async def _known(_: Request, error: HeadstartError) -> Response:
         return response(error)
@@ -102,18 +104,19 @@ def install(app: FastAPI) -> None:
                 known: HeadstartError = NotFound(f"There is nothing at {asked}.")
             case 405:
                 known = MethodNotAllowed(f"{error.detail}: {asked}.")
-                return response(known, {"allow": ", ".join(_allowed(request))})
+                return response(known, {"allow": ", ".join(_allowed(request, routers))})
             case status:
                 known = BadRequest(f"{error.detail}: {asked}.")
                 known.status = status
         return response(known, error.headers)
 
 
-def _allowed(request: Request) -> list[str]:
-    """The methods of all routes with the request's address; the router knows those of the first one."""
+def _allowed(request: Request, routers: Sequence[APIRouter]) -> list[str]:
+    """The methods of all routes with the request's address; a router knows those of the first one."""
+    routes = (route for router in routers for route in router.routes)
     matching = (
         route
-        for route in request.app.routes
+        for route in routes
         if isinstance(route, Route) and route.matches(request.scope)[0] != Match.NONE
     )
     return sorted({method for route in matching for method in route.methods or ()})
