@@ -227,14 +227,8 @@ def test_litellm_answers_from_the_cache(server: RunningServer, answer: str) -> N
 def test_langchain_answers_from_the_cache(server: RunningServer, answer: str) -> None:
     from langchain_openai import ChatOpenAI
 
-    model = ChatOpenAI(
-        base_url=f"{server.url}/v1",
-        api_key="none",  # type: ignore[arg-type]
-        model="smollm2",
-        extra_body=USE_CACHE,
-        temperature=0,
-        max_tokens=16,  # type: ignore[call-arg]
-    )
+    options: Any = {"base_url": f"{server.url}/v1", "api_key": "none", "extra_body": USE_CACHE}
+    model = ChatOpenAI(model="smollm2", temperature=0, max_tokens=16, **options)
     done = model.invoke(QUESTION[0]["content"])
     assert done.content == answer
     assert done.usage_metadata

@@ -101,8 +101,9 @@ def test_n_answers_are_those_of_n_seeds_one_after_another(
 
 
 def test_n_answers_have_one_prompt_and_all_their_tokens_in_the_usage(client: OpenAI) -> None:
-    one = client.chat.completions.create(model="toy", messages=[USER], **GREEDY)  # type: ignore[call-overload]
-    two = client.chat.completions.create(model="toy", messages=[USER], n=2, **GREEDY)  # type: ignore[call-overload]
+    request: Any = {"model": "toy", "messages": [USER], **GREEDY}
+    one: Any = client.chat.completions.create(**request)
+    two: Any = client.chat.completions.create(**request, n=2)
     assert [choice.index for choice in two.choices] == [0, 1]
     assert two.usage.prompt_tokens == one.usage.prompt_tokens
     assert two.usage.completion_tokens == 2 * one.usage.completion_tokens
@@ -143,13 +144,8 @@ def test_a_best_of_that_would_choose_is_refused(toy: RunningServer, fields: Json
 
 
 def test_logprobs_of_a_chat_are_one_a_token_with_the_likeliest_in_order(client: OpenAI) -> None:
-    answer = client.chat.completions.create(
-        model="toy",
-        messages=[USER],  # type: ignore[list-item]
-        logprobs=True,
-        top_logprobs=3,
-        **GREEDY,
-    )
+    request: Any = {"model": "toy", "messages": [USER], "logprobs": True, "top_logprobs": 3, **GREEDY}
+    answer: Any = client.chat.completions.create(**request)
     (choice,) = answer.choices
     told = choice.logprobs.content
     assert len(told) == answer.usage.completion_tokens

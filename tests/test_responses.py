@@ -630,7 +630,7 @@ def test_a_call_that_must_be_made_is_an_item_of_its_own(toy: RunningServer, choi
 
 
 def test_an_answer_matches_the_schema_that_it_must_have(toy: RunningServer) -> None:
-    schema = {"type": "object", "properties": {"miles": {"enum": [3, 5]}}, "required": ["miles"]}
+    schema: Json = {"type": "object", "properties": {"miles": {"enum": [3, 5]}}, "required": ["miles"]}
     schema |= {"additionalProperties": False}
     form = {"type": "json_schema", "name": "light", "schema": schema, "strict": True}
     response = _ask(toy, "How far?", text={"format": form}, max_output_tokens=200)

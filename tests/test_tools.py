@@ -125,7 +125,7 @@ class Marked(ToyTokenizer):
 
     markers = ("[TOOL_CALLS]", "</think>")
 
-    def encode(self, text: str, first: bool = True) -> list[int]:
+    def encode(self, text: str, first: bool = True, *, parse_special: bool = True) -> list[int]:
         if text in self.markers:
             return [1000 + self.markers.index(text)]
         return list(text.encode())
