@@ -13,7 +13,7 @@ from typing import Any, Literal
 import pytest
 from anthropic import Anthropic
 from openai import AsyncOpenAI, OpenAI
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from servers import RunningServer
 
@@ -49,7 +49,7 @@ WEATHER: Any = {
 
 class Light(BaseModel):
     color: Literal["red", "green", "white"]
-    miles: int
+    miles: int = Field(ge=0, le=99)
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +136,7 @@ def test_openai_gets_calls_of_its_tools(client: OpenAI, choice: Any) -> None:
         "messages": [{"role": "user", "content": "What is the weather in Oslo?"}],
         "tools": [WEATHER],
         "tool_choice": choice,
+        "parallel_tool_calls": False,
         "temperature": 0,
         "max_tokens": 80,
     }
@@ -187,7 +188,8 @@ def test_openai_embeds(client: OpenAI) -> None:
 
 def test_anthropic_reads_what_it_marked_to_be_cached(server: RunningServer) -> None:
     client = Anthropic(base_url=server.url, api_key="none", max_retries=0)
-    system: Any = [{"type": "text", "text": SYSTEM + "Be kind.", "cache_control": {"type": "ephemeral"}}]
+    text = "Be kind. " + SYSTEM * 3
+    system: Any = [{"type": "text", "text": text, "cache_control": {"type": "ephemeral"}}]
     request: Any = {
         "model": "smollm2",
         "system": system,
@@ -196,9 +198,11 @@ def test_anthropic_reads_what_it_marked_to_be_cached(server: RunningServer) -> N
         "extra_body": {"temperature": 0},
     }
     created = client.messages.create(**request)
-    assert created.usage.cache_creation_input_tokens
+    n_created = created.usage.cache_creation_input_tokens or 0
+    assert n_created > 100
     read = client.messages.create(**request)
-    assert read.usage.cache_read_input_tokens == created.usage.cache_creation_input_tokens
+    assert (read.usage.cache_read_input_tokens or 0) >= n_created
+    assert read.usage.cache_creation_input_tokens == 0
     assert read.content == created.content
     with client.messages.stream(**request) as stream:
         assert "".join(stream.text_stream) == getattr(read.content[0], "text", None)
