@@ -1,7 +1,7 @@
 """docs/compatibility.md against the schemas, OpenAI's client and a running server.
 
-An endpoint joins by a Section: its heading in the document, its body's class, what OpenAI's client may send, and
-a request that is good but for one parameter."""
+An endpoint joins by a Section: its heading in the document, its body's class, what OpenAI's client may send,
+and a request that is good but for one parameter."""
 
 from __future__ import annotations
 

@@ -55,11 +55,11 @@ class CompletionRequest(GenerationRequest):
         return texts
 
     def _prompts(self) -> list[str | list[int]]:
-        match self.prompt:
-            case str() | [int(), *_]:
-                return [self.prompt]  # type: ignore[list-item]
-            case prompts:
-                return [*prompts]  # type: ignore[list-item]
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if tokens := [each for each in self.prompt if isinstance(each, int)]:
+            return [tokens]
+        return [each for each in self.prompt if not isinstance(each, int)]
 
 
 def _text(prompt: str | list[int], suffix: str | None) -> Text:
