@@ -220,21 +220,16 @@ def test_the_opening_of_a_chat_with_tools_is_reused_without_a_cache_too(server: 
     assert other["timings"]["prompt_n"] > 200
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/cache/toy"])
-def test_tools_for_a_template_that_has_none_are_refused(toy: RunningServer, path: str) -> None:
-    body = {"model": "toy", "cache_name": "no-tools", "messages": [QUESTION], "tools": [LAMP]}
-    status, code, param, message = _error(toy, path, **body)
-    assert (status, code, param) == (400, "invalid_value", "tools")
-    assert "template has no tools" in message
-
-
-def test_a_cache_with_tools_is_refused_once_the_template_has_none(start_server: StartServer) -> None:
+def test_a_cache_with_tools_is_made_again_once_the_template_has_none(start_server: StartServer) -> None:
     server = start_server("--model", "toy=toy:template=tools")
     _create(server, "tooled", messages=EXAMPLES, tools=[LAMP])
     server.stop()
     server = start_server("--model", "toy=toy:")
-    body = {"model": "toy", "messages": [QUESTION], "use_cache": "tooled"}
-    assert _error(server, "/v1/chat/completions", **body)[:3] == (400, "invalid_value", "tools")
+    missed = _ask(server, use_cache="tooled")
+    assert missed["usage"]["cache_hit"] is False
+    again = server.post("/v1/cache/toy", cache_name="tooled", messages=EXAMPLES, tools=[LAMP])
+    assert again.status_code == 200
+    _check_hit(_ask(server, use_cache="tooled"), "tooled")
 
 
 def test_earlier_calls_and_their_results_are_written_as_the_template_writes_them(

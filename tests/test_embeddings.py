@@ -6,7 +6,9 @@ import base64
 import math
 import struct
 from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -17,7 +19,13 @@ import pytest
 from openai import OpenAI
 
 from conftest import StartServer
-from servers import Json, RunningServer, eventually, events, running_server
+from headstart.engine.cuts import Cuts
+from headstart.engine.embedding import Embeddings
+from headstart.engine.model import ModelError, TooLarge
+from headstart.engine.toy import ToyEmbedder, ToyModel
+from headstart.messages import Embed, Embedded, EngineSettings, Failed, RequestEvent, Vector
+from headstart.toyspec import N_VOCAB
+from servers import Json, RunningServer, events, eventually, running_server
 
 SIZE = 16
 TEXTS = ["The tide comes in at night.", "x", "Ropes are counted on Mondays. " * 30, "Æsop — 漁港 🐟"]
@@ -112,7 +120,7 @@ def test_as_many_inputs_as_openai_takes_are_taken(toy: RunningServer) -> None:
         ({"input": [True]}, "input", "a text, a list of texts"),
         ({"input": ["x"] * 2049}, "input", "1 to 2048"),
         ({"input": [-1]}, "input", "no token -1"),
-        ({"input": [[1], [270, 1]]}, "input", "no token 270"),
+        ({"input": [[1], [N_VOCAB, 1]]}, "input", f"no token {N_VOCAB}"),
         ({"input": [10**30]}, "input", "no token"),
         ({"input": "x", "encoding_format": "hex"}, "encoding_format", "float"),
         ({"input": "x", "dimensions": 8}, "dimensions", "16 dimensions"),
@@ -175,7 +183,7 @@ def _streamed(server: RunningServer) -> tuple[str, float]:
             if said := event["choices"][0]["delta"].get("content"):
                 text += said
                 times.append(monotonic())
-    return text, max(later - earlier for earlier, later in zip(times, times[1:], strict=False))
+    return text, max(later - earlier for earlier, later in pairwise(times))
 
 
 def test_a_stream_says_the_same_and_goes_on_while_others_embed(slow: RunningServer) -> None:
@@ -194,7 +202,7 @@ def test_a_stream_says_the_same_and_goes_on_while_others_embed(slow: RunningServ
 def test_requests_take_turns(slow: RunningServer) -> None:
     with ThreadPoolExecutor() as pool:
         long = pool.submit(vectors, slow, [f"rope number {number}" for number in range(100)])
-        eventually(lambda: long.running())
+        eventually(long.running)
         started = monotonic()
         vectors(slow, ["x", "y"])
         assert not long.done()
@@ -226,6 +234,71 @@ def test_the_end_of_the_worker_is_a_clean_error(start_server: StartServer) -> No
     assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_died")
     eventually(lambda: server.http.get("/health").status_code == 200)
     assert len(vectors(server, "x")) == 1
+
+
+class Embedder(ToyEmbedder):
+    """There is no embedding of a token 9, and none is evaluated of a token 8."""
+
+    def evaluate(self, start: int, tokens: Seq[int]) -> None:
+        if 8 in tokens:
+            raise ModelError("it has an 8")
+        super().evaluate(start, tokens)
+
+    def vector(self) -> bytes:
+        if 9 in self.history:
+            raise ModelError("it has a 9")
+        return super().vector()
+
+
+class Model(ToyModel):
+    """Has memory for embeddings at the second time only."""
+
+    asked = 0
+
+    def embedder(self) -> ToyEmbedder:
+        self.asked += 1
+        if self.asked == 1:
+            raise TooLarge("there is too little memory")
+        return Embedder(0)
+
+
+def ends(engine: Embeddings) -> list[tuple[int, str]]:
+    """How each request ends, with the number of events it had."""
+    told: list[RequestEvent] = []
+    while engine.busy:
+        told += engine.step()
+    return [
+        (event.id, event.kind if isinstance(event, Failed) else f"{sum(e.id == event.id for e in told)}")
+        for event in told
+        if isinstance(event, Failed | Embedded)
+    ]
+
+
+def test_a_request_that_fails_ends_once_and_leaves_the_others_alone() -> None:
+    engine = Embeddings(Model(EngineSettings("toy:", 1, 256)), Cuts(4))
+    engine.add(Embed(1, [[1]]))
+    assert ends(engine) == [(1, "memory")]
+    long = list(range(10, 30))
+    for request in (Embed(2, [[1], [9], [2]]), Embed(3, [[1], long]), Embed(4, [[*long, 8]])):
+        engine.add(request)
+    assert sorted(ends(engine)) == [(2, "engine"), (3, "3"), (4, "engine")]
+
+
+def test_what_a_cancelled_request_had_begun_is_no_part_of_the_next() -> None:
+    engine = Embeddings(Model(EngineSettings("toy:", 1, 256)), Cuts(4))
+    engine.model.embedder = lambda: Embedder(0)  # type: ignore[method-assign]
+    engine.add(Embed(1, [list(range(10, 30))]))
+    engine.step()
+    assert engine.jobs[0].computed == 4
+    assert list(engine.cancel(1)) == [Embedded(1)]
+    assert list(engine.cancel(1)) == []
+    engine.add(Embed(2, [[1, 2]]))
+    (vector, end) = engine.step()
+    assert end == Embedded(2)
+    alone = Embedder(0)
+    alone.evaluate(0, [1, 2])
+    assert isinstance(vector, Vector)
+    assert vector.values == alone.vector()
 
 
 @pytest.mark.real_model

@@ -15,7 +15,7 @@ import pytest
 
 import tiny_encoder
 import tiny_models
-from servers import RunningServer, eventually, running_server
+from servers import Json, RunningServer, eventually, running_server
 from test_embeddings import embed, tokens, vectors
 
 pytestmark = pytest.mark.real_model
@@ -53,7 +53,7 @@ def reference(path: Path, given: list[int], pooling: int) -> Any:
     return values / np.linalg.norm(values)
 
 
-@lib.llama_log_callback  # type: ignore[untyped-decorator]
+@lib.llama_log_callback
 def _quiet(_level: int, _text: bytes, _user: object) -> None:
     pass
 
@@ -89,12 +89,12 @@ def test_an_encoder_takes_inputs_as_long_as_its_positions_and_no_longer(server: 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_encoder_generates_nothing_and_says_so(server: RunningServer, stream: bool) -> None:
-    chat = {"messages": [{"role": "user", "content": "the cat"}], "stream": stream}
-    for path, body in {
-        "/v1/chat/completions": chat,
+    bodies: dict[str, Json] = {
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": "the cat"}], "stream": stream},
         "/v1/completions": {"prompt": "the cat", "stream": stream},
         "/v1/cache/mean": {"cache_name": "cat", "prompt": "the cat sat"},
-    }.items():
+    }
+    for path, body in bodies.items():
         response = server.post(path, model="mean", **body)
         assert response.status_code == 400
         assert "embeddings only" in response.json()["error"]["message"]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from conftest import StartServer
+from headstart.toyspec import N_VOCAB
 from servers import Json, RunningServer
 
 TEXT = "The thing, by definition: Æsop — 漁港 🐟\n\n  indented"
@@ -68,11 +69,12 @@ def test_tools_are_written_by_the_template_or_refused(toy: RunningServer, start_
 
 def test_the_model_must_be_named_where_there_are_several(start_server: StartServer) -> None:
     server = start_server("--model", "one=toy:", "--model", "two=toy:template=fold")
-    for path, body in {
+    bodies: dict[str, Json] = {
         "/tokenize": {"content": "x"},
         "/detokenize": {"tokens": [120]},
         "/apply-template": {"messages": [{"role": "user", "content": "x"}]},
-    }.items():
+    }
+    for path, body in bodies.items():
         response = server.post(path, **body)
         error = response.json()["error"]
         assert (response.status_code, error["param"]) == (400, "model")
@@ -101,7 +103,7 @@ def test_a_long_text_is_tokenised_and_comes_back(toy: RunningServer) -> None:
         ("/tokenize", {"content": 5}, "content"),
         ("/detokenize", {}, "tokens"),
         ("/detokenize", {"tokens": [-1]}, "tokens"),
-        ("/detokenize", {"tokens": [270]}, "tokens"),
+        ("/detokenize", {"tokens": [N_VOCAB]}, "tokens"),
         ("/detokenize", {"tokens": [10**40]}, "tokens"),
         ("/detokenize", {"tokens": ["x"] * 1000}, "tokens"),
         ("/detokenize", {"tokens": [True]}, "tokens"),

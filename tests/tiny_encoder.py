@@ -12,7 +12,7 @@ from tiny_models import Random, Tensors, ones
 CTX, HIDDEN, FFN, HEADS, LAYERS = 512, 64, 128, 4, 2
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 PAD, UNK, CLS, SEP, MASK = range(5)
-WORDS = "the cat dog sat lay ran on under over mat rug tide comes goes in out at night noon rope lamp".split()
+WORDS = ["the", "cat", "sat", "lay", "ran", "on", "mat", "tide", "goes", "out", "at", "noon", "rope", "lamp"]
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?"
 # As llama.cpp writes WordPiece: what begins a word has the mark, what continues one has none.
 TOKENS = [*SPECIALS, *(f"▁{text}" for text in [*WORDS, *LETTERS]), *LETTERS]
@@ -68,7 +68,7 @@ def _tensors() -> Tensors:
 
 
 def _layer(random: Random) -> Tensors:
-    shapes = {name: (HIDDEN, HIDDEN) for name in ("attn_q", "attn_k", "attn_v", "attn_output")}
+    shapes = dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output"), (HIDDEN, HIDDEN))
     shapes |= {"ffn_up": (FFN, HIDDEN), "ffn_down": (HIDDEN, FFN)}
     layer = {**_norm("attn_output_norm"), **_norm("layer_output_norm")}
     for name, (rows, columns) in shapes.items():

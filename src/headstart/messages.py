@@ -256,11 +256,12 @@ class Embedded(Struct, frozen=True, tag=True):
     id: int
 
 
-FailureKind = Literal["engine", "memory", "storage", "storage_full", "died"]
+FailureKind = Literal["engine", "grammar", "memory", "storage", "storage_full", "died"]
 
 
 class Failed(Struct, frozen=True, tag=True):
-    """`kind` "died" is what the client says for a worker that can't say anything any more."""
+    """`kind` "grammar": the one for the answer can't be followed. "died" is what the client says for a worker
+    that can't say anything any more."""
 
     id: int
     kind: FailureKind

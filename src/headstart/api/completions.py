@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
+from msgspec import structs
 from starlette.responses import Response
 
 from headstart.api.answers import Chat, Completion, Events, stream, whole
@@ -29,7 +30,7 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     messages = [message.plain() for message in body.messages]
     async with service.models.use(addressed(request, body)) as model:
-        options = _options(request, body, limit)
+        options = await _options(request, body, limit)
         prepared = await service.preparation.chat(model, messages, options, body.tools)
         events = service.generation.run(prepared)
         return await _answer(request, body, events, Chat(body.model), options.n)
@@ -41,7 +42,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     service: Service = request.app.state.service
     limit = COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     async with service.models.use(addressed(request, body)) as model:
-        options = _options(request, body, limit)
+        options = await _options(request, body, limit)
         texts = body.texts()
         prepared = [await service.preparation.text(model, text, options) for text in texts]
         runs = [service.generation.run(each) for each in prepared]
@@ -51,9 +52,13 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
         return await _answer(request, body, events, Completion(body.model, echoes), len(texts) * options.n)
 
 
-def _options(request: Request, body: GenerationRequest, max_tokens: int | None) -> Options:
+async def _options(request: Request, body: GenerationRequest, max_tokens: int | None) -> Options:
     """The body's; the explanation may be asked for by a header as well."""
     options = body.options(max_tokens)
+    if wanted := body.wanted():
+        service: Service = request.app.state.service
+        await service.grammars.check(wanted.grammar, wanted.param)
+        options = replace(options, sampling=structs.replace(options.sampling, grammar=wanted.grammar))
     asked = request.headers.get(EXPLAIN_HEADER, "").lower() in ("1", "true")
     return replace(options, explain=options.explain or asked)
 

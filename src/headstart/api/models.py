@@ -8,8 +8,9 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 
 from headstart.api.keys import owner, seen
-from headstart.api.schemas import Body, Utf8
+from headstart.api.schemas import Body
 from headstart.api.streaming import while_connected
+from headstart.api.text import Utf8
 from headstart.errors import HeadstartError, ModelLoading, Unavailable
 from headstart.service.model import ServedModel
 from headstart.service.routes import choices

@@ -6,10 +6,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from headstart.api.structure import StructuredRequest
+from headstart.api.text import Utf8
 from headstart.api.token_fields import LogitBias, TopLogprobs
-from headstart.api.tools import Tool, ToolCall
+from headstart.api.tools import ReasoningFormat, TemplateVariables, Tool, ToolCall, ToolChoice, calling
 from headstart.errors import BadRequest
 from headstart.messages import Sampling
 from headstart.service.preparation import Options
@@ -17,16 +19,6 @@ from headstart.service.preparation import Options
 MOST_ANSWERS = 128
 
 
-def _encodable(text: str) -> str:
-    # JSON can write half a surrogate pair, which is no text and can't be tokenised.
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("Input should be valid Unicode") from None
-    return text
-
-
-Utf8 = Annotated[str, AfterValidator(_encodable)]
 StopString = Annotated[Utf8, StringConstraints(min_length=1, max_length=1000)]
 
 
@@ -38,7 +30,7 @@ class StreamOptions(Body):
     include_usage: bool = Field(False, description="Send a last chunk with `usage`.")
 
 
-class GenerationRequest(Body):
+class GenerationRequest(Body, StructuredRequest):
     """What chat and text completions have in common."""
 
     model: Utf8 = Field(description="A model, an alias, or `model@cache`.")
@@ -124,10 +116,13 @@ HARMLESS: dict[str, tuple[object, ...]] = {
     "echo": (None, False),
     "suffix": (None, ""),
     "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "guided_choice": (None,),
+    "guided_grammar": (None,),
+    "json_schema": (None, {}),
     "modalities": (None, ["text"]),
     "audio": (None,),
     "web_search_options": (None,),
@@ -148,6 +143,9 @@ class ChatMessage(Body):
     )
     content: Utf8 | list[TextPart] | None = Field(None, description="The text, or parts of it.")
     tool_calls: list[ToolCall] | None = Field(None, description="Calls that an assistant's message made.")
+    reasoning_content: Utf8 | None = Field(
+        None, description="What an assistant's message was reasoned to be, for templates that write it."
+    )
     tool_call_id: Utf8 | None = Field(None, description="Of a tool's message: the call it answers.")
     name: Utf8 | None = Field(None, description="Who speaks, for templates that write it.")
 
@@ -176,6 +174,8 @@ class ChatMessage(Body):
         }
         if self.role == "assistant" and self.tool_calls:
             message["tool_calls"] = self.tool_calls
+        if self.role == "assistant" and self.reasoning_content:
+            message["reasoning_content"] = self.reasoning_content
         if self.role == "tool" and self.tool_call_id is not None:
             message["tool_call_id"] = self.tool_call_id
         if self.name is not None:
@@ -188,6 +188,16 @@ class ChatRequest(GenerationRequest):
         min_length=1, description="The chat so far; a last message of the assistant's is continued."
     )
     tools: list[Tool] | None = Field(None, description="Functions that the model may call.")
+    tool_choice: ToolChoice | None = Field(
+        None, description="Whether and which tools are called: none, auto, required, or one by its name."
+    )
+    parallel_tool_calls: bool | None = Field(None, description="False: at most one call.")
+    reasoning_format: ReasoningFormat | None = Field(
+        None, description="none: what the model thinks first is left in its text."
+    )
+    chat_template_kwargs: TemplateVariables | None = Field(
+        None, description="What the template is told besides, such as `enable_thinking`."
+    )
     max_completion_tokens: int | None = Field(None, ge=0, description="Overrides `max_tokens`.")
     logprobs: bool | None = Field(None, description="Tell the logarithm of each token's probability.")
     top_logprobs: TopLogprobs | None = Field(
@@ -206,7 +216,13 @@ class ChatRequest(GenerationRequest):
 
     def options(self, max_tokens: int | None) -> Options:
         self._check_end()
-        return replace(super().options(max_tokens), save_as=self.save_as, overwrite=self.allow_overwrite)
+        return replace(
+            super().options(max_tokens),
+            save_as=self.save_as,
+            overwrite=self.allow_overwrite,
+            calling=calling(self.tool_choice, self.parallel_tool_calls, self.reasoning_format),
+            variables=self.chat_template_kwargs or {},
+        )
 
     def _check_end(self) -> None:
         """Raises BadRequest where the messages don't end as they are said to."""

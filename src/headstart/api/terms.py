@@ -8,7 +8,8 @@ from typing import Annotated, Any
 from pydantic import Field, StringConstraints
 
 from headstart.api.cache_body import CacheRequest
-from headstart.api.schemas import Body, Utf8
+from headstart.api.schemas import Body
+from headstart.api.text import Utf8
 from headstart.caches.entry import Entry, Terms
 from headstart.errors import BadRequest
 

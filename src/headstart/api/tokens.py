@@ -13,7 +13,8 @@ from headstart.api.tools import Tool
 from headstart.errors import BadRequest
 from headstart.service.model import ServedModel
 from headstart.service.server import Service
-from headstart.service.tokenising import check_tokens, pieces, tokenised
+from headstart.service.texts import check_tokens
+from headstart.service.tokenising import pieces, tokenised
 
 router = APIRouter()
 
@@ -64,7 +65,7 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> Json:
     """The text that token ids stand for."""
     service: Service = request.app.state.service
     async with service.models.use(_meant(request, body)) as model:
-        check_tokens(model, body.tokens, param="tokens")
+        check_tokens(model.prompts.tokenizer, body.tokens, param="tokens")
         content = b"".join(await pieces(model, body.tokens))
         return {"content": content.decode(errors="replace")}
 

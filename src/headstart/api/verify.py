@@ -14,8 +14,9 @@ from pydantic import Field
 from starlette.responses import Response
 
 from headstart.api.keys import owner
-from headstart.api.schemas import Body, Utf8
+from headstart.api.schemas import Body
 from headstart.api.streaming import BEGIN_SECONDS, EventStream, as_event, begun, while_connected
+from headstart.api.text import Utf8
 from headstart.service.server import Service
 from headstart.service.verdict import Verdict
 from headstart.service.verifying import Wish

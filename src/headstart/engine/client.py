@@ -52,6 +52,7 @@ HUGE_PAGES = "glibc.malloc.hugetlb=1"
 RESTART_SECONDS = (0.0, 1.0, 5.0, 30.0)
 FAILURES = {
     "engine": EngineError,
+    "grammar": BadRequest,
     "memory": OutOfMemory,
     "storage": StorageError,
     "storage_full": StorageFull,

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from queue import Empty, SimpleQueue
+from collections.abc import Callable
 from time import monotonic
 
 from headstart.engine import state_file
 from headstart.engine.accounts import stats, told
 from headstart.engine.actions import Action, Drop, Fill, Move, Start
+from headstart.engine.compiling import Compiler
 from headstart.engine.cuts import Cuts
 from headstart.engine.embedding import Embeddings
+from headstart.engine.grammar import GrammarError
 from headstart.engine.logprobs import Logprobs
 from headstart.engine.model import Model, ModelError
 from headstart.engine.reading import Reader
+from headstart.engine.saving import Writer
 from headstart.engine.scheduler import Scheduler, Work
 from headstart.engine.sequence import Sequence, Slot
 from headstart.messages import (
@@ -23,12 +24,10 @@ from headstart.messages import (
     Command,
     Embed,
     Failed,
-    FailureKind,
     Finished,
     FinishReason,
     Progress,
     RequestEvent,
-    SaveTo,
     StateRef,
     Submit,
 )
@@ -40,7 +39,7 @@ class Engine:
     """Runs sequences on a model. Every submitted request ends in exactly one Finished or Failed event.
 
     Disks are waited for on other threads. `wake` is called from these when a step has something new to do: a
-    state was written, or one that a sequence waits for is in memory.
+    state was written, or one that a sequence waits for is in memory, or its grammar is compiled.
     """
 
     def __init__(self, model: Model, cuts: Cuts, wake: Callable[[], object], *, share_from: int = 0) -> None:
@@ -56,9 +55,9 @@ class Engine:
         self.embeddings = Embeddings(model, cuts)
         self.events: list[RequestEvent] = []
         self.wake = wake
-        self.writer = ThreadPoolExecutor(1, thread_name_prefix="state-writer")
-        self.written: SimpleQueue[RequestEvent] = SimpleQueue()
+        self.writer = Writer(wake)
         self.reader = Reader(wake)
+        self.compiler = Compiler(model.grammars, wake)
 
     @property
     def busy(self) -> bool:
@@ -79,12 +78,16 @@ class Engine:
         """Where others run, a state that isn't in memory is read by another thread before the sequence may
         start: restoring it would make them wait for the disk."""
         self.scheduler.add(sequence)
+        self.compiler.begin(sequence)
         if self.scheduler.running and (state := self.scheduler.restores(sequence)):
             self.reader.begin(sequence, state)
 
     def step(self) -> list[RequestEvent]:
         """Advances every running sequence, and returns what happened, in order."""
         self.reader.finish()
+        for sequence, fault in self.compiler.finish():
+            if self.scheduler.find(sequence.request.id) is sequence:
+                self._fail(sequence, fault, "grammar")
         for action in self.scheduler.admit():
             self._act(action)
         for action in self.scheduler.relieve():
@@ -93,7 +96,7 @@ class Engine:
         self._evaluate(self.scheduler.decoding())
         self._evaluate(self.scheduler.prefilling())
         self.events += self.embeddings.step()
-        self.events += _drained(self.written)
+        self.events += self.writer.finished()
         events, self.events = self.events, []
         return events
 
@@ -208,10 +211,14 @@ class Engine:
     def _sample(self, sequence: Sequence, row: int) -> None:
         """Chooses the sequence's next token, and the first ones of all other answers to its prompt."""
         asked = sequence.request.sampling.logprobs
-        # Before anything is chosen: a grammar may overwrite logits.
         logprobs = None if asked is None else self.model.logprobs(row)
         siblings = sequence.divide()
-        chosen = [(each, self._choose(each, row)) for each in (sequence, *siblings)]
+        try:
+            chosen = [(each, self._choose(each, row)) for each in (sequence, *siblings)]
+        except GrammarError as error:
+            for each in (sequence, *siblings):
+                self._fail(each, str(error), "grammar")
+            return
         for action in self.scheduler.place(siblings, sequence):
             self._act(action)
         for each, token in chosen:
@@ -222,7 +229,8 @@ class Engine:
 
     def _choose(self, sequence: Sequence, row: int) -> int:
         if sequence.sampler is None:
-            sequence.sampler = self.model.sampler(sequence.request.sampling, sequence.request.tokens)
+            request = sequence.request
+            sequence.sampler = self.model.sampler(request.sampling, request.tokens, sequence.matcher)
         return self.model.sample(row, sequence.sampler)
 
     def _accept(self, sequence: Sequence, token: int, logprobs: Logprobs | None) -> None:
@@ -232,6 +240,9 @@ class Engine:
             return
         sequence.tokens.append(token)
         self.events.append(told(sequence, token, logprobs))
+        if sequence.sampler and sequence.sampler.ended:
+            self._finish(sequence, "stop")
+            return
         full = len(sequence.tokens) >= self.model.info.n_ctx
         if full or sequence.n_generated == sequence.request.max_tokens:
             self._finish(sequence, "length")
@@ -250,27 +261,15 @@ class Engine:
             self._fail(sequence, str(error))
             return
         self._release(sequence)
-        self.writer.submit(self._write, sequence, place, state)
-
-    def _write(self, sequence: Sequence, place: SaveTo, state: memoryview) -> None:
-        """Runs on the writer thread."""
-        try:
-            saved = state_file.write(place, state)
-        except OSError as error:
-            kind: FailureKind = "storage_full" if error.errno in state_file.NO_ROOM else "storage"
-            self.written.put(Failed(sequence.request.id, kind, f"state not written: {error.strerror}"))
-        else:
-            account = stats(sequence, len(state), saved)
-            self.written.put(Finished(sequence.request.id, "saved", account))
-        self.wake()
+        self.writer.begin(sequence, place, state)
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         account = stats(sequence)
         self.events += [Finished(answer, reason, account) for answer in sequence.ids]
         self._release(sequence)
 
-    def _fail(self, sequence: Sequence, message: str) -> None:
-        self.events += [Failed(answer, "engine", message) for answer in sequence.ids]
+    def _fail(self, sequence: Sequence, message: str, kind: FailureKind = "engine") -> None:
+        self.events += [Failed(answer, kind, message) for answer in sequence.ids]
         slot = sequence.slot
         self._release(sequence)
         if slot:
@@ -281,12 +280,3 @@ class Engine:
         self.scheduler.remove(sequence)
         if sequence.sampler:
             sequence.sampler.close()
-
-
-def _drained(queue: SimpleQueue[RequestEvent]) -> Iterator[RequestEvent]:
-    """What is in the queue now."""
-    try:
-        while True:
-            yield queue.get_nowait()
-    except Empty:
-        return

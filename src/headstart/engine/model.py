@@ -6,6 +6,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Protocol
 
+from headstart.engine.grammar import Grammars, Matcher
 from headstart.engine.logprobs import Logprobs
 from headstart.messages import ModelInfo, Sampling
 
@@ -33,13 +34,18 @@ class TooLarge(ModelError):
 
 
 class Sampler(Protocol):
-    """Chooses tokens for one sequence; remembers what it chose, for penalties and the random stream."""
+    """Chooses tokens for one sequence; remembers what it chose, for penalties and the random stream.
+    `ended`: what it chose is complete by its grammar, and nothing may follow."""
+
+    @property
+    def ended(self) -> bool: ...
 
     def close(self) -> None: ...
 
 
 class Embedder(Protocol):
-    """Makes embeddings, one at a time, in memory of its own. `whole`: an input can't be evaluated in pieces."""
+    """Makes embeddings, one at a time, in memory of its own. `whole`: an input can't be evaluated in
+    pieces."""
 
     whole: bool
 
@@ -63,16 +69,19 @@ class Model(Protocol):
     """
 
     info: ModelInfo
+    grammars: Grammars
 
     def evaluate(self, pieces: Seq[Piece]) -> None:
         """Computes the KV values of all pieces in one batch: sequences of the pool only, or none of them.
         Raises ModelError."""
 
-    def sampler(self, sampling: Sampling, history: Seq[int]) -> Sampler:
-        """A sampler for a sequence whose prompt is `history`."""
+    def sampler(self, sampling: Sampling, history: Seq[int], matcher: Matcher | None = None) -> Sampler:
+        """A sampler for a sequence whose prompt is `history`. With a `matcher`, which is its own from then
+        on, it chooses what this allows."""
 
     def sample(self, row: int, sampler: Sampler) -> int:
-        """The next token of piece number `row` of the last `evaluate`, which must have said `sample`."""
+        """The next token of piece number `row` of the last `evaluate`, which must have said `sample`.
+        Raises GrammarError."""
 
     def logprobs(self, row: int) -> Logprobs:
         """What the model itself thinks of all tokens in that place."""

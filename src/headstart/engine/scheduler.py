@@ -48,7 +48,7 @@ class Scheduler:
 
     @property
     def busy(self) -> bool:
-        return bool(self.running) or not all(sequence.reading for sequence in self.waiting)
+        return bool(self.running) or any(sequence.may_start for sequence in self.waiting)
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
@@ -67,7 +67,7 @@ class Scheduler:
             n_taken = sum(len(other.ids) for other in self.running)
             if n_taken == len(self.slots):
                 return
-            if sequence.reading or self._is_being_computed(sequence):
+            if not sequence.may_start or self._is_being_computed(sequence):
                 continue
             if n_taken + len(sequence.ids) > len(self.slots):
                 return

@@ -8,6 +8,7 @@ from dataclasses import replace as copied
 from msgspec.structs import replace
 
 from headstart.engine.cuts import Cuts
+from headstart.engine.grammar import Matcher
 from headstart.engine.model import Piece, Sampler
 from headstart.messages import Source, Submit
 from headstart.tokens import common_prefix
@@ -35,14 +36,16 @@ class Slot:
 @dataclass(eq=False, slots=True)
 class Sequence:
     """Prompt and generated tokens; evaluation catches up with their number. `reading`: its state is on its
-    way into memory. Times are monotonic seconds, 0 until they happen. While its prompt is prefilled it stands
-    for all answers that its request wants."""
+    way into memory; `compiling`: its grammar isn't ready. Times are monotonic seconds, 0 until they happen.
+    While its prompt is prefilled it stands for all answers that its request wants."""
 
     request: Submit
     tokens: list[int]
     arrived: float
     slot: Slot | None = None
     reading: bool = False
+    compiling: bool = False
+    matcher: Matcher | None = None
     sampler: Sampler | None = None
     computed: int = 0
     cached: int = 0
@@ -67,6 +70,10 @@ class Sequence:
         return len(self.tokens) - self.n_prompt
 
     @property
+    def may_start(self) -> bool:
+        return not (self.reading or self.compiling)
+
+    @property
     def is_prefilling(self) -> bool:
         return self.computed < self.n_prompt
 
@@ -84,6 +91,7 @@ class Sequence:
                 cached=self.n_prompt,
                 evaluated=0,
                 source="slot",
+                matcher=self.matcher and self.matcher.copy(),
             )
             for request in requests[1:]
         ]

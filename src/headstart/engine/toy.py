@@ -16,16 +16,31 @@ from collections.abc import Sequence as Seq
 from itertools import islice
 
 import numpy as np
+from llguidance import LLTokenizer, TokenizerWrapper
 
+from headstart.engine.grammar import Grammars, Matcher
 from headstart.engine.logprobs import Logprobs, log_softmax
 from headstart.engine.model import LEAST_STEP_TOKENS, ModelError, Piece, Sampler, TooLarge
 from headstart.machine import available_bytes
 from headstart.messages import EngineSettings, ModelInfo, Sampling
-from headstart.toyspec import EOS, N_VOCAB, ToySpec
+from headstart.toyspec import BOS, CONTROL, EOS, GAP, MERGES, N_BYTES, N_VOCAB, ToySpec
 
 DEFAULT_SLOTS = 4
 EMBEDDING_SIZE = 16
 LETTERS = b"etaoinshrdlucmfwypvbgkjqxz  \n"
+# What it writes every other time where a grammar allows it, so that texts, lists and answers come to an end.
+CLOSING = (EOS, ord('"'), ord("}"), ord("]"))
+
+
+class ToyVocabulary:
+    """Its tokens, as grammars are compiled for them."""
+
+    eos_token_id, bos_token_id = EOS, BOS
+    tokens = (*(bytes([i]) for i in range(N_BYTES)), *MERGES, *(name.encode() for name in CONTROL | GAP))
+    special_token_ids = tuple((CONTROL | GAP).values())
+
+    def __call__(self, text: bytes) -> list[int]:
+        return list(text)
 
 
 # Tokens that the toy thinks of as the next one, each half as likely as the one before.
@@ -34,9 +49,21 @@ UNLIKELY = -30.0
 
 
 class ToySampler:
-    def __init__(self, salt: int, sampling: Sampling) -> None:
+    def __init__(self, salt: int, sampling: Sampling, matcher: Matcher | None) -> None:
         self.salt = salt
         self.bias = sampling.logit_bias | ({EOS: -math.inf} if sampling.ignore_eos else {})
+        self.matcher = matcher
+
+    @property
+    def ended(self) -> bool:
+        return self.matcher is not None and self.matcher.ended
+
+    def choose_allowed(self, matcher: Matcher, code: int) -> int:
+        allowed = matcher.allowed()
+        closing = [token for token in CLOSING if token in allowed]
+        token = closing[0] if closing and code % 2 else int(allowed[code // 2 % len(allowed)])
+        matcher.accept(token)
+        return token
 
     def close(self) -> None:
         pass
@@ -93,6 +120,7 @@ class ToyModel:
         # How many tokens of its history a sequence of the pool shares with the one it was copied from.
         self.shared = [0] * len(self.histories)
         self.rows: list[list[int]] = []
+        self.grammars = Grammars(lambda: LLTokenizer(TokenizerWrapper(ToyVocabulary())))
 
     def evaluate(self, pieces: Seq[Piece]) -> None:
         if self.spec.crash == "decode":
@@ -114,14 +142,16 @@ class ToyModel:
         pool = range(self.info.slots, len(self.histories))
         return sum(len(self.histories[seq]) - self.shared[seq] for seq in pool)
 
-    def sampler(self, sampling: Sampling, history: Seq[int]) -> ToySampler:
+    def sampler(self, sampling: Sampling, history: Seq[int], matcher: Matcher | None = None) -> ToySampler:
         if sampling.temperature == 0:
-            return ToySampler(0, sampling)
+            return ToySampler(0, sampling, matcher)
         seed = sampling.seed if sampling.seed is not None else int.from_bytes(os.urandom(4))
-        return ToySampler(1 + seed % (1 << 62), sampling)
+        return ToySampler(1 + seed % (1 << 62), sampling, matcher)
 
     def sample(self, row: int, sampler: Sampler) -> int:
         assert isinstance(sampler, ToySampler)
+        if sampler.matcher:
+            return sampler.choose_allowed(sampler.matcher, self._code(row, sampler.salt))
         if not sampler.bias:
             return next(self._candidates(row, sampler.salt))
         scores = self._scores(row, sampler.salt)
@@ -140,14 +170,17 @@ class ToyModel:
 
     def _candidates(self, row: int, salt: int) -> Iterator[int]:
         """What may come next, the likeliest first, some of it more than once."""
-        history = self.rows[row]
-        code = zlib.crc32(struct.pack(f"<q{len(history)}i", salt, *history))
+        code = self._code(row, salt)
         while True:
             if self.spec.eos and code % 61 == 0:
                 yield EOS
             else:
                 yield LETTERS[code // 61 % len(LETTERS)]
             code = zlib.crc32(struct.pack("<I", code))
+
+    def _code(self, row: int, salt: int) -> int:
+        history = self.rows[row]
+        return zlib.crc32(struct.pack(f"<q{len(history)}i", salt, *history))
 
     def is_end(self, token: int) -> bool:
         return token == EOS

@@ -14,8 +14,9 @@ import sys
 from collections.abc import Callable, Sequence
 from datetime import date
 
+from headstart.prompt import reasoning
 from headstart.prompt.remembered import LOOKING_UP, Memory, RememberedTokens, TakesLong
-from headstart.prompt.template import ChatTemplate, Message, Tool
+from headstart.prompt.template import NO_VARIABLES, ChatTemplate, Message, Tool, Variables
 from headstart.prompt.tokenizer import Tokenizer
 from headstart.tokens import common_prefix
 
@@ -45,14 +46,36 @@ class Prompts:
         self.template_hash = hashlib.sha256(template.source.encode()).hexdigest()
         self._tokens = RememberedTokens(tokenizer.encode, tokenizer.specials, template.source)
         self._openings = Memory()
+        # What calls and reasoning are marked with, where that is a token that is no text.
+        self.hidden = self._find_hidden([*template.dialect.markers, *reasoning.MARKERS])
+
+    def _find_hidden(self, markers: Sequence[str]) -> dict[str, int]:
+        tokens = {marker: self.tokenizer.encode(marker, first=False) for marker in markers}
+        return {
+            marker: token
+            for marker, (token, *more) in tokens.items()
+            if not (more or self.tokenizer.piece(token))
+        }
+
+    def spelled(self, *, calls: bool) -> Callable[[int], bytes]:
+        """What the tokens of a chat's answer stand for: what marks reasoning, and `calls` if so asked, is
+        there to be read."""
+        markers = [*reasoning.MARKERS, *(self.template.dialect.markers if calls else ())]
+        written = {id_: marker.encode() for marker in markers if (id_ := self.hidden.get(marker)) is not None}
+        piece = self.tokenizer.piece
+        return (lambda token: written.get(token) or piece(token)) if written else piece
 
     def chat(
-        self, messages: Sequence[Message], most: int = sys.maxsize, tools: Sequence[Tool] = ()
+        self,
+        messages: Sequence[Message],
+        most: int = sys.maxsize,
+        tools: Sequence[Tool] = (),
+        variables: Variables = NO_VARIABLES,
     ) -> list[int]:
-        """Raises BadRequest when the template refuses the messages or has no tools."""
+        """Raises BadRequest when the template refuses the messages or has no such variables."""
         if _characters(messages) > LOOKING_UP * most:
             raise TakesLong
-        return self._tokens.encode(self.template.render(messages, tools), most)
+        return self._tokens.encode(self.template.render(messages, tools, variables), most)
 
     def text(self, text: str, most: int = sys.maxsize) -> list[int]:
         return self._tokens.encode(text, most)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any
 
 from jinja2 import TemplateError, nodes
@@ -13,10 +14,16 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from headstart.errors import BadRequest, StartupError
+from headstart.prompt.calls.default import written_out
+from headstart.prompt.calls.dialects import HERMES, dialect_of
+from headstart.prompt.reasoning import CLOSE
 
 Message = Mapping[str, Any]
 # A function that the model may call, as OpenAI's API describes it.
 Tool = Mapping[str, Any]
+# What else a template is told, such as enable_thinking.
+Variables = Mapping[str, Any]
+NO_VARIABLES: Variables = MappingProxyType({})
 
 CHATML = (
     "{% for message in messages %}"
@@ -95,29 +102,45 @@ class ChatTemplate:
         except TemplateError as error:
             raise StartupError(f"The model's chat template is not valid Jinja: {error}") from error
         self.has_tools = any(name.name == "tools" for name in names)
+        self.dialect = dialect_of(self.source) if self.has_tools else HERMES
+        self.reasons = CLOSE in self.source
 
-    def render(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> str:
+    def render(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = (), variables: Variables = NO_VARIABLES
+    ) -> str:
         """The prompt up to where the assistant's answer begins, or goes on: a last message of the assistant's
-        that calls no tools is left open. System messages that the template refuses are folded into the user
-        message that follows. Raises BadRequest with the template's own words, or where it has no place for
-        `tools`."""
-        if tools and not self.has_tools:
-            raise BadRequest("The model's chat template has no tools: leave them out.", param="tools")
+        that calls no tools is left open. What the template has no place for is written as text: tools, calls
+        and their results, and system messages that it refuses, which are folded into the user message that
+        follows. Raises BadRequest with the template's own words, or for `variables` that are not the
+        request's to set."""
+        begins = not is_open(messages)
+        own = {"tools": list(tools) or None, "add_generation_prompt": begins, **self.specials}
+        if taken := variables.keys() & {"messages", *own}:
+            reason = f"{min(taken)!r} is not to be set by chat_template_kwargs."
+            raise BadRequest(reason, param="chat_template_kwargs")
+        if not self.has_tools:
+            messages = self._written_out(messages, tools)
         try:
-            return self._render(messages, tools)
+            return self._render(messages, {**variables, **own})
         except BadRequest:
             folded = fold_system(messages)
             if folded == list(messages):
                 raise
-            return self._render(folded, tools)
+            return self._render(folded, {**variables, **own})
 
-    def _render(self, messages: Sequence[Message], tools: Sequence[Tool]) -> str:
-        if not is_open(messages):
-            return self._rendered(messages, tools, add_generation_prompt=True)
+    def _written_out(self, messages: Sequence[Message], tools: Sequence[Tool]) -> Sequence[Message]:
+        try:
+            return written_out(messages, tools)
+        except RecursionError as error:
+            raise BadRequest("Tools and calls are nested too deeply.", param="messages") from error
+
+    def _render(self, messages: Sequence[Message], variables: Variables) -> str:
+        if variables["add_generation_prompt"]:
+            return self._rendered(messages, variables)
         # Templates trim and take apart what a message says; what is continued stays as it is.
         *before, last = messages
         marked = [*before, {**last, "content": MARK}]
-        text, mark, _ = self._rendered(marked, tools, add_generation_prompt=False).rpartition(MARK)
+        text, mark, _ = self._rendered(marked, variables).rpartition(MARK)
         if not mark:
             raise BadRequest(
                 "The model's chat template can't end with a message of the assistant's: let one of the "
@@ -126,18 +149,11 @@ class ChatTemplate:
             )
         return text + str(last["content"])
 
-    def _rendered(
-        self, messages: Sequence[Message], tools: Sequence[Tool], *, add_generation_prompt: bool
-    ) -> str:
+    def _rendered(self, messages: Sequence[Message], variables: Variables) -> str:
         # A template may stumble over what it did not expect in as many ways as any other code.
         try:
-            return self.compiled.render(
-                messages=messages,
-                tools=list(tools) or None,
-                add_generation_prompt=add_generation_prompt,
-                **self.specials,
-            )
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            return self.compiled.render({**variables, "messages": messages})
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
             reason = f"The model's chat template refuses these messages: {error}"
             raise BadRequest(reason, param="messages") from error
 

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any
 
 from headstart.caches.entry import Content, Entry
 from headstart.prompt.prompts import Prompts, soon
-from headstart.prompt.template import is_open
+from headstart.prompt.template import Variables, is_open
 
 
 @dataclass(frozen=True)
 class Chat:
-    """`messages` and `tools` as templates take them."""
+    """`messages` and `tools` as templates take them. `variables`: what else a template is told, which makes
+    no difference to openings."""
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]]
+    variables: Variables = field(default_factory=dict)
 
     def after(self, cached: Content) -> Chat:
         """The cached opening and then this chat. What the chat repeats of the opening, all of it or its first
@@ -26,18 +28,18 @@ class Chat:
         own = self.messages[_repeated(opening, self.messages) :]
         # Tools that are equal may be written in another order, which would be another prompt.
         others = self.tools and self.tools != cached.tools
-        return Chat([*opening, *own], self.tools if others else cached.tools)
+        return replace(self, messages=[*opening, *own], tools=self.tools if others else cached.tools)
 
     def answered(self, text: str) -> Chat:
         """With the answer, which may continue the last message."""
         if is_open(self.messages):
             *before, last = self.messages
-            return Chat([*before, {**last, "content": last["content"] + text}], self.tools)
-        return Chat([*self.messages, {"role": "assistant", "content": text}], self.tools)
+            return replace(self, messages=[*before, {**last, "content": last["content"] + text}])
+        return replace(self, messages=[*self.messages, {"role": "assistant", "content": text}])
 
     async def tokens(self, prompts: Prompts) -> list[int]:
         """Raises BadRequest when the template refuses it."""
-        return await soon(lambda most: prompts.chat(self.messages, most, self.tools))
+        return await soon(lambda most: prompts.chat(self.messages, most, self.tools, self.variables))
 
     def opening(self, known: Iterable[Entry]) -> Content:
         """Its longest opening that a cache would hold: that of one of the `known` caches, or its first system

@@ -7,7 +7,8 @@ from collections.abc import AsyncGenerator, Sequence
 from headstart.errors import BadRequest, InputTooLong
 from headstart.messages import Embed, Vector
 from headstart.service.model import ServedModel
-from headstart.service.tokenising import check_tokens, tokenised
+from headstart.service.texts import check_tokens
+from headstart.service.tokenising import tokenised
 
 Input = str | list[int]
 
@@ -23,7 +24,7 @@ async def input_tokens(model: ServedModel, inputs: Sequence[Input]) -> list[list
             raise BadRequest(f"Input {index} is empty.", param="input")
         if len(of_input) > most:
             raise InputTooLong(len(of_input), most, index=index)
-        check_tokens(model, of_input, param="input")
+        check_tokens(model.prompts.tokenizer, of_input, param="input")
     return tokens
 
 

@@ -102,7 +102,8 @@ class Generation:
 
 def _answering(prepared: Prepared, choice: int) -> Answering:
     tokenizer = prepared.model.prompts.tokenizer
-    return Answering(choice, tokenizer, AnswerText(tokenizer.piece, prepared.stop), prepared.parser())
+    text = AnswerText(prepared.piece or tokenizer.piece, prepared.stop)
+    return Answering(choice, tokenizer, text, prepared.parser())
 
 
 def _miss(prepared: Prepared, stats: Stats) -> MissReason | None:

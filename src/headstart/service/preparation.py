@@ -6,17 +6,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import msgspec
+
 from headstart.caches.entry import Content, Entry, Form
 from headstart.errors import BadRequest
 from headstart.messages import Sampling, Submit
 from headstart.prompt.parts import Parser, PlainText
 from headstart.prompt.prompts import soon
+from headstart.prompt.template import Variables
 from headstart.service.automatic import Automatic, Unnamed
 from headstart.service.caching import Caching
+from headstart.service.calling import Calling, reading
 from headstart.service.chats import Chat
 from headstart.service.composition import check_parts, text_of
 from headstart.service.conversations import Conversations, Saving
 from headstart.service.explanation import Closest, closest, longest_match, texts_of
+from headstart.service.grammars import Grammars
 from headstart.service.heads import head_of
 from headstart.service.model import ServedModel
 from headstart.service.opening import Opening
@@ -32,7 +37,7 @@ class Options:
     every prompt token is evaluated, nothing is taken from a cache or an earlier request. `use_cache`: the
     caches to start from, in their order, or none. `save_as`: the name under which a chat is kept once it is
     answered; for `overwrite` see Saving. `explain`: the result is to say why it started from a cache or
-    didn't. `n`: how many answers."""
+    didn't. `n`: how many answers. `variables`: what a chat's template is told besides."""
 
     max_tokens: int | None = None
     sampling: Sampling = field(default_factory=Sampling)
@@ -43,12 +48,15 @@ class Options:
     overwrite: bool | None = None
     explain: bool = False
     n: int = 1
+    calling: Calling = field(default_factory=Calling)
+    variables: Variables = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Prepared:
     """A request ready for the engine. `names`: the caches it names, of which `entry` is made. `unnamed`: what
-    it begins with, where it is a chat that names none. `parser` makes what reads one of its answers."""
+    it begins with, where it is a chat that names none. `parser` makes what reads one of its answers, whose
+    tokens stand for what `piece` says; None: for their text."""
 
     model: ServedModel
     submit: Submit
@@ -62,29 +70,34 @@ class Prepared:
     explain: bool = False
     closest: Closest | None = None
     parser: Callable[[], Parser] = PlainText
+    piece: Callable[[int], bytes] | None = None
 
 
 class Preparation:
     """All of it raises BadRequest, CacheNotFound, CacheConflict, ContextLengthExceeded, StorageError or
     Unavailable."""
 
-    def __init__(self, caching: Caching, automatic: Automatic, conversations: Conversations) -> None:
+    def __init__(
+        self, caching: Caching, automatic: Automatic, conversations: Conversations, grammars: Grammars
+    ) -> None:
         self.caching = caching
         self.automatic = automatic
         self.conversations = conversations
+        self.grammars = grammars
 
     async def chat(
         self, model: ServedModel, messages: list[Json], options: Options, tools: list[Json] | None = None
     ) -> Prepared:
         if options.save_as is not None:
             self.conversations.check(model, options.save_as, options.overwrite)
-        own = Chat(messages, tools or [])
+        own = Chat(messages, tools or [], options.variables)
         if options.use_cache is None:
             chat = replace(own, messages=self.automatic.with_default(messages))
             prepared = await self._chat_without_cache(model, chat, options)
         else:
             entry, chat, tokens, opening = await self._chat_with_cache(model, own, options.use_cache)
             prepared = self._prepared(model, tokens, options, entry, opening, "chat")
+        prepared = await self._to_be_read(prepared, chat, options)
         if options.save_as is not None:
             head = prepared.entry.name if prepared.entry else None
             saving = Saving(model, options.save_as, options.overwrite, chat, head)
@@ -211,6 +224,16 @@ class Preparation:
         matched = opening.boundary if entry else longest_match(remembered, tokens)
         names = options.use_cache or ()
         return Prepared(model, submit, options.stop, entry, opening, names, unnamed, matched=matched)
+
+    async def _to_be_read(self, prepared: Prepared, chat: Chat, options: Options) -> Prepared:
+        """Its answers are read as the chat's tools and the model's template say."""
+        submit = prepared.submit
+        how = reading(prepared.model.prompts, chat.tools, options.calling, submit.tokens)
+        if how.grammar:
+            await self.grammars.check(how.grammar, param="tools")
+            sampling = msgspec.structs.replace(submit.sampling, grammar=how.grammar)
+            submit = msgspec.structs.replace(submit, sampling=sampling)
+        return replace(prepared, submit=submit, parser=how.parser, piece=how.piece)
 
     async def _explaining(self, prepared: Prepared, form: Form, texts: Sequence[str]) -> Prepared:
         """The same request, whose result will say why it started from a cache or didn't."""

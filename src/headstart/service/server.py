@@ -13,6 +13,7 @@ from headstart.service.conversations import Conversations
 from headstart.service.declared import Declared
 from headstart.service.files import Files
 from headstart.service.generation import Generation
+from headstart.service.grammars import Grammars
 from headstart.service.lifecycle import Lifecycle
 from headstart.service.model import Say, ServedModel
 from headstart.service.models import Models
@@ -40,7 +41,8 @@ class Service:
         self.declared = Declared(settings, self.caching, say)
         self.automatic = Automatic(settings, self.caching)
         self.conversations = Conversations(self.caching)
-        self.preparation = Preparation(self.caching, self.automatic, self.conversations)
+        self.grammars = Grammars()
+        self.preparation = Preparation(self.caching, self.automatic, self.conversations, self.grammars)
         self.generation = Generation(self.caching, self.automatic, self.conversations)
         self.models = Models(
             settings, self.store, say, on_loaded=self.declared.start, is_building=self.caching.is_building_for
@@ -58,6 +60,7 @@ class Service:
         await self.automatic.close()
         await self.conversations.close()
         await self.caching.close()
+        await self.grammars.close()
         await self.models.close()
         self.store.close()
 

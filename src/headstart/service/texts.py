@@ -60,7 +60,7 @@ def check_tokens(tokenizer: Tokenizer, tokens: Sequence[int], *, param: str) -> 
     """Raises BadRequest for one that the model doesn't have."""
     if unknown := [token for token in tokens if not 0 <= token < tokenizer.n_vocab]:
         raise BadRequest(
-            f"Token {unknown[0]} is none of this model's, whose ids are below {tokenizer.n_vocab}.",
+            f"The model has no token {unknown[0]}: its tokens are 0 to {tokenizer.n_vocab - 1}.",
             param=param,
         )
 

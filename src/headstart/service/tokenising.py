@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Sequence
 from functools import partial
 
-from headstart.errors import BadRequest
 from headstart.prompt.prompts import QUICK
 from headstart.service.model import ServedModel
 
@@ -20,15 +19,6 @@ async def tokenised(
     if sum(map(len, texts)) <= QUICK:
         return [encode(text) for text in texts]
     return await asyncio.to_thread(lambda: [encode(text) for text in texts])
-
-
-def check_tokens(model: ServedModel, tokens: Sequence[int], *, param: str) -> None:
-    """Raises BadRequest for what is no token of the model, and ModelLoading."""
-    n_vocab = model.prompts.tokenizer.n_vocab
-    if wrong := [token for token in tokens if not 0 <= token < n_vocab]:
-        raise BadRequest(
-            f"The model has no token {wrong[0]}: its tokens are 0 to {n_vocab - 1}.", param=param
-        )
 
 
 async def pieces(model: ServedModel, tokens: Sequence[int]) -> list[bytes]:

@@ -87,15 +87,15 @@ class LlamaContext:
         if status != 0:
             raise ModelError(f"llama_decode returned {status}")
 
+    def logits(self, row: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """What may follow piece number `row`; valid until the next evaluation."""
+        logits = lib.llama_get_logits_ith(self.context, self.sampled_at[row])
+        return np.ctypeslib.as_array(logits, (self.n_vocab,))
+
     def most_likely(self, row: int) -> int:
         """The token after piece number `row`; the first of several. Faster than a sampler, which makes a
         record of each token of the vocabulary first."""
         return int(self.logits(row).argmax())
-
-    def logits(self, row: int) -> np.ndarray[Any, Any]:
-        """llama.cpp's own memory, valid until the next evaluation."""
-        logits = lib.llama_get_logits_ith(self.context, self.sampled_at[row])
-        return np.ctypeslib.as_array(logits, (self.n_vocab,))
 
     def close(self) -> None:
         lib.llama_batch_free(self.batch)

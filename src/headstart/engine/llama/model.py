@@ -10,15 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import replace
+from functools import partial
 
 import llama_cpp as lib
 
+from headstart.engine.grammar import Grammars, Matcher
 from headstart.engine.llama.context import LlamaContext, Shape
 from headstart.engine.llama.conversion import weights_path
 from headstart.engine.llama.embedder import LlamaEmbedder
 from headstart.engine.llama.gguf import metadata, open_model
 from headstart.engine.llama.pooling import pooling_of
 from headstart.engine.llama.sampler import LlamaSampler
+from headstart.engine.llama.vocabulary import vocabulary
 from headstart.engine.logprobs import Logprobs, log_softmax
 from headstart.engine.model import LEAST_STEP_TOKENS, ModelError, Piece, Sampler, TooLarge
 from headstart.machine import available_bytes, available_cpus, memory_bytes
@@ -58,6 +61,7 @@ class LlamaModel:
             # A sequence for each slot, and one that holds the shared prefix.
             self.pool = self._context(settings, self.ctx, self.slots + 1, streams=False)
         self.latest = self.streams
+        self.grammars = Grammars(partial(vocabulary, self.vocab))
         self.info = self._info(settings, converted=path != settings.path)
 
     def _context(
@@ -147,8 +151,8 @@ class LlamaModel:
         assert all(context is self.latest for context, _ in places)
         self.latest.evaluate([replace(p, seq=seq) for p, (_, seq) in zip(pieces, places, strict=True)])
 
-    def sampler(self, sampling: Sampling, history: Seq[int]) -> LlamaSampler:
-        return LlamaSampler(sampling, history, self.vocab)
+    def sampler(self, sampling: Sampling, history: Seq[int], matcher: Matcher | None = None) -> LlamaSampler:
+        return LlamaSampler(sampling, history, self.vocab, matcher)
 
     def sample(self, row: int, sampler: Sampler) -> int:
         assert isinstance(sampler, LlamaSampler)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import secrets
 from collections.abc import Sequence as Seq
@@ -9,16 +10,24 @@ from functools import lru_cache
 from typing import Any
 
 import llama_cpp as lib
+import numpy as np
 
+from headstart.engine.grammar import Matcher
 from headstart.engine.llama.context import LlamaContext
 from headstart.messages import Sampling
 
+CANDIDATE = np.dtype(lib.llama_token_data)
+
 
 class LlamaSampler:
-    """A chain in llama.cpp's usual order: biases, penalties, top-k, top-p, min-p, temperature, draw."""
+    """A chain in llama.cpp's usual order: biases, penalties, top-k, top-p, min-p, temperature, draw. With a
+    `matcher` it chooses among the tokens that this allows."""
 
-    def __init__(self, sampling: Sampling, history: Seq[int], vocab: Any) -> None:
+    def __init__(
+        self, sampling: Sampling, history: Seq[int], vocab: Any, matcher: Matcher | None = None
+    ) -> None:
         self.n_vocab = lib.llama_vocab_n_tokens(vocab)
+        self.matcher = matcher
         biases = _biases(sampling, vocab)
         self.greedy = sampling.temperature == 0 and not self._has_penalties(sampling) and not biases
         self.chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
@@ -54,11 +63,36 @@ class LlamaSampler:
             lib.llama_sampler_init_dist(seed),
         ]
 
+    @property
+    def ended(self) -> bool:
+        return self.matcher is not None and self.matcher.ended
+
     def choose(self, context: LlamaContext, row: int) -> int:
-        """The token after piece number `row` of the last batch."""
+        """The token after piece number `row` of the last batch. Raises GrammarError."""
+        if self.matcher:
+            return self._choose_allowed(self.matcher, context.logits(row))
         if self.greedy:
             return context.most_likely(row)
         return int(lib.llama_sampler_sample(self.chain, context.context, context.sampled_at[row]))
+
+    def _choose_allowed(self, matcher: Matcher, logits: np.ndarray[Any, np.dtype[np.float32]]) -> int:
+        """Leaves the logits as they are: others may choose by them too."""
+        allowed = matcher.allowed()
+        scores = logits[allowed]
+        token = int(allowed[scores.argmax()]) if self.greedy else self._draw(allowed, scores)
+        matcher.accept(token)
+        return token
+
+    def _draw(self, tokens: np.ndarray[Any, Any], scores: np.ndarray[Any, Any]) -> int:
+        candidates = np.zeros(len(tokens), dtype=CANDIDATE)
+        candidates["id"], candidates["logit"] = tokens, scores
+        data = candidates.ctypes.data_as(ctypes.POINTER(lib.llama_token_data))
+        array = lib.llama_token_data_array(data, len(candidates), -1, False)
+        lib.llama_sampler_apply(self.chain, ctypes.byref(array))
+        # Where nothing is likely at all, nothing is selected.
+        token = int(array.data[array.selected].id) if 0 <= array.selected < array.size else int(tokens[0])
+        lib.llama_sampler_accept(self.chain, token)
+        return token
 
     def close(self) -> None:
         lib.llama_sampler_free(self.chain)

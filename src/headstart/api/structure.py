@@ -1,0 +1,113 @@
+"""What requests say about the form of answers: OpenAI's `response_format` and, besides, llama-server's
+`grammar` and vLLM's `structured_outputs`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from headstart.api.text import Utf8
+from headstart.errors import BadRequest
+from headstart.service.structure import (
+    OBJECT,
+    choice_grammar,
+    json_grammar,
+    lark_grammar,
+    regex_grammar,
+    written_grammar,
+)
+
+Schema = dict[str, Any]
+Written = Annotated[Utf8, StringConstraints(min_length=1, max_length=65536)]
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="allow", populate_by_name=True)
+
+
+class JsonSchema(Part):
+    name: Utf8 | None = None
+    schema_: Schema = Field(alias="schema")
+    strict: bool | None = Field(None, description="Makes no difference: the schema is always enforced.")
+
+
+class ResponseFormat(Part):
+    type: Literal["text", "json_object", "json_schema", "regex", "lark"]
+    json_schema: JsonSchema | None = None
+    schema_: Schema | None = Field(None, alias="schema", description="With `json_object`.")
+    regex: Written | None = None
+    lark: Written | None = None
+
+    @model_validator(mode="after")
+    def _has_what_its_type_names(self) -> ResponseFormat:
+        if self.type in ("json_schema", "regex", "lark") and getattr(self, self.type) is None:
+            raise ValueError(f"{self.type} is missing")
+        return self
+
+    def grammars(self, param: str) -> Iterator[str]:
+        if self.type == "json_object":
+            yield json_grammar(self.schema_ or OBJECT, param)
+        elif self.type == "json_schema" and self.json_schema:
+            yield json_grammar(self.json_schema.schema_, param)
+        elif self.type == "regex" and self.regex:
+            yield regex_grammar(self.regex)
+        elif self.type == "lark" and self.lark:
+            yield lark_grammar(self.lark)
+
+
+class StructuredOutputs(Part):
+    json_: Schema | None = Field(None, alias="json")
+    json_object: bool | None = None
+    regex: Written | None = None
+    choice: Annotated[list[Utf8], Field(min_length=1)] | None = None
+    grammar: Written | None = None
+
+    def grammars(self, param: str) -> Iterator[str]:
+        if self.json_ is not None:
+            yield json_grammar(self.json_, param)
+        if self.json_object:
+            yield json_grammar(OBJECT, param)
+        if self.regex is not None:
+            yield regex_grammar(self.regex)
+        if self.choice is not None:
+            yield choice_grammar(self.choice)
+        if self.grammar is not None:
+            yield written_grammar(self.grammar, param)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the answer must match, and the field that says so."""
+
+    grammar: str
+    param: str
+
+
+class StructuredRequest(BaseModel):
+    response_format: ResponseFormat | None = Field(None, description="What the answer is to look like.")
+    written_grammar: Written | None = Field(
+        None, alias="grammar", description="A grammar for the answer, in Lark or GBNF."
+    )
+    structured_outputs: StructuredOutputs | None = Field(
+        None, description="As `response_format`, in vLLM's words."
+    )
+
+    def wanted(self) -> Wanted | None:
+        """Raises BadRequest for what is no grammar, or for several."""
+        found = list(self._wanted())
+        if len(found) > 1:
+            raise BadRequest("The answer can have one form only; leave the others out.", param=found[1].param)
+        return found[0] if found else None
+
+    def _wanted(self) -> Iterator[Wanted]:
+        if self.response_format is not None:
+            for grammar in self.response_format.grammars("response_format"):
+                yield Wanted(grammar, "response_format")
+        if self.written_grammar is not None:
+            yield Wanted(written_grammar(self.written_grammar, "grammar"), "grammar")
+        if self.structured_outputs is not None:
+            for grammar in self.structured_outputs.grammars("structured_outputs"):
+                yield Wanted(grammar, "structured_outputs")

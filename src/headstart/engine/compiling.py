@@ -1,0 +1,62 @@
+"""Compiles the grammars of sequences before these start, on another thread."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from queue import Empty, SimpleQueue
+
+from headstart.engine.grammar import STACK_BYTES, GrammarError, Grammars
+from headstart.engine.sequence import Sequence
+
+
+class Compiler:
+    """Gives sequences their matchers, and marks them as `compiling` until then. `wake` is called from its
+    thread when one is done. It is started with the first of them."""
+
+    def __init__(self, grammars: Grammars, wake: Callable[[], object]) -> None:
+        self.grammars = grammars
+        self.wake = wake
+        self.wanted: SimpleQueue[Sequence] = SimpleQueue()
+        self.done: SimpleQueue[tuple[Sequence, str]] = SimpleQueue()
+        self.started = False
+
+    def begin(self, sequence: Sequence) -> None:
+        if not sequence.request.sampling.grammar:
+            return
+        sequence.compiling = True
+        self.wanted.put(sequence)
+        if not self.started:
+            self.started = True
+            _start(self._run)
+
+    def _run(self) -> None:
+        """Runs on the thread."""
+        while True:
+            sequence = self.wanted.get()
+            fault = ""
+            try:
+                sequence.matcher = self.grammars.compile(sequence.request.sampling.grammar)
+            except GrammarError as error:
+                fault = str(error)
+            self.done.put((sequence, fault))
+            self.wake()
+
+    def finish(self) -> Iterator[tuple[Sequence, str]]:
+        """Lets the sequences start whose grammars have been compiled; yields those whose could not be, and
+        why."""
+        try:
+            while True:
+                sequence, fault = self.done.get_nowait()
+                sequence.compiling = False
+                if fault:
+                    yield sequence, fault
+        except Empty:
+            return
+
+
+def _start(run: Callable[[], None]) -> None:
+    """The stack's size is set for threads that are started from then on."""
+    usual = threading.stack_size(STACK_BYTES)
+    threading.Thread(target=run, name="grammar-compiler", daemon=True).start()
+    threading.stack_size(usual)

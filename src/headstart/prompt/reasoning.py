@@ -1,0 +1,98 @@
+"""The reasoning that an answer begins with, between <think> and </think>."""
+
+from __future__ import annotations
+
+from headstart.prompt.calls.grammar import Literal
+from headstart.prompt.parts import Parser, Part
+
+OPEN, CLOSE = "<think>", "</think>"
+MARKERS = (OPEN, CLOSE)
+
+
+def grammar(literal: Literal) -> str:
+    """The rule `thoughts`: reasoning that has been opened, up to where the text begins."""
+    if literal(CLOSE) == f'"{CLOSE}"':
+        return "thoughts: unclosed /\\n{0,2}/\nunclosed[lazy]: /(.|\\n)*<\\/think>/"
+    return f"thoughts: /(.|\\n)*/ {literal(CLOSE)} /\\n{{0,2}}/"
+
+
+class ReasoningParser:
+    """`rest` reads what follows the reasoning, or all of it where there is none. `inside`: the prompt has
+    opened it. White space around the reasoning belongs to nothing."""
+
+    def __init__(self, rest: Parser, *, inside: bool) -> None:
+        self.rest = rest
+        self.held = ""
+        self.undecided = not inside
+        self.inside = inside
+        self.has_begun = False
+
+    def add(self, text: str) -> list[Part]:
+        self.held += text
+        return self._read(ending=False)
+
+    def end(self) -> list[Part]:
+        return [*self._read(ending=True), *self.rest.end()]
+
+    def _read(self, *, ending: bool) -> list[Part]:
+        if self.undecided:
+            self._decide(ending=ending)
+        if self.undecided:
+            return []
+        reasoning = self._reasoning(ending=ending) if self.inside else ""
+        parts = [Part(reasoning=reasoning)] if reasoning else []
+        if self.inside:
+            return parts
+        text, self.held = self.held, ""
+        return [*parts, *self.rest.add(text)] if text else parts
+
+    def _decide(self, *, ending: bool) -> None:
+        """Reasoning is what an answer begins with, or the prompt did."""
+        start = self.held.lstrip()
+        if start.startswith(OPEN):
+            self.held = start[len(OPEN) :]
+            self.undecided, self.inside = False, True
+        elif ending or not OPEN.startswith(start):
+            self.undecided = False
+
+    def _reasoning(self, *, ending: bool) -> str:
+        """What `held` has of it."""
+        if not self.has_begun:
+            self.held = self.held.lstrip()
+            self.has_begun = bool(self.held)
+        text, closed, rest = self.held.partition(CLOSE)
+        if closed:
+            # What follows may be white space only so far, and then a text.
+            self.inside, self.undecided = False, False
+            self.rest = Stripped(self.rest)
+            self.held = rest
+            return text.rstrip()
+        if ending:
+            self.held = ""
+            return text
+        size = len(text) - _overlap(text)
+        size = len(text[:size].rstrip())
+        self.held = text[size:]
+        return text[:size]
+
+
+class Stripped:
+    """Drops the white space that a text begins with."""
+
+    def __init__(self, rest: Parser) -> None:
+        self.rest = rest
+        self.has_begun = False
+
+    def add(self, text: str) -> list[Part]:
+        if not self.has_begun:
+            text = text.lstrip()
+            self.has_begun = bool(text)
+        return self.rest.add(text) if text else []
+
+    def end(self) -> list[Part]:
+        return self.rest.end()
+
+
+def _overlap(text: str) -> int:
+    sizes = range(min(len(text), len(CLOSE) - 1), 0, -1)
+    return next((n for n in sizes if text.endswith(CLOSE[:n])), 0)
