@@ -10,7 +10,17 @@ from fastapi.routing import APIRoute
 
 import headstart
 from headstart import errors
-from headstart.api import cache_files, caches, completions, embeddings, models, tokens, verify
+from headstart.api import (
+    cache_files,
+    caches,
+    completions,
+    embeddings,
+    messages,
+    models,
+    responses,
+    tokens,
+    verify,
+)
 from headstart.config import Settings
 
 ROOT = Path(headstart.__file__).parent
@@ -109,7 +119,7 @@ def test_every_setting_is_documented_with_its_default() -> None:
 
 def test_every_route_is_documented() -> None:
     text = (ROOT.parents[1] / "docs" / "http-api.md").read_text()
-    parts = (completions, embeddings, tokens, models, caches, cache_files, verify)
+    parts = (completions, responses, messages, embeddings, tokens, models, caches, cache_files, verify)
     routes = [route for part in parts for route in part.router.routes]
     assert len(routes) > 8
     for route in routes:

@@ -112,6 +112,15 @@ class Settings(BaseSettings):
     automatic_quota_mb: float = Field(
         512, ge=0, description="Size of all automatic caches; those not used for longest go first."
     )
+    responses_ttl_seconds: float = Field(
+        86400, gt=0, le=3155760000, description="How long a stored response is kept to go on from."
+    )
+    responses_quota_mb: float = Field(
+        1024, ge=0, description="Size of all stored responses' states; the oldest go first; 0: texts only."
+    )
+    responses_kept: int = Field(
+        1000, ge=1, description="Responses kept for each API key; the oldest go first."
+    )
     routes: dict[str, str] = Field(
         default_factory=dict, description="Paths to put before /v1, each with the cache it stands for."
     )

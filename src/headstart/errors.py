@@ -9,7 +9,9 @@
     ├── Unauthorized               401  no API key that the server knows
     ├── NotFound                   404
     │   ├── ModelNotFound          404
-    │   └── CacheNotFound          404
+    │   ├── CacheNotFound          404
+    │   └── ResponseNotFound       404  no response of this id is kept
+    │       └── PreviousNotFound   404  the one to go on from
     ├── MethodNotAllowed           405
     ├── CacheConflict              409  the named cache is being built, or may not be replaced
     ├── ModelBusy                  409  the model is answering requests
@@ -108,6 +110,14 @@ class ModelNotFound(NotFound):
 
 class CacheNotFound(NotFound):
     code = "cache_not_found"
+
+
+class ResponseNotFound(NotFound):
+    code = "response_not_found"
+
+
+class PreviousNotFound(ResponseNotFound):
+    code = "previous_response_not_found"
 
 
 class MethodNotAllowed(HeadstartError):

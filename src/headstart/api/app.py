@@ -6,7 +6,18 @@ from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
 from headstart import __version__
-from headstart.api import cache_files, caches, completions, embeddings, errors, models, tokens, verify
+from headstart.api import (
+    cache_files,
+    caches,
+    completions,
+    embeddings,
+    errors,
+    messages,
+    models,
+    responses,
+    tokens,
+    verify,
+)
 from headstart.api.keys import PAGES, Keyring, Keys
 from headstart.api.middleware import Faults, JsonBodies, PlainPaths, RequestIds
 from headstart.api.reference import document as reference
@@ -37,6 +48,6 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(RequestIds)
     errors.install(app)
     reference.install(app)
-    for part in (completions, embeddings, tokens, models, cache_files, caches, verify):
+    for part in (completions, responses, messages, embeddings, tokens, models, cache_files, caches, verify):
         app.include_router(part.router)
     return app

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pydantic import ConfigDict, Field
 
-from headstart.api.schemas import Body, ChatMessage, Utf8
+from headstart.api.schemas import Body, ChatMessage
+from headstart.api.text import Utf8
 from headstart.api.tools import Tool
 from headstart.caches.entry import FORMS, Content, Form
 from headstart.errors import BadRequest

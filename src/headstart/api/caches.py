@@ -103,7 +103,8 @@ async def list_all(request: Request) -> Json:
         "quota_bytes": quota.limit_of(whose) or None,
         "evictions": quota.evictions,
     }
-    return _listed(service, whose, None) | totals
+    kept = len(service.responses.of(whose))
+    return _listed(service, whose, None) | totals | {"responses": kept}
 
 
 @router.get("/{model}")
@@ -172,7 +173,7 @@ def _described(service: Service, entry: Entry) -> Json:
         "evicted": entry.evicted,
         "created": iso_time(entry.created),
         "updated": iso_time(entry.updated),
-        **shown(entry),
+        **shown(entry, service.store.index.ends(entry)),
         "build_ms": round(entry.build_ms, 1),
         "hits": usage.hits,
         "last_used": iso_time(usage.last_used),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from headstart.api.schemas import MOST_ANSWERS, GenerationRequest, Utf8
+from headstart.api.schemas import MOST_ANSWERS, GenerationRequest
+from headstart.api.text import Utf8
 from headstart.api.token_fields import LegacyLogprobs, TokenId
 from headstart.errors import BadRequest
 from headstart.service.preparation import Options

@@ -14,8 +14,9 @@ from pydantic import Field
 from starlette.responses import Response
 
 from headstart.api.keys import seen
-from headstart.api.schemas import Body, Utf8
+from headstart.api.schemas import Body
 from headstart.api.streaming import while_connected
+from headstart.api.text import Utf8
 from headstart.errors import BadRequest
 from headstart.service.embedding import Input, check_dimensions, embed, input_tokens
 from headstart.service.model import ServedModel

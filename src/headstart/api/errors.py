@@ -1,4 +1,5 @@
-"""Every error in OpenAI's one shape: {"error": {"message", "type", "param", "code", …}}."""
+"""Every error in OpenAI's one shape: {"error": {"message", "type", "param", "code", …}}; under /v1/messages
+in Anthropic's: {"type": "error", "error": {"type", "message"}, "request_id"}."""
 
 from __future__ import annotations
 
@@ -9,9 +10,27 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.responses import Response
 from starlette.routing import Match, Route
+from starlette.types import Receive, Scope, Send
 
-from headstart.errors import BadRequest, HeadstartError, MethodNotAllowed, NotFound
+from headstart.errors import (
+    BadRequest,
+    ContextLengthExceeded,
+    HeadstartError,
+    MethodNotAllowed,
+    NotFound,
+)
+
+# Anthropic's types of errors, by status; other statuses below 500 are of the first kind.
+ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 
 
 def body(error: HeadstartError) -> dict[str, Any]:
@@ -26,26 +45,57 @@ def body(error: HeadstartError) -> dict[str, Any]:
     }
 
 
-def response(error: HeadstartError, headers: Mapping[str, str] | None = None) -> JSONResponse:
+def anthropic_body(error: HeadstartError, request_id: str | None = None) -> dict[str, Any]:
+    otherwise = "api_error" if error.status >= 500 else "invalid_request_error"
+    message = error.message
+    if isinstance(error, ContextLengthExceeded):
+        # Agents know by these words that they have to shorten the conversation.
+        message = "prompt is too long: {n_prompt_tokens} tokens > {n_ctx} maximum. ".format(**error.details)
+        message += error.message
+    told = {"type": ANTHROPIC_TYPES.get(error.status, otherwise), "message": message}
+    return {"type": "error", "error": told, "request_id": request_id}
+
+
+def is_anthropic(path: str) -> bool:
+    """Whether what is asked is Anthropic's API, at its own address or behind a route's prefix."""
+    return f"/{path.partition('/v1/')[2]}/".startswith("/messages/")
+
+
+class ErrorResponse(Response):
+    """Written in the shape of the API that was asked."""
+
+    def __init__(self, error: HeadstartError, headers: Mapping[str, str]) -> None:
+        super().__init__(status_code=error.status, headers=headers)
+        self.error = error
+        self.told = headers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request_id = scope.get("state", {}).get("request_id")
+        anthropic = is_anthropic(scope["path"])
+        content = anthropic_body(self.error, request_id) if anthropic else body(self.error)
+        await JSONResponse(content, self.error.status, self.told)(scope, receive, send)
+
+
+def response(error: HeadstartError, headers: Mapping[str, str] | None = None) -> Response:
     headers = dict(headers or {})
     if error.retry_after is not None:
         headers["retry-after"] = str(error.retry_after)
     if not error.retryable:
         headers["x-should-retry"] = "false"
-    return JSONResponse(body(error), error.status, headers)
+    return ErrorResponse(error, headers)
 
 
 def install(app: FastAPI) -> None:
     @app.exception_handler(HeadstartError)
-    async def _known(_: Request, error: HeadstartError) -> JSONResponse:
+    async def _known(_: Request, error: HeadstartError) -> Response:
         return response(error)
 
     @app.exception_handler(RequestValidationError)
-    async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def _invalid(_: Request, error: RequestValidationError) -> Response:
         return response(_from_validation(error))
 
     @app.exception_handler(HTTPException)
-    async def _http(request: Request, error: HTTPException) -> JSONResponse:
+    async def _http(request: Request, error: HTTPException) -> Response:
         asked = f"{request.method} {request.url.path}"
         match error.status_code:
             case 404:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 from fastapi import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from headstart.api.keys import seen
-from headstart.api.schemas import GenerationRequest
 from headstart.service.model import ServedModel
 from headstart.service.server import Service
 
@@ -36,7 +36,14 @@ class Routes:
         await self.app(scope, receive, send)
 
 
-def addressed(request: Request, body: GenerationRequest) -> ServedModel:
+class Addressed(Protocol):
+    """A body that names a model, and may name caches."""
+
+    model: str
+    use_cache: str | list[str] | None
+
+
+def addressed(request: Request, body: Addressed) -> ServedModel:
     """The model that the body names, as the request's key sees it. Where the body names no cache itself, the
     one of its model's name is filled in, else the one of the route, else of the key. Raises ModelNotFound."""
     service: Service = request.app.state.service

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import aclosing, suppress
 from time import monotonic
 from typing import Any, TypeVar
@@ -58,16 +58,29 @@ def as_event(content: Any) -> bytes:
     return b"data: " + msgspec.json.encode(content) + b"\n\n"
 
 
+def failed(error: HeadstartError) -> bytes:
+    """The event of an error after the start."""
+    return as_event(errors.body(error))
+
+
 class EventStream(Response):
-    """Sends events, those of one item in one write, comments while there is none for long, and [DONE]. An
-    error after the start becomes an event with an `error` key. When the client leaves, `events` is closed."""
+    """Sends events, those of one item in one write, comments while there is none for long, and `done`. An
+    error after the start becomes an event, which `failed` writes. When the client leaves, `events` is
+    closed."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        done: bytes = DONE,
+        failed: Callable[[HeadstartError], bytes] = failed,
+    ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self.events = events
+        self.done = done
+        self.failed = failed
         self._sending = asyncio.Lock()
         self._last_sent = 0.0
 
@@ -91,8 +104,8 @@ class EventStream(Response):
                 async for event in events:
                     await self._write(send, event)
             except HeadstartError as error:
-                await self._write(send, as_event(errors.body(error)))
-        await send({"type": "http.response.body", "body": DONE, "more_body": False})
+                await self._write(send, self.failed(error))
+        await send({"type": "http.response.body", "body": self.done, "more_body": False})
 
     async def _write(self, send: Send, data: bytes) -> None:
         async with self._sending:

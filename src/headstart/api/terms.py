@@ -56,12 +56,12 @@ class EditRequest(TermsBody):
         return super().given()
 
 
-def shown(entry: Entry) -> dict[str, Any]:
+def shown(entry: Entry, ends: float | None) -> dict[str, Any]:
     """The fields of an answer."""
     terms = entry.terms
     return {
         "ttl_seconds": terms.ttl_seconds,
-        "expires": iso_time(entry.expires),
+        "expires": iso_time(ends),
         "pinned": terms.pinned,
         "description": terms.description,
         "metadata": terms.metadata,

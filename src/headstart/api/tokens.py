@@ -8,7 +8,8 @@ from fastapi import APIRouter, Request
 from pydantic import FailFast, Field, StrictInt
 
 from headstart.api.keys import seen
-from headstart.api.schemas import Body, ChatMessage, Utf8
+from headstart.api.schemas import Body, ChatMessage
+from headstart.api.text import Utf8
 from headstart.api.tools import Tool
 from headstart.errors import BadRequest
 from headstart.service.model import ServedModel

@@ -47,6 +47,14 @@ def _call(value: dict[str, Any]) -> dict[str, Any]:
     return {**value, "function": {**function, "arguments": parsed}} if isinstance(parsed, dict) else value
 
 
+def _json(value: dict[str, Any]) -> dict[str, Any]:
+    """Raises ValueError for what can't be kept."""
+    if not _is_json(value):
+        raise ValueError("Input should be valid JSON")
+    return value
+
+
+JsonObject = Annotated[dict[str, Any], AfterValidator(_json)]
 Tool = Annotated[dict[str, Any], AfterValidator(_function)]
 ToolCall = Annotated[dict[str, Any], AfterValidator(_call)]
 ReasoningFormat = Literal["none", "auto", "deepseek"]

@@ -13,8 +13,9 @@ Form = Literal["chat", "completion"]
 FORMS: tuple[Form, ...] = ("chat", "completion")
 Identity = tuple[int, int, int, int]
 # Who asked for a cache: a client by name; the configuration; nobody, its prompt having been seen often; a
-# request that named several caches, of which it is composed; or a conversation that was to be kept.
-Origin = Literal["client", "declared", "automatic", "derived", "conversation"]
+# request that named several caches, of which it is composed; a conversation that was to be kept; or nobody,
+# but it is a response, and others may go on from it.
+Origin = Literal["client", "declared", "automatic", "derived", "conversation", "response"]
 # Why a named state was not used. Those about the request itself leave the state as it is; the state is built
 # anew after the others.
 MissReason = Literal[
@@ -161,12 +162,9 @@ class Entry(Struct, frozen=True):
 
     @property
     def expires(self) -> float | None:
-        """When it ends, in seconds since 1970; None: never."""
+        """When it ends unless it is used, in seconds since 1970; None: never."""
         ttl = self.terms.ttl_seconds
         return None if ttl is None else self.updated + ttl
-
-    def is_over(self, now: float) -> bool:
-        return self.expires is not None and self.expires <= now
 
     @property
     def cost_ms(self) -> float:

@@ -26,6 +26,11 @@ def worth(entry: Entry, usage: Usage, now: float) -> float:
     return entry.cost_ms / 1000 / max(entry.size_bytes, 1) * (1 + usage.hits) * fading
 
 
+def rank(entry: Entry, usage: Usage, now: float) -> tuple[bool, float]:
+    """What orders caches, the first to go first: responses, which nobody named, then by worth."""
+    return entry.origin != "response", worth(entry, usage, now)
+
+
 def keeps_text(entry: Entry) -> bool:
     """Whether somebody named the cache, so that its text must stay when its states are given up."""
     return entry.origin not in ("automatic", "derived")

@@ -143,6 +143,21 @@ class Index:
             (when, tokens, seconds, shelf, name),
         )
 
+    def touch(self, shelf: str, name: str, when: float) -> None:
+        """Notes a use that is no hit."""
+        self._write("UPDATE entries SET last_used = ? WHERE shelf = ? AND name = ?", (when, shelf, name))
+
+    def ends(self, entry: Entry) -> float | None:
+        """When it ends, in seconds since 1970; None: never. Of an automatic one time counts from its last
+        use."""
+        if entry.expires is None or entry.origin != "automatic":
+            return entry.expires
+        last = self.usage(entry.shelf, entry.name).last_used or 0.0
+        return entry.expires + max(last - entry.updated, 0.0)
+
+    def is_over(self, entry: Entry, now: float) -> bool:
+        return (ends := self.ends(entry)) is not None and ends <= now
+
     def usage(self, shelf: str, name: str) -> Usage:
         row = self._row(
             "SELECT hits, last_used, tokens_saved, seconds_saved FROM entries WHERE shelf = ? AND name = ?",

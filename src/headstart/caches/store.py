@@ -90,7 +90,7 @@ class Store:
         file keeps the entry that its header has or the index remembers, so that its state can be computed
         again; verification will refuse it."""
         entry = self._look_at_file(shelf, name)
-        if entry and entry.is_over(self.clock()):
+        if entry and self.index.is_over(entry, self.clock()):
             self._end(entry)
             return None
         return entry
@@ -129,7 +129,7 @@ class Store:
     def end_old(self) -> None:
         """Removes the files of caches whose time is over."""
         for entry in list(self.known()):
-            if entry.is_over(self.clock()):
+            if self.index.is_over(entry, self.clock()):
                 self._look(entry.shelf, entry.name)
 
     def _end(self, entry: Entry) -> None:

@@ -24,6 +24,7 @@ from headstart.messages import (
     Command,
     Embed,
     Failed,
+    FailureKind,
     Finished,
     FinishReason,
     Progress,

@@ -21,6 +21,8 @@ from headstart.prompt.tokenizer import Tokenizer
 from headstart.tokens import common_prefix
 
 PROBES = ("Why?", "3 x")
+# The key of a message, the last of an opening, whose text goes on in other ways.
+UNFINISHED = "unfinished"
 # Characters that are tokenised in less than a millisecond.
 QUICK = 2000
 
@@ -91,8 +93,7 @@ class Prompts:
         # A template may write today's date, so what is remembered is remembered for a day.
         key = (date.today(), written)
         if (opening := self._openings.get(key)) is None:
-            probes: list[Message] = [{"role": "user", "content": probe} for probe in PROBES]
-            one, other = (self.chat([*messages, probe], most, tools) for probe in probes)
+            one, other = (self.chat(_continued(messages, probe), most, tools) for probe in PROBES)
             shared = one[: common_prefix(one, other)]
             opening = shared if self.can_cut else shared[:-1]
             self._openings.put(key, len(written), opening)
@@ -109,3 +110,9 @@ class Prompts:
 
 def _characters(messages: Sequence[Message]) -> int:
     return sum(len(message["content"]) for message in messages)
+
+
+def _continued(messages: Sequence[Message], probe: str) -> list[Message]:
+    if messages and messages[-1].get(UNFINISHED):
+        return [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + probe}]
+    return [*messages, {"role": "user", "content": probe}]

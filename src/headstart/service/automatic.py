@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from headstart.caches.entry import KEEPS_STATE, Content, Entry
+from headstart.caches.entry import DEFAULT_TERMS, KEEPS_STATE, Content, Entry, Terms
 from headstart.config import Settings
 from headstart.errors import HeadstartError
 from headstart.messages import StateRef, Stats
@@ -49,7 +49,7 @@ class Automatic:
         # Those that alone are larger than the quota.
         self._too_large: set[str] = set()
         self._turn = asyncio.Lock()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Entry | None]] = set()
 
     async def close(self) -> None:
         for task in self._tasks:
@@ -79,7 +79,7 @@ class Automatic:
         elif opening.restore and stats.cached_tokens >= unnamed.boundary:
             self.caching.count_hit(entry, unnamed.boundary, stats)
         elif (opening.miss or "restore_failed") not in KEEPS_STATE:
-            self.caching.rebuild(model, entry)
+            self.caching.heal(model, entry)
 
     def _count(self, model: ServedModel, unnamed: Unnamed) -> None:
         settings = self.settings
@@ -91,23 +91,42 @@ class Automatic:
         name = automatic_name(unnamed.begun)
         enough = 1 if is_default else settings.automatic_after
         if name not in self._too_large and self._seen.again(model.shelf, name, monotonic(), enough):
-            task = asyncio.create_task(self._build(model, name, unnamed.begun))
+            task = asyncio.create_task(self.make(model, unnamed.begun))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _build(self, model: ServedModel, name: str, begun: Content) -> None:
-        is_prompt = len(begun.messages) == 1 and not begun.tools
-        content = Content(begun.messages[0]["content"]) if is_prompt else begun
+    def is_worth_keeping(self, begun: Content, n_tokens: int) -> bool:
+        """Whether a cache of this may be made: it has the least length, and wasn't found too large."""
+        return n_tokens > self.settings.automatic_tokens and automatic_name(begun) not in self._too_large
+
+    async def make(
+        self, model: ServedModel, begun: Content, terms: Terms = DEFAULT_TERMS, head: Entry | None = None
+    ) -> Entry | None:
+        """The cache of what chats begin with; `head` is one that it begins like. None where that can't be
+        made, which is no error: nobody asked for it by name."""
+        name = automatic_name(begun)
+        prompt = Content(begun.messages[0]["content"])
+        content = prompt if begun == Content(messages=prompt.opening) else begun
         async with self._turn:
             try:
                 entry = await self.caching.create(
-                    model, name, content, forms=["chat"], origin="automatic", overwrite=False
+                    model,
+                    name,
+                    content,
+                    forms=["chat"],
+                    terms=terms,
+                    origin="automatic",
+                    overwrite=False,
+                    head=head,
                 )
                 if entry in self._trim():
                     log.info("%s of %s alone is larger than automatic_quota_mb", name, model.shelf)
                     self._give_up(name)
+                    return None
+                return entry
             except HeadstartError as error:
                 log.info("no automatic cache %s of %s: %s", name, model.shelf, error)
+                return None
 
     def _give_up(self, name: str) -> None:
         if len(self._too_large) >= MOST:

@@ -70,6 +70,10 @@ class Caching:
         answer's end."""
         self.store.used(entry, min(stats.cached_tokens, boundary), stats.restore_ms)
 
+    def touch(self, entry: Entry) -> None:
+        """Notes a use that is no hit."""
+        self.store.index.touch(entry.shelf, entry.name, self.store.clock())
+
     def is_building_for(self, model: str) -> bool:
         """Whether a cache of the model is being built."""
         return any(shelf.partition("@")[0] == model for shelf, _ in self._builds)
@@ -114,9 +118,10 @@ class Caching:
         origin: Origin = "client",
         overwrite: bool = True,
         on_progress: OnProgress | None = None,
+        head: Entry | None = None,
     ) -> Entry:
         """Computes and stores the states of `content`, in all forms unless some are named; version 1 of the
-        entry means that the name was new. Without `terms` it keeps those that it had.
+        entry means that the name was new. Without `terms` it keeps those that it had. `head` is as in Build.
 
         Callers that ask for the same at the same time get the result of one build; when the last of them is
         cancelled, so is the build. Raises BadRequest, CacheConflict (also while something else is built under
@@ -137,7 +142,9 @@ class Caching:
         version = previous.version + 1 if previous else 1
         wanted = content.forms if forms is None else forms
         joint = Joint(asked)
-        build = Build(model, name, content, wanted, version, kept, origin, previous, on_progress=joint.tell)
+        build = Build(
+            model, name, content, wanted, version, kept, origin, previous, on_progress=joint.tell, head=head
+        )
         joint.task = self._start(build)
         self._joints[model.shelf, name] = joint
         return await joint.join(on_progress)
@@ -166,12 +173,14 @@ class Caching:
 
     async def edit(self, model: ServedModel, name: str, given: Mapping[str, Any]) -> Entry:
         """Changes the `given` ones of a cache's terms, and nothing else; waits for a build of it. Its time
-        begins anew where `ttl_seconds` is given. Raises CacheNotFound or StorageError."""
+        begins anew where `ttl_seconds` is given. Raises BadRequest, CacheNotFound or StorageError."""
         check_name(name, param="name")
         while True:
             if build := self._builds.get((model.shelf, name)):
                 await asyncio.wait([build])
             entry = self.store.find(model.shelf, name, param="name")
+            if entry.origin == "response" and "metadata" in given:
+                raise BadRequest("The metadata of a response can't be edited.", param="metadata")
             updated = self.store.clock() if "ttl_seconds" in given else entry.updated
             changed = replace(entry, terms=replace(entry.terms, **given), updated=updated)
             if amended := await self.store.amend(entry, changed):
@@ -210,6 +219,12 @@ class Caching:
             self.run((entry.shelf, entry.name), self._derive(build))
         else:
             self._start(build)
+
+    def heal(self, model: ServedModel, entry: Entry) -> None:
+        """Rebuilds what a request has missed. A response's state is not worth it: what goes on from it is
+        kept with a state of its own."""
+        if entry.origin != "response":
+            self.rebuild(model, entry)
 
     def derived(self, model: ServedModel, parts: Sequence[Entry], form: Form) -> Entry:
         """The cache composed of these, which has version 0 as long as it isn't built. Raises BadRequest."""
@@ -255,7 +270,10 @@ class Caching:
 
     def build_of(self, model: ServedModel, name: str) -> asyncio.Task[Entry] | None:
         """The running build of this name."""
-        return self._builds.get((model.shelf, name))
+        return self.build_at(model.shelf, name)
+
+    def build_at(self, shelf: str, name: str) -> asyncio.Task[Entry] | None:
+        return self._builds.get((shelf, name))
 
     def _start(self, build: Build) -> asyncio.Task[Entry]:
         return self.run((build.model.shelf, build.name), self.builder.build(build))

@@ -8,7 +8,7 @@ from itertools import takewhile
 from typing import Any
 
 from headstart.caches.entry import Content, Entry
-from headstart.prompt.prompts import Prompts, soon
+from headstart.prompt.prompts import UNFINISHED, Prompts, soon
 from headstart.prompt.template import Variables, is_open
 
 
@@ -44,16 +44,47 @@ class Chat:
     def opening(self, known: Iterable[Entry]) -> Content:
         """Its longest opening that a cache would hold: that of one of the `known` caches, or its first system
         messages."""
-        held = (entry.messages for entry in known if self._begins_with(entry))
-        return Content(messages=max([_system(self.messages), *held], key=len), tools=self.tools)
+        system = Content(messages=_system(self.messages), tools=self.tools)
+        return max(system, self.held(known) or system, key=_length)
 
-    def _begins_with(self, entry: Entry) -> bool:
-        n = len(entry.messages)
-        return n > 0 and self.messages[:n] == entry.messages and self.tools == entry.tools
+    def held(self, known: Iterable[Entry]) -> Content | None:
+        """Its longest opening that one of the `known` caches has."""
+        openings = (Content(messages=entry.content.opening, tools=entry.tools) for entry in known)
+        return max(filter(self.begins_with, openings), key=_length, default=None)
+
+    def up_to(self, n_messages: int, n_characters: int) -> Content:
+        """Its first messages, of the last of them the first characters. But for a system prompt, which a
+        user's message follows, it is left open who goes on."""
+        *whole, last = self.messages[:n_messages]
+        if last["role"] != "system" or n_characters < len(last["content"]):
+            last = {**last, "content": last["content"][:n_characters], UNFINISHED: True}
+        return Content(messages=[*whole, last], tools=self.tools)
+
+    def begins_with(self, opening: Content) -> bool:
+        n = len(opening.messages)
+        if not 0 < n <= len(self.messages) or self.tools != opening.tools:
+            return False
+        *whole, last = opening.messages
+        return self.messages[: n - 1] == whole and _begins(self.messages[n - 1], last)
 
 
 def _system(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(takewhile(lambda message: message["role"] == "system", messages))
+
+
+def _begins(message: dict[str, Any], opening: dict[str, Any]) -> bool:
+    if not opening.get(UNFINISHED):
+        return message == opening
+    same_role = message["role"] == opening["role"]
+    return same_role and bool(message["content"].startswith(opening["content"]))
+
+
+def _length(opening: Content) -> tuple[int, bool, int]:
+    """By which the longer of two openings of a chat is told."""
+    if not opening.messages:
+        return 0, True, 0
+    last = opening.messages[-1]
+    return len(opening.messages), not last.get(UNFINISHED), len(last["content"])
 
 
 def _repeated(opening: list[dict[str, Any]], messages: list[dict[str, Any]]) -> int:

@@ -10,7 +10,7 @@ import asyncio
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from headstart.caches.entry import DEFAULT_TERMS, Content, Entry, Form
+from headstart.caches.entry import DEFAULT_TERMS, Content, Entry, Form, Origin, Terms
 from headstart.errors import CacheConflict, CacheNotFound, HeadstartError, StorageError
 from headstart.service.building import Build
 from headstart.service.caching import Caching
@@ -26,13 +26,17 @@ CHAT: tuple[Form, ...] = ("chat",)
 @dataclass(frozen=True)
 class Saving:
     """What is to become of a chat once it is answered. `overwrite` None: it may replace a conversation, but
-    no cache of another kind. `head`: the name of the cache that it started from."""
+    no cache of another kind. `head`: the name of the cache that it started from. `terms` None: as what it
+    replaces is kept. Without `states` only its text is kept."""
 
     model: ServedModel
     name: str
     overwrite: bool | None
     chat: Chat
     head: str | None = None
+    origin: Origin = "conversation"
+    terms: Terms | None = None
+    states: bool = True
 
     @property
     def key(self) -> tuple[str, str]:
@@ -61,12 +65,22 @@ class Conversations:
             raise CacheConflict(f"The cache {name!r} is being built.", param="save_as")
         _check_replaceable(self._current(model, name), overwrite)
 
-    def save(self, saving: Saving, answer: str) -> None:
+    def save(self, saving: Saving, answer: str) -> asyncio.Task[Entry]:
         """Begins to save the chat with its answer; whoever asks for the name from now on waits for it."""
+        return self.keep(replace(saving, chat=saving.chat.answered(answer)))
+
+    def keep(self, saving: Saving) -> asyncio.Task[Entry]:
+        """The same for a chat that has its answer."""
         before = self.caching.build_of(saving.model, saving.name)
-        task = self.caching.run(saving.key, self._save(saving, answer, before))
+        task = self.caching.run(saving.key, self._save(saving, before))
         self._saving[saving.key] = task
         task.add_done_callback(lambda done: self._ended(saving.key, done))
+        return task
+
+    def being_saved(self, owner: str, name: str) -> asyncio.Task[Entry] | None:
+        """What saves a conversation of this name on one of the owner's shelves."""
+        saved = (task for (shelf, of), task in self._saving.items() if of == name and _owner(shelf) == owner)
+        return next(saved, None)
 
     async def settled(self, model: ServedModel, name: str) -> None:
         """Returns when no conversation is being saved under this name. Raises StorageError if the last one
@@ -79,22 +93,26 @@ class Conversations:
             message = f"The last turn of {name!r} was not saved: {error.message}"
             raise type(error)(message, param="use_cache")
 
-    async def _save(self, saving: Saving, answer: str, before: asyncio.Task[Entry] | None) -> Entry:
+    async def _save(self, saving: Saving, before: asyncio.Task[Entry] | None) -> Entry:
         if before:
             await asyncio.wait([before])
         previous = self._current(saving.model, saving.name)
         _check_replaceable(previous, saving.overwrite)
         try:
-            entry = await self._build(saving, saving.chat.answered(answer), previous)
+            entry = await self._build(saving, previous)
         except StorageError as error:
-            self._failed[saving.key] = (error, previous)
+            # Nothing that is a turn behind has a response's name.
+            if saving.origin == "conversation":
+                self._failed[saving.key] = (error, previous)
             raise
         self._failed.pop(saving.key, None)
         return entry
 
-    async def _build(self, saving: Saving, chat: Chat, previous: Entry | None) -> Entry:
-        """What the engine can't compute now is kept without its state."""
-        content = Content(messages=chat.messages, tools=chat.tools)
+    async def _build(self, saving: Saving, previous: Entry | None) -> Entry:
+        """What the engine can't compute now is kept without its state, and so is a response for whose state
+        there is no room."""
+        content = Content(messages=saving.chat.messages, tools=saving.chat.tools)
+        kept = previous.terms if previous else DEFAULT_TERMS
         head = self._current(saving.model, saving.head) if saving.head else previous
         build = Build(
             saving.model,
@@ -102,17 +120,18 @@ class Conversations:
             content,
             CHAT,
             previous.version + 1 if previous else 1,
-            previous.terms if previous else DEFAULT_TERMS,
-            "conversation",
+            saving.terms or kept,
+            saving.origin,
             previous,
             head=head,
         )
+        without = replace(build, forms=(), evicted=CHAT)
         try:
-            return await self.caching.builder.build(build)
-        except StorageError:
-            raise
-        except HeadstartError:
-            return await self.caching.builder.build(replace(build, forms=(), evicted=CHAT))
+            return await self.caching.builder.build(build if saving.states else without)
+        except HeadstartError as error:
+            if isinstance(error, StorageError) and saving.origin == "conversation":
+                raise
+            return await self.caching.builder.build(without)
 
     def _ended(self, key: tuple[str, str], task: asyncio.Task[Entry]) -> None:
         if self._saving.get(key) is task:
@@ -122,6 +141,10 @@ class Conversations:
         with suppress(CacheNotFound):
             return self.caching.store.find(model.shelf, name)
         return None
+
+
+def _owner(shelf: str) -> str:
+    return shelf.partition("@")[2]
 
 
 def _check_replaceable(entry: Entry | None, overwrite: bool | None) -> None:

@@ -15,6 +15,7 @@ from headstart.service.caching import Caching
 from headstart.service.choices import Delta, Ended
 from headstart.service.conversations import Conversations
 from headstart.service.explanation import Explanation, explained
+from headstart.service.marks import Marks
 from headstart.service.preparation import Prepared
 
 
@@ -36,9 +37,12 @@ class Result:
 
 
 class Generation:
-    def __init__(self, caching: Caching, automatic: Automatic, conversations: Conversations) -> None:
+    def __init__(
+        self, caching: Caching, automatic: Automatic, conversations: Conversations, marks: Marks
+    ) -> None:
         self.caching = caching
         self.automatic = automatic
+        self.marks = marks
         self.conversations = conversations
 
     async def run(self, prepared: Prepared) -> AsyncGenerator[Delta | Ended | Result, None]:
@@ -79,6 +83,8 @@ class Generation:
         later = asyncio.get_running_loop().call_soon
         if prepared.unnamed:
             later(self.automatic.answered, prepared.model, prepared.unnamed, stats)
+        if prepared.marked:
+            later(self.marks.answered, prepared.model, prepared.marked)
         if prepared.entry and miss is None:
             later(self.caching.count_hit, prepared.entry, prepared.opening.boundary, stats)
         if prepared.saving:
@@ -97,7 +103,7 @@ class Generation:
     def _heal(self, prepared: Prepared, miss: MissReason | None) -> None:
         """Has a state that could not be used computed again, once the request itself has its first token."""
         if prepared.entry and miss and miss not in KEEPS_STATE:
-            self.caching.rebuild(prepared.model, prepared.entry)
+            self.caching.heal(prepared.model, prepared.entry)
 
 
 def _answering(prepared: Prepared, choice: int) -> Answering:

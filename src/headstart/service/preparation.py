@@ -23,6 +23,7 @@ from headstart.service.conversations import Conversations, Saving
 from headstart.service.explanation import Closest, closest, longest_match, texts_of
 from headstart.service.grammars import Grammars
 from headstart.service.heads import head_of
+from headstart.service.marks import Mark, Marked, Marks, Placed
 from headstart.service.model import ServedModel
 from headstart.service.opening import Opening
 from headstart.service.texts import Text, check_bias
@@ -37,7 +38,9 @@ class Options:
     every prompt token is evaluated, nothing is taken from a cache or an earlier request. `use_cache`: the
     caches to start from, in their order, or none. `save_as`: the name under which a chat is kept once it is
     answered; for `overwrite` see Saving. `explain`: the result is to say why it started from a cache or
-    didn't. `n`: how many answers. `variables`: what a chat's template is told besides."""
+    didn't. `n`: how many answers. `variables`: what a chat's template is told besides. `whole`: the chat has
+    in its messages what it shares with the cache. `marks`: up to where a chat is to be kept, if it names no
+    cache."""
 
     max_tokens: int | None = None
     sampling: Sampling = field(default_factory=Sampling)
@@ -50,6 +53,8 @@ class Options:
     n: int = 1
     calling: Calling = field(default_factory=Calling)
     variables: Variables = field(default_factory=dict)
+    whole: bool = False
+    marks: Sequence[Mark] = ()
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ class Prepared:
     closest: Closest | None = None
     parser: Callable[[], Parser] = PlainText
     piece: Callable[[int], bytes] | None = None
+    marked: Marked | None = None
 
 
 class Preparation:
@@ -78,12 +84,18 @@ class Preparation:
     Unavailable."""
 
     def __init__(
-        self, caching: Caching, automatic: Automatic, conversations: Conversations, grammars: Grammars
+        self,
+        caching: Caching,
+        automatic: Automatic,
+        conversations: Conversations,
+        marks: Marks,
+        grammars: Grammars,
     ) -> None:
         self.caching = caching
         self.automatic = automatic
         self.conversations = conversations
         self.grammars = grammars
+        self.marks = marks
 
     async def chat(
         self, model: ServedModel, messages: list[Json], options: Options, tools: list[Json] | None = None
@@ -93,9 +105,11 @@ class Preparation:
         own = Chat(messages, tools or [], options.variables)
         if options.use_cache is None:
             chat = replace(own, messages=self.automatic.with_default(messages))
-            prepared = await self._chat_without_cache(model, chat, options)
+            added = len(chat.messages) - len(messages)
+            marks = [replace(mark, messages=mark.messages + added) for mark in options.marks]
+            prepared = await self._chat_without_cache(model, chat, replace(options, marks=marks))
         else:
-            entry, chat, tokens, opening = await self._chat_with_cache(model, own, options.use_cache)
+            entry, chat, tokens, opening = await self._chat_with_cache(model, own, options)
             prepared = self._prepared(model, tokens, options, entry, opening, "chat")
         prepared = await self._to_be_read(prepared, chat, options)
         if options.save_as is not None:
@@ -108,44 +122,79 @@ class Preparation:
         """It may start from a cache with the same opening, though it names none."""
         tokens = await chat.tokens(model.prompts)
         model.check_fits(len(tokens), param="messages")
-        begun, opening = await self._chat_opening(model, chat, tokens)
-        unnamed = None
-        if options.reuse:
-            unnamed = await self.automatic.look(model, begun, tokens, opening.boundary)
-            opening = replace(opening, restore=unnamed.restore if unnamed else None)
-        return self._prepared(model, tokens, options, None, opening, "chat", unnamed)
+        places = await self.marks.place(model, chat, options.marks, tokens)
+        begun, opening = await self._chat_opening(model, chat, tokens, places)
+        if not options.reuse:
+            return self._prepared(model, tokens, options, None, opening, "chat")
+        unnamed = await self.automatic.look(model, begun, tokens, opening.boundary)
+        opening = replace(opening, restore=unnamed.restore if unnamed else None)
+        head = None
+        if unnamed and unnamed.entry is None:
+            head, opening = await self._from_shorter(model, chat, tokens, opening)
+            # What is marked isn't counted, but kept at once.
+            unnamed = None if begun in [place.content for place in places] else unnamed
+        prepared = self._prepared(model, tokens, options, None, opening, "chat", unnamed)
+        return replace(prepared, marked=Marked(places, head)) if places else prepared
 
     async def _chat_opening(
-        self, model: ServedModel, chat: Chat, tokens: list[int]
+        self, model: ServedModel, chat: Chat, tokens: list[int], places: Sequence[Placed] = ()
     ) -> tuple[Content, Opening]:
-        """The longest opening of the chat that a cache has or could have, and the cut at its end."""
-        begun = chat.opening(self.caching.shelves.known(model, "chat"))
+        """The longest opening of the chat that a cache has or could have, or is to have, and the cut at its
+        end."""
+        known = list(self.caching.shelves.known(model, "chat"))
+        last = places[-1] if places else None
+        # Where there are marks, they take the place of the system prompt.
+        begun = (chat.held(known) or last.content) if last else chat.opening(known)
         prompts = model.prompts
         wanted = await soon(lambda most: prompts.chat_opening(begun.messages, most, begun.tools))
-        return begun, _cut(wanted, tokens)
+        opening = _cut(wanted, tokens)
+        # A state that can't be cut helps only those that begin with all of it.
+        if last and last.boundary > opening.boundary and model.info.can_cut:
+            return last.content, Opening(last.boundary)
+        return begun, opening
+
+    async def _from_shorter(
+        self, model: ServedModel, chat: Chat, tokens: list[int], opening: Opening
+    ) -> tuple[Entry | None, Opening]:
+        """Where the opening has no cache: the longest one that it begins like, and how to start from that."""
+        held = chat.held(self.caching.shelves.known(model, "chat"))
+        found = await self.caching.unnamed(model, held, tokens) if held else None
+        if found is None or found[1].restore is None:
+            return None, opening
+        entry, start = found
+        return entry, replace(opening, restore=start.restore, shared=start.boundary)
 
     async def _chat_with_cache(
-        self, model: ServedModel, own: Chat, names: Sequence[str]
+        self, model: ServedModel, own: Chat, options: Options
     ) -> tuple[Entry, Chat, list[int], Opening]:
         opening = None
         while opening is None:
-            entry = await self._named(model, names, "chat")
-            chat = own.after(entry.content)
+            entry = await self._named(model, options.use_cache or (), "chat")
+            chat = own if options.whole else own.after(entry.content)
             tokens = await chat.tokens(model.prompts)
-            if chat.tools == entry.tools:
+            if chat.begins_with(entry.content):
                 opening = await self.caching.open(model, entry, "chat", tokens)
             else:
-                opening = await self._with_other_tools(model, chat, entry, tokens)
+                opening = await self._differing(model, chat, entry, tokens)
         return entry, chat, tokens, opening
 
-    async def _with_other_tools(
-        self, model: ServedModel, chat: Chat, entry: Entry, tokens: list[int]
-    ) -> Opening:
+    async def _differing(self, model: ServedModel, chat: Chat, entry: Entry, tokens: list[int]) -> Opening:
         """The cache is of another prompt then, which may begin alike."""
         model.check_fits(len(tokens), param="messages")
         _, opening = await self._chat_opening(model, chat, tokens)
         head = await head_of(self.caching.store, model, entry, "chat", tokens)
         return replace(opening, restore=head.restore, shared=head.shared, miss="prompt_differs")
+
+    async def count(
+        self, model: ServedModel, messages: list[Json], options: Options, tools: list[Json] | None = None
+    ) -> int:
+        """How many tokens the prompt of such a chat has."""
+        own = Chat(messages, tools or [], options.variables)
+        if options.use_cache is None:
+            chat = replace(own, messages=self.automatic.with_default(messages))
+        else:
+            chat = own.after((await self._named(model, options.use_cache, "chat")).content)
+        return len(await chat.tokens(model.prompts))
 
     async def text(self, model: ServedModel, prompt: Text, options: Options) -> Prepared:
         prompts = model.prompts

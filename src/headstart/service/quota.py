@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from headstart.caches.entry import Entry
-from headstart.caches.eviction import evictable, keeps_text, worth
+from headstart.caches.eviction import evictable, keeps_text, rank
 from headstart.caches.store import Store
 from headstart.errors import CacheNotFound, QuotaExceeded
 
@@ -101,7 +101,7 @@ class Quota:
         """What may be evicted, the least worth first."""
         now = self.store.clock()
         found = [
-            (worth(entry, self.store.usage(entry), now), entry)
+            (rank(entry, self.store.usage(entry), now), entry)
             for entry in evictable(self._known(owner))
             if (entry.shelf, entry.name) not in {but, *self.store.held}
         ]
@@ -112,11 +112,12 @@ class Quota:
         for entry in self._candidates(owner, but) if missing > 0 else ():
             if missing <= 0:
                 break
-            missing -= await self._give_up(entry)
+            missing -= await self.give_up(entry)
         return missing
 
-    async def _give_up(self, entry: Entry) -> int:
-        """The bytes it has freed: none where the cache was replaced meanwhile, or is being built."""
+    async def give_up(self, entry: Entry) -> int:
+        """Takes its states away. The bytes it has freed: none where the cache was replaced meanwhile, or is
+        being built."""
         if (entry.shelf, entry.name) in self.store.held:
             return 0
         if keeps_text(entry):
@@ -131,7 +132,8 @@ class Quota:
                 return 0
             freed = entry.size_bytes
         self.evictions += 1
-        log.warning("evicted cache %s of %s: %d bytes are free", entry.name, entry.shelf, freed)
+        level = logging.INFO if entry.origin == "response" else logging.WARNING
+        log.log(level, "evicted cache %s of %s: %d bytes are free", entry.name, entry.shelf, freed)
         return freed
 
 

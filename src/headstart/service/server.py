@@ -15,10 +15,12 @@ from headstart.service.files import Files
 from headstart.service.generation import Generation
 from headstart.service.grammars import Grammars
 from headstart.service.lifecycle import Lifecycle
+from headstart.service.marks import Marks
 from headstart.service.model import Say, ServedModel
 from headstart.service.models import Models
 from headstart.service.preparation import Preparation
 from headstart.service.quota import Quota
+from headstart.service.responses import Responses
 from headstart.service.routes import split
 from headstart.service.verifying import Verifier
 
@@ -41,9 +43,12 @@ class Service:
         self.declared = Declared(settings, self.caching, say)
         self.automatic = Automatic(settings, self.caching)
         self.conversations = Conversations(self.caching)
+        self.responses = Responses(settings, self.conversations, self.automatic, self.quota)
+        self.marks = Marks(self.caching, self.automatic)
         self.grammars = Grammars()
-        self.preparation = Preparation(self.caching, self.automatic, self.conversations, self.grammars)
-        self.generation = Generation(self.caching, self.automatic, self.conversations)
+        kept = (self.caching, self.automatic, self.conversations, self.marks)
+        self.preparation = Preparation(*kept, self.grammars)
+        self.generation = Generation(*kept)
         self.models = Models(
             settings, self.store, say, on_loaded=self.declared.start, is_building=self.caching.is_building_for
         )
@@ -57,8 +62,10 @@ class Service:
     async def close(self) -> None:
         await self.lifecycle.close()
         await self.declared.close()
+        await self.marks.close()
         await self.automatic.close()
         await self.conversations.close()
+        await self.responses.close()
         await self.caching.close()
         await self.grammars.close()
         await self.models.close()

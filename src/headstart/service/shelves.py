@@ -34,9 +34,11 @@ class Shelves:
         return (entry for entry in entries if form in entry.forms or form in entry.evicted)
 
     def visible(self, owner: str, model: str | None = None) -> list[Entry]:
-        """The owner's caches and everyone's, by model and name; of two with the same name the owner's."""
+        """The owner's caches and everyone's, by model and name; of two with the same name the owner's.
+        Responses are left out."""
         wanted = [e for e in self.store.entries() if e.owner in ("", owner) and model in (None, e.model)]
-        by_name = {(e.model, e.name): e for e in sorted(wanted, key=lambda entry: entry.owner)}
+        named = [e for e in wanted if e.origin != "response"]
+        by_name = {(e.model, e.name): e for e in sorted(named, key=lambda entry: entry.owner)}
         return [by_name[key] for key in sorted(by_name)]
 
     def known_opening(self, model: ServedModel, text: str) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from headstart.api.reference.examples import EXAMPLES
@@ -47,7 +48,7 @@ def document(app: FastAPI) -> Json:
 
 def _answer_schemas() -> Json:
     answers = [kind for answer in ANSWERS.values() for kind in (answer.whole, answer.event) if kind]
-    kinds = dict.fromkeys([ErrorReply, *answers])
+    kinds: dict[type[BaseModel], None] = dict.fromkeys([ErrorReply, *answers])
     _, schemas = models_json_schema(
         [(kind, "serialization") for kind in kinds], ref_template=REFERENCE, by_alias=True
     )

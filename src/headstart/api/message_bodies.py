@@ -1,0 +1,267 @@
+"""Bodies of Anthropic's Messages API. Unknown fields are accepted; what a model can't be given is refused."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, StringConstraints
+from pydantic_core import PydanticCustomError
+
+from headstart.api.message_turns import BETWEEN, Turns
+from headstart.api.schemas import Body, StopString
+from headstart.api.text import Utf8
+from headstart.api.tools import JsonObject
+from headstart.errors import BadRequest
+from headstart.messages import Sampling
+from headstart.service.marks import Mark
+from headstart.service.preparation import Options
+
+Json = dict[str, Any]
+Name = Annotated[Utf8, StringConstraints(min_length=1, max_length=256)]
+MOST_MARKS = 4
+MOST_STOPS = 64
+# How long what is marked is kept after its last use.
+TTL_SECONDS = {"5m": 300.0, "1h": 3600.0}
+
+
+class CacheControl(Body):
+    type: Literal["ephemeral"] = Field(description="The only kind.")
+    ttl: Literal["5m", "1h"] = Field("5m", description="How long to keep it after its last use.")
+
+    @property
+    def seconds(self) -> float:
+        return TTL_SECONDS[self.ttl]
+
+
+class Marked(Body):
+    cache_control: CacheControl | None = Field(None, description="Keep the prompt's state up to here.")
+
+    @property
+    def mark(self) -> float | None:
+        """How many seconds it is to be kept; None where it isn't marked."""
+        return None if self.cache_control is None else self.cache_control.seconds
+
+
+class TextBlock(Marked):
+    type: Literal["text"] = Field(description="A text.")
+    text: Utf8 = Field(description="The text itself.")
+
+
+class ToolUseBlock(Marked):
+    type: Literal["tool_use"] = Field(description="A call that the model made.")
+    id: Utf8 = Field(description="What its result refers to.")
+    name: Name = Field(description="The tool's name.")
+    input: JsonObject = Field(description="The arguments.")
+
+
+def _unreadable(kind: str) -> str:
+    raise PydanticCustomError("unreadable", "This server's models read text only, no {kind}", {"kind": kind})
+
+
+class UnreadableBlock(Body):
+    type: Annotated[Literal["image", "document", "search_result"], AfterValidator(_unreadable)] = Field(
+        description="Refused: models read text only."
+    )
+
+
+ResultBlock = Annotated[TextBlock | UnreadableBlock, Field(discriminator="type")]
+
+
+class ToolResultBlock(Marked):
+    type: Literal["tool_result"] = Field(description="What a tool said.")
+    tool_use_id: Utf8 = Field(description="The call's id.")
+    content: Utf8 | list[ResultBlock] | None = Field(None, description="A text, or texts.")
+    is_error: bool | None = Field(None, description="Not told to the model.")
+
+    @property
+    def text(self) -> str:
+        if not isinstance(self.content, list):
+            return self.content or ""
+        return BETWEEN.join(block.text for block in self.content if isinstance(block, TextBlock))
+
+    @property
+    def mark(self) -> float | None:
+        inner = self.content if isinstance(self.content, list) else []
+        marks = [super().mark, *(block.mark for block in inner if isinstance(block, TextBlock))]
+        return max((mark for mark in marks if mark), default=None)
+
+
+class ThinkingBlock(Body):
+    type: Literal["thinking", "redacted_thinking"] = Field(description="Earlier reasoning: left out.")
+
+
+AssistantBlock = Annotated[TextBlock | ToolUseBlock | ThinkingBlock, Field(discriminator="type")]
+UserBlock = Annotated[TextBlock | ToolResultBlock | UnreadableBlock, Field(discriminator="type")]
+
+
+class UserTurn(Body):
+    role: Literal["user"] = Field(description="Who says it.")
+    content: Utf8 | Annotated[list[UserBlock], Field(min_length=1)] = Field(
+        description="A text, or blocks of text and tools' results."
+    )
+
+    def add_to(self, turns: Turns) -> None:
+        if isinstance(self.content, str):
+            turns.add_text("user", self.content)
+            return
+        for block in self.content:
+            match block:
+                case TextBlock():
+                    turns.add_text("user", block.text)
+                    turns.mark(block.mark)
+                case ToolResultBlock():
+                    turns.add_result(block.tool_use_id, block.text)
+                    turns.mark(block.mark)
+
+
+class AssistantTurn(Body):
+    role: Literal["assistant"] = Field(description="Who says it.")
+    content: Utf8 | list[AssistantBlock] = Field(description="A text, or blocks of text and calls of tools.")
+
+    def add_to(self, turns: Turns) -> None:
+        turns.add_text("assistant", "")
+        for block in self.content if isinstance(self.content, list) else []:
+            if isinstance(block, TextBlock):
+                turns.add_text("assistant", block.text)
+            elif isinstance(block, ToolUseBlock):
+                turns.add_call(block.id, block.name, block.input)
+        if isinstance(self.content, str):
+            turns.add_text("assistant", self.content)
+            return
+        # What a model says is kept whole or not at all.
+        for block in self.content:
+            turns.mark(block.mark if isinstance(block, Marked) else None)
+
+
+class SystemTurn(Body):
+    role: Literal["system"] = Field(description="Who says it.")
+    content: Utf8 | list[TextBlock] = Field(description="A text, or blocks of text.")
+
+    def add_to(self, turns: Turns) -> None:
+        if isinstance(self.content, str):
+            turns.add_text("system", self.content)
+            return
+        for block in self.content:
+            turns.add_text("system", block.text)
+            turns.mark(block.mark)
+
+
+Turn = Annotated[UserTurn | AssistantTurn | SystemTurn, Field(discriminator="role")]
+
+
+class OutputConfig(Body):
+    """How much effort is made is accepted, and changes nothing."""
+
+    format: JsonObject | None = Field(None, description="Not supported.")
+
+
+class CustomTool(Marked):
+    type: Literal["custom"] | None = Field(None, description="Tools that run elsewhere are not supported.")
+    name: Name = Field(description="How the model calls it.")
+    description: Utf8 | None = Field(None, description="What it is for.")
+    input_schema: JsonObject = Field(description="The JSON schema of its arguments.")
+
+    def function(self) -> Json:
+        """As chat templates take it."""
+        described = {"description": self.description} if self.description else {}
+        function = {"name": self.name, **described, "parameters": self.input_schema}
+        return {"type": "function", "function": function}
+
+
+class ToolChoice(Body):
+    type: Literal["auto", "any", "tool", "none"] = Field(
+        description="Whether the model may or must call one."
+    )
+    name: Name | None = Field(None, description="With `tool`: which one.")
+    disable_parallel_tool_use: bool = Field(False, description="At most one call.")
+
+
+class Thinking(Body):
+    type: Literal["enabled", "adaptive", "disabled"] = Field(description="Whether reasoning is shown.")
+    budget_tokens: int | None = Field(None, ge=0, description="Accepted; reasoning is not limited by it.")
+
+
+class CountRequest(Body):
+    """What makes the prompt."""
+
+    model: Utf8 = Field(description="A model, an alias, or `model@cache`.")
+    messages: list[Turn] = Field(min_length=1, description="The turns so far; the last one is the user's.")
+    system: Utf8 | list[TextBlock] | None = Field(None, description="The system prompt.")
+    tools: list[CustomTool] | None = Field(None, description="Functions that the model may call.")
+    tool_choice: ToolChoice | None = Field(None, description="Whether the model may or must call a tool.")
+    thinking: Thinking | None = Field(None, description="Whether reasoning is shown as a block of its own.")
+    cache_control: CacheControl | None = Field(None, description="Marks the last block.")
+    use_cache: Utf8 | list[Utf8] | None = Field(
+        None, description="Name of the cache to start from, or several names."
+    )
+
+    def chat(self) -> tuple[list[Json], list[Json], list[Mark]]:
+        """Messages and tools as templates take them, and what is marked. Raises BadRequest for a mark too
+        many, or for an answer that is begun already."""
+        if self.messages[-1].role == "assistant":
+            raise BadRequest(
+                "The last message is the assistant's: this server can't continue an answer.", param="messages"
+            )
+        turns = Turns()
+        tools = self.tools or []
+        tools_mark = tools[-1].mark if tools else None
+        if self.system:
+            SystemTurn(role="system", content=self.system).add_to(turns)
+        turns.mark(tools_mark)
+        for turn in self.messages:
+            turn.add_to(turns)
+        if self.cache_control:
+            turns.mark(self.cache_control.seconds)
+        n_marks = len(turns.marks) + sum(tool.mark is not None for tool in tools[:-1])
+        if n_marks > MOST_MARKS:
+            raise BadRequest(
+                f"{n_marks} blocks have cache_control; {MOST_MARKS} is the most.", param="cache_control"
+            )
+        return turns.messages, [tool.function() for tool in tools], turns.placed()
+
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        """The caches to start from."""
+        if isinstance(self.use_cache, list):
+            return tuple(self.use_cache)
+        return None if self.use_cache is None else (self.use_cache,)
+
+
+class MessagesRequest(CountRequest):
+    max_tokens: int = Field(
+        ge=0, description="Tokens of the answer at most; 0: only keep what is marked, or compute the prompt."
+    )
+    stop_sequences: list[StopString] | None = Field(
+        None, max_length=MOST_STOPS, description="Texts that end the answer."
+    )
+    stream: bool | None = Field(False, description="Send the answer as server-sent events.")
+    temperature: float | None = Field(None, ge=0, le=1, description="0 is greedy.")
+    top_p: float | None = Field(None, ge=0, le=1, description="As in chat completions.")
+    top_k: int | None = Field(None, ge=0, lt=1 << 31, description="As in chat completions.")
+    output_config: OutputConfig | None = Field(None, description="What the answer is to be like.")
+    cache_prompt: bool = Field(True, description="False: evaluate every prompt token.")
+    explain_cache: bool = Field(False, description="Tell why the request started from a cache, or didn't.")
+
+    def options(self, marks: list[Mark]) -> Options:
+        """Raises BadRequest for what can't be honoured."""
+        if self.tool_choice and self.tool_choice.type in ("any", "tool"):
+            raise BadRequest(
+                f"tool_choice {self.tool_choice.type!r} is not supported by this server.", param="tool_choice"
+            )
+        if self.output_config and self.output_config.format:
+            raise BadRequest("output_config.format is not supported by this server.", param="output_config")
+        names = ("temperature", "top_p", "top_k")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return Options(
+            max_tokens=self.max_tokens,
+            sampling=Sampling(**given),
+            stop=self.stop_sequences or [],
+            use_cache=self.names,
+            reuse=self.cache_prompt,
+            explain=self.explain_cache,
+            marks=marks,
+        )
+
+    @property
+    def shows_reasoning(self) -> bool:
+        return self.thinking is not None and self.thinking.type != "disabled"

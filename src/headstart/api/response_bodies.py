@@ -1,0 +1,269 @@
+"""Bodies of /v1/responses: what OpenAI's Responses API says in its own way, made into a chat."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Discriminator, Field, StringConstraints, Tag
+
+from headstart.api.schemas import Body, StopString
+from headstart.api.text import Utf8
+from headstart.api.tools import Tool
+from headstart.errors import BadRequest
+from headstart.messages import Sampling
+from headstart.service.preparation import Options
+from headstart.service.responses import called
+
+Json = dict[str, Any]
+Key = Annotated[Utf8, StringConstraints(min_length=1, max_length=64)]
+Value = Annotated[Utf8, StringConstraints(max_length=512)]
+
+# Parameters that can't be honoured, with the values that ask for nothing, and what to do instead.
+REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
+    "background": ((None, False), "leave it out and wait for the answer, or stream it"),
+    "truncation": ((None, "disabled"), 'shorten the input, or say "disabled"'),
+    "conversation": ((None,), "use previous_response_id"),
+    "prompt": ((None,), "send the text as instructions or input"),
+    "top_logprobs": ((None, 0), "leave it out"),
+    "n": ((None, 1), "send a request for each answer"),
+    "messages": ((None,), "send them as input"),
+    "max_tokens": ((None,), "the parameter here is max_output_tokens"),
+    "max_completion_tokens": ((None,), "the parameter here is max_output_tokens"),
+    "response_format": ((None, {"type": "text"}), "the parameter here is text.format"),
+    "logit_bias": ((None, {}), "leave it out"),
+    "logprobs": ((None, False), "leave it out"),
+    "modalities": ((None, ["text"]), "leave it out"),
+    "save_as": ((None,), "store keeps a response under its id"),
+}
+LOGPROBS = "message.output_text.logprobs"
+
+
+class TextContent(Body):
+    type: Literal["input_text", "output_text", "text"] = Field(description="That it is text.")
+    text: Utf8 = Field(description="The text.")
+
+
+class RefusalContent(Body):
+    type: Literal["refusal"] = Field(description="That the assistant refused.")
+    refusal: Utf8 = Field(description="What it said.")
+
+    @property
+    def text(self) -> str:
+        return self.refusal
+
+
+PARTS = Discriminator(
+    "type",
+    custom_error_type="unsupported_part",
+    custom_error_message="Content is text here, in parts of input_text, output_text or refusal",
+)
+Content = Utf8 | list[Annotated[TextContent | RefusalContent, PARTS]]
+
+
+def _text(content: Content) -> str:
+    return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
+class MessageItem(Body):
+    type: Literal["message"] = Field("message", description="That it is a message; may be left out.")
+    role: Literal["user", "assistant", "system", "developer"] = Field(description="Whose message it is.")
+    content: Content = Field(description="Its text, or a list of text parts.")
+
+    def add_to(self, chat: list[Json]) -> None:
+        role = "system" if self.role == "developer" else self.role
+        chat.append({"role": role, "content": _text(self.content)})
+
+
+class CallItem(Body):
+    type: Literal["function_call"] = Field(description="That the assistant called a function.")
+    call_id: Utf8 = Field(description="What the call's output refers to it by.")
+    name: Utf8 = Field(min_length=1, description="The function.")
+    arguments: Utf8 = Field(description="Its arguments, as JSON text.")
+
+    def add_to(self, chat: list[Json]) -> None:
+        """The calls of a turn are one message, with what was said before them."""
+        if not (chat and chat[-1]["role"] == "assistant"):
+            chat.append({"role": "assistant", "content": ""})
+        chat[-1].setdefault("tool_calls", []).append(called(self.call_id, self.name, self.arguments))
+
+
+class OutputItem(Body):
+    type: Literal["function_call_output"] = Field(description="That it is what a function answered.")
+    call_id: Utf8 = Field(description="The call that it answers.")
+    output: Content = Field(description="What it answered: a text, or a list of text parts.")
+
+    def add_to(self, chat: list[Json]) -> None:
+        chat.append({"role": "tool", "tool_call_id": self.call_id, "content": _text(self.output)})
+
+
+class ReasoningItem(Body):
+    type: Literal["reasoning"] = Field(
+        description="Reasoning of an earlier turn, which models are not given again."
+    )
+
+    def add_to(self, chat: list[Json]) -> None:
+        pass
+
+
+def _kind(item: Any) -> str:
+    kind = item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", "message")
+    return kind if isinstance(kind, str) else "message"
+
+
+Item = Annotated[
+    Annotated[MessageItem, Tag("message")]
+    | Annotated[CallItem, Tag("function_call")]
+    | Annotated[OutputItem, Tag("function_call_output")]
+    | Annotated[ReasoningItem, Tag("reasoning")],
+    Discriminator(
+        _kind,
+        custom_error_type="unsupported_item",
+        custom_error_message="Items are messages, function_call, function_call_output and reasoning; "
+        "others are not supported",
+    ),
+]
+
+
+def _as_in_chats(value: Any) -> Any:
+    """The tool as chats have it. Raises ValueError for one that is no function."""
+    if not isinstance(value, dict):
+        return value
+    if value.get("type") != "function":
+        raise ValueError('Tools are functions here: {"type": "function", "name": ...}; no others are there')
+    fields = ("name", "description", "parameters", "strict")
+    return {"type": "function", "function": {k: value[k] for k in fields if value.get(k) is not None}}
+
+
+class TextFormat(Body):
+    type: Literal["text", "json_schema", "json_object"] = Field("text", description="Of what form it is.")
+
+
+class TextOptions(Body):
+    format: TextFormat | None = Field(None, description="The form of the answer's text.")
+    verbosity: Utf8 | None = Field(None, description="A wish that changes nothing here.")
+
+
+class ReasoningOptions(Body):
+    effort: Utf8 | None = Field(None, description="A wish that changes nothing here.")
+    summary: Utf8 | None = Field(None, description="A wish that changes nothing here.")
+
+
+class ResponseRequest(Body):
+    model: Utf8 = Field(description="A model, an alias, or `model@cache`.")
+    input: Utf8 | list[Item] = Field([], description="What is said: a text, or a list of items.")
+    instructions: Utf8 | None = Field(None, description="The system message; not carried on to others.")
+    previous_response_id: Utf8 | None = Field(None, description="A stored response to go on from.")
+    store: bool | None = Field(True, description="Whether the response is kept, to go on from.")
+    use_cache: Utf8 | list[Utf8] | None = Field(
+        None, description="Name of the cache to start from, or several names."
+    )
+    cache_prompt: bool = Field(
+        True, description="False: evaluate every prompt token, taking nothing from caches or slots."
+    )
+    explain_cache: bool = Field(False, description="Tell why the request started from a cache, or didn't.")
+    max_output_tokens: int | None = Field(
+        None, ge=0, lt=1 << 53, description="Tokens that the answer may have."
+    )
+    stream: bool | None = Field(False, description="Send the answer as it comes, in named events.")
+    tools: list[Annotated[Tool, BeforeValidator(_as_in_chats)]] | None = Field(
+        None, description="Functions that the model may call."
+    )
+    tool_choice: Literal["none", "auto", "required"] | Json | None = Field(
+        None, description="Whether it may, or must, call one."
+    )
+    parallel_tool_calls: bool | None = Field(None, description="Whether it may call several at once.")
+    text: TextOptions | None = Field(None, description="What the answer's text is to be like.")
+    reasoning: ReasoningOptions | None = Field(None, description="Accepted; changes nothing.")
+    include: list[Utf8] | None = Field(None, description="What else to tell; nothing of it is there.")
+    metadata: Annotated[dict[Key, Value], Field(max_length=16)] | None = Field(
+        None, description="Told again with the response."
+    )
+    user: Utf8 | None = Field(None, description="Told again with the response.")
+    prompt_cache_key: Utf8 | None = Field(None, description="Told again with the response.")
+    temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy.")
+    top_p: float | None = Field(None, ge=0, le=1, description="Of the likeliest tokens, so much in sum.")
+    top_k: int | None = Field(None, ge=-1, lt=1 << 31, description="So many of the likeliest tokens.")
+    min_p: float | None = Field(None, ge=0, le=1, description="Least share of the likeliest token's chance.")
+    presence_penalty: float | None = Field(None, ge=-2, le=2, description="On tokens that were there.")
+    frequency_penalty: float | None = Field(None, ge=-2, le=2, description="For each time they were there.")
+    repeat_penalty: float | None = Field(None, gt=0, le=10, description="llama.cpp's; 1 is none.")
+    repeat_last_n: int | None = Field(None, ge=0, le=4096, description="Tokens penalties look back over.")
+    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63, description="For the same answer again.")
+    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = Field(
+        None, description="Texts that end the answer."
+    )
+
+    def said(self) -> list[Json]:
+        """The input as messages of a chat. Raises BadRequest where it says nothing."""
+        if isinstance(self.input, str):
+            return [{"role": "user", "content": self.input}]
+        chat: list[Json] = []
+        for item in self.input:
+            item.add_to(chat)
+        if not chat and self.previous_response_id is None:
+            raise BadRequest("The input is empty: send a text, or a list with a message.", param="input")
+        return chat
+
+    def options(self) -> Options:
+        """Raises BadRequest for a parameter that can't be honoured."""
+        self._check_supported()
+        given = {
+            name: value
+            for name in Sampling.__struct_fields__
+            if name in type(self).model_fields and (value := getattr(self, name)) is not None
+        }
+        return Options(
+            max_tokens=self.max_output_tokens,
+            sampling=Sampling(**given),
+            stop=[self.stop] if isinstance(self.stop, str) else self.stop or [],
+            use_cache=self.names,
+            reuse=self.cache_prompt,
+            explain=self.explain_cache,
+        )
+
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        """The caches to start from."""
+        if isinstance(self.use_cache, list):
+            return tuple(self.use_cache)
+        return None if self.use_cache is None else (self.use_cache,)
+
+    def _check_supported(self) -> None:
+        extra: Json = self.model_extra or {}
+        for name, (harmless, instead) in REFUSED.items():
+            if name in extra and extra[name] not in harmless:
+                raise BadRequest(f"{name} is not supported for responses: {instead}.", param=name)
+        if LOGPROBS in (self.include or []):
+            raise BadRequest(f"{LOGPROBS} is not supported by this server; leave it out.", param="include")
+        if self.text and self.text.format and self.text.format.type != "text":
+            raise BadRequest("text.format can only be text; leave it out.", param="text.format")
+        if self.tool_choice not in (None, "none", "auto"):
+            raise BadRequest("tool_choice can only be none or auto.", param="tool_choice")
+
+
+def told_again(body: ResponseRequest, options: Options) -> Json:
+    """What a response repeats of its request."""
+    return {
+        "instructions": body.instructions,
+        "max_output_tokens": body.max_output_tokens,
+        "metadata": body.metadata or {},
+        "model": body.model,
+        "parallel_tool_calls": body.parallel_tool_calls is not False,
+        "previous_response_id": body.previous_response_id,
+        "prompt_cache_key": body.prompt_cache_key,
+        "reasoning": {"effort": None, "summary": None},
+        "store": body.store is not False,
+        "temperature": options.sampling.temperature,
+        "text": {"format": {"type": "text"}},
+        "tool_choice": body.tool_choice or "auto",
+        "tools": [_flat(tool["function"]) for tool in body.tools or []],
+        "top_logprobs": 0,
+        "top_p": options.sampling.top_p,
+        "truncation": "disabled",
+        "user": body.user,
+    }
+
+
+def _flat(function: Json) -> Json:
+    missing = {"description": None, "parameters": None, "strict": None}
+    return {"type": "function", **missing, **function}
