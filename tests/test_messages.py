@@ -241,14 +241,14 @@ def content(*blocks: Any) -> Any:
         ({"messages": content({"type": "image", "source": {"type": "url", "url": "x"}})}, "text only"),
         ({"messages": content({"type": "document", "source": {}})}, "text only"),
         ({"messages": content({"type": "nothing"})}, "text"),
-        ({"messages": [*QUESTION, {"role": "assistant", "content": "The"}]}, "can't continue"),
         ({"messages": QUESTION * 2, "max_tokens": -1}, "max_tokens"),
         ({"stop_sequences": [""]}, "stop_sequences"),
         ({"extra_body": {"temperature": 1.5}}, "temperature"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools"),
-        ({"tools": [TOOL]}, "no tools"),
         ({"tool_choice": {"type": "any"}}, "tool_choice"),
-        ({"output_config": {"format": {"type": "json_schema", "schema": {}}}}, "output_config"),
+        ({"tool_choice": {"type": "tool"}, "tools": [TOOL]}, "tool_choice"),
+        ({"tool_choice": {"type": "tool", "name": "x"}, "tools": [TOOL]}, "tool_choice"),
+        ({"output_config": {"format": {"type": "json_schema", "schema": {"type": "x"}}}}, "output_config"),
         ({"extra_body": {"use_cache": "../x"}}, "not a name"),
         ({"messages": [{"role": "user", "content": "x" * 9000}]}, "prompt is too long"),
     ],
@@ -331,3 +331,39 @@ def test_an_error_after_the_start_is_an_event_that_the_client_raises(start_serve
         _read_until_the_worker_dies(server, stream)
     body: Any = raised.value.body
     assert (body["type"], body["error"]["type"]) == ("error", "overloaded_error")
+
+
+def test_an_answer_that_is_begun_is_continued(client: Anthropic, toy: RunningServer) -> None:
+    begun: Any = [*QUESTION, {"role": "assistant", "content": "As far as"}]
+    message = client.messages.create(messages=begun, **GREEDY)
+    chat = toy.post("/v1/chat/completions", model="toy", messages=begun, temperature=0, max_tokens=24)
+    assert text_of(message) == said(chat.json())
+
+
+@pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "look"}])
+def test_a_call_that_must_be_made_is_a_block_of_its_own(tooled: Anthropic, choice: Any) -> None:
+    request: Any = {"messages": QUESTION, "tools": [TOOL], "tool_choice": choice, **GREEDY, "max_tokens": 300}
+    message = tooled.messages.create(**request)
+    assert message.stop_reason == "tool_use"
+    calls = [block for block in message.content if block.type == "tool_use"]
+    assert calls
+    assert {call.name for call in calls} == {"look"}
+    assert all(isinstance(call.input, dict) for call in calls)
+    with tooled.messages.stream(**request) as stream:
+        streamed = stream.get_final_message()
+    assert [block.input for block in streamed.content if block.type == "tool_use"] == [
+        call.input for call in calls
+    ]
+
+
+def test_an_answer_matches_the_schema_that_it_must_have(client: Anthropic) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"miles": {"type": "integer", "minimum": 0, "maximum": 99}},
+        "required": ["miles"],
+        "additionalProperties": False,
+    }
+    form = {"format": {"type": "json_schema", "schema": schema}}
+    message = ask(client, output_config=form, max_tokens=200)
+    assert message.stop_reason == "end_turn"
+    assert 0 <= json.loads(text_of(message))["miles"] <= 99

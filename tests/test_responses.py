@@ -396,7 +396,7 @@ def test_a_response_that_fails_under_way_ends_its_stream_with_failed(start_serve
 def test_what_a_parser_finds_in_an_answer_become_items() -> None:
     """No model here calls functions by itself, so the deltas are made up."""
     writer = Writer({})
-    deltas = [
+    deltas: list[Delta | Ended] = [
         Delta(0, reasoning="Hm"),
         Delta(0, reasoning="m."),
         Delta(0, text="Let me look."),
@@ -416,8 +416,8 @@ def test_what_a_parser_finds_in_an_answer_become_items() -> None:
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     state: Any = ResponseStreamState(input_tools=omit, text_format=omit)
     for event in events:
-        typed: Any = construct_type_unchecked(type_=ResponseStreamEvent, value=event)
-        seen = state.handle_event(typed)
+        kind: Any = ResponseStreamEvent
+        seen = state.handle_event(construct_type_unchecked(type_=kind, value=event))
     body = events[-1]["response"]
     assert seen[-1].response.output_text == "Let me look."
     assert [(item["type"], item["status"]) for item in body["output"]] == [
@@ -500,10 +500,10 @@ def test_tools_and_their_calls_are_written_as_in_a_chat(start_server: StartServe
         ({"include": ["message.output_text.logprobs"]}, "include"),
         ({"max_tokens": 3}, "max_tokens"),
         ({"messages": [_user("Who?")]}, "messages"),
-        ({"text": {"format": {"type": "json_object"}}}, "text.format"),
+        ({"text": {"format": {"type": "json_schema"}}}, "text.format"),
+        ({"text": {"format": {"type": "json_schema", "schema": {"type": "x"}}}}, "text.format"),
         ({"tools": [{"type": "web_search"}]}, "tools"),
         ({"tools": [{"type": "function"}]}, "tools"),
-        ({"tools": [{"type": "function", "name": "f", "parameters": {"x": 10**40}}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": {"type": "function", "name": "look"}}, "tool_choice"),
         ({"input": []}, "input"),
@@ -611,3 +611,30 @@ def test_a_real_model_goes_on_from_a_stored_response(real: RunningServer) -> Non
     turns = [_user("Is there a ship?"), {"role": "assistant", "content": _text(one)}, _user("And now?")]
     again = _ask(real, turns, **asked)
     assert again["usage"]["input_tokens"] == two["usage"]["input_tokens"]
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "look"}])
+def test_a_call_that_must_be_made_is_an_item_of_its_own(toy: RunningServer, choice: Any) -> None:
+    fields = {"tools": [TOOL], "tool_choice": choice, "max_output_tokens": 300}
+    response = _ask(toy, "Who is there?", **fields)
+    assert response["status"] == "completed"
+    assert response["tool_choice"] == choice
+    calls = [item for item in response["output"] if item["type"] == "function_call"]
+    assert calls
+    assert {call["name"] for call in calls} == {"look"}
+    assert all(isinstance(json.loads(call["arguments"]), dict) for call in calls)
+    last = _streamed(toy, input="Who is there?", **fields)[-1]["response"]
+    assert [item["arguments"] for item in last["output"] if item["type"] == "function_call"] == [
+        call["arguments"] for call in calls
+    ]
+
+
+def test_an_answer_matches_the_schema_that_it_must_have(toy: RunningServer) -> None:
+    schema = {"type": "object", "properties": {"miles": {"enum": [3, 5]}}, "required": ["miles"]}
+    schema |= {"additionalProperties": False}
+    form = {"type": "json_schema", "name": "light", "schema": schema, "strict": True}
+    response = _ask(toy, "How far?", text={"format": form}, max_output_tokens=200)
+    assert json.loads(_text(response))["miles"] in (3, 5)
+    assert response["text"] == {"format": form}
+    response = _ask(toy, "How far?", text={"format": {"type": "json_object"}}, max_output_tokens=400)
+    assert isinstance(json.loads(_text(response)), dict)

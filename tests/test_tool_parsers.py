@@ -5,12 +5,18 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
+from random import Random
 from typing import Any
 
+import jsonschema
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
+from headstart.engine.checking import END, Bytes
+from headstart.engine.grammar import Matcher
+from headstart.prompt import reasoning
 from headstart.prompt.calls.dialects import (
     DIALECTS,
     GEMMA,
@@ -21,6 +27,7 @@ from headstart.prompt.calls.dialects import (
     Dialect,
     dialect_of,
 )
+from headstart.prompt.calls.grammar import quoted, schema_of
 from headstart.prompt.parts import Parser, Part, PlainText
 from headstart.prompt.reasoning import ReasoningParser
 
@@ -64,7 +71,7 @@ def _object(name: str, key: str = "arguments", arguments: str = ARGUMENTS) -> st
 
 
 PYTHON = "where='up {\" }] there', n=[1, {'a': None}]"
-LISTEN = ("listen", {})
+LISTEN: tuple[str, Any] = ("listen", {})
 # Texts and what they say.
 CALLS: list[tuple[Dialect, str, str, list[tuple[str, Any]]]] = [
     (HERMES, _hermes(_object("look")), "", [("look", LOOK)]),
@@ -288,6 +295,46 @@ def test_calls_follow_reasoning() -> None:
     for pieces in ([text], list(text)):
         parser = ReasoningParser(HERMES.parser(NAMES, None), inside=False)
         assert _loaded(_sum(_read(parser, pieces))) == ("", "A <tool_call>?", [("look", LOOK)])
+
+
+PLACES: dict[str, Any] = {
+    "type": "object",
+    "properties": {"where": {"enum": ["up", "} </tool_call>"]}, "n": {"type": "integer"}},
+    "required": ["where"],
+}
+FUNCTIONS = [("look", schema_of(PLACES)), ("listen", schema_of(None)), ("look_up", schema_of(PLACES))]
+
+
+@pytest.mark.parametrize("thinks", [False, True])
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_what_the_grammar_of_a_form_allows_is_read_as_calls(
+    dialect: Dialect, several: bool, thinks: bool
+) -> None:
+    """Characters are chosen at random of those that are allowed."""
+    rules = dialect.grammar(FUNCTIONS, quoted, several=several)
+    start = f"start: thoughts calls\n{reasoning.grammar(quoted)}" if thinks else "start: calls"
+    compiled = LLMatcher(LLTokenizer(TokenizerWrapper(Bytes())), f"{start}\n{rules}")
+    assert not compiled.is_error(), compiled.get_error()
+    numbers = Random(7)
+    for _ in range(20):
+        matcher = Matcher(compiled.deep_copy(), END + 1)
+        written = bytearray(b"Hm.</think>" if thinks else b"")
+        for byte in written:
+            matcher.accept(byte)
+        while END not in (allowed := [int(token) for token in matcher.allowed()]) or numbers.random() < 0.3:
+            choices = [token for token in allowed if token != END]
+            if not choices:
+                break
+            written.append(numbers.choice(choices))
+            matcher.accept(written[-1])
+        parser = ReasoningParser(dialect.parser(NAMES, None), inside=thinks)
+        content, thought, calls = _loaded(_sum(_read(parser, [written.decode()])))
+        assert (content, thought) == ("", "Hm." if thinks else "")
+        assert calls
+        assert len(calls) == 1 or several
+        for name, arguments in calls:
+            jsonschema.validate(arguments, dict(FUNCTIONS)[name])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field
 
 from headstart.api.schemas import MOST_ANSWERS, GenerationRequest
@@ -56,11 +58,9 @@ class CompletionRequest(GenerationRequest):
         return texts
 
     def _prompts(self) -> list[str | list[int]]:
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if tokens := [each for each in self.prompt if isinstance(each, int)]:
-            return [tokens]
-        return [each for each in self.prompt if not isinstance(each, int)]
+        prompt: Any = self.prompt
+        is_one = isinstance(prompt, str) or (prompt and isinstance(prompt[0], int))
+        return [prompt] if is_one else list(prompt)
 
 
 def _text(prompt: str | list[int], suffix: str | None) -> Text:

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
-from msgspec import structs
 from starlette.responses import Response
 
 from headstart.api.answers import Chat, Completion, Events, stream, whole
 from headstart.api.completion_body import COMPLETION_MAX_TOKENS, CompletionRequest
 from headstart.api.routes import addressed
 from headstart.api.schemas import ChatRequest, GenerationRequest
+from headstart.api.shaping import shaped
 from headstart.api.streaming import BEGIN_SECONDS, EventStream, begun, while_connected
 from headstart.service.preparation import Options
 from headstart.service.server import Service
@@ -54,11 +54,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
 
 async def _options(request: Request, body: GenerationRequest, max_tokens: int | None) -> Options:
     """The body's; the explanation may be asked for by a header as well."""
-    options = body.options(max_tokens)
-    if wanted := body.wanted():
-        service: Service = request.app.state.service
-        await service.grammars.check(wanted.grammar, wanted.param)
-        options = replace(options, sampling=structs.replace(options.sampling, grammar=wanted.grammar))
+    options = await shaped(request.app.state.service, body.options(max_tokens), body.wanted())
     asked = request.headers.get(EXPLAIN_HEADER, "").lower() in ("1", "true")
     return replace(options, explain=options.explain or asked)
 

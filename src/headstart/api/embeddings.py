@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 from fastapi import APIRouter, Request
-from pydantic import Field
+from pydantic import Field, JsonValue
 from starlette.responses import Response
 
 from headstart.api.keys import seen
@@ -28,10 +28,21 @@ MOST_INPUTS = 2048
 SHAPES = "a text, a list of texts, a list of token ids or a list of such lists"
 
 
+TOKENS: JsonValue = {"type": "array", "items": {"type": "integer"}, "minItems": 1}
+INPUT_SCHEMAS: list[JsonValue] = [
+    {"type": "string", "minLength": 1},
+    {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MOST_INPUTS},
+    TOKENS,
+    {"type": "array", "items": TOKENS, "minItems": 1, "maxItems": MOST_INPUTS},
+]
+
+
 class EmbeddingRequest(Body):
-    model: Utf8
+    model: Utf8 = Field(description="A model or an alias.")
     # Checked by hand: of alternatives, each would report every item of a long list that isn't its own.
-    input: Any = Field(description=f"What is to be embedded: {SHAPES}.")
+    input: Any = Field(
+        description=f"What is to be embedded: {SHAPES}.", json_schema_extra={"anyOf": INPUT_SCHEMAS}
+    )
     encoding_format: Literal["float", "base64"] | None = Field(
         None, description="How an embedding is written: numbers, or base64 of float32, little-endian."
     )

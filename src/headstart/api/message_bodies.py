@@ -9,17 +9,26 @@ from pydantic_core import PydanticCustomError
 
 from headstart.api.message_turns import BETWEEN, Turns
 from headstart.api.schemas import Body, StopString
+from headstart.api.structure import Wanted
 from headstart.api.text import Utf8
 from headstart.api.tools import JsonObject
 from headstart.errors import BadRequest
 from headstart.messages import Sampling
+from headstart.service.calling import Calling
 from headstart.service.marks import Mark
 from headstart.service.preparation import Options
+from headstart.service.structure import json_grammar
 
 Json = dict[str, Any]
 Name = Annotated[Utf8, StringConstraints(min_length=1, max_length=256)]
 MOST_MARKS = 4
 MOST_STOPS = 64
+CHOICES: dict[str, Literal["none", "auto", "required"]] = {
+    "none": "none",
+    "auto": "auto",
+    "any": "required",
+    "tool": "required",
+}
 # How long what is marked is kept after its last use.
 TTL_SECONDS = {"5m": 300.0, "1h": 3600.0}
 
@@ -149,10 +158,15 @@ class SystemTurn(Body):
 Turn = Annotated[UserTurn | AssistantTurn | SystemTurn, Field(discriminator="role")]
 
 
+class OutputFormat(Body):
+    type: Literal["json_schema"] = Field(description="The only kind.")
+    schema_: JsonObject = Field(alias="schema", description="What the answer, which is JSON, must match.")
+
+
 class OutputConfig(Body):
     """How much effort is made is accepted, and changes nothing."""
 
-    format: JsonObject | None = Field(None, description="Not supported.")
+    format: OutputFormat | None = Field(None, description="The form of the answer.")
 
 
 class CustomTool(Marked):
@@ -175,6 +189,14 @@ class ToolChoice(Body):
     name: Name | None = Field(None, description="With `tool`: which one.")
     disable_parallel_tool_use: bool = Field(False, description="At most one call.")
 
+    def calling(self) -> Calling:
+        """Raises BadRequest for one tool that has no name."""
+        if self.type == "tool" and self.name is None:
+            raise BadRequest("tool_choice of type tool needs the tool's name.", param="tool_choice")
+        choice = CHOICES[self.type]
+        name = self.name if self.type == "tool" else None
+        return Calling(choice, name, parallel=not self.disable_parallel_tool_use)
+
 
 class Thinking(Body):
     type: Literal["enabled", "adaptive", "disabled"] = Field(description="Whether reasoning is shown.")
@@ -185,7 +207,9 @@ class CountRequest(Body):
     """What makes the prompt."""
 
     model: Utf8 = Field(description="A model, an alias, or `model@cache`.")
-    messages: list[Turn] = Field(min_length=1, description="The turns so far; the last one is the user's.")
+    messages: list[Turn] = Field(
+        min_length=1, description="The turns so far; a last one of the assistant's is continued."
+    )
     system: Utf8 | list[TextBlock] | None = Field(None, description="The system prompt.")
     tools: list[CustomTool] | None = Field(None, description="Functions that the model may call.")
     tool_choice: ToolChoice | None = Field(None, description="Whether the model may or must call a tool.")
@@ -197,11 +221,7 @@ class CountRequest(Body):
 
     def chat(self) -> tuple[list[Json], list[Json], list[Mark]]:
         """Messages and tools as templates take them, and what is marked. Raises BadRequest for a mark too
-        many, or for an answer that is begun already."""
-        if self.messages[-1].role == "assistant":
-            raise BadRequest(
-                "The last message is the assistant's: this server can't continue an answer.", param="messages"
-            )
+        many."""
         turns = Turns()
         tools = self.tools or []
         tools_mark = tools[-1].mark if tools else None
@@ -243,13 +263,7 @@ class MessagesRequest(CountRequest):
     explain_cache: bool = Field(False, description="Tell why the request started from a cache, or didn't.")
 
     def options(self, marks: list[Mark]) -> Options:
-        """Raises BadRequest for what can't be honoured."""
-        if self.tool_choice and self.tool_choice.type in ("any", "tool"):
-            raise BadRequest(
-                f"tool_choice {self.tool_choice.type!r} is not supported by this server.", param="tool_choice"
-            )
-        if self.output_config and self.output_config.format:
-            raise BadRequest("output_config.format is not supported by this server.", param="output_config")
+        """What the request wants, but for the form of its answer. Raises BadRequest."""
         names = ("temperature", "top_p", "top_k")
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         return Options(
@@ -260,7 +274,13 @@ class MessagesRequest(CountRequest):
             reuse=self.cache_prompt,
             explain=self.explain_cache,
             marks=marks,
+            calling=self.tool_choice.calling() if self.tool_choice else Calling(),
         )
+
+    def wanted(self) -> Wanted | None:
+        """The form that the answer must have. Raises BadRequest."""
+        form = self.output_config and self.output_config.format
+        return Wanted(json_grammar(form.schema_, "output_config"), "output_config") if form else None
 
     @property
     def shows_reasoning(self) -> bool:

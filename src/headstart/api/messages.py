@@ -9,6 +9,7 @@ from starlette.responses import Response
 from headstart.api.message_bodies import CountRequest, MessagesRequest
 from headstart.api.message_events import Message, failed_event
 from headstart.api.routes import addressed
+from headstart.api.shaping import shaped
 from headstart.api.streaming import BEGIN_SECONDS, EventStream, begun, while_connected
 from headstart.service.preparation import Options
 from headstart.service.server import Service
@@ -22,7 +23,8 @@ async def messages(request: Request, body: MessagesRequest) -> Response:
     service: Service = request.app.state.service
     chat, tools, marks = body.chat()
     async with service.models.use(addressed(request, body)) as model:
-        prepared = await service.preparation.chat(model, chat, body.options(marks), tools)
+        options = await shaped(service, body.options(marks), body.wanted())
+        prepared = await service.preparation.chat(model, chat, options, tools)
         message = Message(
             body.model,
             len(prepared.submit.tokens),

@@ -7,12 +7,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, StringConstraints, Tag
 
 from headstart.api.schemas import Body, StopString
+from headstart.api.structure import Wanted
 from headstart.api.text import Utf8
-from headstart.api.tools import Tool
+from headstart.api.tools import JsonObject, Tool, ToolChoice, calling
 from headstart.errors import BadRequest
 from headstart.messages import Sampling
 from headstart.service.preparation import Options
 from headstart.service.responses import called
+from headstart.service.structure import OBJECT, json_grammar
 
 Json = dict[str, Any]
 Key = Annotated[Utf8, StringConstraints(min_length=1, max_length=64)]
@@ -134,8 +136,18 @@ def _as_in_chats(value: Any) -> Any:
     return {"type": "function", "function": {k: value[k] for k in fields if value.get(k) is not None}}
 
 
+def _choice_as_in_chats(value: Any) -> Any:
+    match value:
+        case {"type": "function", "name": str(name)}:
+            return {"type": "function", "function": {"name": name}}
+    return value
+
+
 class TextFormat(Body):
     type: Literal["text", "json_schema", "json_object"] = Field("text", description="Of what form it is.")
+    schema_: JsonObject | None = Field(
+        None, alias="schema", description="With `json_schema`: what the answer must match."
+    )
 
 
 class TextOptions(Body):
@@ -168,8 +180,8 @@ class ResponseRequest(Body):
     tools: list[Annotated[Tool, BeforeValidator(_as_in_chats)]] | None = Field(
         None, description="Functions that the model may call."
     )
-    tool_choice: Literal["none", "auto", "required"] | Json | None = Field(
-        None, description="Whether it may, or must, call one."
+    tool_choice: Annotated[ToolChoice, BeforeValidator(_choice_as_in_chats)] | None = Field(
+        None, description="Whether and which functions are called: none, auto, required, or one by its name."
     )
     parallel_tool_calls: bool | None = Field(None, description="Whether it may call several at once.")
     text: TextOptions | None = Field(None, description="What the answer's text is to be like.")
@@ -219,7 +231,18 @@ class ResponseRequest(Body):
             use_cache=self.names,
             reuse=self.cache_prompt,
             explain=self.explain_cache,
+            calling=calling(self.tool_choice, self.parallel_tool_calls, None),
         )
+
+    def wanted(self) -> Wanted | None:
+        """The form that the answer must have. Raises BadRequest."""
+        form = self.text and self.text.format
+        if not form or form.type == "text":
+            return None
+        if form.type == "json_schema" and form.schema_ is None:
+            raise BadRequest("text.format of type json_schema needs a schema.", param="text.format")
+        schema = form.schema_ if form.type == "json_schema" and form.schema_ else OBJECT
+        return Wanted(json_grammar(schema, "text.format"), "text.format")
 
     @property
     def names(self) -> tuple[str, ...] | None:
@@ -235,10 +258,6 @@ class ResponseRequest(Body):
                 raise BadRequest(f"{name} is not supported for responses: {instead}.", param=name)
         if LOGPROBS in (self.include or []):
             raise BadRequest(f"{LOGPROBS} is not supported by this server; leave it out.", param="include")
-        if self.text and self.text.format and self.text.format.type != "text":
-            raise BadRequest("text.format can only be text; leave it out.", param="text.format")
-        if self.tool_choice not in (None, "none", "auto"):
-            raise BadRequest("tool_choice can only be none or auto.", param="tool_choice")
 
 
 def told_again(body: ResponseRequest, options: Options) -> Json:
@@ -254,14 +273,25 @@ def told_again(body: ResponseRequest, options: Options) -> Json:
         "reasoning": {"effort": None, "summary": None},
         "store": body.store is not False,
         "temperature": options.sampling.temperature,
-        "text": {"format": {"type": "text"}},
-        "tool_choice": body.tool_choice or "auto",
+        "text": {"format": _form(body)},
+        "tool_choice": _choice(body.tool_choice),
         "tools": [_flat(tool["function"]) for tool in body.tools or []],
         "top_logprobs": 0,
         "top_p": options.sampling.top_p,
         "truncation": "disabled",
         "user": body.user,
     }
+
+
+def _form(body: ResponseRequest) -> Json:
+    form = body.text.format if body.text else None
+    if form is None:
+        return {"type": "text"}
+    return form.model_dump(by_alias=True, exclude_none=True)
+
+
+def _choice(choice: Any) -> Any:
+    return {"type": "function", **choice["function"]} if isinstance(choice, dict) else choice or "auto"
 
 
 def _flat(function: Json) -> Json:

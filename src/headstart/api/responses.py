@@ -17,6 +17,7 @@ from headstart.api.keys import owner
 from headstart.api.response_bodies import ResponseRequest, told_again
 from headstart.api.response_events import Writer, as_named
 from headstart.api.routes import addressed
+from headstart.api.shaping import shaped
 from headstart.api.streaming import BEGIN_SECONDS, EventStream, begun, while_connected
 from headstart.errors import BadRequest, HeadstartError, PreviousNotFound
 from headstart.service.choices import Choice, Delta, Ended
@@ -39,7 +40,7 @@ async def create(request: Request, body: ResponseRequest) -> Response:
     said = body.said()
     asked = _asked(service, body)
     model = addressed(request, body)
-    options = body.options()
+    options = await shaped(service, body.options(), body.wanted())
     explain = request.headers.get(EXPLAIN_HEADER, "").lower() in ("1", "true")
     options = replace(options, explain=options.explain or explain)
     before = await _before(service, model, body, asked)

@@ -29,17 +29,19 @@ class Part(BaseModel):
 
 
 class JsonSchema(Part):
-    name: Utf8 | None = None
-    schema_: Schema = Field(alias="schema")
+    name: Utf8 | None = Field(None, description="Of the schema; changes nothing.")
+    schema_: Schema = Field(alias="schema", description="What the answer must match.")
     strict: bool | None = Field(None, description="Makes no difference: the schema is always enforced.")
 
 
 class ResponseFormat(Part):
-    type: Literal["text", "json_object", "json_schema", "regex", "lark"]
-    json_schema: JsonSchema | None = None
+    type: Literal["text", "json_object", "json_schema", "regex", "lark"] = Field(
+        description="Of what kind the form is; `text` is none."
+    )
+    json_schema: JsonSchema | None = Field(None, description="With `json_schema`.")
     schema_: Schema | None = Field(None, alias="schema", description="With `json_object`.")
-    regex: Written | None = None
-    lark: Written | None = None
+    regex: Written | None = Field(None, description="With `regex`: what the whole answer matches.")
+    lark: Written | None = Field(None, description="With `lark`: a grammar in llguidance's syntax.")
 
     @model_validator(mode="after")
     def _has_what_its_type_names(self) -> ResponseFormat:
@@ -59,11 +61,11 @@ class ResponseFormat(Part):
 
 
 class StructuredOutputs(Part):
-    json_: Schema | None = Field(None, alias="json")
-    json_object: bool | None = None
-    regex: Written | None = None
-    choice: Annotated[list[Utf8], Field(min_length=1)] | None = None
-    grammar: Written | None = None
+    json_: Schema | None = Field(None, alias="json", description="JSON of this schema.")
+    json_object: bool | None = Field(None, description="True: any JSON object.")
+    regex: Written | None = Field(None, description="What the whole answer matches.")
+    choice: Annotated[list[Utf8], Field(min_length=1)] | None = Field(None, description="One of these texts.")
+    grammar: Written | None = Field(None, description="A grammar in Lark or GBNF.")
 
     def grammars(self, param: str) -> Iterator[str]:
         if self.json_ is not None:

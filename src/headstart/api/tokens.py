@@ -27,7 +27,7 @@ class ModelRequest(Body):
 
 
 class TokenizeRequest(ModelRequest):
-    content: Utf8 | None = None
+    content: Utf8 | None = Field(None, description="The text.")
     prompt: Utf8 | None = Field(None, description="The same as `content`.")
     add_special: bool = Field(False, description="With the tokens that the model wants around a prompt.")
     parse_special: bool = Field(True, description="False: what looks like a control token is text.")
@@ -42,12 +42,12 @@ class TokenizeRequest(ModelRequest):
 
 class DetokenizeRequest(ModelRequest):
     # Of a long list that has none of them, the first is enough.
-    tokens: Annotated[list[StrictInt], FailFast()]
+    tokens: Annotated[list[StrictInt], FailFast()] = Field(description="Token ids of the model.")
 
 
 class TemplateRequest(ModelRequest):
-    messages: list[ChatMessage] = Field(min_length=1)
-    tools: list[Tool] | None = None
+    messages: list[ChatMessage] = Field(min_length=1, description="The chat, as chats have it.")
+    tools: list[Tool] | None = Field(None, description="Functions that the model may call.")
 
 
 @router.post("/tokenize")

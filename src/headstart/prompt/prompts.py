@@ -48,22 +48,18 @@ class Prompts:
         self.template_hash = hashlib.sha256(template.source.encode()).hexdigest()
         self._tokens = RememberedTokens(tokenizer.encode, tokenizer.specials, template.source)
         self._openings = Memory()
-        # What calls and reasoning are marked with, where that is a token that is no text.
-        self.hidden = self._find_hidden([*template.dialect.markers, *reasoning.MARKERS])
+        # Of what calls and reasoning are marked with, what is one token; it may be no text.
+        self.markers = self._find_tokens([*template.dialect.markers, *reasoning.MARKERS])
 
-    def _find_hidden(self, markers: Sequence[str]) -> dict[str, int]:
-        tokens = {marker: self.tokenizer.encode(marker, first=False) for marker in markers}
-        return {
-            marker: token
-            for marker, (token, *more) in tokens.items()
-            if not (more or self.tokenizer.piece(token))
-        }
+    def _find_tokens(self, texts: Sequence[str]) -> dict[str, int]:
+        encoded = {text: self.tokenizer.encode(text, first=False) for text in texts}
+        return {text: tokens[0] for text, tokens in encoded.items() if len(tokens) == 1}
 
     def spelled(self, *, calls: bool) -> Callable[[int], bytes]:
         """What the tokens of a chat's answer stand for: what marks reasoning, and `calls` if so asked, is
         there to be read."""
-        markers = [*reasoning.MARKERS, *(self.template.dialect.markers if calls else ())]
-        written = {id_: marker.encode() for marker in markers if (id_ := self.hidden.get(marker)) is not None}
+        texts = [*reasoning.MARKERS, *(self.template.dialect.markers if calls else ())]
+        written = {self.markers[text]: text.encode() for text in texts if text in self.markers}
         piece = self.tokenizer.piece
         return (lambda token: written.get(token) or piece(token)) if written else piece
 

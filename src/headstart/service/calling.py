@@ -93,7 +93,7 @@ def _grammar(prompts: Prompts, functions: list[Function], calling: Calling, endi
     several = calling.parallel and calling.name is None
 
     def literal(marker: str) -> str:
-        token = prompts.hidden.get(marker)
+        token = prompts.markers.get(marker)
         return quoted(marker) if token is None else f"<[{token}]>"
 
     if ending.endswith(reasoning.OPEN):

@@ -61,10 +61,10 @@ class Chat:
         return Content(messages=[*whole, last], tools=self.tools)
 
     def begins_with(self, opening: Content) -> bool:
-        n = len(opening.messages)
+        *whole, last = opening.opening or [{}]
+        n = len(opening.opening)
         if not 0 < n <= len(self.messages) or self.tools != opening.tools:
             return False
-        *whole, last = opening.messages
         return self.messages[: n - 1] == whole and _begins(self.messages[n - 1], last)
 
 

@@ -82,6 +82,7 @@ class AllCaches(CacheList):
     used_bytes: int
     quota_bytes: int | None
     evictions: int
+    responses: int = Field(description="Stored responses, which are not listed.")
 
 
 class CacheDeleted(Reply):

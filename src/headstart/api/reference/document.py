@@ -10,7 +10,6 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from headstart.api.reference.examples import EXAMPLES
-from headstart.api.reference.reply import ErrorReply
 from headstart.api.reference.routes import ANSWERS, Answer
 
 Json = dict[str, Any]
@@ -39,7 +38,9 @@ def document(app: FastAPI) -> Json:
     schemas = found["components"]["schemas"]
     for name in NOT_OURS:
         schemas.pop(name, None)
-    schemas |= _answer_schemas()
+    answers = _answer_schemas()
+    assert not schemas.keys() & answers.keys()
+    schemas |= answers
     for path, operations in found["paths"].items():
         for method, operation in operations.items():
             _describe(operation, method, path)
@@ -47,8 +48,9 @@ def document(app: FastAPI) -> Json:
 
 
 def _answer_schemas() -> Json:
-    answers = [kind for answer in ANSWERS.values() for kind in (answer.whole, answer.event) if kind]
-    kinds: dict[type[BaseModel], None] = dict.fromkeys([ErrorReply, *answers])
+    kinds: dict[type[BaseModel], None] = dict.fromkeys(
+        kind for each in ANSWERS.values() for kind in (each.whole, each.event, each.error) if kind
+    )
     _, schemas = models_json_schema(
         [(kind, "serialization") for kind in kinds], ref_template=REFERENCE, by_alias=True
     )
@@ -71,9 +73,9 @@ def _responses(answer: Answer) -> Json:
     else:
         content["application/octet-stream"] = {"schema": {"type": "string", "format": "binary"}}
     if answer.event:
-        content["text/event-stream"] = {"schema": _event(answer.event.__name__)}
-    told = f"Done. {EVENTS}" if answer.event else "Done."
-    error = {"content": {"application/json": _content(ErrorReply.__name__)}}
+        content["text/event-stream"] = {"schema": _event(answer.event.__name__, answer.done)}
+    told = f"Done. {EVENTS}" if answer.event and answer.done else "Done."
+    error = {"content": {"application/json": _content(answer.error.__name__)}}
     return {
         "200": {"description": told, "content": content},
         "4XX": {"description": "The request can't be served as it is.", **error},
@@ -81,9 +83,9 @@ def _responses(answer: Answer) -> Json:
     }
 
 
-def _event(schema: str) -> Json:
+def _event(schema: str, done: str | None) -> Json:
     json = {"type": "string", "contentMediaType": "application/json", "contentSchema": _reference(schema)}
-    data = {"anyOf": [{"const": "[DONE]"}, json]}
+    data = {"anyOf": [{"const": done}, json]} if done else json
     event = {"type": "object", "properties": {"event": {"type": "string"}, "data": data}}
     return event | {"required": ["data"], "title": f"An event with a {schema}"}
 

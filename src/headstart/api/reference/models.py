@@ -7,7 +7,8 @@ from typing import Literal
 from pydantic import Field
 
 from headstart.api.reference.reply import Reply
-from headstart.engine.client import State
+
+State = Literal["available", "loading", "ready", "failed"]
 
 
 class Model(Reply):

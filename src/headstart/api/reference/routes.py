@@ -6,21 +6,32 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel
 
-from headstart.api.reference import caches, generation, models, tokens
+from headstart.api.reference import caches, generation, messages, models, responses, tokens
+from headstart.api.reference.reply import ErrorReply
 
 
 @dataclass(frozen=True)
 class Answer:
-    """`whole`: the JSON of a reply; None for a file. `event`: that of one event, where it may be streamed."""
+    """`whole`: the JSON of a reply; None for a file. `event`: that of one event, where it may be streamed.
+    `done`: the data of an event that closes every stream."""
 
     whole: type[BaseModel] | None
     event: type[BaseModel] | None = None
+    done: str | None = "[DONE]"
+    error: type[BaseModel] = ErrorReply
 
 
 # By method and path.
 ANSWERS = {
     ("post", "/v1/chat/completions"): Answer(generation.ChatCompletion, generation.ChatChunk),
     ("post", "/v1/completions"): Answer(generation.TextCompletion, generation.TextChunk),
+    ("post", "/v1/responses"): Answer(responses.Response, responses.ResponseEvent, done=None),
+    ("get", "/v1/responses/{response_id}"): Answer(responses.Response),
+    ("delete", "/v1/responses/{response_id}"): Answer(responses.ResponseDeleted),
+    ("post", "/v1/messages"): Answer(
+        messages.Message, messages.MessageEvent, done=None, error=messages.AnthropicErrorReply
+    ),
+    ("post", "/v1/messages/count_tokens"): Answer(messages.TokenCount, error=messages.AnthropicErrorReply),
     ("post", "/v1/embeddings"): Answer(tokens.Embeddings),
     ("post", "/tokenize"): Answer(tokens.Tokens),
     ("post", "/detokenize"): Answer(tokens.Detokenized),

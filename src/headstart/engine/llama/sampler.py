@@ -12,10 +12,11 @@ from typing import Any
 import llama_cpp as lib
 import numpy as np
 
-from headstart.engine.grammar import Matcher
+from headstart.engine.grammar import Matcher, Tokens
 from headstart.engine.llama.context import LlamaContext
 from headstart.messages import Sampling
 
+Scores = np.ndarray[Any, np.dtype[np.float32]]
 CANDIDATE = np.dtype(lib.llama_token_data)
 
 
@@ -30,6 +31,7 @@ class LlamaSampler:
         self.matcher = matcher
         biases = _biases(sampling, vocab)
         self.greedy = sampling.temperature == 0 and not self._has_penalties(sampling) and not biases
+        self.tokens = np.arange(self.n_vocab)
         self.chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
         for link in self._links(sampling, biases):
             lib.llama_sampler_chain_add(self.chain, link)
@@ -75,24 +77,27 @@ class LlamaSampler:
             return context.most_likely(row)
         return int(lib.llama_sampler_sample(self.chain, context.context, context.sampled_at[row]))
 
-    def _choose_allowed(self, matcher: Matcher, logits: np.ndarray[Any, np.dtype[np.float32]]) -> int:
-        """Leaves the logits as they are: others may choose by them too."""
-        allowed = matcher.allowed()
-        scores = logits[allowed]
-        token = int(allowed[scores.argmax()]) if self.greedy else self._draw(allowed, scores)
+    def _choose_allowed(self, matcher: Matcher, logits: Scores) -> int:
+        """What it would choose anyway, where that is allowed: mostly it is, and one token is checked sooner
+        than all are found. Leaves the logits as they are: others may choose by them too."""
+        token = int(logits.argmax()) if self.greedy else self._draw(self.tokens, logits)
+        if not matcher.allows(token):
+            allowed = matcher.allowed()
+            scores = logits[allowed]
+            token = int(allowed[scores.argmax()]) if self.greedy else self._draw(allowed, scores)
         matcher.accept(token)
+        if not self.greedy:
+            lib.llama_sampler_accept(self.chain, token)
         return token
 
-    def _draw(self, tokens: np.ndarray[Any, Any], scores: np.ndarray[Any, Any]) -> int:
+    def _draw(self, tokens: Tokens, scores: Scores) -> int:
         candidates = np.zeros(len(tokens), dtype=CANDIDATE)
         candidates["id"], candidates["logit"] = tokens, scores
         data = candidates.ctypes.data_as(ctypes.POINTER(lib.llama_token_data))
         array = lib.llama_token_data_array(data, len(candidates), -1, False)
         lib.llama_sampler_apply(self.chain, ctypes.byref(array))
         # Where nothing is likely at all, nothing is selected.
-        token = int(array.data[array.selected].id) if 0 <= array.selected < array.size else int(tokens[0])
-        lib.llama_sampler_accept(self.chain, token)
-        return token
+        return int(array.data[array.selected].id) if 0 <= array.selected < array.size else int(tokens[0])
 
     def close(self) -> None:
         lib.llama_sampler_free(self.chain)

@@ -9,7 +9,7 @@ from typing import Any
 
 # A name, and the schema of its arguments.
 Function = tuple[str, Mapping[str, Any]]
-# How a marker is written in a grammar: special tokens are no text.
+# How a marker is written in a grammar: a token of its own may be no text there.
 Literal = Callable[[str], str]
 
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
