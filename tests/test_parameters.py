@@ -24,7 +24,7 @@ from headstart.toyspec import BOS, END, EOS
 from servers import Json, RunningServer, events, running_server, said
 
 SYSTEM = "You are the keeper of a lighthouse and answer in one short sentence. "
-USER = {"role": "user", "content": "How far does the light reach?"}
+USER: Any = {"role": "user", "content": "How far does the light reach?"}
 GREEDY: Any = {"temperature": 0, "max_tokens": 24}
 SEEDED: Any = {"temperature": 1, "seed": 7, "max_tokens": 24}
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -172,7 +172,7 @@ def test_logprobs_that_were_not_asked_for_are_null(toy: RunningServer, fields: J
 
 
 def test_legacy_logprobs_have_tokens_values_and_offsets_into_the_text(client: OpenAI) -> None:
-    answer = client.completions.create(model="toy", prompt="The light", logprobs=2, **GREEDY)
+    answer: Any = client.completions.create(model="toy", prompt="The light", logprobs=2, **GREEDY)
     (choice,) = answer.choices
     told = choice.logprobs
     assert told
@@ -220,7 +220,7 @@ def test_logprobs_from_a_cache_are_those_without_it(toy: RunningServer) -> None:
 
 def test_the_likeliest_of_a_chat_need_logprobs(client: OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(model="toy", messages=[USER], top_logprobs=2)  # type: ignore[list-item]
+        client.chat.completions.create(model="toy", messages=[USER], top_logprobs=2)
     assert caught.value.param == "top_logprobs"
 
 
@@ -238,7 +238,7 @@ def test_a_banned_token_never_comes_and_a_wished_one_always(toy: RunningServer) 
 def test_a_bias_for_an_unknown_token_is_refused_with_how_many_there_are(toy: RunningServer) -> None:
     error = refusal(toy, CHAT, {"logit_bias": {"100000": 1}})
     assert error["param"] == "logit_bias"
-    assert "273" in error["message"]
+    assert "0 to 272" in error["message"]
     assert refusal(toy, CHAT, {"logit_bias": {"five": 1}})["param"] == "logit_bias.five"
 
 
@@ -283,7 +283,7 @@ def test_an_answer_without_a_most_goes_to_the_end_of_the_context(start_server: S
 
 def test_the_newer_name_of_the_most_tokens_counts(client: OpenAI) -> None:
     options: Any = {"model": "toy", "messages": [USER], "temperature": 0}
-    answer = client.chat.completions.create(max_tokens=9, max_completion_tokens=5, **options)
+    answer: Any = client.chat.completions.create(max_tokens=9, max_completion_tokens=5, **options)
     assert answer.usage
     assert answer.usage.completion_tokens == 5
 
@@ -383,7 +383,7 @@ def test_token_ids_are_a_prompt_as_they_are(client: OpenAI) -> None:
     options: Any = {"model": "toy", **GREEDY}
     plain = client.completions.create(prompt="A ship", **options)
     for prompt in (ids, [ids]):
-        answer = client.completions.create(prompt=prompt, **options)
+        answer: Any = client.completions.create(prompt=prompt, **options)
         assert answer.choices[0].text == plain.choices[0].text
     two = client.completions.create(prompt=[ids, [BOS, *b"A sea"]], **options)
     assert two.choices[0].text == plain.choices[0].text
@@ -476,10 +476,10 @@ def test_a_suffix_goes_with_texts_and_with_models_that_know_gaps(
 def test_a_text_in_parts_is_the_text(client: OpenAI) -> None:
     parts: Any = [{"type": "text", "text": "How far does "}, {"type": "text", "text": "the light reach?"}]
     options: Any = {"model": "toy", **GREEDY}
-    split = client.chat.completions.create(messages=[{"role": "user", "content": parts}], **options)
-    whole = client.chat.completions.create(messages=[USER], **options)  # type: ignore[list-item]
+    split: Any = client.chat.completions.create(messages=[{"role": "user", "content": parts}], **options)
+    whole: Any = client.chat.completions.create(messages=[USER], **options)
     assert split.choices[0].message.content == whole.choices[0].message.content
-    assert split.usage.prompt_tokens == whole.usage.prompt_tokens  # type: ignore[union-attr]
+    assert split.usage.prompt_tokens == whole.usage.prompt_tokens
 
 
 def test_a_developer_is_the_system(toy: RunningServer) -> None:
