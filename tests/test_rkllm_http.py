@@ -384,7 +384,7 @@ def test_a_parameter_that_the_runtime_does_not_have_is_refused_by_name(
 
 @newest
 def test_parameters_that_ask_for_nothing_are_taken(server: RunningServer) -> None:
-    harmless = {"n": 1, "logprobs": False, "seed": None, "logit_bias": {}, "min_p": 0}
+    harmless: Json = {"n": 1, "logprobs": False, "seed": None, "logit_bias": {}, "min_p": 0}
     ask(server, "Go.", **harmless, response_format={"type": "text"}, tool_choice="auto")
 
 
