@@ -283,12 +283,44 @@ def test_a_run_that_fails_fails_its_request_and_no_other(
     driver: NpuDriver, switches: Path, fault: str
 ) -> None:
     expected = cold(driver, PROMPT)
+    faulty = driver.engine._runtime
     switches.write_text(fault)
     request = driver.submit(PROMPT)
     driver.finish()
     assert driver.failed(request).kind == "engine"
     switches.write_text("")
     assert driver.run(PROMPT)[0] == expected
+    assert driver.engine._runtime is not faulty
+
+
+def test_a_file_that_is_not_the_one_that_was_verified_never_gets_to_the_runtime(
+    driver: NpuDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = driver.save(OPENING)
+    path = tmp_path / "state"
+    path.write_bytes(path.read_bytes() + b"x")
+    loaded: list[str] = []
+    assert driver.engine._runtime
+    monkeypatch.setattr(driver.engine._runtime, "load_cache", loaded.append)
+    driver.run(OTHER_OPENING)
+    driver.run(PROMPT, boundary=state.n_tokens, restore=state)
+    assert loaded == []
+
+
+def test_a_cancellation_that_the_runtime_did_not_hear_is_heeded_at_the_next_token(
+    driver: NpuDriver, switches: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    switches.write_text("decode_ms=20")
+    request = driver.submit(PROMPT, 400)
+    driver.wait_for_token(request)
+    with monkeypatch.context() as deaf:
+        assert driver.engine._runtime
+        deaf.setattr(driver.engine._runtime, "abort", lambda: None)
+        driver.engine.handle(Cancel(request))
+    driver.finish()
+    assert driver.end(request).reason == "cancelled"
+    # The whole answer takes seconds.
+    assert driver.end(request).stats.decode_ms < 500
 
 
 def test_a_run_that_was_not_told_to_be_finished_at_once_is_waited_for(
