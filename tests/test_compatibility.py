@@ -1,7 +1,7 @@
-"""docs/compatibility.md against the schemas, OpenAI's client and a running server.
+"""docs/compatibility.md against the schemas, OpenAI's and Anthropic's clients and a running server.
 
-An endpoint joins by a Section: its heading in the document, its body's class, what OpenAI's client may send,
-and a request that is good but for one parameter."""
+An endpoint joins by a Section: its heading in the document, its body's class, what the official client may
+send, and a request that is good but for one parameter."""
 
 from __future__ import annotations
 
@@ -13,13 +13,19 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from anthropic.types.message_create_params import MessageCreateParamsBase
 from openai.types import completion_create_params
 from openai.types.chat import ChatCompletionMessageParam
 from openai.types.chat import completion_create_params as chat_create_params
+from openai.types.embedding_create_params import EmbeddingCreateParams
+from openai.types.responses.response_create_params import ResponseCreateParamsBase
 from pydantic import BaseModel
 
 import headstart
 from headstart.api.completion_body import CompletionRequest
+from headstart.api.embeddings import EmbeddingRequest
+from headstart.api.message_bodies import MessagesRequest
+from headstart.api.response_bodies import REFUSED, ResponseRequest
 from headstart.api.schemas import HARMLESS, ChatMessage, ChatRequest
 from servers import Json, RunningServer
 
@@ -30,7 +36,8 @@ GREEDY: Json = {"model": "toy", "temperature": 0, "max_tokens": 8}
 
 @dataclass(frozen=True)
 class Section:
-    """`request`: the body with one parameter. `also`: what else the class refuses by name."""
+    """`request`: the body with one parameter. `also`: what else the class refuses by name. `content`: what
+    an answer says."""
 
     heading: str
     path: str
@@ -38,6 +45,7 @@ class Section:
     client: set[str]
     request: Callable[[Mapping[str, Any]], Json]
     also: frozenset[str] = frozenset()
+    content: Callable[[Json], Any] = lambda answer: answer["choices"]
 
     @property
     def rows(self) -> list[Row]:
@@ -84,6 +92,35 @@ SECTIONS = [
         lambda given: {**GREEDY, "prompt": "The light", **given},
         frozenset(HARMLESS) - set(CompletionRequest.model_fields),
     ),
+    Section(
+        "POST /v1/embeddings",
+        "/v1/embeddings",
+        EmbeddingRequest,
+        set(EmbeddingCreateParams.__annotations__),
+        lambda given: {"model": "toy", "input": "The light", **given},
+        content=lambda answer: answer["data"],
+    ),
+    Section(
+        "POST /v1/responses",
+        "/v1/responses",
+        ResponseRequest,
+        set(ResponseCreateParamsBase.__annotations__),
+        lambda given: {
+            **{"model": "toy", "temperature": 0, "max_output_tokens": 8},
+            **{"input": USER["content"], "store": False},
+            **given,
+        },
+        frozenset(REFUSED),
+        lambda answer: [item["content"] for item in answer["output"]],
+    ),
+    Section(
+        "POST /v1/messages",
+        "/v1/messages",
+        MessagesRequest,
+        set(MessageCreateParamsBase.__annotations__),
+        lambda given: {**GREEDY, "messages": [USER], **given},
+        content=lambda answer: answer["content"],
+    ),
 ]
 ROWS = [
     pytest.param(section, row, id=f"{section.heading}-{row.name}")
@@ -119,10 +156,16 @@ def test_a_row_is_as_it_says(toy: RunningServer, section: Section, row: Row) -> 
     if row.status == "ignored":
         plain = toy.post(section.path, **section.request({}))
         assert response.status_code == 200, response.text
-        assert response.json()["choices"] == plain.json()["choices"]
+        content = section.content(plain.json())
+        assert content
+        assert section.content(response.json()) == content
         return
     told = re.fullmatch(r"(\d+) `(\w+)`", row.error)
     assert told, row.error
     error = response.json()["error"]
-    assert (response.status_code, error["code"]) == (int(told[1]), told[2])
-    assert row.name in str(error["param"]) or error["param"].startswith("messages")
+    # Anthropic's have a type instead of a code, and say what they are about in their message alone.
+    assert (response.status_code, error.get("code", error["type"])) == (int(told[1]), told[2])
+    if "param" in error:
+        assert row.name in str(error["param"]) or error["param"].startswith("messages")
+    else:
+        assert row.name in error["message"] or str(json.loads(row.example)) in error["message"]

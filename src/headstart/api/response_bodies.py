@@ -25,7 +25,9 @@ Value = Annotated[Utf8, StringConstraints(max_length=512)]
 REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "background": ((None, False), "leave it out and wait for the answer, or stream it"),
     "truncation": ((None, "disabled"), 'shorten the input, or say "disabled"'),
+    "context_management": ((None, []), "shorten the input"),
     "conversation": ((None,), "use previous_response_id"),
+    "moderation": ((None,), "leave it out"),
     "prompt": ((None,), "send the text as instructions or input"),
     "top_logprobs": ((None, 0), "leave it out"),
     "n": ((None, 1), "send a request for each answer"),
@@ -88,9 +90,7 @@ class ResponseRequest(Body):
         True, description="False: evaluate every prompt token, taking nothing from caches or slots."
     )
     explain_cache: bool = Field(False, description="Tell why the request started from a cache, or didn't.")
-    max_output_tokens: int | None = Field(
-        None, ge=0, lt=1 << 53, description="Tokens that the answer may have."
-    )
+    max_output_tokens: int | None = Field(None, ge=0, lt=1 << 53, description="At most so many tokens.")
     stream: bool | None = Field(False, description="Send the answer as it comes, in named events.")
     tools: list[Annotated[Tool, BeforeValidator(_as_in_chats)]] | None = Field(
         None, description="Functions that the model may call."

@@ -16,4 +16,9 @@ async def shaped(service: Service, options: Options, wanted: Wanted | None) -> O
     if wanted is None:
         return options
     await service.grammars.check(wanted.grammar, wanted.param)
-    return replace(options, sampling=structs.replace(options.sampling, grammar=wanted.grammar))
+    calling = options.calling
+    if calling.choice != "required":
+        # Nothing but its form is in the answer, even where the prompt has opened the reasoning.
+        calling = replace(calling, reasoning=False)
+    sampling = structs.replace(options.sampling, grammar=wanted.grammar)
+    return replace(options, sampling=sampling, calling=calling)
