@@ -112,14 +112,12 @@ def install(app: FastAPI, routers: Sequence[APIRouter]) -> None:
 
 
 def _allowed(request: Request, routers: Sequence[APIRouter]) -> list[str]:
-    """The methods of all routes with the request's address; a router knows those of the first one."""
-    routes = (route for router in routers for route in router.routes)
-    matching = (
-        route
-        for route in routes
-        if isinstance(route, Route) and route.matches(request.scope)[0] != Match.NONE
-    )
-    return sorted({method for route in matching for method in route.methods or ()})
+    """The methods of all routes like the first one with the request's address; the router knows that one's
+    only."""
+    routes = [route for router in routers for route in router.routes if isinstance(route, Route)]
+    matching = (route.path for route in routes if route.matches(request.scope)[0] != Match.NONE)
+    path = next(matching, None)
+    return sorted({method for route in routes if route.path == path for method in route.methods or ()})
 
 
 def _from_validation(error: RequestValidationError) -> BadRequest:
