@@ -17,7 +17,7 @@ run: .venv/installed ## start the server with the default model (ARGS="--port 90
 	@.venv/bin/headstart serve $(ARGS)
 
 test: .venv/installed-dev ## run all tests (ARGS="-k name")
-	@$(VENV_PYTHON) -m pytest $(ARGS)
+	@$(VENV_PYTHON) -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
 
 bench: .venv/installed-bench bench-peer ## compare with llama-server, about 10 minutes (ARGS="--arms b,c")
 	@$(VENV_PYTHON) -m bench $(ARGS)
