@@ -16,6 +16,8 @@ os.environ["HEADSTART_TUNE"] = "false"
 ONE_WORKER = "real model"
 
 
+# First: pytest-xdist reads the groups at this time, too.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What a worker of pytest-xdist runs: a whole module, or the tests on the real model."""
     for item in items:
