@@ -7,6 +7,8 @@ ifeq ($(PYTHON),)
 $(error Python 3.11 or newer is needed. Install it with: apt-get install python3 python3-venv)
 endif
 
+# Tests on the real model use all CPUs, so they run one after the other. With ARGS there may be none of a kind.
+NO_TESTS := 5
 VENV_PYTHON := .venv/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -17,7 +19,8 @@ run: .venv/installed ## start the server with the default model (ARGS="--port 90
 	@.venv/bin/headstart serve $(ARGS)
 
 test: .venv/installed-dev ## run all tests (ARGS="-k name")
-	@$(VENV_PYTHON) -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
+	@$(VENV_PYTHON) -m pytest -m "not real_model" --numprocesses 2 --dist loadfile $(ARGS) || [ $$? = $(NO_TESTS) ]
+	@$(VENV_PYTHON) -m pytest -m real_model $(ARGS) || [ $$? = $(NO_TESTS) ]
 
 bench: .venv/installed-bench bench-peer ## compare with llama-server, about 10 minutes (ARGS="--arms b,c")
 	@$(VENV_PYTHON) -m bench $(ARGS)

@@ -12,19 +12,6 @@ from servers import RunningServer, running_server
 # Measuring takes seconds: servers do without, but for the tests about it (tests/test_tuning.py).
 os.environ["HEADSTART_TUNE"] = "false"
 
-# Two processes on the real model at once take each other's CPUs: they are all run by the same worker.
-ONE_WORKER = "real model"
-
-
-# First: pytest-xdist reads the groups at this time, too.
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What a worker of pytest-xdist runs: a whole module, or the tests on the real model."""
-    for item in items:
-        is_real = item.get_closest_marker("real_model") is not None
-        item.add_marker(pytest.mark.xdist_group(ONE_WORKER if is_real else item.path.stem))
-
-
 StartServer = Callable[..., RunningServer]
 Report = Callable[[str], None]
 
