@@ -107,7 +107,6 @@ def bob(server: RunningServer) -> Client:
         ("DELETE", "/v1/cache/toy/shared"),
         ("POST", "/v1/responses"),
         ("GET", "/v1/responses/resp_0"),
-        ("POST", "/v1/messages"),
         ("POST", "/v1/embeddings"),
         ("POST", "/tokenize"),
         ("POST", "/detokenize"),
