@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from starlette.responses import Response
@@ -12,15 +10,13 @@ from headstart.api.answers import Chat, Completion, Events, stream, whole
 from headstart.api.completion_body import COMPLETION_MAX_TOKENS, CompletionRequest
 from headstart.api.routes import addressed
 from headstart.api.schemas import ChatRequest, GenerationRequest
-from headstart.api.shaping import shaped
+from headstart.api.shaping import explaining, shaped
 from headstart.api.streaming import BEGIN_SECONDS, EventStream, begun, while_connected
 from headstart.service.requests import Options
 from headstart.service.server import Service
 from headstart.service.together import together
 
 router = APIRouter(prefix="/v1")
-
-EXPLAIN_HEADER = "x-headstart-explain"
 
 
 @router.post("/chat/completions")
@@ -53,10 +49,8 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
 
 
 async def _options(request: Request, body: GenerationRequest, max_tokens: int | None) -> Options:
-    """The body's; the explanation may be asked for by a header as well."""
     options = await shaped(request.app.state.service, body.options(max_tokens), body.wanted())
-    asked = request.headers.get(EXPLAIN_HEADER, "").lower() in ("1", "true")
-    return replace(options, explain=options.explain or asked)
+    return explaining(request, options)
 
 
 async def _answer(request: Request, body: GenerationRequest, events: Events, shape: Chat, n: int) -> Response:

@@ -9,7 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from headstart.api.asked import asked
 from headstart.api.message_turns import BETWEEN, Turns
-from headstart.api.schemas import Body, StopString
+from headstart.api.schemas import Body, CachedRequest, StopString
 from headstart.api.structure import Wanted
 from headstart.api.text import Utf8
 from headstart.api.tools import JsonObject
@@ -204,10 +204,9 @@ class Thinking(Body):
     budget_tokens: int | None = Field(None, ge=0, description="Accepted; reasoning is not limited by it.")
 
 
-class CountRequest(Body):
+class CountRequest(CachedRequest):
     """What makes the prompt."""
 
-    model: Utf8 = Field(description="A model, an alias, or `model@cache`.")
     messages: list[Turn] = Field(
         min_length=1, description="The turns so far; a last one of the assistant's is continued."
     )
@@ -216,9 +215,6 @@ class CountRequest(Body):
     tool_choice: ToolChoice | None = Field(None, description="Whether the model may or must call a tool.")
     thinking: Thinking | None = Field(None, description="Whether reasoning is shown as a block of its own.")
     cache_control: CacheControl | None = Field(None, description="Marks the last block.")
-    use_cache: Utf8 | list[Utf8] | None = Field(
-        None, description="Name of the cache to start from, or several names."
-    )
 
     def chat(self) -> tuple[list[Json], list[Json], list[Mark]]:
         """Messages and tools as templates take them, and what is marked. Raises BadRequest for a mark too
@@ -239,13 +235,6 @@ class CountRequest(Body):
                 f"{n_marks} blocks have cache_control; {MOST_MARKS} is the most.", param="cache_control"
             )
         return turns.messages, [tool.function() for tool in tools], turns.placed()
-
-    @property
-    def names(self) -> tuple[str, ...] | None:
-        """The caches to start from."""
-        if isinstance(self.use_cache, list):
-            return tuple(self.use_cache)
-        return None if self.use_cache is None else (self.use_cache,)
 
 
 class MessagesRequest(CountRequest):

@@ -11,6 +11,7 @@ import msgspec
 
 from headstart.api.accounts import ending, usage
 from headstart.api.errors import anthropic_body
+from headstart.api.streaming import as_named_event
 from headstart.errors import HeadstartError
 from headstart.service.choices import Delta, Ended
 from headstart.service.generation import Result
@@ -23,12 +24,8 @@ DELTAS = {"text": "text_delta", "thinking": "thinking_delta", "tool_use": "input
 FIELDS = {"text": "text", "thinking": "thinking", "tool_use": "partial_json"}
 
 
-def named_event(content: Json) -> bytes:
-    return f"event: {content['type']}\ndata: ".encode() + msgspec.json.encode(content) + b"\n\n"
-
-
 def failed_event(error: HeadstartError) -> bytes:
-    return named_event(anthropic_body(error))
+    return as_named_event(anthropic_body(error))
 
 
 class Blocks:
@@ -112,11 +109,11 @@ class Message:
     async def stream(self, events: Events) -> AsyncGenerator[bytes, None]:
         """The answer's events, together where they are sent together."""
         # Sent with the first event, which is there when the stream begins, or late anyway.
-        waiting = b"".join(map(named_event, self._opening()))
+        waiting = b"".join(map(as_named_event, self._opening()))
         async with aclosing(events):
             async for event in events:
                 told = self._closing(event) if isinstance(event, Result) else self._grow(event)
-                if data := b"".join(map(named_event, told)):
+                if data := b"".join(map(as_named_event, told)):
                     yield waiting + data
                     waiting = b""
 

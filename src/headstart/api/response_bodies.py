@@ -8,12 +8,11 @@ from pydantic import BeforeValidator, Field, StringConstraints
 
 from headstart.api.asked import asked
 from headstart.api.response_items import Item
-from headstart.api.schemas import Body, StopString
+from headstart.api.schemas import Body, SampledRequest
 from headstart.api.structure import Wanted
 from headstart.api.text import Utf8
 from headstart.api.tools import JsonObject, Tool, ToolChoice, calling
 from headstart.errors import BadRequest
-from headstart.messages import Sampling
 from headstart.service.requests import Options
 from headstart.service.structure import OBJECT, json_grammar
 
@@ -77,19 +76,11 @@ class ReasoningOptions(Body):
     summary: Utf8 | None = Field(None, description="A wish that changes nothing here.")
 
 
-class ResponseRequest(Body):
-    model: Utf8 = Field(description="A model, an alias, or `model@cache`.")
+class ResponseRequest(SampledRequest):
     input: Utf8 | list[Item] = Field([], description="What is said: a text, or a list of items.")
     instructions: Utf8 | None = Field(None, description="The system message; not carried on to others.")
     previous_response_id: Utf8 | None = Field(None, description="A stored response to go on from.")
     store: bool | None = Field(True, description="Whether the response is kept, to go on from.")
-    use_cache: Utf8 | list[Utf8] | None = Field(
-        None, description="Name of the cache to start from, or several names."
-    )
-    cache_prompt: bool = Field(
-        True, description="False: evaluate every prompt token, taking nothing from caches or slots."
-    )
-    explain_cache: bool = Field(False, description="Tell why the request started from a cache, or didn't.")
     max_output_tokens: int | None = Field(None, ge=0, lt=1 << 53, description="At most so many tokens.")
     stream: bool | None = Field(False, description="Send the answer as it comes, in named events.")
     tools: list[Annotated[Tool, BeforeValidator(_as_in_chats)]] | None = Field(
@@ -107,18 +98,6 @@ class ResponseRequest(Body):
     )
     user: Utf8 | None = Field(None, description="Told again with the response.")
     prompt_cache_key: Utf8 | None = Field(None, description="Told again with the response.")
-    temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy.")
-    top_p: float | None = Field(None, ge=0, le=1, description="Of the likeliest tokens, so much in sum.")
-    top_k: int | None = Field(None, ge=-1, lt=1 << 31, description="So many of the likeliest tokens.")
-    min_p: float | None = Field(None, ge=0, le=1, description="Least share of the likeliest token's chance.")
-    presence_penalty: float | None = Field(None, ge=-2, le=2, description="On tokens that were there.")
-    frequency_penalty: float | None = Field(None, ge=-2, le=2, description="For each time they were there.")
-    repeat_penalty: float | None = Field(None, gt=0, le=10, description="llama.cpp's; 1 is none.")
-    repeat_last_n: int | None = Field(None, ge=0, le=4096, description="Tokens penalties look back over.")
-    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63, description="For the same answer again.")
-    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = Field(
-        None, description="Texts that end the answer."
-    )
 
     def said(self) -> list[Json]:
         """The input as messages of a chat. Raises BadRequest where it says nothing."""
@@ -134,15 +113,10 @@ class ResponseRequest(Body):
     def options(self) -> Options:
         """Raises BadRequest for a parameter that can't be honoured."""
         self._check_supported()
-        given = {
-            name: value
-            for name in Sampling.__struct_fields__
-            if name in type(self).model_fields and (value := getattr(self, name)) is not None
-        }
         return Options(
             max_tokens=self.max_output_tokens,
-            sampling=Sampling(**given),
-            stop=[self.stop] if isinstance(self.stop, str) else self.stop or [],
+            sampling=self.sampling,
+            stop=self.stops,
             use_cache=self.names,
             reuse=self.cache_prompt,
             explain=self.explain_cache,
@@ -159,13 +133,6 @@ class ResponseRequest(Body):
             raise BadRequest("text.format of type json_schema needs a schema.", param="text.format")
         schema = form.schema_ if form.type == "json_schema" and form.schema_ else OBJECT
         return Wanted(json_grammar(schema, "text.format"), "text.format")
-
-    @property
-    def names(self) -> tuple[str, ...] | None:
-        """The caches to start from."""
-        if isinstance(self.use_cache, list):
-            return tuple(self.use_cache)
-        return None if self.use_cache is None else (self.use_cache,)
 
     def _check_supported(self) -> None:
         extra: Json = self.model_extra or {}

@@ -7,8 +7,6 @@ import uuid
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-import msgspec
-
 from headstart.api import accounts
 from headstart.errors import HeadstartError
 from headstart.service.choices import Delta, Ended
@@ -16,10 +14,6 @@ from headstart.service.generation import Result
 
 Json = dict[str, Any]
 PREFIX = "resp_"
-
-
-def as_named(event: Json) -> bytes:
-    return b"event: %b\ndata: %b\n\n" % (event["type"].encode(), msgspec.json.encode(event))
 
 
 class Item:

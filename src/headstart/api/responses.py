@@ -12,13 +12,12 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
-from headstart.api.completions import EXPLAIN_HEADER
 from headstart.api.keys import owner
 from headstart.api.response_bodies import ResponseRequest, told_again
-from headstart.api.response_events import Writer, as_named
+from headstart.api.response_events import Writer
 from headstart.api.routes import addressed
-from headstart.api.shaping import shaped
-from headstart.api.streaming import BEGIN_SECONDS, EventStream, begun, while_connected
+from headstart.api.shaping import explaining, shaped
+from headstart.api.streaming import BEGIN_SECONDS, EventStream, as_named_event, begun, while_connected
 from headstart.errors import BadRequest, HeadstartError, PreviousNotFound
 from headstart.service.choices import Choice, Delta, Ended
 from headstart.service.generation import Result
@@ -41,8 +40,7 @@ async def create(request: Request, body: ResponseRequest) -> Response:
     asked = _asked(service, body)
     model = addressed(request, body)
     options = await shaped(service, body.options(), body.wanted())
-    explain = request.headers.get(EXPLAIN_HEADER, "").lower() in ("1", "true")
-    options = replace(options, explain=options.explain or explain)
+    options = explaining(request, options)
     before = await _before(service, model, body, asked)
     writer = Writer(told_again(body, options))
     if body.store is not False:
@@ -172,4 +170,4 @@ class Answering:
 
 
 def _encoded(events: Iterator[Json]) -> bytes:
-    return b"".join(map(as_named, events))
+    return b"".join(map(as_named_event, events))

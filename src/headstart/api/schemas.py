@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
+from msgspec import structs
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from headstart.api.asked import asked
@@ -31,21 +32,29 @@ class StreamOptions(Body):
     include_usage: bool = Field(False, description="Send a last chunk with `usage`.")
 
 
-class GenerationRequest(Body, StructuredRequest):
-    """What chat and text completions have in common."""
+class CachedRequest(Body):
+    """What begins like a cache."""
 
     model: Utf8 = Field(description="A model, an alias, or `model@cache`.")
     use_cache: Utf8 | list[Utf8] | None = Field(
         None, description="Name of the cache to start from, or several names."
     )
+
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        """The caches to start from."""
+        if isinstance(self.use_cache, list):
+            return tuple(self.use_cache)
+        return None if self.use_cache is None else (self.use_cache,)
+
+
+class SampledRequest(CachedRequest):
+    """What is answered by sampling."""
+
     cache_prompt: bool = Field(
         True, description="False: evaluate every prompt token, taking nothing from caches or slots."
     )
     explain_cache: bool = Field(False, description="Tell why the request started from a cache, or didn't.")
-    max_tokens: int | None = Field(None, ge=0, description="The most tokens that an answer may have.")
-    n: int | None = Field(
-        None, ge=1, le=MOST_ANSWERS, description="How many answers; no more than the model has slots."
-    )
     temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy.")
     top_p: float | None = Field(None, ge=0, le=1, description="Likeliest tokens with so much probability.")
     top_k: int | None = Field(None, ge=-1, lt=1 << 31, description="So many likeliest tokens; 0 or -1: all.")
@@ -54,29 +63,47 @@ class GenerationRequest(Body, StructuredRequest):
     frequency_penalty: float | None = Field(None, ge=-2, le=2, description="As often as tokens came.")
     repeat_penalty: float | None = Field(None, gt=0, le=10, description="Divides logits of such tokens.")
     repeat_last_n: int | None = Field(None, ge=0, le=4096, description="Tokens that penalties look at.")
-    logit_bias: LogitBias | None = Field(None, description="By token id: what is added to its logit.")
-    ignore_eos: bool | None = Field(None, description="True: the model can't end its answer by itself.")
     seed: int | None = Field(
         None, ge=-(1 << 63), lt=1 << 63, description="The same seed makes the same answer; else a new one."
     )
     stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = Field(
         None, description="Texts that end an answer and are no part of it."
     )
+
+    @property
+    def sampling(self) -> Sampling:
+        """But for logprobs, which each endpoint asks for in its own way."""
+        given = {
+            name: value
+            for name in Sampling.__struct_fields__
+            if name in type(self).model_fields and (value := getattr(self, name)) is not None
+        }
+        return Sampling(**given | {"logprobs": None})
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+
+class GenerationRequest(SampledRequest, StructuredRequest):
+    """What chat and text completions have in common."""
+
+    max_tokens: int | None = Field(None, ge=0, description="The most tokens that an answer may have.")
+    n: int | None = Field(
+        None, ge=1, le=MOST_ANSWERS, description="How many answers; no more than the model has slots."
+    )
+    logit_bias: LogitBias | None = Field(None, description="By token id: what is added to its logit.")
+    ignore_eos: bool | None = Field(None, description="True: the model can't end its answer by itself.")
     stream: bool | None = Field(False, description="Send the answer as server-sent events.")
     stream_options: StreamOptions | None = Field(None, description="With `stream` only.")
 
     def options(self, max_tokens: int | None) -> Options:
         """Raises BadRequest for a parameter that can't be honoured."""
         self._check_supported()
-        given = {
-            name: value
-            for name in Sampling.__struct_fields__
-            if name in type(self).model_fields and (value := getattr(self, name)) is not None
-        }
         return Options(
             max_tokens=max_tokens,
-            sampling=Sampling(**given | {"logprobs": self.n_logprobs}),
-            stop=[self.stop] if isinstance(self.stop, str) else self.stop or [],
+            sampling=structs.replace(self.sampling, logprobs=self.n_logprobs),
+            stop=self.stops,
             use_cache=self.names,
             reuse=self.cache_prompt,
             explain=self.explain_cache,
@@ -88,13 +115,6 @@ class GenerationRequest(Body, StructuredRequest):
     def n_logprobs(self) -> int | None:
         """How many of the likeliest tokens are told with each; None: not even its own probability."""
         return None
-
-    @property
-    def names(self) -> tuple[str, ...] | None:
-        """The caches to start from."""
-        if isinstance(self.use_cache, list):
-            return tuple(self.use_cache)
-        return None if self.use_cache is None else (self.use_cache,)
 
     @property
     def include_usage(self) -> bool:

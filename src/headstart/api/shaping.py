@@ -1,14 +1,23 @@
-"""Options of requests whose answers must have a form."""
+"""What requests ask for beside what their bodies say of options: an explanation, the form of the answer."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+from fastapi import Request
 from msgspec import structs
 
 from headstart.api.structure import Wanted
 from headstart.service.requests import Options
 from headstart.service.server import Service
+
+EXPLAIN_HEADER = "x-headstart-explain"
+
+
+def explaining(request: Request, options: Options) -> Options:
+    """The explanation may be asked for by a header as well."""
+    asked = request.headers.get(EXPLAIN_HEADER, "").lower() in ("1", "true")
+    return replace(options, explain=options.explain or asked)
 
 
 async def shaped(service: Service, options: Options, wanted: Wanted | None) -> Options:

@@ -58,6 +58,12 @@ def as_event(content: Any) -> bytes:
     return b"data: " + msgspec.json.encode(content) + b"\n\n"
 
 
+def as_named_event(content: dict[str, Any]) -> bytes:
+    """An event that is named as its `type`."""
+    kind: str = content["type"]
+    return b"event: " + kind.encode() + b"\n" + as_event(content)
+
+
 def failed(error: HeadstartError) -> bytes:
     """The event of an error after the start."""
     return as_event(errors.body(error))

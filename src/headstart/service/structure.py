@@ -37,12 +37,6 @@ def json_grammar(schema: Schema, param: str) -> str:
     return f'{{"grammars": [{{"json_schema": {_text(schema, param)}}}]}}'
 
 
-def json_rule(schema: Schema, param: str) -> str:
-    """JSON of this schema as a part of a rule in Lark, such as 'start: "<call>" ' + rule + ' "</call>"'.
-    Raises BadRequest."""
-    return f"%json {_text(schema, param)}"
-
-
 def _text(schema: Schema, param: str) -> str:
     try:
         text = json.dumps({**schema, "x-guidance": JSON}, allow_nan=False, ensure_ascii=False)
