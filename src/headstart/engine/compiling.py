@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 
+from headstart.engine.draining import drained
 from headstart.engine.grammar import STACK_BYTES, GrammarError, Grammars
 from headstart.engine.sequence import Sequence
 
@@ -45,14 +46,10 @@ class Compiler:
     def finish(self) -> Iterator[tuple[Sequence, str]]:
         """Lets the sequences start whose grammars have been compiled; yields those whose could not be, and
         why."""
-        try:
-            while True:
-                sequence, fault = self.done.get_nowait()
-                sequence.compiling = False
-                if fault:
-                    yield sequence, fault
-        except Empty:
-            return
+        for sequence, fault in drained(self.done):
+            sequence.compiling = False
+            if fault:
+                yield sequence, fault
 
 
 def _start(run: Callable[[], None]) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 
 from headstart.engine import state_file
+from headstart.engine.draining import drained
 from headstart.engine.sequence import Sequence
 from headstart.messages import StateRef
 
@@ -44,8 +45,5 @@ class Reader:
 
     def finish(self) -> None:
         """Lets the sequences start whose states have been read."""
-        try:
-            while True:
-                self.read.get_nowait().reading = False
-        except Empty:
-            return
+        for sequence in drained(self.read):
+            sequence.reading = False

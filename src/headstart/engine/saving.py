@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 
 from headstart.engine import state_file
 from headstart.engine.accounts import stats
+from headstart.engine.draining import drained
 from headstart.engine.sequence import Sequence
 from headstart.messages import Failed, FailureKind, Finished, RequestEvent, SaveTo
 
@@ -26,11 +27,7 @@ class Writer:
 
     def finished(self) -> Iterator[RequestEvent]:
         """The ends of the sequences whose states have been written since."""
-        try:
-            while True:
-                yield self._written.get_nowait()
-        except Empty:
-            return
+        return drained(self._written)
 
     def _write(self, sequence: Sequence, place: SaveTo, state: memoryview) -> None:
         try:

@@ -16,12 +16,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from time import monotonic
 
 from msgspec.structs import replace
 
 from headstart.engine import state_file
+from headstart.engine.draining import drained
 from headstart.engine.model import ModelError
 from headstart.engine.rkllm import written
 from headstart.engine.rkllm.info import info_of
@@ -98,12 +99,7 @@ class RkllmEngine:
 
     def step(self) -> list[RequestEvent]:
         """What happened since the last one, in order; the next request begins when one has ended."""
-        events: list[RequestEvent] = []
-        try:
-            while True:
-                events.append(self._told.get_nowait())
-        except Empty:
-            pass
+        events = list(drained(self._told))
         turn = self._running
         if turn and any(isinstance(e, Finished | Failed) and e.id == turn.request.id for e in events):
             self._running = None
