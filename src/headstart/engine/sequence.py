@@ -80,6 +80,8 @@ class Sequence:
     def divide(self) -> list[Sequence]:
         """The sequences of all other answers, which have no place yet; from now on it stands for one."""
         whole = self.request
+        if whole.n == 1:
+            return []
         requests = [_answer(whole, number) for number in range(whole.n)]
         self.request = requests[0]
         return [

@@ -31,7 +31,6 @@ class LlamaSampler:
         self.matcher = matcher
         biases = _biases(sampling, vocab)
         self.greedy = sampling.temperature == 0 and not self._has_penalties(sampling) and not biases
-        self.tokens = np.arange(self.n_vocab)
         self.chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
         for link in self._links(sampling, biases):
             lib.llama_sampler_chain_add(self.chain, link)
@@ -80,7 +79,7 @@ class LlamaSampler:
     def _choose_allowed(self, matcher: Matcher, logits: Scores) -> int:
         """What it would choose anyway, where that is allowed: mostly it is, and one token is checked sooner
         than all are found. Leaves the logits as they are: others may choose by them too."""
-        token = int(logits.argmax()) if self.greedy else self._draw(self.tokens, logits)
+        token = int(logits.argmax()) if self.greedy else self._draw(np.arange(self.n_vocab), logits)
         if not matcher.allows(token):
             allowed = matcher.allowed()
             scores = logits[allowed]
