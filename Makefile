@@ -22,6 +22,9 @@ test: .venv/installed-dev ## run all tests (ARGS="-k name")
 	@$(VENV_PYTHON) -m pytest -m "not real_model" --numprocesses 2 --dist loadfile $(ARGS) || [ $$? = $(NO_TESTS) ]
 	@$(VENV_PYTHON) -m pytest -m real_model $(ARGS) || [ $$? = $(NO_TESTS) ]
 
+sweep: .venv/installed-dev ## run every case of the sweeps, of which `make test` tries every 16th
+	@HEADSTART_SWEEP=all $(VENV_PYTHON) -m pytest -m sweep --timeout 3600 $(ARGS)
+
 bench: .venv/installed-bench bench-peer ## compare with llama-server, about 10 minutes (ARGS="--arms b,c")
 	@$(VENV_PYTHON) -m bench $(ARGS)
 
@@ -70,4 +73,4 @@ endef
 
 FORCE:
 
-.PHONY: help run test bench bench-peer lint format engine rebuild clean FORCE
+.PHONY: help run test sweep bench bench-peer lint format engine rebuild clean FORCE
