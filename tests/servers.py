@@ -97,11 +97,14 @@ class RunningServer:
         return response.json()
 
     def files(self) -> list[str]:
-        """Names of everything under the cache directory but the index, the lock and what was measured."""
+        """Names of everything under the cache directory but the index, the lock, what was measured and the
+        copies of headers."""
         return sorted(
             str(path.relative_to(self.cache_dir))
             for path in self.cache_dir.rglob("*")
-            if path.is_file() and not path.name.startswith((".lock", "index.sqlite", "tuning.json"))
+            if path.is_file()
+            and not path.name.startswith((".lock", "index.sqlite", "tuning.json"))
+            and path.suffix != ".header"
         )
 
 

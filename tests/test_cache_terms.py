@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 import threading
 from datetime import datetime
 from pathlib import Path
@@ -248,20 +247,6 @@ def test_hits_tell_what_they_saved(start_server: StartServer) -> None:
     warm = shown(server, "saves")
     assert warm["tokens_saved"] == 2 * cached
     assert 0.001 * cached < warm["seconds_saved"] < 0.02 * cached
-
-
-def test_an_index_without_what_hits_saved_is_brought_up_to_date(start_server: StartServer) -> None:
-    server = start_server("--model", "toy=toy:")
-    server.create("old", PROMPT)
-    server.chat("Hi", use_cache="old")
-    eventually(lambda: shown(server, "old")["hits"] == 1)
-    server.stop()
-    with sqlite3.connect(server.cache_dir / "index.sqlite") as database:
-        database.execute("ALTER TABLE entries DROP COLUMN tokens_saved")
-        database.execute("ALTER TABLE entries DROP COLUMN seconds_saved")
-    database.close()
-    server.start()
-    assert (shown(server, "old")["hits"], shown(server, "old")["tokens_saved"]) == (1, 0)
 
 
 # With a clock of the test's own.

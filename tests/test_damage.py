@@ -111,7 +111,7 @@ def test_a_damaged_index_costs_no_cache(start_server: StartServer, where: str) -
 def test_an_index_that_breaks_under_a_running_server_breaks_no_request(start_server: StartServer) -> None:
     server, _, expected = _keeper(start_server)
     with sqlite3.connect(server.cache_dir / "index.sqlite") as other:
-        other.execute("DROP TABLE entries")
+        other.execute("DROP TABLE records")
     answer = server.chat("Who?", use_cache="keeper")
     assert said(answer) == expected
     server.create("another", PROMPT)

@@ -13,8 +13,8 @@ from driver import small_model
 from headstart.caches.entry import Entry, Fingerprint, Form, Origin, StoredForm
 from headstart.caches.eviction import worth
 from headstart.caches.file import Part
-from headstart.caches.index import Usage
 from headstart.caches.store import Store
+from headstart.caches.usage import Usage
 from headstart.caches.writing import Writer
 from headstart.config import embedded_model
 from headstart.engine.model import Piece

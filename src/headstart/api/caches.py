@@ -179,6 +179,7 @@ def _described(service: Service, entry: Entry) -> Json:
         "last_used": iso_time(usage.last_used),
         "tokens_saved": usage.tokens_saved,
         "seconds_saved": round(usage.seconds_saved, 3),
+        "unverified": service.store.is_from_copy(entry),
     }
 
 

@@ -1,151 +1,173 @@
-"""The SQLite index: entries as last seen, how often they were used, and hashes of weights files.
+"""The index: how often caches were used, and hashes of weights files.
 
-Everything in it but the usage figures can be had from the files again; a database that isn't one any more is
-replaced by a new one. Where the disk is full or can't be written, the index is kept in memory for as long as
-the server runs, and what is on the disk stays as it is.
+All of it is in memory while it is open. A thread writes what changes to `index.sqlite`, so that nobody waits
+for the disk or for another process's lock on it; what can't be written now is written later. No cache's text
+is in it.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import sqlite3
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta, Struct
 
 from headstart.caches.entry import Entry, Identity
+from headstart.caches.records import RecordKey, Records, is_damage
+from headstart.caches.usage import USAGE, Usage, usage_key
 
 log = logging.getLogger(__name__)
 
-SCHEMA = """
-DROP TABLE IF EXISTS caches;
-CREATE TABLE IF NOT EXISTS entries (
-    shelf TEXT NOT NULL, name TEXT NOT NULL, entry BLOB NOT NULL,
-    hits INTEGER NOT NULL DEFAULT 0, last_used REAL,
-    tokens_saved INTEGER NOT NULL DEFAULT 0, seconds_saved REAL NOT NULL DEFAULT 0,
-    PRIMARY KEY (shelf, name)
-);
-CREATE TABLE IF NOT EXISTS weights (path TEXT PRIMARY KEY, identity TEXT NOT NULL, sha256 TEXT NOT NULL);
-"""
-# What entries did not have at first.
-LATER = {
-    "tokens_saved": "INTEGER NOT NULL DEFAULT 0",
-    "seconds_saved": "REAL NOT NULL DEFAULT 0",
-}
-# What SQLite says of a database that the disk has no room for, or that it may not open or write now.
-# Extended codes have one of these in their lowest byte.
-UNUSABLE = {
-    sqlite3.SQLITE_FULL,
-    sqlite3.SQLITE_IOERR,
-    sqlite3.SQLITE_READONLY,
-    sqlite3.SQLITE_CANTOPEN,
-    sqlite3.SQLITE_BUSY,
-}
+WEIGHTS = "weights"
+UNUSED = Usage()
 
 
-@dataclass(frozen=True)
-class Usage:
-    """How often a cache was used, when last, and what its hits saved: tokens that needed no evaluation, and
-    the time this would have taken beyond that of restoring them."""
+class Weights(Struct, frozen=True):
+    """The SHA-256 that a model file had, and what file that was."""
 
-    hits: int = 0
-    last_used: float | None = None
-    tokens_saved: int = 0
-    seconds_saved: float = 0.0
+    identity: Identity
+    sha256: Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+
+
+Record = Usage | Weights
+TYPES: dict[str, type[Record]] = {USAGE: Usage, WEIGHTS: Weights}
 
 
 class Index:
-    """Used from one thread."""
+    """Used from one thread. `earlier`: the entries that an index of an earlier release had, unchecked."""
 
     def __init__(self, path: Path) -> None:
-        try:
-            self.database = self._open(path)
-        except sqlite3.DatabaseError as error:
-            if getattr(error, "sqlite_errorcode", 0) & 0xFF in UNUSABLE:
-                self.database = self._in_memory(path, error)
-                return
-            log.warning("the index %s can't be read (%s): making a new one", path, error)
-            for file in path.parent.glob(path.name + "*"):
-                file.unlink()
-            self.database = self._open(path)
-        except OSError as error:
-            self.database = self._in_memory(path, error)
-
-    def _in_memory(self, path: Path, error: Exception) -> sqlite3.Connection:
-        log.warning("the index %s can't be used (%s): usage is not remembered", path, error)
-        return self._connected(":memory:")
-
-    def _open(self, path: Path) -> sqlite3.Connection:
-        path.touch(mode=0o600)
-        return self._connected(path)
-
-    @staticmethod
-    def _connected(path: Path | str) -> sqlite3.Connection:
-        database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        database.execute("PRAGMA journal_mode = WAL")
-        database.execute("PRAGMA synchronous = NORMAL")
-        database.executescript(SCHEMA)
-        present = {row[1] for row in database.execute("PRAGMA table_info(entries)")}
-        for column in LATER.keys() - present:
-            database.execute(f"ALTER TABLE entries ADD COLUMN {column} {LATER[column]}")
-        (found,) = database.execute("PRAGMA quick_check(1)").fetchone()
-        if found != "ok":
-            raise sqlite3.DatabaseError(found)
-        return database
+        self.earlier: list[Entry] = []
+        self._path = path
+        self._records = Records(path)
+        self._known: dict[RecordKey, Record] = {}
+        # What is to be written; None: to be deleted.
+        self._changes: dict[RecordKey, Record | None] = {}
+        # Held for changes in memory only.
+        self._guard = Lock()
+        self._was_open = False
+        self._was_told = False
+        self._is_due = False
+        self._write()
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="index")
 
     def close(self) -> None:
-        self.database.close()
+        """Writes what is still to be written, if that can be now."""
+        self.save()
+        self._writer.shutdown()
+        self._records.close()
 
-    def _write(self, statement: str, values: Sequence[object]) -> None:
-        """An index that can't be written, on a full disk say, is behind the files, which is no error."""
+    def save(self) -> None:
+        """Has everything written that changed; doesn't wait for it."""
+        if not self._is_due and (self._changes or not self._was_open):
+            self._is_due = True
+            self._writer.submit(self._write)
+
+    def settle(self) -> None:
+        """Returns when what changed before was written, or could not be."""
+        self._writer.submit(self._write).result()
+
+    def _write(self) -> None:
+        self._is_due = False
         try:
-            self.database.execute(statement, values)
-        except sqlite3.Error as error:
-            log.warning("the index can't be written: %s", error)
-
-    def _row(self, statement: str, values: Sequence[object]) -> Sequence[Any] | None:
-        """None also where the index can't be read any more."""
-        try:
-            row: Sequence[Any] | None = self.database.execute(statement, values).fetchone()
-        except sqlite3.Error as error:
-            log.warning("the index can't be read: %s", error)
-            return None
-        return row
-
-    def entries(self) -> list[Entry]:
-        """Those that can be read; one written by another version of the program is read from its file."""
-        found = []
-        for (blob,) in self.database.execute("SELECT entry FROM entries"):
             try:
-                found.append(msgspec.json.decode(blob, type=Entry))
-            except msgspec.MsgspecError:
-                continue
+                self._write_changes()
+            except sqlite3.DatabaseError as error:
+                if not is_damage(error):
+                    raise
+                # Somebody has changed or replaced it under a running server.
+                log.warning("the index %s is damaged (%s)", self._path, error)
+                self._records.close()
+                self._write_changes()
+        except (sqlite3.Error, OSError) as error:
+            if not self._was_told:
+                log.warning("the index %s can't be used (%s): usage is not remembered", self._path, error)
+            self._was_told = True
+        else:
+            if self._was_told:
+                log.info("the index %s can be used again", self._path)
+            self._was_told = False
+
+    def _write_changes(self) -> None:
+        if not self._records.is_open:
+            self._open()
+        with self._guard:
+            changes, self._changes = self._changes, {}
+        try:
+            self._records.write({key: _encoded(record) for key, record in changes.items()})
+        except BaseException:
+            with self._guard:
+                self._changes = changes | self._changes
+            raise
+
+    def _open(self) -> None:
+        """What it holds is added to what was counted since the start; but not if it was known already."""
+        self.earlier = self._records.open(migrate=not self._was_told)
+        found = {} if self._was_open else self._read()
+        with self._guard:
+            if self._was_open:
+                self._changes = {**self._known, **self._changes}
+            for key, record in found.items():
+                self._merge(key, record)
+            self._was_open = True
+
+    def _read(self) -> dict[RecordKey, Record]:
+        found: dict[RecordKey, Record] = {}
+        for kind, key, value in self._records.all():
+            try:
+                found[kind, key] = msgspec.json.decode(value, type=TYPES[kind])
+            except (KeyError, msgspec.MsgspecError) as error:
+                log.warning("a record of the index is left out: %s", error)
         return found
 
-    def put(self, entry: Entry) -> None:
-        self._write(
-            "INSERT INTO entries (shelf, name, entry) VALUES (?, ?, ?) "
-            "ON CONFLICT (shelf, name) DO UPDATE SET entry = excluded.entry",
-            (entry.shelf, entry.name, msgspec.json.encode(entry)),
-        )
+    def _merge(self, key: RecordKey, record: Record) -> None:
+        since = self._known.get(key)
+        if isinstance(since, Usage) and isinstance(record, Usage):
+            self._known[key] = self._changes[key] = record.plus(since)
+        elif since is None and key not in self._changes:
+            self._known[key] = record
 
-    def delete(self, shelf: str, name: str) -> None:
-        self._write("DELETE FROM entries WHERE shelf = ? AND name = ?", (shelf, name))
+    def _put(self, key: RecordKey, record: Record) -> None:
+        self._known[key] = self._changes[key] = record
+
+    def usage(self, shelf: str, name: str) -> Usage:
+        found = self._known.get(usage_key(shelf, name))
+        return found if isinstance(found, Usage) else UNUSED
 
     def used(self, shelf: str, name: str, when: float, tokens: int, seconds: float) -> None:
-        self._write(
-            "UPDATE entries SET hits = hits + 1, last_used = ?, tokens_saved = tokens_saved + ?, "
-            "seconds_saved = seconds_saved + ? WHERE shelf = ? AND name = ?",
-            (when, tokens, seconds, shelf, name),
-        )
+        """Counts a hit."""
+        with self._guard:
+            hit = Usage(1, when, tokens, seconds)
+            self._put(usage_key(shelf, name), self.usage(shelf, name).plus(hit))
+        self.save()
 
     def touch(self, shelf: str, name: str, when: float) -> None:
         """Notes a use that is no hit."""
-        self._write("UPDATE entries SET last_used = ? WHERE shelf = ? AND name = ?", (when, shelf, name))
+        with self._guard:
+            self._put(usage_key(shelf, name), self.usage(shelf, name).plus(Usage(last_used=when)))
+        self.save()
+
+    def delete(self, shelf: str, name: str) -> None:
+        """Forgets how the cache was used."""
+        key = usage_key(shelf, name)
+        with self._guard:
+            # Also one that is not known yet, because the database could not be opened.
+            if self._known.pop(key, None) or not self._was_open:
+                self._changes[key] = None
+        self.save()
+
+    def keep_only(self, caches: Collection[tuple[str, str]]) -> None:
+        """Forgets how all but these, by shelf and name, were used."""
+        kept = {usage_key(*cache) for cache in caches}
+        for key in [key for key in self._known if key[0] == USAGE and key not in kept]:
+            shelf, _, name = key[1].partition("/")
+            self.delete(shelf, name)
 
     def ends(self, entry: Entry) -> float | None:
         """When it ends, in seconds since 1970; None: never. Of an automatic one time counts from its last
@@ -158,17 +180,15 @@ class Index:
     def is_over(self, entry: Entry, now: float) -> bool:
         return (ends := self.ends(entry)) is not None and ends <= now
 
-    def usage(self, shelf: str, name: str) -> Usage:
-        row = self._row(
-            "SELECT hits, last_used, tokens_saved, seconds_saved FROM entries WHERE shelf = ? AND name = ?",
-            (shelf, name),
-        )
-        return Usage(*row) if row else Usage()
-
     def weights_hash(self, path: str, identity: Identity) -> str | None:
-        values = (path, json.dumps(identity))
-        row = self._row("SELECT sha256 FROM weights WHERE path = ? AND identity = ?", values)
-        return str(row[0]) if row else None
+        known = self._known.get((WEIGHTS, path))
+        return known.sha256 if isinstance(known, Weights) and known.identity == identity else None
 
     def put_weights_hash(self, path: str, identity: Identity, sha256: str) -> None:
-        self._write("INSERT OR REPLACE INTO weights VALUES (?, ?, ?)", (path, json.dumps(identity), sha256))
+        with self._guard:
+            self._put((WEIGHTS, path), Weights(identity, sha256))
+        self.save()
+
+
+def _encoded(record: Record | None) -> bytes | None:
+    return None if record is None else msgspec.json.encode(record)

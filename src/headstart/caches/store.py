@@ -13,18 +13,20 @@ from functools import partial
 from pathlib import Path
 from time import time
 
+from msgspec.structs import replace
+
 from headstart.caches import beside, file
-from headstart.caches.beside import CACHE_SUFFIX
+from headstart.caches.catalog import Catalog
 from headstart.caches.checked import Checked, Identities, Tokens, identities
-from headstart.caches.disk import identity_at, sha256_of, storage_errors, sync_directory, take_lock
+from headstart.caches.disk import sha256_of, storage_errors, sync_directory, take_lock
 from headstart.caches.entry import Entry, Form
 from headstart.caches.file import Corrupt
-from headstart.caches.index import Index, Usage
+from headstart.caches.index import Index
 from headstart.caches.rewriting import rewrite, write_stub
+from headstart.caches.usage import Usage
 from headstart.caches.writing import Writer
-from headstart.errors import CacheNotFound, StorageError
+from headstart.errors import CacheConflict, CacheNotFound, StorageError
 from headstart.messages import StateRef
-from headstart.names import NAME, SHELF
 
 log = logging.getLogger(__name__)
 
@@ -54,18 +56,18 @@ class Store:
             self._lock = take_lock(self.directory)
             self._remove_scratch()
             self.index = Index(self.directory / "index.sqlite")
-        self._entries = {(entry.shelf, entry.name): entry for entry in self.index.entries()}
+        self._catalog = Catalog(self.directory)
+        self.path = self._catalog.path
         self._checked = Checked()
         self.reconcile()
+        self._catalog.take_over(self.index.earlier)
+        there = set(self._catalog.on_disk())
+        self.index.keep_only(there)
+        self._catalog.copies.keep_only(there)
 
     def close(self) -> None:
         self.index.close()
         os.close(self._lock)
-
-    def path(self, shelf: str, name: str) -> Path:
-        assert SHELF.fullmatch(shelf), shelf
-        assert NAME.fullmatch(name), name
-        return self.directory / shelf / (name + CACHE_SUFFIX)
 
     def _remove_scratch(self) -> None:
         for left_over in self.directory.glob(f"*/{SCRATCH}*"):
@@ -76,54 +78,31 @@ class Store:
 
     def reconcile(self) -> None:
         """Looks at all of the directory: what others did there is seen from then on."""
-        on_disk = set()
-        for path in self.directory.glob(f"*/*{CACHE_SUFFIX}"):
-            key = (path.parent.name, path.name.removesuffix(CACHE_SUFFIX))
-            if SHELF.fullmatch(key[0]) and NAME.fullmatch(key[1]) and self._look(*key):
-                on_disk.add(key)
-        for key in self._entries.keys() - on_disk:
+        on_disk = {key for key in self._catalog.on_disk() if self._look(*key)}
+        for key in self._catalog.caches() - on_disk:
             self._forget(*key)
 
     def _look(self, shelf: str, name: str) -> Entry | None:
-        """The entry as the disk has it now; None, its file being removed, once its time is over. A damaged
-        file keeps the entry that its header has or the index remembers, so that its state can be computed
-        again; verification will refuse it."""
-        entry = self._look_at_file(shelf, name)
+        """The entry as the disk has it now (see Catalog.look); None, its file being removed, once its time is
+        over."""
+        key = (shelf, name)
+        known, entry = self._catalog.get(key), self._catalog.look(key)
+        if entry is None and known:
+            self._checked.forget(key)
+            self.index.delete(*key)
         if entry and self.index.is_over(entry, self.clock()):
             self._end(entry)
             return None
         return entry
 
-    def _look_at_file(self, shelf: str, name: str) -> Entry | None:
-        path = self.path(shelf, name)
-        known = self._entries.get((shelf, name))
-        identity = identity_at(path)
-        if identity is None:
-            self._forget(shelf, name)
-            return None
-        if known and known.identity == identity:
-            return known
-        try:
-            entry = file.read(path)
-        except (Corrupt, OSError) as error:
-            log.warning("damaged cache file: %s", error)
-            if salvaged := file.salvaged(path):
-                self._remember(salvaged)
-            return salvaged or known
-        if (entry.shelf, entry.name) != (shelf, name):
-            log.warning("%s holds the cache %s of %s: ignored", path, entry.name, entry.shelf)
-            return known
-        self._remember(entry)
-        return entry
-
-    def _remember(self, entry: Entry) -> None:
-        self._entries[entry.shelf, entry.name] = entry
-        self.index.put(entry)
+    def is_from_copy(self, entry: Entry) -> bool:
+        """Whether the cache's file can't be read, so that the entry is what the copy of its header says."""
+        return self._catalog.is_from_copy((entry.shelf, entry.name))
 
     def _forget(self, shelf: str, name: str) -> None:
+        self._catalog.forget((shelf, name))
         self._checked.forget((shelf, name))
-        if self._entries.pop((shelf, name), None):
-            self.index.delete(shelf, name)
+        self.index.delete(shelf, name)
 
     def end_old(self) -> None:
         """Removes the files of caches whose time is over."""
@@ -153,12 +132,12 @@ class Store:
         return entry
 
     def entries(self, shelf: str | None = None) -> list[Entry]:
-        keys = sorted(key for key in self._entries if shelf in (None, key[0]))
+        keys = sorted(key for key in self._catalog.caches() if shelf in (None, key[0]))
         return [entry for key in keys if (entry := self._look(*key))]
 
     def known(self, shelf: str | None = None) -> Iterator[Entry]:
         """The shelf's caches, or all, as they were last seen, without a look at the disk."""
-        return (entry for entry in self._entries.values() if shelf in (None, entry.shelf))
+        return (entry for entry in self._catalog.all() if shelf in (None, entry.shelf))
 
     async def weights_hash(self, path: Path) -> str:
         """The SHA-256 of a model file, computed once for each state of the file. Raises StorageError."""
@@ -176,7 +155,13 @@ class Store:
     def used(self, entry: Entry, tokens: int = 0, restore_ms: float = 0.0) -> None:
         """Counts a hit that took `tokens` tokens from the cache, in `restore_ms`."""
         seconds = max(tokens * entry.ms_per_token - restore_ms, 0.0) / 1000
-        self.index.used(entry.shelf, entry.name, self.clock(), tokens, seconds)
+        if self._catalog.get((entry.shelf, entry.name)):
+            self.index.used(entry.shelf, entry.name, self.clock(), tokens, seconds)
+
+    def touch(self, entry: Entry) -> None:
+        """Notes a use that is no hit."""
+        if self._catalog.get((entry.shelf, entry.name)):
+            self.index.touch(entry.shelf, entry.name, self.clock())
 
     async def verified(self, entry: Entry, form: Form) -> VerifiedState:
         """Checks the files' hashes unless these very files were checked before. Raises Corrupt, also when one
@@ -226,19 +211,36 @@ class Store:
                 path.unlink(missing_ok=True)
                 beside.keep_only(path)
 
-    async def put(self, writer: Writer, entry: Entry) -> Entry:
+    async def put(self, writer: Writer, entry: Entry, repaired: Entry | None = None) -> Entry:
         """Makes what was written to a scratch file the cache of this entry's name, atomically replacing an
-        older one. Raises OSError, the old one being untouched. Returns the entry as stored."""
+        older one; but what is not the `repaired` one any more is not replaced. Raises CacheConflict for that,
+        or OSError, the old one being untouched. Returns the entry as stored."""
+        if repaired and not self._is_still(repaired):
+            raise CacheConflict(f"The cache {entry.name!r} is another by now, so it was not repaired.")
+        self._tell_of_copy(entry)
         stored, files = await asyncio.to_thread(self._publish, writer, entry)
         self._checked.put((entry.shelf, entry.name), files, writer.tokens)
         self._replace(stored)
         return stored
 
+    def _is_still(self, entry: Entry) -> bool:
+        """Whether the cache is that one, however its file was damaged since."""
+        now = self._look(entry.shelf, entry.name)
+        return now is not None and _shown(now) == _shown(entry)
+
+    def _tell_of_copy(self, entry: Entry) -> None:
+        known = self._catalog.get((entry.shelf, entry.name))
+        if known and self.is_from_copy(known) and known.content == entry.content:
+            log.warning(
+                "%s: written anew with the unverified text of the copy", self.path(entry.shelf, entry.name)
+            )
+
     def _replace(self, stored: Entry) -> None:
-        previous = self._entries.get((stored.shelf, stored.name))
-        self._remember(stored)
+        key = (stored.shelf, stored.name)
+        previous = self._catalog.get(key)
+        self._catalog.remember(stored)
         if previous and previous.content != stored.content:
-            self._delete_derived(stored.shelf, stored.name)
+            self._delete_derived(*key)
 
     def _publish(self, writer: Writer, entry: Entry) -> tuple[Entry, Identities]:
         final = self.path(entry.shelf, entry.name)
@@ -270,6 +272,7 @@ class Store:
     async def adopt(self, scratch: Path, stored: Entry) -> None:
         """Makes a scratch file, which was written and synced, the cache that it holds. It is so before
         anything is waited for. Raises OSError."""
+        self._tell_of_copy(stored)
         final = self.path(stored.shelf, stored.name)
         scratch.rename(final)
         beside.keep_only(final, stored.beside)
@@ -295,3 +298,8 @@ class Store:
                 self.delete(entry.shelf, entry.name)
             except (CacheNotFound, StorageError) as error:
                 log.warning("a derived cache was not deleted: %s", error)
+
+
+def _shown(entry: Entry) -> Entry:
+    """All of it but where it lies in which file."""
+    return replace(entry, identity=(0, 0, 0, 0), forms={}, evicted=[])

@@ -112,7 +112,7 @@ def _table(caches: list[Json]) -> Table:
         table.add_column(heading, no_wrap=True)
     for cache in caches:
         table.add_row(
-            cache["cache_name"],
+            cache["cache_name"] + (" (unverified)" if cache.get("unverified") else ""),
             cache["model"],
             f"{cache['tokens']:,}",
             f"{cache['size_mb']:,}",
@@ -148,6 +148,9 @@ def _fields(cache: Json) -> dict[str, str]:
 def _terms(cache: Json) -> dict[str, str]:
     """Those that say something."""
     fields = {
+        "Unverified": "its file can't be read: this is from the copy of its header"
+        if cache.get("unverified")
+        else "",
         "Evicted": ", ".join(cache["evicted"]),
         "Expires": _local(cache["expires"]) if cache["expires"] else "",
         "Pinned": "yes" if cache["pinned"] else "",

@@ -52,6 +52,11 @@ class Build:
     evicted: Sequence[Form] = ()
     parts: Sequence[str] = ()
 
+    @property
+    def repaired(self) -> Entry | None:
+        """The stored cache whose states are only computed again: whatever took its place meanwhile stays."""
+        return self.previous if self.previous and self.previous.version and not self.keep_states else None
+
 
 class Builder:
     def __init__(self, store: Store, quota: Quota) -> None:
@@ -59,8 +64,8 @@ class Builder:
         self.quota = quota
 
     async def build(self, build: Build) -> Entry:
-        """Raises ContextLengthExceeded, QuotaExceeded, StorageError or what the engine raises; then nothing
-        has changed but for what was evicted."""
+        """Raises ContextLengthExceeded, QuotaExceeded, CacheConflict, StorageError or what the engine raises;
+        then nothing has changed but for what was evicted."""
         model = build.model
         wanted: dict[Form, list[int]] = {}
         param = "prompt" if build.content.prompt else "messages"
@@ -89,7 +94,7 @@ class Builder:
                 writer.wrote(form, stats[form].saved_bytes, stats[form].saved_blake3)
             # Where the size was not known before, or wrong.
             await room.hold(writer.size)
-            return await self.store.put(writer, _entry(build, stats, self.store.clock()))
+            return await self.store.put(writer, _entry(build, stats, self.store.clock()), build.repaired)
 
     async def _kept(self, build: Build, form: Form, tokens: list[int]) -> Part | None:
         """The state as it is stored already, where the same prompt is given again."""

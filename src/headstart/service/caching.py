@@ -72,7 +72,7 @@ class Caching:
 
     def touch(self, entry: Entry) -> None:
         """Notes a use that is no hit."""
-        self.store.index.touch(entry.shelf, entry.name, self.store.clock())
+        self.store.touch(entry)
 
     def is_building_for(self, model: str) -> bool:
         """Whether a cache of the model is being built."""

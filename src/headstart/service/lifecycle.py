@@ -43,5 +43,6 @@ class Lifecycle:
 
     async def sweep(self) -> None:
         """Raises StorageError."""
+        self.store.index.save()
         self.store.end_old()
         await self.quota.trim()

@@ -82,7 +82,8 @@ class Verifier:
         try:
             await self.store.check(entry, from_disk=True)
         except Corrupt as error:
-            return judged(entry, "corrupt", str(error))
+            copied = "; its text is unverified, from the copy of its header"
+            return judged(entry, "corrupt", f"{error}{copied if self.store.is_from_copy(entry) else ''}")
         if model is None:
             return Verdict(entry.name, entry.model, "ok", detail="its model is not being served")
         try:
@@ -98,7 +99,7 @@ class Verifier:
         return model and model.seen_by(entry.owner)
 
     def _knows(self, stray: Stray) -> bool:
-        """Whether the index remembers the prompt that the file itself doesn't tell."""
+        """Whether there is a copy of the prompt that the file itself doesn't tell."""
         if not (SHELF.fullmatch(stray.shelf) and NAME.fullmatch(stray.name)):
             return False
         try:

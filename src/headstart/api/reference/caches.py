@@ -56,6 +56,7 @@ class Cache(Reply):
     last_used: str | None = Time
     tokens_saved: int
     seconds_saved: float
+    unverified: bool = Field(description="Its file can't be read: all this is from a copy of its header.")
 
 
 class CacheDetails(Cache):

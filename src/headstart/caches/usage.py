@@ -1,0 +1,46 @@
+"""How often a cache was used, and what that saved."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+# More than any server lives to count, and exact in JSON and as a float.
+MOST = 2**53
+# The years 1 to 9999.
+FIRST, LAST = -62_135_596_800, 253_402_300_799
+
+USAGE = "usage"
+
+Count = Annotated[int, Meta(ge=0, le=MOST)]
+Seconds = Annotated[float, Meta(ge=0, le=MOST)]
+Time = Annotated[float, Meta(ge=FIRST, le=LAST)]
+
+
+class Usage(Struct, frozen=True):
+    """Hits, when the last one was, and what all of them saved: tokens that needed no evaluation, and the
+    time this would have taken beyond that of restoring them."""
+
+    hits: Count = 0
+    last_used: Time | None = None
+    tokens_saved: Count = 0
+    seconds_saved: Seconds = 0.0
+
+    def plus(self, later: Usage) -> Usage:
+        """Both together, within the limits of the fields."""
+        return Usage(
+            min(self.hits + later.hits, MOST),
+            self.last_used if later.last_used is None else later.last_used,
+            min(self.tokens_saved + later.tokens_saved, MOST),
+            _within(self.seconds_saved + later.seconds_saved),
+        )
+
+
+def _within(seconds: float) -> float:
+    return min(seconds, float(MOST)) if seconds >= 0 else 0.0
+
+
+def usage_key(shelf: str, name: str) -> tuple[str, str]:
+    """Kind and key of the record that holds the usage of a cache."""
+    return USAGE, f"{shelf}/{name}"
