@@ -120,3 +120,13 @@ class Catalog:
                 log.warning("%s: its text is unverified, from an earlier release's index", self.path(*key))
                 self.copies.put(entry)
                 self.look(key)
+
+
+def is_same(entry: Entry | None, other: Entry) -> bool:
+    """Whether they are the same cache, however its file was damaged in between."""
+    return entry is not None and _lasting(entry) == _lasting(other)
+
+
+def _lasting(entry: Entry) -> Entry:
+    """All that damage leaves as it is."""
+    return replace(entry, identity=(0, 0, 0, 0), forms={}, evicted=[])

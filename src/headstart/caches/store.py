@@ -13,10 +13,8 @@ from functools import partial
 from pathlib import Path
 from time import time
 
-from msgspec.structs import replace
-
 from headstart.caches import beside, file
-from headstart.caches.catalog import Catalog
+from headstart.caches.catalog import Catalog, is_same
 from headstart.caches.checked import Checked, Identities, Tokens, identities
 from headstart.caches.disk import sha256_of, storage_errors, sync_directory, take_lock
 from headstart.caches.entry import Entry, Form
@@ -215,18 +213,13 @@ class Store:
         """Makes what was written to a scratch file the cache of this entry's name, atomically replacing an
         older one; but what is not the `repaired` one any more is not replaced. Raises CacheConflict for that,
         or OSError, the old one being untouched. Returns the entry as stored."""
-        if repaired and not self._is_still(repaired):
+        if repaired and not is_same(self._look(repaired.shelf, repaired.name), repaired):
             raise CacheConflict(f"The cache {entry.name!r} is another by now, so it was not repaired.")
         self._tell_of_copy(entry)
         stored, files = await asyncio.to_thread(self._publish, writer, entry)
         self._checked.put((entry.shelf, entry.name), files, writer.tokens)
         self._replace(stored)
         return stored
-
-    def _is_still(self, entry: Entry) -> bool:
-        """Whether the cache is that one, however its file was damaged since."""
-        now = self._look(entry.shelf, entry.name)
-        return now is not None and _shown(now) == _shown(entry)
 
     def _tell_of_copy(self, entry: Entry) -> None:
         known = self._catalog.get((entry.shelf, entry.name))
@@ -298,8 +291,3 @@ class Store:
                 self.delete(entry.shelf, entry.name)
             except (CacheNotFound, StorageError) as error:
                 log.warning("a derived cache was not deleted: %s", error)
-
-
-def _shown(entry: Entry) -> Entry:
-    """All of it but where it lies in which file."""
-    return replace(entry, identity=(0, 0, 0, 0), forms={}, evicted=[])
