@@ -255,6 +255,23 @@ def test_names_of_deleted_caches_are_wiped_from_the_index(start_server: StartSer
     eventually(lambda: not any(_where(server.cache_dir, name) for name in names))
 
 
+def test_what_a_reader_kept_in_the_log_is_wiped_later(tmp_path: Path) -> None:
+    index = Index(tmp_path / "index.sqlite")
+    index.used("toy", "xylophone", 1.0, 1, 1.0)
+    index.settle()
+    with closing(sqlite3.connect(tmp_path / "index.sqlite", isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM records").fetchall()
+        index.delete("toy", "xylophone")
+        index.settle()
+        assert _where(tmp_path, "xylophone")
+    index.save()
+    eventually(lambda: _where(tmp_path, "xylophone") == [])
+    index.close()
+    # As a request may that ends later.
+    index.used("toy", "xylophone", 1.0, 1, 1.0)
+
+
 def _old_index(directory: Path, changed: Mapping[str, Any] | None = None) -> None:
     """The index of a stopped server as the last release would have left it, each cache used three times."""
     for index in directory.glob("index.sqlite*"):

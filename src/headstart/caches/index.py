@@ -54,18 +54,21 @@ class Index:
         self._was_open = False
         self._was_told = False
         self._is_due = False
+        self._is_closed = False
         self._write()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="index")
 
     def close(self) -> None:
         """Writes what is still to be written, if that can be now."""
         self.save()
+        self._is_closed = True
         self._writer.shutdown()
         self._records.close()
 
     def save(self) -> None:
         """Has everything written that changed; doesn't wait for it."""
-        if not self._is_due and (self._changes or not self._was_open):
+        is_wanted = self._changes or self._records.must_wipe or not self._was_open
+        if is_wanted and not (self._is_due or self._is_closed):
             self._is_due = True
             self._writer.submit(self._write)
 
@@ -108,8 +111,14 @@ class Index:
 
     def _open(self) -> None:
         """What it holds is added to what was counted since the start; but not if it was known already."""
-        self.earlier = self._records.open(migrate=not self._was_told)
-        found = {} if self._was_open else self._read()
+        # Only a start has use for an earlier release's entries.
+        earlier = self._records.open(migrate=not self._was_told)
+        try:
+            found = {} if self._was_open else self._read()
+        except sqlite3.Error:
+            self._records.close()
+            raise
+        self.earlier = self.earlier or earlier
         with self._guard:
             if self._was_open:
                 self._changes = {**self._known, **self._changes}

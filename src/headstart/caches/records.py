@@ -59,12 +59,13 @@ def is_damage(error: Exception) -> bool:
 
 
 class Records:
-    """Used by one thread at a time. Methods raise sqlite3.Error or OSError, with nothing changed."""
+    """Used by one thread at a time. Methods raise sqlite3.Error or OSError, with nothing changed.
+    `must_wipe`: deleted rows are still in the log; a write, though it be of nothing, wipes them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._database: sqlite3.Connection | None = None
-        self._must_wipe = False
+        self.must_wipe = False
 
     @property
     def is_open(self) -> bool:
@@ -119,7 +120,7 @@ class Records:
         try:
             database.execute("VACUUM")
             database.execute(f"PRAGMA user_version = {WIPED}")
-            self._must_wipe = True
+            self.must_wipe = True
             self._wipe()
         except sqlite3.OperationalError as error:
             log.warning("deleted texts are still in %s until the next start (%s)", self.path, error)
@@ -144,7 +145,7 @@ class Records:
         if wrong:
             log.warning("the index %s: %d damaged records are left out", self.path, len(wrong))
             self._database.executemany("DELETE FROM records WHERE rowid = ?", wrong)
-            self._must_wipe = True
+            self.must_wipe = True
 
     def write(self, changes: Mapping[RecordKey, bytes | None]) -> None:
         """Puts each value in its place; None deletes the record. All of it is done or nothing."""
@@ -166,15 +167,15 @@ class Records:
             if self._database.in_transaction:
                 self._database.execute("ROLLBACK")
             raise
-        self._must_wipe |= bool(deleted)
+        self.must_wipe |= bool(deleted)
 
     def _wipe(self) -> None:
         """Empties the log, in which deleted rows still are. Where another process is reading it, the next
         write does."""
         assert self._database
-        if self._must_wipe:
+        if self.must_wipe:
             busy, _, _ = self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-            self._must_wipe = bool(busy)
+            self.must_wipe = bool(busy)
 
 
 def _seal(kind: str, key: str, value: bytes) -> bytes:

@@ -59,6 +59,7 @@ class Store:
         self._checked = Checked()
         self.reconcile()
         self._catalog.take_over(self.index.earlier)
+        self.index.earlier.clear()
         there = set(self._catalog.on_disk())
         self.index.keep_only(there)
         self._catalog.copies.keep_only(there)
