@@ -8,12 +8,13 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from headstart.caches.entry import Identity
 from headstart.caches.file import identity_of
 from headstart.errors import StartupError, StorageError, StorageFull
+from headstart.regular import opened
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +31,23 @@ def identity_at(path: Path) -> Identity | None:
 
 
 def sha256_of(path: Path) -> str:
-    """Raises OSError."""
-    with path.open("rb") as file:
+    """Raises OSError, also for a file that is mostly holes: its size, be it a disk's, says nothing then."""
+    with opened(path, follow=True) as file:
+        if 2 * _written(file.fileno()) < os.fstat(file.fileno()).st_size:
+            raise OSError(errno.EINVAL, "most of it was never written: it is not whole", str(path))
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _written(handle: int) -> int:
+    """How many bytes of the file are not holes, as far as its file system tells."""
+    at, written = 0, 0
+    with suppress(OSError):
+        while True:
+            begin = os.lseek(handle, at, os.SEEK_DATA)
+            at = os.lseek(handle, begin, os.SEEK_HOLE)
+            written += at - begin
+    os.lseek(handle, 0, os.SEEK_SET)
+    return written
 
 
 def sync_directory(path: Path) -> None:
@@ -48,7 +63,7 @@ def take_lock(directory: Path) -> int:
     """A handle that keeps other servers away from the directory till it is closed. Raises StartupError if
     there is one, or OSError."""
     try:
-        lock = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+        lock = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     except OSError as error:
         if error.errno != errno.EROFS:
             raise

@@ -59,6 +59,7 @@ class Conversations:
     def check(self, model: ServedModel, name: str, overwrite: bool | None) -> None:
         """Raises InvalidName, or CacheConflict if a conversation may not be saved under this name."""
         check_own_name(name, param="save_as")
+        self.caching.check_not_declared(model, name, param="save_as")
         build = self.caching.build_of(model, name)
         is_other = build is not self._saving.get((model.shelf, name))
         if build and not overwrite and (is_other or overwrite is False):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from headstart.caches.entry import Entry, Form, MissReason
 from headstart.caches.file import Corrupt
 from headstart.caches.store import Store
+from headstart.errors import BadRequest
 from headstart.messages import StateRef
 from headstart.service.building import opening_tokens
 from headstart.service.heads import head_of
@@ -42,7 +43,12 @@ async def opened(
     """What the cache does for a request whose prompt is `tokens`, as things are. Where it has no state now,
     or is composed of others and not yet built, its `head` may help: a cache that it begins like. Raises
     ModelLoading."""
-    wanted = await opening_tokens(model, form, entry.content)
+    try:
+        wanted = await opening_tokens(model, form, entry.content)
+    except BadRequest as error:
+        # Another template took it, or nothing was ever rendered of it.
+        log.warning("cache %s of %s can't be used: %s", entry.name, entry.shelf, error.message)
+        return Opening(0, miss="template_changed")
     boundary = min(common_prefix(wanted, tokens), len(tokens) - 1)
     reason: MissReason | None
     if reason := model.fingerprint.changed_since(entry.fingerprint):
@@ -69,7 +75,10 @@ async def miss_reason(store: Store, model: ServedModel, entry: Entry) -> MissRea
     """Why a request that begins with the cache would not start from its state as things are; None: it
     would. Raises ModelLoading."""
     for form in tuple(entry.forms) or entry.content.forms:
-        wanted = await opening_tokens(model, form, entry.content)
+        try:
+            wanted = await opening_tokens(model, form, entry.content)
+        except BadRequest:
+            return "template_changed"
         opening = await opened(store, model, entry, form, [*wanted, NO_TOKEN])
         if opening.miss:
             return opening.miss
