@@ -41,7 +41,7 @@ ALLOWED = {
     "nesting": set(),
     "regular": set(),
     "tables": {"contents", "errors", "names", "regular"},
-    "config": {"arithmetic", "errors", "folder", "names", "tables"},
+    "config": {"arithmetic", "contents", "errors", "folder", "names", "tables"},
     "engine": BOTTOM,
     "prompt": BOTTOM,
     "caches": BOTTOM,

@@ -14,9 +14,9 @@ import psutil
 import pytest
 
 from conftest import StartServer
-from headers import changed, with_entry
+from headers import changed, header_of, with_entry
 from headstart.regular import NotAFile, opened
-from servers import RunningServer, said
+from servers import Json, RunningServer, said
 
 PROMPT = "You keep the lighthouse and never sleep. " * 8
 TERA = 1 << 40
@@ -239,6 +239,32 @@ def test_weights_that_were_never_written_are_not_hashed(tmp_path: Path) -> None:
     )
     assert ended.returncode == 1
     assert "Traceback" not in ended.stderr
+
+
+def test_a_state_as_large_as_no_disk_is_not_read(start_server: StartServer) -> None:
+    """Neither for whom names it, nor for those who begin like it, nor to be verified."""
+    server = start_server("--model", "toy=toy:")
+    server.create("good", PROMPT)
+    path = server.cache_dir / "toy" / "good.headstart"
+
+    def grow(header: Json) -> None:
+        (last,) = [name for name in header if header[name].get("data_offsets", [0, 0])[1] == end]
+        begin, _ = header[last]["data_offsets"]
+        header[last] |= {"shape": [TERA], "data_offsets": [begin, begin + TERA]}
+
+    whole = path.read_bytes()
+    end = max(tensor["data_offsets"][1] for name, tensor in header_of(whole).items() if name[0] != "_")
+    grown = changed(whole, grow)
+    with path.open("wb") as file:
+        file.write(grown)
+        size = int.from_bytes(grown[:8], "little") + 8
+        file.truncate(size + max(t["data_offsets"][1] for n, t in header_of(grown).items() if n[0] != "_"))
+    (verdict,) = server.post("/v1/verify").json()["data"]
+    assert verdict["state"] == "damaged"
+    assert "most of it was never written" in verdict["detail"]
+    prompt = {"prompt": PROMPT + "Who?", "max_tokens": 1}
+    answer = server.post("/v1/completions", model="toy", use_cache="good", **prompt).json()
+    assert answer["usage"]["cache_miss_reason"] == "corrupt"
 
 
 def test_a_header_of_many_brackets_is_damage(start_server: StartServer) -> None:

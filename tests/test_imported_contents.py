@@ -13,6 +13,7 @@ from headers import with_entry
 from servers import Json, RunningServer, said
 
 PROMPT = "You keep the lighthouse and never sleep. " * 8
+CHAT_ONLY: dict[str, Any] = {"for": ["chat"]}
 
 
 def nested(levels: int) -> Any:
@@ -84,7 +85,7 @@ def exported(server: RunningServer, name: str) -> bytes:
 @pytest.fixture(scope="module")
 def whole(toy: RunningServer) -> bytes:
     """A cache's file with states for chats only, as messages have them."""
-    toy.create("contents", PROMPT, **{"for": ["chat"]})
+    toy.create("contents", PROMPT, **CHAT_ONLY)
     return exported(toy, "contents")
 
 
@@ -106,7 +107,7 @@ def test_a_file_in_the_directory_that_says_it_disturbs_nobody(
 ) -> None:
     """Neither while the server runs nor at its start."""
     server = start_server("--model", "toy=toy:")
-    server.create("good", PROMPT, **{"for": ["chat"]})
+    server.create("good", PROMPT, **CHAT_ONLY)
     expected = said(server.chat("Who?", use_cache="good"))
     whole = exported(server, "good")
     for case, (fields, _) in NO_CONTENTS.items():
@@ -179,7 +180,7 @@ def test_what_the_models_template_refuses_is_refused_in_a_file_too(
 ) -> None:
     """After the user's message the template wants the assistant's, so nothing can be asked after it."""
     server = start_server("--model", "toy=toy:template=nosystem")
-    server.create("good", PROMPT, **{"for": ["chat"]})
+    server.create("good", PROMPT, **CHAT_ONLY)
     response = put(server, "refused", with_entry(exported(server, "good"), **of(USER)))
     assert (response.status_code, response.json()["error"]["param"]) == (400, "messages"), response.text
 
@@ -189,7 +190,7 @@ def test_a_cache_that_the_template_refuses_fails_nobody_who_does_not_name_it(
 ) -> None:
     """It lies in the directory, made under another template say."""
     server = start_server("--model", "toy=toy:template=nosystem")
-    server.create("good", PROMPT, **{"for": ["chat"]})
+    server.create("good", PROMPT, **CHAT_ONLY)
     refused = with_entry(exported(server, "good"), name="refused", **of(USER))
     (server.cache_dir / "toy" / "refused.headstart").write_bytes(refused)
     server.restart()

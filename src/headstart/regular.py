@@ -6,8 +6,11 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
+
+LARGE = 1 << 30
 
 
 class NotAFile(OSError):
@@ -43,6 +46,26 @@ def read_bytes(path: str | Path, *, follow: bool = False) -> bytes:
 def read_text(path: str | Path, *, follow: bool = False) -> str:
     """Raises OSError or UnicodeDecodeError."""
     return read_bytes(path, follow=follow).decode("utf-8")
+
+
+def check_written(file: BufferedReader) -> None:
+    """Raises OSError for a large file that is mostly holes: it can be as large as any disk, and take no room
+    on this one, but long to read."""
+    size = os.fstat(file.fileno()).st_size
+    if size > LARGE and 2 * _written(file.fileno()) < size:
+        raise OSError(errno.EINVAL, "most of it was never written", str(file.name))
+
+
+def _written(handle: int) -> int:
+    """How many bytes of the file are not holes, as far as its file system tells."""
+    at, written = 0, 0
+    with suppress(OSError):
+        while True:
+            begin = os.lseek(handle, at, os.SEEK_DATA)
+            at = os.lseek(handle, begin, os.SEEK_HOLE)
+            written += at - begin
+    os.lseek(handle, 0, os.SEEK_SET)
+    return written
 
 
 def is_file(path: str | Path, *, follow: bool = False) -> bool:

@@ -22,7 +22,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from headstart.caches.entry import FORMS, Form
-from headstart.regular import opened
+from headstart.regular import check_written, opened
 
 CACHE_SUFFIX = ".headstart"
 SUFFIX = ".rkllm_cache"
@@ -49,6 +49,7 @@ def hashed(path: Path, *, from_disk: bool = False) -> tuple[int, str]:
         before = os.fstat(file.fileno())
         if before.st_size == 0:
             return 0, blake3().hexdigest()
+        check_written(file)
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapping, memoryview(mapping) as view:
             found = blake3(view, max_threads=blake3.AUTO).hexdigest()
         after = os.fstat(file.fileno())

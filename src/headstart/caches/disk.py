@@ -8,13 +8,13 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from headstart.caches.entry import Identity
 from headstart.caches.file import identity_of
 from headstart.errors import StartupError, StorageError, StorageFull
-from headstart.regular import opened
+from headstart.regular import check_written, opened
 
 log = logging.getLogger(__name__)
 
@@ -31,23 +31,10 @@ def identity_at(path: Path) -> Identity | None:
 
 
 def sha256_of(path: Path) -> str:
-    """Raises OSError, also for a file that is mostly holes: its size, be it a disk's, says nothing then."""
+    """Raises OSError, also for a large file that is mostly holes."""
     with opened(path, follow=True) as file:
-        if 2 * _written(file.fileno()) < os.fstat(file.fileno()).st_size:
-            raise OSError(errno.EINVAL, "most of it was never written: it is not whole", str(path))
+        check_written(file)
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _written(handle: int) -> int:
-    """How many bytes of the file are not holes, as far as its file system tells."""
-    at, written = 0, 0
-    with suppress(OSError):
-        while True:
-            begin = os.lseek(handle, at, os.SEEK_DATA)
-            at = os.lseek(handle, begin, os.SEEK_HOLE)
-            written += at - begin
-    os.lseek(handle, 0, os.SEEK_SET)
-    return written
 
 
 def sync_directory(path: Path) -> None:

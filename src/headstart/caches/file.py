@@ -19,8 +19,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 import msgspec
 from blake3 import blake3
@@ -29,7 +29,7 @@ from headstart.caches.beside import CACHE_SUFFIX, state_path
 from headstart.caches.beside import hashed as hashed_file
 from headstart.caches.entry import Entry, Form, Identity
 from headstart.caches.header import LENGTH, MAX_HEADER, Corrupt, hashed, header_text, read_header
-from headstart.regular import NotAFile, opened, shown
+from headstart.regular import NotAFile, check_written, opened, shown
 
 __all__ = ["LENGTH", "MAX_HEADER", "Corrupt", "hashed", "header_text", "opened", "read_header"]
 
@@ -86,6 +86,7 @@ def verify(path: Path, identity: Identity, *, from_disk: bool = False) -> dict[F
             raise Corrupt(f"{path}: changed while it was being read")
         if header.end != stat.st_size:
             raise Corrupt(f"{path}: {stat.st_size} bytes instead of {header.end}")
+        check_written(file)
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapping, memoryview(mapping) as view:
             tokens: dict[Form, list[int]] = {}
             for name, tensor in header.tensors.items():
@@ -105,7 +106,7 @@ def verify(path: Path, identity: Identity, *, from_disk: bool = False) -> dict[F
     return tokens
 
 
-def _opened(path: Path) -> BinaryIO:
+def _opened(path: Path) -> BufferedReader:
     """Raises Corrupt for what is no file, or OSError."""
     try:
         return opened(path)

@@ -16,6 +16,7 @@ from headstart.caches import file
 from headstart.caches.entry import Entry
 from headstart.caches.header import BESIDE, HASH, LENGTH, Corrupt, hashed, header_text, read_header
 from headstart.caches.writing import Writer, room_for
+from headstart.regular import NotAFile
 
 CHUNK = 8 << 20
 # What a kernel or file system says that can't copy between these files by itself.
@@ -28,7 +29,7 @@ def rewrite(source: Path, target: Path, entry: Entry) -> Entry:
     used: `target` has none. Raises OSError."""
     try:
         return _rewrite(source, target, entry)
-    except (Corrupt, FileNotFoundError):
+    except (Corrupt, FileNotFoundError, NotAFile):
         return write_stub(target, entry)
 
 

@@ -70,7 +70,7 @@ def write(place: SaveTo, state: memoryview) -> str:
     """Returns when the state is on the disk, with its BLAKE3 hash. Raises OSError. The file must exist: if
     whoever asked for it has removed it, nothing is left behind."""
     found = blake3(state).hexdigest()
-    with os.fdopen(os.open(place.path, os.O_WRONLY | os.O_NOFOLLOW), "wb") as file:
+    with os.fdopen(os.open(place.path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "wb") as file:
         file.seek(place.offset)
         file.write(state)
         file.flush()

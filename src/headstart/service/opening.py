@@ -61,6 +61,12 @@ async def opened(
         return Opening(boundary, miss="form_not_built" if wanted else "too_short")
     if boundary <= 0 or (boundary < len(wanted) and not model.info.can_cut):
         return Opening(max(boundary, 0), miss="prompt_differs")
+    stored = entry.forms[form]
+    if stored.n_tokens != len(wanted):
+        return Opening(boundary, miss="template_changed")
+    if 0 < _most_bytes(model, stored.n_tokens) < stored.state_bytes:
+        log.warning("cache %s of %s is damaged: its state is too large", entry.name, entry.model)
+        return Opening(boundary, miss="corrupt")
     try:
         state = await store.verified(entry, form)
     except Corrupt as error:
@@ -69,6 +75,11 @@ async def opened(
     if state.tokens != wanted:
         return Opening(boundary, miss="template_changed")
     return Opening(boundary, restore=state.ref)
+
+
+def _most_bytes(model: ServedModel, n_tokens: int) -> int:
+    """That a state of so many tokens takes; 0: that isn't known."""
+    return model.info.state_bytes + n_tokens * model.info.state_token_bytes
 
 
 async def miss_reason(store: Store, model: ServedModel, entry: Entry) -> MissReason | None:

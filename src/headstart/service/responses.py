@@ -17,6 +17,8 @@ from headstart.caches.entry import Entry, Terms
 from headstart.config import Settings
 from headstart.contents import arguments_of
 from headstart.errors import CacheNotFound, HeadstartError, ResponseNotFound
+from headstart.limits import MAX_DEPTH
+from headstart.nesting import depth
 from headstart.prompt.prompts import soon
 from headstart.service.automatic import Automatic
 from headstart.service.chats import Chat
@@ -42,6 +44,9 @@ class Record(Struct, frozen=True):
     def __post_init__(self) -> None:
         if not isinstance(self.body.get("instructions"), str | None):
             raise ValueError("instructions are a text")
+        # Of a request's tools and schemas, some levels further in.
+        if depth(self.body) > 2 * MAX_DEPTH:
+            raise ValueError("it is nested too deeply")
 
 
 @dataclass(frozen=True)
