@@ -170,10 +170,9 @@ def test_no_handle_stays_open_after_a_hundred_looks(strange: RunningServer) -> N
 
 def test_repair_sets_them_aside_and_deletes_nothing(strange: RunningServer) -> None:
     verdicts = strange.post("/v1/verify", repair=True).json()["data"]
-    # The folder that is linked holds the same files.
-    damaged = [each for each in verdicts if (each["model"], each["state"]) == ("toy", "damaged")]
-    actions = {each["cache_name"]: each["action"] for each in damaged}
-    assert actions["pipe"] == actions["folder"] == actions["device"] == "set_aside"
+    # The folder that is linked holds the same files, and its turn comes first.
+    aside = {each["cache_name"] for each in verdicts if each["action"] == "set_aside"}
+    assert aside >= {"pipe", "folder", "socket", "device", "loop", "sparse", "empty"}
     kept = strange.cache_dir / "toy" / "pipe.headstart.damaged"
     assert stat.S_ISFIFO(kept.stat().st_mode)
     assert strange.chat("Who?", use_cache="good")["usage"]["cache_hit"] is True
