@@ -26,7 +26,7 @@ from headstart.config import Settings
 ROOT = Path(headstart.__file__).parent
 # What each part may import of the others; a part is a package or a module of the top level.
 BOTTOM = {"arithmetic", "errors", "config", "messages", "names", "tokens", "toyspec", "machine", "headstart"}
-BOTTOM |= {"folder", "tables"}
+BOTTOM |= {"folder", "tables", "contents", "limits", "nesting", "regular"}
 ALLOWED = {
     "errors": set(),
     "names": {"errors"},
@@ -36,8 +36,12 @@ ALLOWED = {
     "toyspec": set(),
     "arithmetic": set(),
     "messages": {"arithmetic"},
-    "tables": {"errors", "names"},
-    "config": {"arithmetic", "errors", "folder", "names", "tables"},
+    "contents": {"limits", "nesting"},
+    "limits": set(),
+    "nesting": set(),
+    "regular": set(),
+    "tables": {"contents", "errors", "names", "regular"},
+    "config": {"arithmetic", "contents", "errors", "folder", "names", "tables"},
     "engine": BOTTOM,
     "prompt": BOTTOM,
     "caches": BOTTOM,

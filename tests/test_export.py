@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 from conftest import StartServer
 from headstart.caches import file
+from headstart.caches import header as header_of_file
 from headstart.caches.inspection import inspect
 from headstart.cli.main import app
 from servers import Json, RunningServer, said
@@ -52,7 +53,7 @@ def rewritten(whole: bytes, change: Any) -> bytes:
     header = json.loads(whole[8 : 8 + length])
     change(header)
     header["__metadata__"]["blake3"] = "0" * 64
-    text = file.hashed(json.dumps(header).encode())
+    text = header_of_file.hashed(json.dumps(header).encode())
     return len(text).to_bytes(8, "little") + text + whole[8 + length :]
 
 
@@ -65,7 +66,7 @@ def test_an_export_is_the_whole_file_and_says_what_it_is(toy: RunningServer) -> 
     assert response.headers["content-disposition"] == 'attachment; filename="exp-out.headstart"'
     assert response.headers["content-length"] == str(len(response.content))
     with file.opened(path) as opened:
-        digest = file.read_header(opened)[0]["__metadata__"]["blake3"]
+        digest = header_of_file.read_header(opened).metadata["blake3"]
     assert response.headers["etag"] == f'"{digest}"'
 
 

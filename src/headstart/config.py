@@ -18,6 +18,7 @@ from pydantic_settings import (
 )
 
 from headstart.arithmetic import Weights
+from headstart.contents import Utf8
 from headstart.errors import StartupError
 from headstart.folder import models_in
 from headstart.tables import ApiKey, DeclaredCache, FixedSampling, check_names, check_route
@@ -119,7 +120,7 @@ class Settings(BaseSettings):
     prune_declared: bool = Field(
         False, description="Delete at the start what was declared once and is declared no more."
     )
-    default_system: str | None = Field(
+    default_system: Utf8 | None = Field(
         None, min_length=1, description="System message of chats that have none and use no cache."
     )
     automatic: bool = Field(True, description="Make caches of system prompts that come often.")
@@ -217,7 +218,7 @@ def load_settings(config: Path | None = None, **flags: Any) -> Settings:
     except ValidationError as error:
         problems = (f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors())
         raise StartupError("Wrong settings: " + "; ".join(problems)) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StartupError(f"{config} is not valid TOML: {error}") from error
 
 

@@ -9,8 +9,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
+from headstart.contents import Description, Ttl, Utf8
 from headstart.errors import StartupError
 from headstart.names import NAME
+from headstart.regular import read_text as read_file
 
 
 class Table(BaseModel):
@@ -20,13 +22,13 @@ class Table(BaseModel):
 class DeclaredCache(Table):
     """`[caches.NAME]`: a cache that is there whenever the server runs. `model` None: the first one."""
 
-    prompt: str = ""
+    prompt: Utf8 = ""
     file: Path | None = None
     model: str | None = None
     forms: list[Literal["chat", "completion"]] = Field(["chat", "completion"], alias="for", min_length=1)
-    ttl_seconds: float | None = Field(None, gt=0)
+    ttl_seconds: Ttl | None = None
     pinned: bool = False
-    description: str = ""
+    description: Description = ""
 
     @model_validator(mode="after")
     def _check_text(self) -> DeclaredCache:
@@ -105,7 +107,7 @@ def check_route(prefix: str) -> None:
 def read_text(path: Path, what: str) -> str:
     """Raises StartupError about `what`."""
     try:
-        return path.read_text(encoding="utf-8")
+        return read_file(path, follow=True)
     except OSError as error:
         raise StartupError(f"{what} can't be read from {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pydantic import ConfigDict, Field
 
-from headstart.api.schemas import Body, ChatMessage
-from headstart.api.text import Utf8
-from headstart.api.tools import Tool
+from headstart.api.schemas import Body
 from headstart.caches.entry import FORMS, Content, Form
+from headstart.contents import ChatMessage, Tool, Utf8
 from headstart.errors import BadRequest
 
 

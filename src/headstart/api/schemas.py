@@ -4,16 +4,17 @@ are refused unless they ask for nothing."""
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from msgspec import structs
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints
 
 from headstart.api.asked import asked
 from headstart.api.structure import StructuredRequest
 from headstart.api.text import Utf8
 from headstart.api.token_fields import LogitBias, TopLogprobs
-from headstart.api.tools import ReasoningFormat, TemplateVariables, Tool, ToolCall, ToolChoice, calling
+from headstart.api.tools import ReasoningFormat, TemplateVariables, Tool, ToolChoice, calling
+from headstart.contents import ChatMessage, Open
 from headstart.errors import BadRequest
 from headstart.messages import Sampling
 from headstart.service.requests import Options
@@ -24,8 +25,7 @@ MOST_ANSWERS = 128
 StopString = Annotated[Utf8, StringConstraints(min_length=1, max_length=1000)]
 
 
-class Body(BaseModel):
-    model_config = ConfigDict(extra="allow")
+Body = Open
 
 
 class StreamOptions(Body):
@@ -153,57 +153,6 @@ HARMLESS: dict[str, tuple[object, ...]] = {
     "save_as": (None,),
 }
 INSTEAD = {"functions": "send tools instead", "function_call": "send tools and tool_choice instead"}
-
-
-class TextPart(Body):
-    type: Literal["text"] = Field(description="Messages hold text only.")
-    text: Utf8 = Field(description="A part of the message's text; the parts are joined as they are.")
-
-
-class ChatMessage(Body):
-    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
-        description="`developer` is the same as `system`."
-    )
-    content: Utf8 | list[TextPart] | None = Field(None, description="The text, or parts of it.")
-    tool_calls: list[ToolCall] | None = Field(None, description="Calls that an assistant's message made.")
-    reasoning_content: Utf8 | None = Field(
-        None, description="What an assistant's message was reasoned to be, for templates that write it."
-    )
-    tool_call_id: Utf8 | None = Field(None, description="Of a tool's message: the call it answers.")
-    name: Utf8 | None = Field(None, description="Who speaks, for templates that write it.")
-
-    @model_validator(mode="after")
-    def _has_content(self) -> ChatMessage:
-        if self.content is None and not (self.role == "assistant" and self.tool_calls):
-            raise ValueError("A message needs content")
-        return self
-
-    @model_validator(mode="after")
-    def _says_all_in_text(self) -> ChatMessage:
-        extra = self.model_extra or {}
-        if extra.get("function_call") is not None:
-            raise ValueError("function_call is not supported: send tool_calls instead")
-        if extra.get("audio") is not None:
-            raise ValueError("audio is not supported: send its text as content")
-        return self
-
-    def plain(self) -> dict[str, Any]:
-        """Role and text, as chat templates want them, and what there is to say about tools."""
-        parts = self.content if isinstance(self.content, list) else []
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in parts)
-        message: dict[str, Any] = {
-            "role": "system" if self.role == "developer" else self.role,
-            "content": text,
-        }
-        if self.role == "assistant" and self.tool_calls:
-            message["tool_calls"] = self.tool_calls
-        if self.role == "assistant" and self.reasoning_content:
-            message["reasoning_content"] = self.reasoning_content
-        if self.role == "tool" and self.tool_call_id is not None:
-            message["tool_call_id"] = self.tool_call_id
-        if self.name is not None:
-            message["name"] = self.name
-        return message
 
 
 class ChatRequest(GenerationRequest):

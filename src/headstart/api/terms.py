@@ -3,36 +3,24 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, StringConstraints
+from pydantic import Field
 
 from headstart.api.cache_body import CacheRequest
 from headstart.api.schemas import Body
-from headstart.api.text import Utf8
 from headstart.caches.entry import Entry, Terms
+from headstart.contents import Description, Metadata, Ttl
 from headstart.errors import BadRequest
-
-# A hundred years.
-MAX_TTL = 36525 * 86400
-MAX_PAIRS = 32
-Key = Annotated[Utf8, StringConstraints(min_length=1, max_length=64)]
-Value = Annotated[Utf8, StringConstraints(max_length=1000)]
 
 
 class TermsBody(Body):
     """Fields that are left out stay as they are; null takes one back."""
 
-    ttl_seconds: float | None = Field(
-        None, gt=0, le=MAX_TTL, allow_inf_nan=False, description="How long the cache is kept."
-    )
+    ttl_seconds: Ttl | None = Field(None, description="How long the cache is kept.")
     pinned: bool | None = Field(None, description="True: its states are never given up for others.")
-    description: Annotated[Utf8, StringConstraints(max_length=1000)] | None = Field(
-        None, description="What it is for, in words."
-    )
-    metadata: Annotated[dict[Key, Value], Field(max_length=MAX_PAIRS)] | None = Field(
-        None, description="Pairs of texts that clients keep with it."
-    )
+    description: Description | None = Field(None, description="What it is for, in words.")
+    metadata: Metadata | None = Field(None, description="Pairs of texts that clients keep with it.")
 
     def given(self) -> dict[str, Any]:
         """The terms that the request names."""

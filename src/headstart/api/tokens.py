@@ -8,9 +8,10 @@ from fastapi import APIRouter, Request
 from pydantic import FailFast, Field, StrictInt
 
 from headstart.api.keys import seen
-from headstart.api.schemas import Body, ChatMessage
+from headstart.api.schemas import Body
 from headstart.api.text import Utf8
 from headstart.api.tools import Tool
+from headstart.contents import ChatMessage
 from headstart.errors import BadRequest
 from headstart.service.model import ServedModel
 from headstart.service.server import Service

@@ -16,11 +16,13 @@ import mmap
 import os
 import shutil
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
 from blake3 import blake3
 
 from headstart.caches.entry import FORMS, Form
+from headstart.regular import check_written, opened
 
 CACHE_SUFFIX = ".headstart"
 SUFFIX = ".rkllm_cache"
@@ -41,12 +43,13 @@ def cache_path(path: Path) -> Path:
 
 def hashed(path: Path, *, from_disk: bool = False) -> tuple[int, str]:
     """The file's size and hash. Raises OSError, also when it changes meanwhile or is a link."""
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+    with opened(path) as file:
         if from_disk and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         before = os.fstat(file.fileno())
         if before.st_size == 0:
             return 0, blake3().hexdigest()
+        check_written(file)
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapping, memoryview(mapping) as view:
             found = blake3(view, max_threads=blake3.AUTO).hexdigest()
         after = os.fstat(file.fileno())
@@ -78,4 +81,6 @@ def keep_only(path: Path, forms: Collection[Form] = ()) -> None:
     """Deletes the states beside the cache's file but for those of some forms. Raises OSError."""
     for form in FORMS:
         if form not in forms:
-            state_path(path, form).unlink(missing_ok=True)
+            # A folder of that name is no state.
+            with suppress(IsADirectoryError):
+                state_path(path, form).unlink(missing_ok=True)

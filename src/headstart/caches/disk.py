@@ -14,6 +14,7 @@ from pathlib import Path
 from headstart.caches.entry import Identity
 from headstart.caches.file import identity_of
 from headstart.errors import StartupError, StorageError, StorageFull
+from headstart.regular import check_written, opened
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +31,9 @@ def identity_at(path: Path) -> Identity | None:
 
 
 def sha256_of(path: Path) -> str:
-    """Raises OSError."""
-    with path.open("rb") as file:
+    """Raises OSError, also for a large file that is mostly holes."""
+    with opened(path, follow=True) as file:
+        check_written(file)
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -48,7 +50,7 @@ def take_lock(directory: Path) -> int:
     """A handle that keeps other servers away from the directory till it is closed. Raises StartupError if
     there is one, or OSError."""
     try:
-        lock = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+        lock = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     except OSError as error:
         if error.errno != errno.EROFS:
             raise

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 from msgspec.structs import replace
 
-from headstart.names import shelf_name
+from headstart.names import NAME, shelf_name
 
 Form = Literal["chat", "completion"]
 FORMS: tuple[Form, ...] = ("chat", "completion")
+# Caches that one may be composed of.
+MAX_PARTS = 8
 Identity = tuple[int, int, int, int]
+# What fields may be where an entry is read from a file or anything else (`entered.py`).
+CacheName = Annotated[str, Meta(pattern=rf"^{NAME.pattern}\Z")]
+# Till the end of the year 9999, the last that calendars here have.
+Seconds = Annotated[float, Meta(ge=0, lt=253402300800)]
+Milliseconds = Annotated[float, Meta(ge=0, le=1e15)]
+Count = Annotated[int, Meta(ge=0, le=1 << 60)]
+Word = Annotated[str, Meta(max_length=1000)]
 # Who asked for a cache: a client by name; the configuration; nobody, its prompt having been seen often; a
 # request that named several caches, of which it is composed; a conversation that was to be kept; or nobody,
 # but it is a response, and others may go on from it.
@@ -46,10 +55,10 @@ class Fingerprint(Struct, frozen=True):
     """What a state depends on. `weights` is the SHA-256 of the model file, `engine` the version that computed
     it, `settings` those of the engine that change its bytes, `template` a hash of the chat template."""
 
-    weights: str
-    engine: str
-    settings: dict[str, str]
-    template: str
+    weights: Word
+    engine: Word
+    settings: Annotated[dict[Word, Word], Meta(max_length=100)]
+    template: Word
 
     def changed_since(self, other: Fingerprint) -> MissReason | None:
         """Why a state with the `other` fingerprint can't be used under this one."""
@@ -82,9 +91,9 @@ class StoredForm(Struct, frozen=True):
     """How many tokens a form has, and where its state lies in the file, in bytes from its start; or, `beside`
     it, in a file of its own."""
 
-    n_tokens: int
-    state_offset: int
-    state_bytes: int
+    n_tokens: Count
+    state_offset: Count
+    state_bytes: Count
     beside: bool = False
 
 
@@ -126,25 +135,25 @@ class Entry(Struct, frozen=True):
     `parts`: the caches a derived one is composed of. `owner`: the API key it belongs to, "" for all.
     `prefill_ms`: what computing each form took, whenever that was; `build_ms` is of the last build alone."""
 
-    model: str
-    name: str
+    model: Word
+    name: Word
     prompt: str
-    version: int
-    created: float
-    updated: float
+    version: Annotated[int, Meta(ge=0, lt=1 << 53)]
+    created: Seconds
+    updated: Seconds
     fingerprint: Fingerprint
     forms: dict[Form, StoredForm]
-    build_ms: float
-    ttft_ms: float
+    build_ms: Milliseconds
+    ttft_ms: Milliseconds
     identity: Identity = (0, 0, 0, 0)
     messages: list[dict[str, Any]] = []
     tools: list[dict[str, Any]] = []
     terms: Terms = DEFAULT_TERMS
     origin: Origin = "client"
-    parts: list[str] = []
-    evicted: list[Form] = []
-    owner: str = ""
-    prefill_ms: dict[Form, float] = {}
+    parts: Annotated[list[CacheName], Meta(max_length=MAX_PARTS)] = []
+    evicted: Annotated[list[Form], Meta(max_length=len(FORMS))] = []
+    owner: Word = ""
+    prefill_ms: dict[Form, Milliseconds] = {}
 
     @property
     def content(self) -> Content:

@@ -14,8 +14,9 @@ from typing import BinaryIO
 
 from headstart.caches import file
 from headstart.caches.entry import Entry
-from headstart.caches.file import LENGTH, Corrupt
+from headstart.caches.header import BESIDE, HASH, LENGTH, Corrupt, hashed, header_text, read_header
 from headstart.caches.writing import Writer, room_for
+from headstart.regular import NotAFile
 
 CHUNK = 8 << 20
 # What a kernel or file system says that can't copy between these files by itself.
@@ -28,7 +29,7 @@ def rewrite(source: Path, target: Path, entry: Entry) -> Entry:
     used: `target` has none. Raises OSError."""
     try:
         return _rewrite(source, target, entry)
-    except (Corrupt, FileNotFoundError):
+    except (Corrupt, FileNotFoundError, NotAFile):
         return write_stub(target, entry)
 
 
@@ -40,12 +41,12 @@ def write_stub(target: Path, entry: Entry) -> Entry:
 
 def _rewrite(source: Path, target: Path, entry: Entry) -> Entry:
     with file.opened(source) as old, target.open("r+b", buffering=0) as new:
-        header, start = file.read_header(old)
-        metadata = header.pop("__metadata__")
+        header = read_header(old)
+        start = header.start
         hashes = {
-            name: value for name, value in metadata.items() if name.startswith(("blake3 ", file.BESIDE))
+            name: value for name, value in header.metadata.items() if name.startswith((f"{HASH} ", BESIDE))
         }
-        text = file.header_text(entry, header, hashes)
+        text = header_text(entry, header.tensors, hashes)
         room = start - LENGTH.size
         if len(text) > room:
             room = room_for(len(text))
@@ -54,7 +55,7 @@ def _rewrite(source: Path, target: Path, entry: Entry) -> Entry:
             # From the start, for the sake of file systems that share whole blocks.
             start = 0
         _copy(old, start, new)
-        text = file.hashed(text.ljust(room))
+        text = hashed(text.ljust(room))
         os.pwrite(new.fileno(), LENGTH.pack(room) + text, 0)
         os.fsync(new.fileno())
     return file.read(target)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from os.path import lexists
 from pathlib import Path
 
 from headstart.caches import beside, file
@@ -11,6 +12,8 @@ from headstart.caches.beside import CACHE_SUFFIX
 from headstart.caches.entry import Entry
 from headstart.caches.file import Corrupt
 from headstart.caches.store import SCRATCH
+from headstart.names import NAME, SHELF
+from headstart.regular import shown
 
 ASIDE = ".damaged"
 
@@ -25,7 +28,7 @@ class Stray:
 
     @property
     def shelf(self) -> str:
-        return self.path.parent.name
+        return shown(self.path.parent.name)
 
     @property
     def model(self) -> str:
@@ -33,7 +36,7 @@ class Stray:
 
     @property
     def name(self) -> str:
-        return self.path.name.removesuffix(CACHE_SUFFIX)
+        return shown(self.path.name.removesuffix(CACHE_SUFFIX))
 
 
 def contents(directory: Path, *, whole: bool = False) -> Iterator[tuple[Path, Entry | Stray]]:
@@ -47,16 +50,21 @@ def contents(directory: Path, *, whole: bool = False) -> Iterator[tuple[Path, En
         except Corrupt as error:
             yield path, Stray(path, str(error), damaged=True)
         except OSError as error:
-            yield path, Stray(path, f"{path} can't be read: {error.strerror}", damaged=False)
+            yield path, Stray(path, f"{shown(path)} can't be read: {error.strerror}", damaged=False)
         else:
-            if (entry.shelf, entry.name + CACHE_SUFFIX) == (path.parent.name, path.name):
-                yield path, entry
-            else:
-                why = f"{path}: holds the cache {entry.name} of {entry.model}, so it is ignored"
-                yield path, Stray(path, why, damaged=False)
+            why = _misplaced(path, entry)
+            yield path, Stray(path, f"{shown(path)}: {why}", damaged=False) if why else entry
     for path in sorted(directory.glob(f"*/*{beside.SUFFIX}")):
-        if not (path.name.startswith(SCRATCH) or beside.cache_path(path).exists()):
-            yield path, Stray(path, f"{path}: holds a state whose cache is gone", damaged=True)
+        if not (path.name.startswith(SCRATCH) or lexists(beside.cache_path(path))):
+            yield path, Stray(path, f"{shown(path)}: holds a state whose cache is gone", damaged=True)
+
+
+def _misplaced(path: Path, entry: Entry) -> str | None:
+    """Why what the file holds is no cache where it lies."""
+    shelf, name = path.parent.name, path.name.removesuffix(CACHE_SUFFIX)
+    if (entry.shelf, entry.name) != (shelf, name):
+        return f"holds the cache {shown(entry.name)} of {shown(entry.model)}, so it is ignored"
+    return None if SHELF.fullmatch(shelf) and NAME.fullmatch(name) else "no cache can have this name"
 
 
 def strays(directory: Path) -> list[Stray]:
@@ -66,7 +74,7 @@ def strays(directory: Path) -> list[Stray]:
 def set_aside(path: Path) -> Path:
     """Renames the file so that it is taken for no cache; its new path, which was free. Raises OSError."""
     number = 0
-    while (aside := path.with_name(path.name + ASIDE + (f"-{number}" if number else ""))).exists():
+    while lexists(aside := path.with_name(path.name + ASIDE + (f"-{number}" if number else ""))):
         number += 1
     path.rename(aside)
     if path.name.endswith(CACHE_SUFFIX):

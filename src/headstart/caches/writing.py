@@ -14,9 +14,11 @@ from typing import Any
 from blake3 import blake3
 
 from headstart.caches import file
-from headstart.caches.beside import hashed, state_path, take
+from headstart.caches.beside import hashed as hashed_file
+from headstart.caches.beside import state_path, take
 from headstart.caches.entry import Entry, Form
-from headstart.caches.file import LENGTH, NO_HASH, Part
+from headstart.caches.file import Part
+from headstart.caches.header import BESIDE, LENGTH, NO_HASH, hashed, header_text
 
 ALIGN = 64
 # Larger than any offset, to see how long a header may become.
@@ -56,7 +58,7 @@ class Writer:
         far = {f"{form}.state": _tensor("U8", FAR, FAR, FAR) for form in self.tokens}
         # Longer than the size of one that lies beside.
         hashes = {f"blake3 {form}.state": NO_HASH for form in self.tokens}
-        return room_for(len(file.header_text(entry, self._tensors | far, self._hashes | hashes)))
+        return room_for(len(header_text(entry, self._tensors | far, self._hashes | hashes)))
 
     def place(self, form: Form) -> tuple[Path, int]:
         """The file that the form's state, the next to come, belongs into, and where in it."""
@@ -71,7 +73,7 @@ class Writer:
         """`size` bytes with this hash, the form's state, are on the disk in their place."""
         if self.beside:
             self._sizes[form] = size
-            self._hashes |= {f"{file.BESIDE}{form}.state": str(size), f"blake3 {form}.state": blake3_hex}
+            self._hashes |= {f"{BESIDE}{form}.state": str(size), f"blake3 {form}.state": blake3_hex}
             return
         begin = self.end - LENGTH.size - self._room
         self._tensors[f"{form}.state"] = _tensor("U8", size, begin, size)
@@ -83,7 +85,7 @@ class Writer:
         if self.beside:
             place, _ = self.place(form)
             take(part.path, place)
-            self.wrote(form, *hashed(place))
+            self.wrote(form, *hashed_file(place))
             return
         with file.mapped(part) as state:
             self._write(state, self.end)
@@ -92,9 +94,9 @@ class Writer:
     def finish(self, entry: Entry) -> Entry:
         """Writes the header, once all states are there, and syncs; the entry with its forms and identity
         filled in."""
-        text = file.header_text(entry, self._tensors, self._hashes)
+        text = header_text(entry, self._tensors, self._hashes)
         assert len(text) <= self._room
-        text = file.hashed(text + b" " * (self._room - len(text)))
+        text = hashed(text + b" " * (self._room - len(text)))
         self._write(LENGTH.pack(len(text)) + text, 0)
         with self.path.open("rb") as whole:
             os.fsync(whole.fileno())
@@ -108,7 +110,7 @@ class Writer:
 
 def expected_size(entry: Entry, n_tokens: int) -> int:
     """At least as many bytes as the file of this cache has, with `n_tokens` ids, but without its states."""
-    return room_for(len(file.header_text(entry, {}, {}))) + SPARE + 4 * n_tokens
+    return room_for(len(header_text(entry, {}, {}))) + SPARE + 4 * n_tokens
 
 
 def room_for(length: int) -> int:

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from headstart.regular import is_file
+
 log = logging.getLogger(__name__)
 
 # No model can have this name, so it is never a model's directory of caches.
@@ -31,7 +33,8 @@ def conversions_of(source_sha256: str, cache_dir: Path) -> str:
 def found(conversions: str) -> list[Path]:
     """What there is, unverified."""
     start = Path(conversions)
-    return sorted(start.parent.glob(f"{start.name}-q8_0-*.gguf")) if conversions else []
+    paths = sorted(start.parent.glob(f"{start.name}-q8_0-*.gguf")) if conversions else []
+    return [path for path in paths if is_file(path)]
 
 
 def obtain(conversions: str, make: Callable[[Path], None]) -> Path:
@@ -68,7 +71,7 @@ def discard(conversions: str) -> None:
 def _locked(directory: Path) -> Iterator[None]:
     """One process at a time: two models may have the same weights, and a doctor measure beside a server."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    lock = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+    lock = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -8,11 +8,11 @@ import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from blake3 import blake3
 
 from headstart.messages import SaveTo, StateRef
+from headstart.regular import opened
 
 READ_BYTES = 4 << 20
 # The disk, the user's quota, or the size that the system lets a file have (ulimit -f).
@@ -25,10 +25,12 @@ LOWEST_BIT = bytes(number & 1 for number in range(256))
 def mapped(state: StateRef) -> Iterator[mmap.mmap]:
     """The whole file. What is written to the mapping never reaches it. Raises OSError, also when the file is
     not the one that was verified."""
-    with Path(state.path).open("rb") as file:
+    with opened(state.path) as file:
         stat = os.fstat(file.fileno())
         if (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) != state.identity:
             raise OSError(errno.ESTALE, "another file than the one that was verified")
+        if not 0 <= state.offset < state.offset + state.nbytes <= stat.st_size:
+            raise OSError(errno.EINVAL, "the state is not within the file")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapping:
             yield mapping
 
@@ -58,18 +60,17 @@ def bring_into_memory(state: StateRef) -> None:
     """Reads the state once, so that the page cache has it. Unlike touching the pages of a mapping this lets
     other threads run while it waits. Raises OSError."""
     buffer = bytearray(READ_BYTES)
-    with Path(state.path).open("rb", buffering=0) as file:
-        file.seek(state.offset)
-        left = state.nbytes
-        while left > 0 and (n := file.readinto(memoryview(buffer)[: min(left, READ_BYTES)])):
-            left -= n
+    with opened(state.path) as file:
+        at, end = state.offset, state.offset + state.nbytes
+        while at < end and (n := os.preadv(file.fileno(), [memoryview(buffer)[: end - at]], at)):
+            at += n
 
 
 def write(place: SaveTo, state: memoryview) -> str:
     """Returns when the state is on the disk, with its BLAKE3 hash. Raises OSError. The file must exist: if
     whoever asked for it has removed it, nothing is left behind."""
     found = blake3(state).hexdigest()
-    with os.fdopen(os.open(place.path, os.O_WRONLY | os.O_NOFOLLOW), "wb") as file:
+    with os.fdopen(os.open(place.path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "wb") as file:
         file.seek(place.offset)
         file.write(state)
         file.flush()

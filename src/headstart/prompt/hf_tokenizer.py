@@ -16,6 +16,7 @@ from typing import Any, Literal
 from tokenizers import Tokenizer as Backend
 
 from headstart.errors import StartupError
+from headstart.regular import read_text
 
 SPACE = "\u2581"  # What SentencePiece writes for a space.
 # What models that fill gaps call the tokens before the text, before what follows the gap, and at the gap.
@@ -125,7 +126,7 @@ def _backend(path: Path) -> Backend:
 
 def _config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(read_text(path, follow=True))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
@@ -138,7 +139,7 @@ def _config(path: Path) -> dict[str, Any]:
 def _template(path: Path, config: dict[str, Any]) -> str | None:
     """The model's chat template: in a file of its own, or in the configuration, perhaps one of several."""
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path, follow=True)
     except FileNotFoundError:
         pass
     except (OSError, UnicodeDecodeError) as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,11 +12,12 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
+from headstart.caches.entered import checked
 from headstart.caches.entry import DEFAULT_TERMS, Content, Entry, Form, Origin, Terms
 from headstart.caches.file import Corrupt, Part
 from headstart.caches.store import Store
 from headstart.caches.writing import Writer, expected_size
-from headstart.errors import HeadstartError
+from headstart.errors import BadRequest, HeadstartError
 from headstart.messages import Finished, Progress, SaveTo, Stats, Submit
 from headstart.prompt.prompts import soon
 from headstart.service.heads import Head, head_of
@@ -30,6 +33,15 @@ async def opening_tokens(model: ServedModel, form: Form, content: Content) -> li
     if form == "completion":
         return await soon(lambda most: prompts.text_opening(content.prompt, most))
     return await soon(lambda most: prompts.chat_opening(content.opening, most, content.tools))
+
+
+async def opening_if_any(model: ServedModel, form: Form, content: Content) -> list[int]:
+    """The same for whoever doesn't name a cache of this content: no tokens where the template refuses it,
+    which has nothing to do with what they ask for."""
+    try:
+        return await opening_tokens(model, form, content)
+    except BadRequest:
+        return []
 
 
 @dataclass(frozen=True)
@@ -64,9 +76,10 @@ class Builder:
         self.quota = quota
 
     async def build(self, build: Build) -> Entry:
-        """Raises ContextLengthExceeded, QuotaExceeded, CacheConflict, StorageError or what the engine raises;
-        then nothing has changed but for what was evicted."""
+        """Raises BadRequest, ContextLengthExceeded, QuotaExceeded, CacheConflict, StorageError or what the
+        engine raises; then nothing has changed but for what was evicted."""
         model = build.model
+        build = dataclasses.replace(build, content=_checked(build.content))
         wanted: dict[Form, list[int]] = {}
         param = "prompt" if build.content.prompt else "messages"
         for form in build.forms:
@@ -133,6 +146,15 @@ class Builder:
                         progress.next(len(tokens))
                         return stats
         raise HeadstartError("The engine ended the build without a result.")
+
+
+def _checked(content: Content) -> Content:
+    """Raises BadRequest for what no cache can hold, whoever asks for it."""
+    try:
+        return checked(content)
+    except ValueError as error:
+        field = re.match(r"prompt|messages|tools", str(error))
+        raise BadRequest(f"{error}.", param=field and field[0]) from error
 
 
 def _entry(build: Build, stats: Mapping[Form, Stats], now: float) -> Entry:

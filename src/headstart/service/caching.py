@@ -130,7 +130,7 @@ class Caching:
         if not content.opening:
             raise BadRequest("The prompt is empty: there is nothing to keep.", param="prompt")
         if origin != "declared":
-            self._check_not_declared(model, name, param="cache_name")
+            self.check_not_declared(model, name, param="cache_name")
         kept = terms or self.terms(model, name)
         asked = Asked.of(content, content.forms if forms is None else forms, kept, origin)
         joint = await self._joint(model, name, asked)
@@ -190,7 +190,7 @@ class Caching:
         """Raises CacheNotFound, or CacheConflict while the name is being built and where the client may not:
         it is declared, or everyone's and the model is seen by an owner."""
         check_name(name, param="name")
-        self._check_not_declared(model, name, param="name")
+        self.check_not_declared(model, name, param="name")
         if model.owner and not self.shelves.own(model, name) and self.shelves.at(model.name, name):
             raise CacheConflict(f"The cache {name!r} is everyone's; no API key can delete it.", param="name")
         self.check_not_building(model, name)
@@ -253,7 +253,8 @@ class Caching:
             return await asyncio.shield(build)
         return self.store.find(entry.shelf, entry.name, param="name")
 
-    def _check_not_declared(self, model: ServedModel, name: str, *, param: str) -> None:
+    def check_not_declared(self, model: ServedModel, name: str, *, param: str) -> None:
+        """Raises CacheConflict."""
         if (model.shelf, name) in self.promises:
             raise CacheConflict(
                 f"The cache {name!r} is declared in the server's configuration; change it there.", param=param

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from headstart.caches.entry import DEFAULT_TERMS, Content, Entry, Form, Origin, Terms
-from headstart.errors import CacheConflict, CacheNotFound, HeadstartError, StorageError
+from headstart.errors import BadRequest, CacheConflict, CacheNotFound, HeadstartError, StorageError
 from headstart.service.building import Build
 from headstart.service.caching import Caching
 from headstart.service.chats import Chat
@@ -50,7 +50,7 @@ class Conversations:
         self.caching = caching
         self._saving: dict[tuple[str, str], asyncio.Task[Entry]] = {}
         # With what is there instead.
-        self._failed: dict[tuple[str, str], tuple[StorageError, Entry | None]] = {}
+        self._failed: dict[tuple[str, str], tuple[HeadstartError, Entry | None]] = {}
 
     async def close(self) -> None:
         if self._saving:
@@ -59,6 +59,7 @@ class Conversations:
     def check(self, model: ServedModel, name: str, overwrite: bool | None) -> None:
         """Raises InvalidName, or CacheConflict if a conversation may not be saved under this name."""
         check_own_name(name, param="save_as")
+        self.caching.check_not_declared(model, name, param="save_as")
         build = self.caching.build_of(model, name)
         is_other = build is not self._saving.get((model.shelf, name))
         if build and not overwrite and (is_other or overwrite is False):
@@ -84,7 +85,7 @@ class Conversations:
 
     async def settled(self, model: ServedModel, name: str) -> None:
         """Returns when no conversation is being saved under this name. Raises StorageError if the last one
-        could not be."""
+        could not be, or BadRequest if it is more than a cache may hold."""
         key = (model.shelf, name)
         while task := self._saving.get(key):
             await asyncio.wait([task])
@@ -100,7 +101,7 @@ class Conversations:
         _check_replaceable(previous, saving.overwrite)
         try:
             entry = await self._build(saving, previous)
-        except StorageError as error:
+        except (BadRequest, StorageError) as error:
             # Nothing that is a turn behind has a response's name.
             if saving.origin == "conversation":
                 self._failed[saving.key] = (error, previous)

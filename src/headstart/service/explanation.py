@@ -10,7 +10,7 @@ from msgspec import Struct
 from headstart.caches.entry import Entry, Form, MissReason
 from headstart.messages import Stats
 from headstart.prompt.template import Message
-from headstart.service.building import opening_tokens
+from headstart.service.building import opening_if_any
 from headstart.service.model import ServedModel
 from headstart.tokens import common_prefix
 
@@ -82,7 +82,7 @@ async def closest(
     if not candidates:
         return None
     entry = max(candidates, key=lambda entry: (*_likeness(_text(entry), text), entry.updated))
-    tokens = await opening_tokens(model, form, entry.content)
+    tokens = await opening_if_any(model, form, entry.content)
     changes = model.fingerprint.differences(entry.fingerprint)
     return Closest(entry, tokens, changes, model.prompts.tokenizer.written)
 

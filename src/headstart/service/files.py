@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from headstart.caches import file
 from headstart.caches.entry import Entry
 from headstart.caches.file import Corrupt
+from headstart.caches.header import HASH, read_header
 from headstart.caches.inspection import inspect
 from headstart.caches.rewriting import rewrite
 from headstart.caches.store import Store
@@ -28,7 +29,9 @@ from headstart.errors import (
     StorageFull,
 )
 from headstart.names import check_name
+from headstart.service.building import opening_tokens
 from headstart.service.caching import Caching
+from headstart.service.composition import check_own_name
 from headstart.service.model import ServedModel
 from headstart.service.quota import Quota
 
@@ -84,7 +87,8 @@ class Files:
 
         Raises DamagedFile, CacheMismatch, CacheConflict, QuotaExceeded or StorageError, or what `chunks` or a
         build raises; then nothing has changed but for what was evicted."""
-        check_name(name, param="name")
+        check_own_name(name, param="name")
+        self.caching.check_not_declared(model, name, param="name")
         self._check_free(model, name, overwrite)
         with self.store.scratch(model.shelf) as scratch:
             self._check_room(model.shelf, size or 0)
@@ -96,6 +100,7 @@ class Files:
                 raise DamagedFile(f"This is not a cache's file as it was written: {reason}.") from error
             if not rebuild:
                 _check_fits(model, entry)
+                await _check_renders(model, entry)
                 self._check_free(model, name, overwrite)
                 work = self.caching.run((model.shelf, name), self._place(model, name, scratch, entry))
                 try:
@@ -154,13 +159,20 @@ class Files:
 def _open(path: Path, entry: Entry) -> Exported:
     opened = file.opened(path)
     try:
-        header, _ = file.read_header(opened)
+        header = read_header(opened)
         size = os.fstat(opened.fileno()).st_size
         opened.seek(0)
     except BaseException:
         opened.close()
         raise
-    return Exported(entry, opened, size, header["__metadata__"]["blake3"])
+    return Exported(entry, opened, size, header.metadata[HASH])
+
+
+async def _check_renders(model: ServedModel, entry: Entry) -> None:
+    """Raises BadRequest, as creating the cache would, where the model can't be given its text."""
+    for form in entry.content.forms:
+        tokens = await opening_tokens(model, form, entry.content)
+        model.check_fits(len(tokens) + 1, param="prompt" if entry.prompt else "messages")
 
 
 def _check_fits(model: ServedModel, entry: Entry) -> None:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from headstart.caches.entry import Content, Entry, Terms
 from headstart.errors import HeadstartError
-from headstart.prompt.prompts import soon
 from headstart.service.automatic import Automatic
+from headstart.service.building import opening_if_any
 from headstart.service.caching import Caching
 from headstart.service.chats import Chat
 from headstart.service.model import ServedModel
@@ -87,7 +87,7 @@ class Marks:
         found: dict[int, Placed] = {}
         for mark in marks:
             content = chat.up_to(mark.messages, mark.characters)
-            wanted = await _opening(model, content)
+            wanted = await opening_if_any(model, "chat", content)
             boundary = min(common_prefix(wanted, tokens), len(tokens) - 1)
             if self.automatic.is_worth_keeping(content, boundary):
                 longest = max(mark.ttl_seconds, found[boundary].ttl_seconds if boundary in found else 0)
@@ -128,10 +128,6 @@ class Marks:
         return next(
             (e for e in known if e.tools == content.tools and e.content.opening == content.messages), None
         )
-
-
-async def _opening(model: ServedModel, content: Content) -> list[int]:
-    return await soon(lambda most: model.prompts.chat_opening(content.messages, most, content.tools))
 
 
 def _ends_early(entry: Entry, place: Placed) -> bool:

@@ -22,6 +22,7 @@ from headstart.names import shelf_name
 from headstart.prompt.prompts import Prompts
 from headstart.prompt.template import ChatTemplate
 from headstart.prompt.tokenizer import load_tokenizer
+from headstart.regular import read_text
 from headstart.service.fitting import kept_back, misfits, warnings
 from headstart.service.plan import engine_settings, make_plan
 from headstart.service.tunings import Tunings
@@ -124,7 +125,7 @@ class ServedModel:
 
 def _read(template: Path) -> str:
     try:
-        return template.read_text(encoding="utf-8")
+        return read_text(template, follow=True)
     except (OSError, UnicodeDecodeError) as error:
         raise StartupError(f"The chat template {template} can't be read: {error}") from error
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from headstart.caches.entry import Entry, Form, MissReason
 from headstart.caches.file import Corrupt
 from headstart.caches.store import Store
+from headstart.errors import BadRequest
 from headstart.messages import StateRef
 from headstart.service.building import opening_tokens
 from headstart.service.heads import head_of
@@ -42,7 +43,12 @@ async def opened(
     """What the cache does for a request whose prompt is `tokens`, as things are. Where it has no state now,
     or is composed of others and not yet built, its `head` may help: a cache that it begins like. Raises
     ModelLoading."""
-    wanted = await opening_tokens(model, form, entry.content)
+    try:
+        wanted = await opening_tokens(model, form, entry.content)
+    except BadRequest as error:
+        # Another template took it, or nothing was ever rendered of it.
+        log.warning("cache %s of %s can't be used: %s", entry.name, entry.shelf, error.message)
+        return Opening(0, miss="template_changed")
     boundary = min(common_prefix(wanted, tokens), len(tokens) - 1)
     reason: MissReason | None
     if reason := model.fingerprint.changed_since(entry.fingerprint):
@@ -55,6 +61,12 @@ async def opened(
         return Opening(boundary, miss="form_not_built" if wanted else "too_short")
     if boundary <= 0 or (boundary < len(wanted) and not model.info.can_cut):
         return Opening(max(boundary, 0), miss="prompt_differs")
+    stored = entry.forms[form]
+    if stored.n_tokens != len(wanted):
+        return Opening(boundary, miss="template_changed")
+    if 0 < _most_bytes(model, stored.n_tokens) < stored.state_bytes:
+        log.warning("cache %s of %s is damaged: its state is too large", entry.name, entry.model)
+        return Opening(boundary, miss="corrupt")
     try:
         state = await store.verified(entry, form)
     except Corrupt as error:
@@ -65,11 +77,19 @@ async def opened(
     return Opening(boundary, restore=state.ref)
 
 
+def _most_bytes(model: ServedModel, n_tokens: int) -> int:
+    """That a state of so many tokens takes; 0: that isn't known."""
+    return model.info.state_bytes + n_tokens * model.info.state_token_bytes
+
+
 async def miss_reason(store: Store, model: ServedModel, entry: Entry) -> MissReason | None:
     """Why a request that begins with the cache would not start from its state as things are; None: it
     would. Raises ModelLoading."""
     for form in tuple(entry.forms) or entry.content.forms:
-        wanted = await opening_tokens(model, form, entry.content)
+        try:
+            wanted = await opening_tokens(model, form, entry.content)
+        except BadRequest:
+            return "template_changed"
         opening = await opened(store, model, entry, form, [*wanted, NO_TOKEN])
         if opening.miss:
             return opening.miss

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from msgspec.structs import replace
 
 from headstart.arithmetic import Arithmetic
+from headstart.caches.disk import sha256_of
 from headstart.caches.entry import Entry, Fingerprint
 from headstart.config import Settings
 from headstart.engine.client import worker_environment
@@ -84,7 +84,6 @@ def _weights(path: str) -> str:
     if ToySpec.matches(path):
         return toy_weights(path)
     try:
-        with Path(path).open("rb") as weights:
-            return hashlib.file_digest(weights, "sha256").hexdigest()
+        return sha256_of(Path(path))
     except OSError as error:
         raise StartupError(f"{path} can't be read: {error.strerror}") from error

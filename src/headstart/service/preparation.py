@@ -14,6 +14,7 @@ from headstart.messages import Submit
 from headstart.prompt.prompts import soon
 from headstart.service import capabilities
 from headstart.service.automatic import Automatic, Unnamed
+from headstart.service.building import opening_if_any
 from headstart.service.caching import Caching
 from headstart.service.calling import reading
 from headstart.service.chats import Chat
@@ -98,9 +99,7 @@ class Preparation:
         last = places[-1] if places else None
         # Where there are marks, they take the place of the system prompt.
         begun = (chat.held(known) or last.content) if last else chat.opening(known)
-        prompts = model.prompts
-        wanted = await soon(lambda most: prompts.chat_opening(begun.messages, most, begun.tools))
-        opening = _cut(wanted, tokens)
+        opening = _cut(await opening_if_any(model, "chat", begun), tokens)
         # A state that can't be cut helps only those that begin with all of it.
         if last and last.boundary > opening.boundary and model.info.can_cut:
             return last.content, Opening(last.boundary)

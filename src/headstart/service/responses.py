@@ -7,14 +7,18 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
+from headstart.caches.entered import RECORD
 from headstart.caches.entry import Entry, Terms
 from headstart.config import Settings
+from headstart.contents import arguments_of
 from headstart.errors import CacheNotFound, HeadstartError, ResponseNotFound
+from headstart.limits import MAX_DEPTH
+from headstart.nesting import depth
 from headstart.prompt.prompts import soon
 from headstart.service.automatic import Automatic
 from headstart.service.chats import Chat
@@ -28,17 +32,21 @@ log = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 
-# Of a cache's metadata, what holds the record.
-RECORD = "response"
-
 
 class Record(Struct, frozen=True):
     """A response as it was answered. Its chat begins with `opening` messages of the `caches` that it named,
     then come its instructions, if they are none of those, and then what is carried on."""
 
     body: Json
-    opening: int = 0
+    opening: Annotated[int, Meta(ge=0)] = 0
     caches: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.body.get("instructions"), str | None):
+            raise ValueError("instructions are a text")
+        # Of a request's tools and schemas, some levels further in.
+        if depth(self.body) > 2 * MAX_DEPTH:
+            raise ValueError("it is nested too deeply")
 
 
 @dataclass(frozen=True)
@@ -90,7 +98,7 @@ class Responses:
         try:
             entry = self.store.find(shelf, name)
             return Kept(entry, msgspec.json.decode(entry.terms.metadata[RECORD], type=Record))
-        except (CacheNotFound, KeyError, msgspec.MsgspecError):
+        except (CacheNotFound, KeyError, msgspec.MsgspecError, RecursionError):
             return None
 
     async def delete(self, owner: str, name: str) -> None:
@@ -170,22 +178,13 @@ def spoken(answer: Choice) -> Json:
 
 def called(call_id: str, name: str, arguments: str) -> Json:
     """A call as templates want it."""
-    function = {"name": name, "arguments": _object(arguments)}
+    function = {"name": name, "arguments": arguments_of(arguments)}
     return {"id": call_id, "type": "function", "function": function}
 
 
 async def n_tokens(model: ServedModel, text: str) -> int:
     """How many tokens a part of an answer has, if it is tokenised alone."""
     return len(await soon(partial(model.prompts.text, text))) if text else 0
-
-
-def _object(arguments: str) -> Any:
-    """Those that were cut off stay text."""
-    try:
-        parsed = msgspec.json.decode(arguments)
-    except (msgspec.DecodeError, RecursionError):
-        return arguments
-    return parsed if isinstance(parsed, dict) else arguments
 
 
 def _written(record: Record) -> str:

@@ -18,6 +18,7 @@ import msgspec
 from headstart.engine.model import ModelError
 from headstart.engine.rkllm.layouts import LAYOUTS, VERSIONS, layout_of
 from headstart.engine.rkllm.library import opened
+from headstart.regular import opened as opened_file
 
 VERSION = re.compile(rb"RKLLM SDK \(version: ([0-9A-Za-z.+-]{1,32})")
 DIRECTORIES = (
@@ -100,7 +101,10 @@ def located(library: str) -> str:
 def versions_in(path: str) -> list[str]:
     """All that the file's bytes say. Raises ModelError."""
     try:
-        with Path(path).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        with (
+            opened_file(path, follow=True) as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        ):
             return sorted({found.decode() for found in VERSION.findall(content)})
     except (OSError, ValueError) as error:
         raise ModelError(f"the NPU runtime can't be read: {path}: {error}") from error

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
+from stat import S_ISREG
 from time import monotonic
 
 from msgspec.structs import replace
@@ -276,5 +277,6 @@ def _usable(state: StateRef, request: Submit) -> int:
 def _check_identity(state: StateRef) -> None:
     """Raises OSError when the file is not the one that was verified."""
     stat = Path(state.path).lstat()
-    if (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) != state.identity:
+    found = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    if not S_ISREG(stat.st_mode) or found != state.identity:
         raise OSError("another file than the one that was verified")

@@ -12,6 +12,7 @@ from blake3 import blake3
 
 from headstart.engine.model import ModelError
 from headstart.messages import FailureKind
+from headstart.regular import opened
 
 # The file is llama.cpp's session file or like it: a magic number, a version, the number of tokens, the ids.
 HEAD = Struct("<3I")
@@ -39,7 +40,7 @@ def check(path: Path, n_tokens: int) -> Written:
     """Returns when the state, of about `n_tokens` tokens, is on the disk. Raises NotWritten where it
     isn't there or is another's, or OSError."""
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             os.fchmod(file.fileno(), 0o600)
             head = file.read(HEAD.size)
             found = HEAD.unpack(head)[2] if len(head) == HEAD.size else 0

@@ -1,0 +1,196 @@
+"""What chats and caches are made of, and how caches are kept: the models that everything goes through which
+says so, be it a request's body, a cache's file, the configuration, or what was stored of an answer."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from headstart.limits import MAX_DEPTH, MAX_MESSAGES, MAX_TOOLS
+from headstart.nesting import depth, is_deeper
+
+# Arguments of calls lie some levels within a message.
+MAX_ARGUMENTS_DEPTH = MAX_DEPTH - 8
+# A hundred years.
+MAX_TTL = 36525 * 86400
+MAX_TEXT = 1000
+MAX_PAIRS = 32
+MAX_KEY = 64
+
+
+def _encodable(text: str) -> str:
+    # JSON can write half a surrogate pair, which is no text and can't be tokenised.
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("Input should be valid Unicode") from None
+    return text
+
+
+Utf8 = Annotated[str, AfterValidator(_encodable)]
+
+
+def is_json(value: Any) -> bool:
+    """Whether it can be kept as JSON; half a surrogate pair and NaN can't, nor what is nested too deeply."""
+    try:
+        return depth(value) <= MAX_DEPTH and bool(msgspec.json.decode(msgspec.json.encode(value)) == value)
+    except (ValueError, OverflowError, RecursionError):
+        return False
+
+
+def _json(value: dict[str, Any]) -> dict[str, Any]:
+    """Raises ValueError for what can't be kept."""
+    if depth(value) > MAX_DEPTH:
+        raise ValueError(f"Input should be nested at most {MAX_DEPTH} levels deep")
+    if not is_json(value):
+        raise ValueError("Input should be valid JSON")
+    return value
+
+
+def _function(value: dict[str, Any]) -> dict[str, Any]:
+    """Raises ValueError for what is no function, or can't be kept."""
+    function = value.get("function")
+    if value.get("type", "function") != "function" or not isinstance(function, dict):
+        raise ValueError('Input should be {"type": "function", "function": {"name": ...}}')
+    if not isinstance(function.get("name"), str) or not function["name"]:
+        raise ValueError("A function needs a name")
+    if not isinstance(function.get("parameters", {}), dict | None):
+        raise ValueError("A function's parameters are a JSON schema, which is an object")
+    return _json(value)
+
+
+def arguments_of(text: str) -> Any:
+    """The object that a call's arguments are the text of, as templates want it; the text where they are
+    none, having been cut off say, or one that is nested too deeply."""
+    try:
+        parsed = None if is_deeper(text.encode(), MAX_ARGUMENTS_DEPTH) else msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError, UnicodeEncodeError):
+        return text
+    return parsed if isinstance(parsed, dict) else text
+
+
+def _kept_call(value: dict[str, Any]) -> dict[str, Any]:
+    """Templates want the arguments as an object, OpenAI's clients send its text."""
+    function = _function(value)["function"]
+    arguments = function.get("arguments")
+    if not isinstance(arguments, str):
+        return value
+    return {**value, "function": {**function, "arguments": arguments_of(arguments)}}
+
+
+def _call(value: dict[str, Any]) -> dict[str, Any]:
+    """The same for one that is sent, whose arguments may not be nested too deeply."""
+    call = _kept_call(value)
+    arguments = call["function"].get("arguments")
+    if isinstance(arguments, str) and is_deeper(arguments.encode(), MAX_ARGUMENTS_DEPTH):
+        raise ValueError(f"Arguments should be nested at most {MAX_ARGUMENTS_DEPTH} levels deep")
+    return call
+
+
+JsonObject = Annotated[dict[str, Any], AfterValidator(_json)]
+Tool = Annotated[dict[str, Any], AfterValidator(_function)]
+ToolCall = Annotated[dict[str, Any], AfterValidator(_call)]
+
+
+class Open(BaseModel):
+    """Takes unknown fields, too."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class TextPart(Open):
+    type: Literal["text"] = Field(description="Messages hold text only.")
+    text: Utf8 = Field(description="A part of the message's text; the parts are joined as they are.")
+
+
+class ChatMessage(Open):
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
+        description="`developer` is the same as `system`."
+    )
+    content: Utf8 | list[TextPart] | None = Field(None, description="The text, or parts of it.")
+    tool_calls: list[ToolCall] | None = Field(None, description="Calls that an assistant's message made.")
+    reasoning_content: Utf8 | None = Field(
+        None, description="What an assistant's message was reasoned to be, for templates that write it."
+    )
+    tool_call_id: Utf8 | None = Field(None, description="Of a tool's message: the call it answers.")
+    name: Utf8 | None = Field(None, description="Who speaks, for templates that write it.")
+
+    @model_validator(mode="after")
+    def _has_content(self) -> ChatMessage:
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise ValueError("A message needs content")
+        return self
+
+    @model_validator(mode="after")
+    def _says_all_in_text(self) -> ChatMessage:
+        extra = self.model_extra or {}
+        if extra.get("function_call") is not None:
+            raise ValueError("function_call is not supported: send tool_calls instead")
+        if extra.get("audio") is not None:
+            raise ValueError("audio is not supported: send its text as content")
+        return self
+
+    def plain(self) -> dict[str, Any]:
+        """Role and text, as chat templates want them, and what there is to say about tools."""
+        parts = self.content if isinstance(self.content, list) else []
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in parts)
+        message: dict[str, Any] = {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": text,
+        }
+        if self.role == "assistant" and self.tool_calls:
+            message["tool_calls"] = self.tool_calls
+        if self.role == "assistant" and self.reasoning_content:
+            message["reasoning_content"] = self.reasoning_content
+        if self.role == "tool" and self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        if self.name is not None:
+            message["name"] = self.name
+        return message
+
+
+class KeptMessage(ChatMessage):
+    """A message of a cache. `unfinished`, of the last one: chats begin with its text and go on as they do."""
+
+    # An answer is kept whatever the model wrote as arguments.
+    tool_calls: list[Annotated[dict[str, Any], AfterValidator(_kept_call)]] | None = None
+    unfinished: Literal[True] | None = None
+
+    def plain(self) -> dict[str, Any]:
+        return super().plain() | ({"unfinished": True} if self.unfinished else {})
+
+
+class KeptContent(BaseModel):
+    """What a cache holds the state of: a prompt, or messages and tools."""
+
+    prompt: Utf8 = ""
+    messages: list[KeptMessage] = Field([], max_length=MAX_MESSAGES)
+    tools: list[Tool] = Field([], max_length=MAX_TOOLS)
+
+    @model_validator(mode="after")
+    def _is_one_of_both(self) -> KeptContent:
+        if bool(self.prompt) == bool(self.messages):
+            raise ValueError("A cache has either a prompt or messages")
+        if self.prompt and self.tools:
+            raise ValueError("tools go with messages")
+        if any(message.unfinished for message in self.messages[:-1]):
+            raise ValueError("Only the last message may be unfinished")
+        return self
+
+
+Ttl = Annotated[float, Field(gt=0, le=MAX_TTL, allow_inf_nan=False)]
+Description = Annotated[Utf8, StringConstraints(max_length=MAX_TEXT)]
+Key = Annotated[Utf8, StringConstraints(min_length=1, max_length=MAX_KEY)]
+Value = Annotated[Utf8, StringConstraints(max_length=MAX_TEXT)]
+Metadata = Annotated[dict[Key, Value], Field(max_length=MAX_PAIRS)]
+
+
+class KeptTerms(BaseModel):
+    """How a cache is kept."""
+
+    ttl_seconds: Ttl | None = None
+    pinned: bool = False
+    description: Description = ""
+    metadata: Metadata = {}

@@ -1,0 +1,97 @@
+"""Files that are files. A path may lead to anything: a pipe waits for ever for its writer, a device does what
+it does, a folder is open before it turns out that nothing can be read."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from contextlib import suppress
+from io import BufferedReader
+from pathlib import Path
+
+LARGE = 1 << 30
+
+
+class NotAFile(OSError):
+    """What is at the path is no regular file."""
+
+
+def opened(path: str | Path, *, follow: bool = False) -> BufferedReader:
+    """The regular file at the path, to be read; nothing else is opened, and nothing is waited for. A link is
+    taken for what it leads to only with `follow`. Raises OSError, which is NotAFile for anything else."""
+    look = os.stat if follow else os.lstat
+    _check(path, look(path))
+    extra = os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+
+    def opener(name: str, flags: int) -> int:
+        handle = os.open(name, flags | extra)
+        try:
+            # It may have been exchanged meanwhile.
+            _check(path, os.fstat(handle))
+        except BaseException:
+            os.close(handle)
+            raise
+        return handle
+
+    return open(path, "rb", opener=opener)
+
+
+def read_bytes(path: str | Path, *, follow: bool = False) -> bytes:
+    """Raises OSError."""
+    with opened(path, follow=follow) as file:
+        return file.read()
+
+
+def read_text(path: str | Path, *, follow: bool = False) -> str:
+    """Raises OSError or UnicodeDecodeError."""
+    return read_bytes(path, follow=follow).decode("utf-8")
+
+
+def check_written(file: BufferedReader) -> None:
+    """Raises OSError for a large file that is mostly holes: it can be as large as any disk, and take no room
+    on this one, but long to read."""
+    size = os.fstat(file.fileno()).st_size
+    if size > LARGE and 2 * _written(file.fileno()) < size:
+        raise OSError(errno.EINVAL, "most of it was never written", str(file.name))
+
+
+def _written(handle: int) -> int:
+    """How many bytes of the file are not holes, as far as its file system tells."""
+    at, written = 0, 0
+    with suppress(OSError):
+        while True:
+            begin = os.lseek(handle, at, os.SEEK_DATA)
+            at = os.lseek(handle, begin, os.SEEK_HOLE)
+            written += at - begin
+    os.lseek(handle, 0, os.SEEK_SET)
+    return written
+
+
+def is_file(path: str | Path, *, follow: bool = False) -> bool:
+    """Whether `opened` would find a regular file there."""
+    try:
+        return stat.S_ISREG((os.stat if follow else os.lstat)(path).st_mode)
+    except (OSError, ValueError):
+        return False
+
+
+def shown(path: str | Path) -> str:
+    """The path as text that can be printed and sent, whatever bytes its names have."""
+    text = os.fsencode(path).decode(errors="backslashreplace")
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
+def _check(path: str | Path, found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise NotAFile(errno.EINVAL, f"it is {_kind(found.st_mode)}, not a file", str(path))
+
+
+def _kind(mode: int) -> str:
+    kinds = (
+        (stat.S_ISDIR, "a folder"),
+        (stat.S_ISLNK, "a symbolic link"),
+        (stat.S_ISFIFO, "a named pipe"),
+        (stat.S_ISSOCK, "a socket"),
+    )
+    return next((kind for applies, kind in kinds if applies(mode)), "a device")
