@@ -191,6 +191,12 @@ class Settings(BaseSettings):
         """What the caches of an API key may take, in bytes, by the key's name; no limit for others."""
         return {name: int(key.quota_mb * 1e6) for name, key in self.keys.items() if key.quota_mb is not None}
 
+    @property
+    def admins(self) -> set[str]:
+        """Names of the API keys that may touch what is others' or everyone's."""
+        alone = len(self.keys) == 1
+        return {name for name, key in self.keys.items() if (alone if key.admin is None else key.admin)}
+
     @classmethod
     def settings_customise_sources(
         cls,
