@@ -109,7 +109,11 @@ class Settings(BaseSettings):
     rkllm_other_sampling: Literal["warn", "refuse"] = Field(
         "warn", description="What becomes of requests that ask for another: a warning in the answer, or 400."
     )
-    max_waiting: int = Field(64, ge=0, description="Requests that may wait for a slot; more get 503.")
+    max_waiting: int = Field(
+        64,
+        ge=0,
+        description="Requests that may wait for a slot, and for the check of a grammar; more get 503.",
+    )
     max_body_mb: float = Field(16, gt=0, description="Largest request body; more gets 413.")
     drain_seconds: int = Field(30, ge=0, description="How long running requests may take to end at a stop.")
     log_level: str = Field("warning", description="debug, info, warning or error.")
