@@ -25,6 +25,9 @@ test: .venv/installed-dev ## run all tests (ARGS="-k name")
 sweep: .venv/installed-dev ## run every case of the sweeps, of which `make test` tries every 16th
 	@HEADSTART_SWEEP=all $(VENV_PYTHON) -m pytest -m sweep --timeout 3600 $(ARGS)
 
+fuzz: .venv/installed-dev ## attack servers for 10 minutes, keep what does harm (ARGS="--minutes 2")
+	@PYTHONPATH=tests $(VENV_PYTHON) -m fuzz $(ARGS)
+
 bench: .venv/installed-bench bench-peer ## compare with llama-server, about 10 minutes (ARGS="--arms b,c")
 	@$(VENV_PYTHON) -m bench $(ARGS)
 
@@ -73,4 +76,4 @@ endef
 
 FORCE:
 
-.PHONY: help run test sweep bench bench-peer lint format engine rebuild clean FORCE
+.PHONY: help run test sweep fuzz bench bench-peer lint format engine rebuild clean FORCE

@@ -80,7 +80,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     (folder / "headstart.toml").write_text(CONFIG)
     flags = ("--config", str(folder / "headstart.toml"))
     with running_server(folder / "cache", *flags, env={"BOBS_KEY": KEYS["bob"]}) as server:
-        eventually(lambda: server.http.get("/health").json()["caches_building"] == 0)
+        eventually(lambda: Client(server, "ann").call("GET", "/health").json()["caches_building"] == 0)
         yield server
 
 

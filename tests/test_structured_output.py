@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -13,6 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from headstart.errors import BadRequest
+from headstart.service.structure import written_grammar
 from servers import Json, RunningServer, events, eventually, said
 
 PERSON: Json = {
@@ -265,6 +268,7 @@ def test_a_schema_that_cannot_be_enforced_is_refused_with_the_reason(
         ({"response_format": {"type": "lark", "lark": "start: nowhere"}}, "response_format", "nowhere"),
         ({"grammar": "no grammar"}, "grammar", "Expected"),
         ({"grammar": 'root ::= "a'}, "grammar", "GBNF"),
+        ({"grammar": "root ::= nowhere"}, "grammar", "'nowhere' not found"),
         ({"grammar": "start: <no_such_token>"}, None, "no_such_token"),
         ({"response_format": {"type": "yaml"}}, "response_format.type", "json_object"),
         ({"response_format": {"type": "json_schema"}}, "response_format", "json_schema is missing"),
@@ -341,3 +345,11 @@ def test_without_a_grammar_there_is_no_process_for_checking(start_server: Any) -
     processes = server.workers()
     server.stop()
     eventually(lambda: not any(process.is_running() for process in processes))
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text("ab0-_:=|*+?()[]{}\"'\\/#\n ", max_size=40))
+def test_whatever_is_written_in_gbnf_becomes_a_grammar_or_is_refused(text: str) -> None:
+    for grammar in ("root ::= " + text, text + "\nroot ::= " + text):
+        with suppress(BadRequest):
+            written_grammar(grammar, "grammar")

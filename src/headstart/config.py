@@ -110,7 +110,11 @@ class Settings(BaseSettings):
     rkllm_other_sampling: Literal["warn", "refuse"] = Field(
         "warn", description="What becomes of requests that ask for another: a warning in the answer, or 400."
     )
-    max_waiting: int = Field(64, ge=0, description="Requests that may wait for a slot; more get 503.")
+    max_waiting: int = Field(
+        64,
+        ge=0,
+        description="Requests that may wait for a slot, and for the check of a grammar; more get 503.",
+    )
     max_body_mb: float = Field(16, gt=0, description="Largest request body; more gets 413.")
     drain_seconds: int = Field(30, ge=0, description="How long running requests may take to end at a stop.")
     log_level: str = Field("warning", description="debug, info, warning or error.")
@@ -191,6 +195,12 @@ class Settings(BaseSettings):
     def quotas(self) -> dict[str, int]:
         """What the caches of an API key may take, in bytes, by the key's name; no limit for others."""
         return {name: int(key.quota_mb * 1e6) for name, key in self.keys.items() if key.quota_mb is not None}
+
+    @property
+    def admins(self) -> set[str]:
+        """Names of the API keys that may touch what is others' or everyone's."""
+        alone = len(self.keys) == 1
+        return {name for name, key in self.keys.items() if (alone if key.admin is None else key.admin)}
 
     @classmethod
     def settings_customise_sources(

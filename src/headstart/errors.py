@@ -7,6 +7,7 @@
     │   │   └── InputTooLong       400  the same of a text to be embedded
     │   └── DamagedFile            400  what was sent is no cache's file
     ├── Unauthorized               401  no API key that the server knows
+    ├── AdminRequired              403  the API key is no admin, and this touches others' work
     ├── NotFound                   404
     │   ├── ModelNotFound          404
     │   ├── CacheNotFound          404
@@ -96,6 +97,20 @@ class Unauthorized(HeadstartError):
     status = 401
     type = "invalid_request_error"
     code = "invalid_api_key"
+
+
+class AdminRequired(HeadstartError):
+    status = 403
+    type = "invalid_request_error"
+    code = "admin_required"
+    retryable = False
+
+    def __init__(self, what: str, *, param: str | None = None) -> None:
+        super().__init__(
+            f"{what} needs the API key of an admin: `admin = true` in the key's table of the server's "
+            "configuration makes it one.",
+            param=param,
+        )
 
 
 class NotFound(HeadstartError):

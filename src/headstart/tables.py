@@ -59,13 +59,15 @@ class FixedSampling(Table):
 
 class ApiKey(Table):
     """`[keys.NAME]`: who may use the server. `key_env` is the name of an environment variable. `cache`: what
-    requests start from that name none. `quota_mb`: what its caches may take, in millions of bytes."""
+    requests start from that name none. `quota_mb`: what its caches may take, in millions of bytes. `admin`:
+    whether it may touch what is others' or everyone's; None: if it is the only key."""
 
     key: SecretStr | None = None
     key_file: Path | None = None
     key_env: str | None = None
     cache: str | None = None
     quota_mb: float | None = Field(None, ge=0)
+    admin: bool | None = None
 
     @model_validator(mode="after")
     def _check_fields(self) -> ApiKey:

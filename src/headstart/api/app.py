@@ -41,8 +41,9 @@ def create_app(service: Service) -> FastAPI:
     )
     app.state.service = service
     app.add_middleware(JsonBodies, max_bytes=int(service.settings.max_body_mb * (1 << 20)))
-    app.add_middleware(Routes, table=service.settings.routes)
+    # The last one added is the first to see a request.
     app.add_middleware(Keys, keyring=Keyring(service.settings))
+    app.add_middleware(Routes, table=service.settings.routes)
     app.add_middleware(PlainPaths)
     app.add_middleware(Faults)
     app.add_middleware(RequestIds)

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from msgspec.structs import replace
 from starlette.responses import Response
 
-from headstart.api.keys import owner, seen
+from headstart.api.keys import check_admin, owner, rank, seen
 from headstart.api.streaming import BEGIN_SECONDS, EventStream, as_event, begun, while_connected
 from headstart.api.terms import CreateRequest, EditRequest, iso_time, shown
 from headstart.caches.entry import Entry
@@ -101,17 +101,17 @@ async def list_all(request: Request) -> Json:
     totals = {
         "used_bytes": quota.used(whose or None),
         "quota_bytes": quota.limit_of(whose) or None,
-        "evictions": quota.evictions,
+        "evictions": quota.evictions.total() if rank(request) == "admin" else quota.evictions[whose],
     }
     kept = len(service.responses.of(whose))
-    return _listed(service, whose, None) | totals | {"responses": kept}
+    return _listed(request, None) | totals | {"responses": kept}
 
 
 @router.get("/{model}")
 async def list_of_model(request: Request, model: str) -> Json:
     """The caches of one model."""
     service: Service = request.app.state.service
-    return _listed(service, owner(request), service.model(model).name)
+    return _listed(request, service.model(model).name)
 
 
 @router.get("/{model}/{name:path}")
@@ -120,24 +120,38 @@ async def show(request: Request, model: str, name: str) -> Json:
     service: Service = request.app.state.service
     served = seen(request, service.model(model))
     entry = service.shelves.look_up(served, name, param="name")
-    return _described(service, entry) | _content(entry) | await _prospect(service, served, entry)
+    return _described(request, entry) | _content(entry) | await _prospect(service, served, entry)
 
 
 @router.patch("/{model}/{name:path}")
 async def edit(request: Request, model: str, name: str, body: EditRequest) -> Json:
     """Changes how a cache is kept; its version and states stay."""
     service: Service = request.app.state.service
-    changing = service.caching.edit(seen(request, service.model(model)), name, body.given())
-    return _described(service, await while_connected(request, changing))
+    changing = service.caching.edit(_changed(request, model, name), name, body.given())
+    return _described(request, await while_connected(request, changing))
 
 
 @router.delete("/{model}/{name:path}")
 async def delete(request: Request, model: str, name: str) -> Json:
     """Forgets a cache. Requests that have begun with it end with it."""
     service: Service = request.app.state.service
-    served = seen(request, service.model(model))
+    served = _changed(request, model, name)
     service.caching.delete(served, name)
     return {"object": "cache.deleted", "cache_name": name, "model": served.name, "deleted": True}
+
+
+def _changed(request: Request, model: str, name: str) -> ServedModel:
+    """The model as it is seen by those to whom the named cache belongs, which is to be changed: the request's
+    key or, where that has none of the name, everyone. Raises AdminRequired, ModelNotFound or InvalidName."""
+    service: Service = request.app.state.service
+    served = seen(request, service.model(model))
+    shared = service.shelves.only_shared(served, name, param="name")
+    if shared is None:
+        return served
+    # What is declared not even an admin can delete.
+    if not service.caching.is_declared(shared, name) or request.method != "DELETE":
+        check_admin(request, f"Changing the cache {name!r}, which is everyone's,")
+    return shared
 
 
 async def _prospect(service: Service, model: ServedModel, entry: Entry) -> Json:
@@ -149,17 +163,19 @@ async def _prospect(service: Service, model: ServedModel, entry: Entry) -> Json:
     return {"would_hit": miss is None, "miss_reason": miss}
 
 
-def _listed(service: Service, whose: str, model: str | None) -> Json:
+def _listed(request: Request, model: str | None) -> Json:
+    service: Service = request.app.state.service
+    whose = owner(request)
     building = service.caching.building(whose, model)
     return {
         "object": "list",
-        "data": [_described(service, entry) for entry in service.shelves.visible(whose, model)],
+        "data": [_described(request, entry) for entry in service.shelves.visible(whose, model)],
         "building": [{"cache_name": name, "model": model} for model, name in building],
     }
 
 
-def _described(service: Service, entry: Entry) -> Json:
-    usage = service.store.usage(entry)
+def _described(request: Request, entry: Entry) -> Json:
+    service: Service = request.app.state.service
     return {
         "object": "cache",
         "cache_name": entry.name,
@@ -175,6 +191,17 @@ def _described(service: Service, entry: Entry) -> Json:
         "updated": iso_time(entry.updated),
         **shown(entry, service.store.index.ends(entry)),
         "build_ms": round(entry.build_ms, 1),
+        **_usage(request, entry),
+    }
+
+
+def _usage(request: Request, entry: Entry) -> Json:
+    """How it was used; nulls where that would tell a key what others do."""
+    if rank(request) != "admin" and entry.owner != owner(request):
+        return dict.fromkeys(("hits", "last_used", "tokens_saved", "seconds_saved"))
+    service: Service = request.app.state.service
+    usage = service.store.usage(entry)
+    return {
         "hits": usage.hits,
         "last_used": iso_time(usage.last_used),
         "tokens_saved": usage.tokens_saved,

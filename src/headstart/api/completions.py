@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from starlette.responses import Response
@@ -10,7 +12,7 @@ from headstart.api.answers import Chat, Completion, Events, stream, whole
 from headstart.api.completion_body import COMPLETION_MAX_TOKENS, CompletionRequest
 from headstart.api.routes import addressed
 from headstart.api.schemas import ChatRequest, GenerationRequest
-from headstart.api.shaping import explaining, shaped
+from headstart.api.shaping import explaining, shaped, while_preparing
 from headstart.api.streaming import BEGIN_SECONDS, EventStream, begun, while_connected
 from headstart.service.requests import Options
 from headstart.service.server import Service
@@ -27,7 +29,8 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
     messages = [message.plain() for message in body.messages]
     async with service.models.use(addressed(request, body)) as model:
         options = await _options(request, body, limit)
-        prepared = await service.preparation.chat(model, messages, options, body.tools)
+        preparing = service.preparation.chat(model, messages, options, body.tools)
+        prepared = await while_preparing(request, body.tools, preparing)
         events = service.generation.run(prepared)
         return await _answer(request, body, events, Chat(body.model), options.n)
 
@@ -49,7 +52,9 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
 
 
 async def _options(request: Request, body: GenerationRequest, max_tokens: int | None) -> Options:
-    options = await shaped(request.app.state.service, body.options(max_tokens), body.wanted())
+    # Long grammars take a third of a second to be translated.
+    wanted = await asyncio.to_thread(body.wanted) if body.has_form else None
+    options = await shaped(request, body.options(max_tokens), wanted)
     return explaining(request, options)
 
 

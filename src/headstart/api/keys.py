@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import hashlib
 from hmac import compare_digest
+from typing import Literal
 
 from fastapi import Request
 from starlette.datastructures import Headers
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from headstart.api import errors
 from headstart.config import Settings
-from headstart.errors import StartupError, Unauthorized
+from headstart.errors import AdminRequired, StartupError, Unauthorized
 from headstart.service.model import ServedModel
 
 # What anybody may ask: the description of the API tells nothing about this server.
 PAGES = "/docs/files"
 PUBLIC = ("/health", "/openapi.json", "/docs")
+
+# admin: may touch what is others' and everyone's, as everybody may where there are no keys; tenant: has a
+# key; stranger: has none, and asks for what is public.
+Rank = Literal["admin", "tenant", "stranger"]
 
 
 class Keyring:
@@ -25,6 +31,7 @@ class Keyring:
 
     def __init__(self, settings: Settings) -> None:
         self.caches = {name: key.cache for name, key in settings.keys.items()}
+        self.admins = settings.admins
         self._owners: dict[bytes, str] = {}
         for name, key in settings.keys.items():
             digest = _digest(key.secret(name, settings.folder))
@@ -43,27 +50,37 @@ class Keyring:
 
 
 class Keys:
-    """Refuses requests without one of the keys, if there are any."""
+    """Refuses requests without one of the keys, if there are any, but for what anybody may ask. Has to see
+    the path that is answered, so a route's prefix must be gone by then."""
 
     def __init__(self, app: ASGIApp, keyring: Keyring) -> None:
         self.app = app
         self.keyring = keyring
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not self.keyring or scope["type"] != "http" or _is_public(scope["path"]):
+        if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        secret = _secret(Headers(scope=scope))
-        owner = self.keyring.owner(secret) if secret else None
-        if owner is None:
-            text = "This is no API key of this server." if secret else "An API key is needed."
-            error = Unauthorized(f"{text} Send it as `Authorization: Bearer KEY`.")
-            await errors.response(error, {"www-authenticate": "Bearer"})(scope, receive, send)
-            return
         state = scope.setdefault("state", {})
-        state["owner"] = owner
-        state["default_cache"] = self.keyring.caches[owner]
+        if not self.keyring:
+            state["rank"] = "admin"
+        else:
+            secret = _secret(Headers(scope=scope))
+            owner = self.keyring.owner(secret) if secret else None
+            if owner is None and not _is_public(scope["path"]):
+                await _refused(secret)(scope, receive, send)
+                return
+            if owner is not None:
+                state["owner"] = owner
+                state["default_cache"] = self.keyring.caches[owner]
+                state["rank"] = "admin" if owner in self.keyring.admins else "tenant"
         await self.app(scope, receive, send)
+
+
+def _refused(secret: str) -> Response:
+    text = "This is no API key of this server." if secret else "An API key is needed."
+    error = Unauthorized(f"{text} Send it as `Authorization: Bearer KEY`.")
+    return errors.response(error, {"www-authenticate": "Bearer"})
 
 
 def _is_public(path: str) -> bool:
@@ -73,6 +90,18 @@ def _is_public(path: str) -> bool:
 def owner(request: Request) -> str:
     """The name of the request's key; "" where none is needed."""
     return str(getattr(request.state, "owner", ""))
+
+
+def rank(request: Request) -> Rank:
+    """What the request may see and touch beside its own."""
+    found: Rank = getattr(request.state, "rank", "stranger")
+    return found
+
+
+def check_admin(request: Request, what: str) -> None:
+    """Raises AdminRequired, about `what`, unless the request's key is an admin's or there are no keys."""
+    if rank(request) != "admin":
+        raise AdminRequired(what)
 
 
 def seen(request: Request, model: ServedModel) -> ServedModel:

@@ -9,7 +9,7 @@ from starlette.responses import Response
 from headstart.api.message_bodies import CountRequest, MessagesRequest
 from headstart.api.message_events import Message, failed_event
 from headstart.api.routes import addressed
-from headstart.api.shaping import shaped
+from headstart.api.shaping import shaped, while_preparing
 from headstart.api.streaming import BEGIN_SECONDS, EventStream, begun, while_connected
 from headstart.service.requests import Options
 from headstart.service.server import Service
@@ -23,8 +23,9 @@ async def messages(request: Request, body: MessagesRequest) -> Response:
     service: Service = request.app.state.service
     chat, tools, marks = body.chat()
     async with service.models.use(addressed(request, body)) as model:
-        options = await shaped(service, body.options(marks), body.wanted())
-        prepared = await service.preparation.chat(model, chat, options, tools)
+        options = await shaped(request, body.options(marks), body.wanted())
+        preparing = service.preparation.chat(model, chat, options, tools)
+        prepared = await while_preparing(request, tools, preparing)
         message = Message(
             body.model,
             len(prepared.submit.tokens),

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from pydantic import Field
 
-from headstart.api.keys import owner, seen
+from headstart.api.keys import check_admin, owner, rank, seen
 from headstart.api.schemas import Body
 from headstart.api.streaming import while_connected
 from headstart.api.text import Utf8
@@ -31,16 +31,24 @@ class UnloadRequest(LoadRequest):
 
 @router.get("/health")
 async def health(request: Request) -> Json:
-    """200 when every model to be loaded at the start answers; 503 while one loads or can't run."""
+    """200 when every model to be loaded at the start answers; 503 while one loads or can't run. Where there
+    are API keys, more is told to those who send one."""
     service: Service = request.app.state.service
+    who = rank(request)
     states = {name: model.engine.state for name, model in service.models.all.items()}
+    told: Json = {} if who == "stranger" else {"models": states}
     if not service.models.ready:
         first = (service.models.all[name].engine.failure for name in service.models.first)
         failed = [failure for failure in first if failure]
-        error: HeadstartError = Unavailable(failed[0]) if failed else ModelLoading("A model is loading.")
-        error.details = {"models": states}
+        error: HeadstartError = ModelLoading("A model is loading.")
+        if failed:
+            error = Unavailable("A model can't run." if who == "stranger" else failed[0])
+        error.details = told
         raise error
-    return {"status": "ok", "models": states, "caches_building": service.caching.n_building}
+    if who != "stranger":
+        whose = None if who == "admin" else owner(request)
+        told["caches_building"] = len(service.caching.building(whose))
+    return {"status": "ok", **told}
 
 
 @router.get("/v1/models")
@@ -86,6 +94,7 @@ async def _load(service: Service, model: ServedModel) -> None:
 @router.post("/v1/models/unload")
 async def unload(request: Request, body: UnloadRequest) -> Json:
     """Frees a model's memory. Its caches stay; the next request loads it again."""
+    check_admin(request, "Unloading a model, which others may be using,")
     service: Service = request.app.state.service
     was_loaded = await service.models.unload(service.model(body.model), force=body.force)
     return _described(service, body.model) | {"unloaded": was_loaded}

@@ -16,7 +16,7 @@ from headstart.api.keys import owner
 from headstart.api.response_bodies import ResponseRequest, told_again
 from headstart.api.response_events import Writer
 from headstart.api.routes import addressed
-from headstart.api.shaping import explaining, shaped
+from headstart.api.shaping import explaining, shaped, while_preparing
 from headstart.api.streaming import BEGIN_SECONDS, EventStream, as_named_event, begun, while_connected
 from headstart.errors import BadRequest, HeadstartError, PreviousNotFound
 from headstart.service.choices import Choice, Delta, Ended
@@ -39,14 +39,15 @@ async def create(request: Request, body: ResponseRequest) -> Response:
     said = body.said()
     asked = _asked(service, body)
     model = addressed(request, body)
-    options = await shaped(service, body.options(), body.wanted())
+    options = await shaped(request, body.options(), body.wanted())
     options = explaining(request, options)
     before = await _before(service, model, body, asked)
     writer = Writer(told_again(body, options))
     if body.store is not False:
         options = replace(options, save_as=writer.body["id"])
     async with service.models.use(model) as model:
-        prepared = await _prepared(service, model, body, said, options, before)
+        preparing = _prepared(service, model, body, said, options, before)
+        prepared = await while_preparing(request, body.tools, preparing)
         answering = Answering(service, replace(prepared, saving=None), prepared, before, writer)
         events = service.generation.run(answering.prepared)
         if body.stream:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Coroutine
 from dataclasses import replace
+from typing import Any
 
 from fastapi import Request
 from msgspec import structs
 
+from headstart.api.keys import owner
+from headstart.api.streaming import while_connected
 from headstart.api.structure import Wanted
-from headstart.service.requests import Options
+from headstart.service.requests import Options, Prepared
 from headstart.service.server import Service
 
 EXPLAIN_HEADER = "x-headstart-explain"
@@ -20,11 +24,21 @@ def explaining(request: Request, options: Options) -> Options:
     return replace(options, explain=options.explain or asked)
 
 
-async def shaped(service: Service, options: Options, wanted: Wanted | None) -> Options:
-    """Raises BadRequest for a form that can't be enforced."""
+async def while_preparing(
+    request: Request, tools: object, preparing: Coroutine[Any, Any, Prepared]
+) -> Prepared:
+    """What is prepared. Tools may have a grammar that has to be checked, which can take long: it is given up
+    when the client leaves."""
+    return await (while_connected(request, preparing) if tools else preparing)
+
+
+async def shaped(request: Request, options: Options, wanted: Wanted | None) -> Options:
+    """Raises BadRequest for a form that can't be enforced, or Unavailable."""
     if wanted is None:
         return options
-    await service.grammars.check(wanted.grammar, wanted.param)
+    service: Service = request.app.state.service
+    checking = service.grammars.check(wanted.grammar, wanted.param, owner(request))
+    await while_connected(request, checking)
     calling = options.calling
     if calling.choice != "required":
         # Nothing but its form is in the answer, even where the prompt has opened the reasoning.

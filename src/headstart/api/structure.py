@@ -97,6 +97,11 @@ class StructuredRequest(BaseModel):
         None, description="As `response_format`, in vLLM's words."
     )
 
+    @property
+    def has_form(self) -> bool:
+        forms = (self.response_format, self.written_grammar, self.structured_outputs)
+        return any(form is not None for form in forms)
+
     def wanted(self) -> Wanted | None:
         """Raises BadRequest for what is no grammar, or for several."""
         found = list(self._wanted())

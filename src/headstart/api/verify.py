@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from pydantic import Field
 from starlette.responses import Response
 
-from headstart.api.keys import owner
+from headstart.api.keys import owner, rank
 from headstart.api.schemas import Body
 from headstart.api.streaming import BEGIN_SECONDS, EventStream, as_event, begun, while_connected
 from headstart.api.text import Utf8
@@ -39,10 +39,12 @@ class VerifyRequest(Body):
 
 @router.post("/verify")
 async def verify(request: Request, body: VerifyRequest) -> Response:
-    """Checks the files' hashes as the disk has them, and what requests would make of each cache."""
+    """Checks the files' hashes as the disk has them, and what requests would make of each cache; a key's own
+    ones, and all where there are no keys or the key is an admin's."""
     service: Service = request.app.state.service
     model = None if body.model is None else service.settings.aliases.get(body.model, body.model)
-    wish = Wish(model, body.cache_name, body.repair, body.remove_unreadable, owner(request))
+    whose = "" if rank(request) == "admin" else owner(request)
+    wish = Wish(model, body.cache_name, body.repair, body.remove_unreadable, whose)
     verdicts = service.verifier.verify(wish)
     if body.stream:
         return EventStream(await begun(request, _events(verdicts), BEGIN_SECONDS))

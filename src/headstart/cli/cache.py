@@ -116,8 +116,8 @@ def _table(caches: list[Json]) -> Table:
             cache["model"],
             f"{cache['tokens']:,}",
             f"{cache['size_mb']:,}",
-            f"{cache['hits']:,}",
-            age(cache["last_used"]),
+            _untold(cache) or f"{cache['hits']:,}",
+            _untold(cache) or age(cache["last_used"]),
             age(cache["updated"]),
         )
     return table
@@ -137,12 +137,17 @@ def _fields(cache: Json) -> dict[str, str]:
         "Created": _local(cache["created"]),
         "Updated": _local(cache["updated"]),
         "Build time": f"{cache['build_ms'] / 1000:.2f} s",
-        "Hits": f"{cache['hits']:,}",
-        "Last used": _local(cache["last_used"]),
-        "Saved": f"{cache['tokens_saved']:,} tokens, {cache['seconds_saved']:,.1f} s",
+        "Hits": _untold(cache) or f"{cache['hits']:,}",
+        "Last used": _untold(cache) or _local(cache["last_used"]),
+        "Saved": _untold(cache) or f"{cache['tokens_saved']:,} tokens, {cache['seconds_saved']:,.1f} s",
         **_terms(cache),
         "Would hit": _prospect(cache),
     }
+
+
+def _untold(cache: Json) -> str:
+    """What stands for the use of a cache that the server doesn't tell this API key; "" where it does."""
+    return "?" if cache["hits"] is None else ""
 
 
 def _terms(cache: Json) -> dict[str, str]:

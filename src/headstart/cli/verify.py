@@ -58,7 +58,8 @@ def look(name: str | None, model: str | None, cache_dir: Path | None, config: Pa
 def _tell(verdict: Json) -> None:
     done = f", {DONE[verdict['action']]}" if verdict["action"] else ""
     detail = f" ({verdict['detail']})" if verdict["detail"] else ""
-    out.print(f"{verdict['cache_name']} of {verdict['model']}: {verdict['state']}{done}{detail}")
+    whose = f" ({verdict['owner']}'s)" if verdict.get("owner") else ""
+    out.print(f"{verdict['cache_name']} of {verdict['model']}{whose}: {verdict['state']}{done}{detail}")
 
 
 def _sum_up(verdicts: Iterable[Json], where: str) -> None:

@@ -1,13 +1,16 @@
-"""A process that says whether a grammar compiles: `python -m headstart.engine.checking`.
+"""A process that says whether grammars compile: `python -m headstart.engine.checking`.
 
-Reads grammars from its standard input, a JSON string on a line, and answers each with the reason why it can't
-be used, "" for none. A grammar can make the compiler run for hours, take all memory or overflow its stack:
-then this process ends, by its own limits, and no other.
+Reads questions from its standard input, `[grammar, seconds]` in JSON on a line, and answers each with a line:
+the reason why the grammar can't be used, "" for none, or the number of the signal that ended the check.
+
+A grammar can make the compiler run for hours, take all memory or overflow its stack. So each is compiled in a
+fork of this process, which ends by its own limits; the next one need not wait for a new start.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
 import sys
@@ -18,8 +21,11 @@ from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 from headstart.engine.grammar import LIMITS, STACK_BYTES, GrammarError, Matcher, compiled, reason
 
-CPU_SECONDS = 2.0
 MEMORY_BYTES = 4 << 30
+# However busy the machine is. What hangs uses no processor time.
+REAL_SECONDS = 60
+# Who takes longer than this is not to hold up the engine.
+NICE_FROM_SECONDS = 1.0
 END = 256
 
 
@@ -53,26 +59,53 @@ class Checker:
             return error.fault
         return reason("\n".join(messages))
 
+    def answer(self, grammar: str, seconds: float) -> str | int:
+        """The fault that a fork of this process finds in `seconds` of processor time; else the signal that
+        ended it, SIGABRT where it ended in another way."""
+        reading, writing = os.pipe()
+        child = os.fork()
+        if not child:
+            os.close(reading)
+            self._check(grammar, seconds, writing)
+        os.close(writing)
+        with os.fdopen(reading, "rb") as pipe:
+            found = pipe.read()
+        _, status = os.waitpid(child, 0)
+        if os.WIFSIGNALED(status):
+            return os.WTERMSIG(status)
+        return str(json.loads(found)) if found else int(signal.SIGABRT)
+
+    def _check(self, grammar: str, seconds: float, writing: int) -> None:
+        """Does not return."""
+        try:
+            if seconds >= NICE_FROM_SECONDS:
+                os.nice(5)
+            _limit(resource.RLIMIT_AS, MEMORY_BYTES)
+            signal.alarm(REAL_SECONDS)
+            # Of the processor's time, so that a busy machine makes nothing a fault; its signal ends the fork.
+            signal.setitimer(signal.ITIMER_PROF, seconds)
+            thread = threading.Thread(
+                target=lambda: os.write(writing, json.dumps(self.fault(grammar)).encode())
+            )
+            thread.start()
+            thread.join()
+        finally:
+            os._exit(0)
+
+
+def _limit(what: int, most: int) -> None:
+    with suppress(ValueError, OSError):
+        resource.setrlimit(what, (most, most))
+
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _limit(resource.RLIMIT_CORE, 0)
     threading.stack_size(STACK_BYTES)
-    thread = threading.Thread(target=_answer)
-    thread.start()
-    thread.join()
-
-
-def _answer() -> None:
     checker = Checker()
     for line in sys.stdin.buffer:
-        # Of the processor's time, so that a busy machine makes nothing a fault; its signal ends the process.
-        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
-        fault = checker.fault(json.loads(line))
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        sys.stdout.write(json.dumps(fault) + "\n")
+        grammar, seconds = json.loads(line)
+        sys.stdout.write(json.dumps(checker.answer(grammar, seconds)) + "\n")
         sys.stdout.flush()
 
 

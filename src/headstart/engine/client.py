@@ -157,7 +157,7 @@ class EngineClient:
         if self._writer is None or self.info is None or self.state != "ready":
             raise ModelLoading(f"Model {self.name!r} is still loading.")
         if self.n_requests >= self.info.slots + self.max_waiting:
-            raise Overloaded(f"{self.n_requests} requests are running or waiting already.")
+            raise Overloaded("As many requests are running and waiting as may.")
 
     def submit(self, request: Submit | Embed) -> Running:
         """Sends the request to the worker, giving it an `id`. Raises Unavailable when it can't be taken, and

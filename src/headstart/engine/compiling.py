@@ -8,17 +8,19 @@ from queue import SimpleQueue
 
 from headstart.engine.draining import drained
 from headstart.engine.grammar import STACK_BYTES, GrammarError, Grammars
+from headstart.engine.round_robin import RoundRobin
 from headstart.engine.sequence import Sequence
 
 
 class Compiler:
-    """Gives sequences their matchers, and marks them as `compiling` until then. `wake` is called from its
-    thread when one is done. It is started with the first of them."""
+    """Gives sequences their matchers, and marks them as `compiling` until then; their owners take turns.
+    `wake` is called from its thread when one is done. It is started with the first of them."""
 
     def __init__(self, grammars: Grammars, wake: Callable[[], object]) -> None:
         self.grammars = grammars
         self.wake = wake
-        self.wanted: SimpleQueue[Sequence] = SimpleQueue()
+        self.wanted: RoundRobin[Sequence] = RoundRobin()
+        self.changed = threading.Condition()
         self.done: SimpleQueue[tuple[Sequence, str]] = SimpleQueue()
         self.started = False
 
@@ -26,7 +28,9 @@ class Compiler:
         if not sequence.request.sampling.grammar:
             return
         sequence.compiling = True
-        self.wanted.put(sequence)
+        with self.changed:
+            self.wanted.put(sequence.request.owner, sequence)
+            self.changed.notify()
         if not self.started:
             self.started = True
             _start(self._run)
@@ -34,7 +38,9 @@ class Compiler:
     def _run(self) -> None:
         """Runs on the thread."""
         while True:
-            sequence = self.wanted.get()
+            with self.changed:
+                self.changed.wait_for(lambda: len(self.wanted))
+                sequence = self.wanted.take()
             fault = ""
             try:
                 sequence.matcher = self.grammars.compile(sequence.request.sampling.grammar)

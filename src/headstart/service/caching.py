@@ -81,16 +81,16 @@ class Caching:
     def is_building(self, entry: Entry) -> bool:
         return (entry.shelf, entry.name) in self._builds
 
-    def building(self, owner: str, model: str | None = None) -> list[tuple[str, str]]:
-        """Model and name of what `visible` would list and is being built or is to be."""
+    def building(self, owner: str | None, model: str | None = None) -> list[tuple[str, str]]:
+        """Model and name of what `visible` would list and is being built or is to be; `owner` None: of what
+        is anybody's."""
         keys = {(*shelf.partition("@")[::2], name) for shelf, name in (*self._builds, *self.promises.open())}
         return sorted(
-            (one, name) for one, whose, name in keys if whose in ("", owner) and model in (None, one)
+            (one, name)
+            for one, whose, name in keys
+            if owner in (None, whose) or not whose
+            if model in (None, one)
         )
-
-    @property
-    def n_building(self) -> int:
-        return len({*self._builds, *self.promises.open()})
 
     async def open(self, model: ServedModel, entry: Entry, form: Form, tokens: list[int]) -> Opening | None:
         """How a request whose prompt is `tokens` starts from the cache; None when the cache was replaced or
@@ -187,12 +187,9 @@ class Caching:
                 return amended
 
     def delete(self, model: ServedModel, name: str) -> None:
-        """Raises CacheNotFound, or CacheConflict while the name is being built and where the client may not:
-        it is declared, or everyone's and the model is seen by an owner."""
+        """Raises CacheNotFound, or CacheConflict while the name is being built or where it is declared."""
         check_name(name, param="name")
         self.check_not_declared(model, name, param="name")
-        if model.owner and not self.shelves.own(model, name) and self.shelves.at(model.name, name):
-            raise CacheConflict(f"The cache {name!r} is everyone's; no API key can delete it.", param="name")
         self.check_not_building(model, name)
         self.store.delete(model.shelf, name)
 
@@ -253,9 +250,12 @@ class Caching:
             return await asyncio.shield(build)
         return self.store.find(entry.shelf, entry.name, param="name")
 
+    def is_declared(self, model: ServedModel, name: str) -> bool:
+        return (model.shelf, name) in self.promises
+
     def check_not_declared(self, model: ServedModel, name: str, *, param: str) -> None:
         """Raises CacheConflict."""
-        if (model.shelf, name) in self.promises:
+        if self.is_declared(model, name):
             raise CacheConflict(
                 f"The cache {name!r} is declared in the server's configuration; change it there.", param=param
             )

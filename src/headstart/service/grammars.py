@@ -1,86 +1,145 @@
-"""Whether a grammar can be used, as a process beside the server finds out.
+"""Whether a grammar can be used, as processes beside the server find out.
 
 To use it: make the grammar with `headstart.service.structure` (`json_grammar`, `regex_grammar`,
 `lark_grammar`), then
 
-    await service.grammars.check(grammar, param="tools")
+    await service.grammars.check(grammar, param="tools", owner=model.owner)
 
 which raises BadRequest with the compiler's reason and else returns nothing; the grammar then goes to the
 engine as `Sampling.grammar`. What was found is remembered, so checking a grammar again costs nothing.
+
+Each check is tried for a moment first, and most need no more. What takes longer goes to the end of a second
+queue with a process of its own: however many such grammars are sent, and by whomever, they hold up one
+another and not the others. In both queues the API keys take turns.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
-import sys
 from collections import OrderedDict
 from contextlib import suppress
+from dataclasses import dataclass, field
 
-from headstart.errors import BadRequest
+from headstart.errors import BadRequest, Overloaded
+from headstart.service.checker import ENDED, Checker, TookTooLong
+from headstart.service.fair_queue import FairQueue
 
 MAX_BYTES = 256 << 10
 REMEMBERED = 4096
-ENDED = "compiling it takes too much time or memory"
+# Of processor time: honest schemas take some milliseconds.
+QUICK_SECONDS = 0.1
+MOST_SECONDS = 2.0
+
+Key = tuple[str, bytes]
+
+
+@dataclass
+class Lane:
+    """One process, and the queue before it."""
+
+    checker: Checker
+    queue: FairQueue
+
+
+@dataclass
+class Flight:
+    """A check that is being done or waited for; `running`: it can't be taken back any more."""
+
+    task: asyncio.Task[str] = field(init=False)
+    n_asking: int = 0
+    running: bool = False
 
 
 class Grammars:
-    """Has a process of its own from the first grammar on, until `close`; one that ended is started anew."""
+    """No more than `max_waiting` checks wait in either queue. Processes are started when they are first
+    needed, run until `close`, and are started anew when one has ended."""
 
-    def __init__(self) -> None:
-        self._process: asyncio.subprocess.Process | None = None
-        self._one_at_a_time = asyncio.Lock()
+    def __init__(self, max_waiting: int) -> None:
+        self.max_waiting = max_waiting
+        self._quick = Lane(Checker(QUICK_SECONDS), FairQueue(max_waiting))
+        self._slow = Lane(Checker(MOST_SECONDS), FairQueue(max_waiting))
         self._faults: OrderedDict[bytes, str] = OrderedDict()
+        self._flights: dict[Key, Flight] = {}
 
-    async def check(self, grammar: str, param: str) -> None:
-        """Raises BadRequest, with `param`, for a grammar that can't be compiled."""
+    async def check(self, grammar: str, param: str, owner: str = "") -> None:
+        """Raises BadRequest, with `param`, for a grammar that can't be compiled, or Unavailable where that
+        can't be found out now."""
         data = grammar.encode()
         if len(data) > MAX_BYTES:
             raise BadRequest(
                 f"{param} is a grammar of {len(data)} bytes; {MAX_BYTES} are allowed.", param=param
             )
-        key = hashlib.blake2b(data, digest_size=16).digest()
-        if key not in self._faults:
-            self._faults[key] = await self._ask(grammar)
-        self._faults.move_to_end(key)
-        if len(self._faults) > REMEMBERED:
-            self._faults.popitem(last=False)
-        if fault := self._faults[key]:
+        digest = hashlib.blake2b(data, digest_size=16).digest()
+        if digest in self._faults:
+            self._faults.move_to_end(digest)
+            fault = self._faults[digest]
+        else:
+            fault = await self._joined((owner, digest), grammar)
+        if fault:
             raise BadRequest(f"{param} can't be used: {fault}", param=param)
 
-    async def _ask(self, grammar: str) -> str:
-        async with self._one_at_a_time:
-            process = self._process = self._process or await _started()
-            assert process.stdin
-            assert process.stdout
-            answer = b""
+    async def _joined(self, key: Key, grammar: str) -> str:
+        """The fault, "" for none, from the one flight of this grammar that its owner has. A flight that all
+        have left is taken out of its queue."""
+        flight = self._flights.get(key)
+        if flight is None:
+            flight = self._flights[key] = Flight()
+            flight.task = asyncio.create_task(self._found(flight, key, grammar))
+            flight.task.add_done_callback(lambda task: self._ended(key, task))
+        elif flight.n_asking > self.max_waiting:
+            raise Overloaded("As many requests are waiting for this grammar as may.")
+        flight.n_asking += 1
+        try:
+            return await asyncio.shield(flight.task)
+        finally:
+            flight.n_asking -= 1
+            if not flight.n_asking and not flight.running and not flight.task.done():
+                # Nobody may join it from now on.
+                self._flights.pop(key, None)
+                flight.task.cancel()
+
+    def _ended(self, key: Key, task: asyncio.Task[str]) -> None:
+        if (flight := self._flights.get(key)) and flight.task is task:
+            del self._flights[key]
+        if not task.cancelled():
+            # An error is looked at, also where everybody has left.
+            task.exception()
+
+    async def _found(self, flight: Flight, key: Key, grammar: str) -> str:
+        with suppress(TookTooLong):
+            return await self._tried(self._quick, flight, key, grammar)
+        if not flight.n_asking:
+            self._flights.pop(key, None)
+            raise asyncio.CancelledError
+        try:
+            return await self._tried(self._slow, flight, key, grammar)
+        except TookTooLong:
+            return self._remembered(key[1], ENDED)
+
+    async def _tried(self, lane: Lane, flight: Flight, key: Key, grammar: str) -> str:
+        """Raises TookTooLong. What is found is remembered before another's turn comes."""
+        owner, digest = key
+        async with lane.queue.turn(owner):
+            if digest in self._faults:
+                # Another owner's flight was faster.
+                return self._faults[digest]
+            flight.running = True
             try:
-                with suppress(ConnectionError):
-                    process.stdin.write(json.dumps(grammar).encode() + b"\n")
-                    await process.stdin.drain()
-                    answer = await process.stdout.readline()
+                return self._remembered(digest, await lane.checker.fault(grammar))
             finally:
-                # Also where the client has gone: the answer is no one else's.
-                if not answer.endswith(b"\n"):
-                    self._process = None
-                    if not process.stdout.at_eof():
-                        process.kill()
-                    await process.wait()
-        return str(json.loads(answer)) if answer else ENDED
+                flight.running = False
+
+    def _remembered(self, digest: bytes, fault: str) -> str:
+        self._faults[digest] = fault
+        if len(self._faults) > REMEMBERED:
+            self._faults.popitem(last=False)
+        return fault
 
     async def close(self) -> None:
-        process, self._process = self._process, None
-        if process:
-            with suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
-
-
-async def _started() -> asyncio.subprocess.Process:
-    return await asyncio.create_subprocess_exec(
-        # -P: what lies in the current folder is no part of the program.
-        *(sys.executable, "-P", "-m", "headstart.engine.checking"),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-    )
+        flights = [flight.task for flight in self._flights.values()]
+        for task in flights:
+            task.cancel()
+        await asyncio.gather(*flights, return_exceptions=True)
+        await self._quick.checker.close()
+        await self._slow.checker.close()

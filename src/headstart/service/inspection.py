@@ -26,7 +26,8 @@ def inspect(settings: Settings, wish: Wish) -> Iterator[Verdict]:
     for path, what in found:
         if wish.covers(what.shelf, what.name):
             n_verdicts += 1
-            yield judged_stray(what) if isinstance(what, Stray) else inspector.judge(path, what)
+            verdict = judged_stray(what) if isinstance(what, Stray) else inspector.judge(path, what)
+            yield verdict.of(what.shelf)
     if wish.name is not None and not n_verdicts:
         raise CacheNotFound(f"There is no cache {wish.name!r} in {settings.cache_dir}.")
 

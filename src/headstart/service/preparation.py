@@ -246,7 +246,7 @@ class Preparation:
         how = reading(prepared.model.prompts, chat.tools, options.calling, submit.tokens)
         if how.grammar:
             capabilities.check(prepared.model, ["grammar"], because="tool_choice")
-            await self.grammars.check(how.grammar, param="tools")
+            await self.grammars.check(how.grammar, param="tools", owner=prepared.model.owner)
             sampling = msgspec.structs.replace(submit.sampling, grammar=how.grammar)
             submit = msgspec.structs.replace(submit, sampling=sampling)
         return replace(prepared, submit=submit, parser=how.parser, piece=how.piece)

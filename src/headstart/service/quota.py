@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -28,7 +29,8 @@ class Quota:
         self.store = store
         self.limit = limit
         self.shares = shares or {}
-        self.evictions = 0
+        # How many, by whose caches they were.
+        self.evictions: Counter[str] = Counter()
         self._reserved: dict[Key, int] = {}
         self._deciding = asyncio.Lock()
 
@@ -94,7 +96,9 @@ class Quota:
         free = limit - self._taken(owner, key)
         gain = 0 if size <= free else sum(_gain(entry) for entry in self._candidates(owner, key))
         if free + gain < size:
-            raise _exceeded(size, limit, free + gain)
+            # How much others have, and have pinned, is nothing to tell a key.
+            others = owner is None and "@" in key[0]
+            raise _exceeded(size, limit, None if others else free + gain)
         return size - free
 
     def _candidates(self, owner: str | None, but: Key | None = None) -> list[Entry]:
@@ -131,7 +135,7 @@ class Quota:
             except CacheNotFound:
                 return 0
             freed = entry.size_bytes
-        self.evictions += 1
+        self.evictions[entry.owner] += 1
         level = logging.INFO if entry.origin == "response" else logging.WARNING
         log.log(level, "evicted cache %s of %s: %d bytes are free", entry.name, entry.shelf, freed)
         return freed
@@ -151,9 +155,11 @@ def _gain(entry: Entry) -> int:
     return entry.tensor_bytes if keeps_text(entry) else entry.size_bytes
 
 
-def _exceeded(size: int, limit: int, free: int) -> QuotaExceeded:
+def _exceeded(size: int, limit: int, free: int | None) -> QuotaExceeded:
+    """`free` None: it is not to be told."""
+    most = "not as many" if free is None else f"no more than {max(free, 0) / 1e6:.2f} MB"
     return QuotaExceeded(
         f"There is no room: {size / 1e6:.2f} MB are needed, and of the {limit / 1e6:.2f} MB that caches may "
-        f"take no more than {max(free, 0) / 1e6:.2f} MB can be had by giving up others. Delete or unpin "
+        f"take {most} can be had by giving up others. Delete or unpin "
         "caches, or raise quota_mb."
     )

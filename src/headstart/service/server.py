@@ -45,7 +45,7 @@ class Service:
         self.conversations = Conversations(self.caching)
         self.responses = Responses(settings, self.conversations, self.automatic, self.quota)
         self.marks = Marks(self.caching, self.automatic)
-        self.grammars = Grammars()
+        self.grammars = Grammars(settings.max_waiting)
         kept = (self.caching, self.automatic, self.conversations, self.marks)
         self.preparation = Preparation(*kept, self.grammars)
         self.generation = Generation(*kept)

@@ -22,6 +22,14 @@ class Shelves:
         check_name(name, param=param)
         return self.seen(model, name) or self.store.find(model.shelf, name, param=param)
 
+    def only_shared(self, model: ServedModel, name: str, *, param: str) -> ServedModel | None:
+        """The model as everyone sees it, where the named cache is everyone's and the owner has none of this
+        name. Raises InvalidName."""
+        check_name(name, param=param)
+        if not model.owner or self.own(model, name) or not self.at(model.name, name):
+            return None
+        return model.seen_by("")
+
     def seen(self, model: ServedModel, name: str) -> Entry | None:
         """The named cache, the owner's or everyone's."""
         entries = (self.at(shelf, name) for shelf in shelves(model.shelf))

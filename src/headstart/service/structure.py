@@ -12,7 +12,7 @@ import re
 from typing import Any
 
 from llguidance import LLMatcher
-from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
+from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from headstart.errors import BadRequest
 
@@ -69,5 +69,6 @@ def written_grammar(text: str, param: str) -> str:
         return lark_grammar(text)
     try:
         return lark_grammar(gbnf_to_lark(text))
-    except (GbnfToLarkError, IndexError, KeyError, ValueError, RecursionError) as error:
+    except Exception as error:
+        # llguidance's translator raises whatever its code runs into.
         raise BadRequest(f"{param} is no GBNF grammar: {error}", param=param) from None

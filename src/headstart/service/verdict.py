@@ -22,7 +22,8 @@ UNFIT: frozenset[MissReason] = frozenset(
 
 class Verdict(Struct, frozen=True):
     """`would_hit`: whether a request would start from its state; None where nobody can say, because its model
-    isn't served. `detail`: in words what is wrong, or was done. `action`: what was done about it."""
+    isn't served. `detail`: in words what is wrong, or was done. `action`: what was done about it. `owner`:
+    the API key whose cache it is; None: everyone's."""
 
     cache_name: str
     model: str
@@ -31,11 +32,16 @@ class Verdict(Struct, frozen=True):
     miss_reason: MissReason | None = None
     detail: str = ""
     action: Action | None = None
+    owner: str | None = None
 
     @property
     def is_wrong(self) -> bool:
         """Something is wrong with it, and still is."""
         return self.state != "ok" and self.action not in ("rebuilt", "removed")
+
+    def of(self, shelf: str) -> Verdict:
+        """The same, with the owner of what is on this shelf."""
+        return replace(self, owner=shelf.partition("@")[2] or None)
 
     def after(self, action: Action, detail: str) -> Verdict:
         would_hit = True if action == "rebuilt" else self.would_hit

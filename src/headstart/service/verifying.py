@@ -50,11 +50,11 @@ class Verifier:
         for entry in self.store.entries():
             if wish.covers(entry.shelf, entry.name) and (verdict := await self._entry(entry, wish)):
                 n_verdicts += 1
-                yield verdict
+                yield verdict.of(entry.shelf)
         for stray in found:
             if wish.covers(stray.shelf, stray.name) and not self._knows(stray):
                 n_verdicts += 1
-                yield self._stray(stray, wish)
+                yield self._stray(stray, wish).of(stray.shelf)
         if wish.name is not None and not n_verdicts:
             raise CacheNotFound(f"There is no cache {wish.name!r}.", param="cache_name")
 

@@ -52,10 +52,10 @@ class Cache(Reply):
     description: str | None
     metadata: dict[str, str]
     build_ms: float
-    hits: int
+    hits: int | None = Field(description="This and what follows: null to others than admins if it is shared.")
     last_used: str | None = Time
-    tokens_saved: int
-    seconds_saved: float
+    tokens_saved: int | None
+    seconds_saved: float | None
     unverified: bool = Field(description="Its file can't be read: all this is from a copy of its header.")
 
 
@@ -96,6 +96,7 @@ class CacheDeleted(Reply):
 class Verdict(Reply):
     cache_name: str
     model: str
+    owner: str | None
     state: State
     would_hit: bool | None
     miss_reason: MissReason | None

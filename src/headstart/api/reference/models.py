@@ -32,5 +32,5 @@ class Unloaded(Model):
 
 class Health(Reply):
     status: Literal["ok"]
-    models: dict[str, State]
-    caches_building: int
+    models: dict[str, State] | None = Field(None, description="Where an API key is needed: only with one.")
+    caches_building: int | None = Field(None, description="Likewise; others' are told to admins only.")
