@@ -52,11 +52,11 @@ class Cache(Reply):
     description: str | None
     metadata: dict[str, str]
     build_ms: float
+    unverified: bool = Field(description="Its file can't be read: all this is from a copy of its header.")
     hits: int | None = Field(description="This and what follows: null to others than admins if it is shared.")
     last_used: str | None = Time
     tokens_saved: int | None
     seconds_saved: float | None
-    unverified: bool = Field(description="Its file can't be read: all this is from a copy of its header.")
 
 
 class CacheDetails(Cache):
