@@ -124,8 +124,11 @@ def _check(directory: Path, ledger: Ledger) -> None:
         form = entry.forms["chat"]
         assert path.read_bytes()[form.state_offset :] == state
     store.close()
-    files = {path.name for path in directory.rglob("*/*")}
-    assert files == {f"{name}.headstart" for name, version in found.items() if version is not None}
+    kept = {name for name, version in found.items() if version is not None}
+    assert {path.name for path in directory.glob(f"{SHELF}/*")} == {f"{name}.headstart" for name in kept}
+    assert {path.name for path in directory.glob(f".headers/{SHELF}/*")} == {
+        f"{name}.header" for name in kept
+    }
     ledger.settle(found)
 
 
