@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from headstart.caches.entered import entry_of
 from headstart.caches.entry import Entry
 from headstart.caches.usage import Usage, usage_key
 
@@ -65,7 +66,7 @@ def read(database: sqlite3.Connection) -> Old:
 
 
 def _take(old: Old, row: Mapping[str, Any]) -> None:
-    entry = msgspec.json.decode(row["entry"], type=Entry)
+    entry = entry_of(row["entry"])
     if (entry.shelf, entry.name) != (row["shelf"], row["name"]):
         raise ValueError("it is about another cache than it says")
     old.entries.append(entry)
