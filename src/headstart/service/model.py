@@ -59,8 +59,14 @@ class ServedModel:
             if plan.measures and not ToySpec.matches(self.path):
                 say(f"Measuring what is fastest for {self.name} here (once per model and machine) ...")
             self.engine.start()
-            prompts = await asyncio.to_thread(self._load_prompts)
-            prompts.can_cut = (await self.engine.wait_ready()).can_cut
+            try:
+                prompts = await asyncio.to_thread(self._load_prompts)
+                prompts.can_cut = (await self.engine.wait_ready()).can_cut
+            except BaseException:
+                # A worker without a tokenizer would count as loaded, or as being loaded for ever.
+                if self.engine.state != "failed":
+                    await self.engine.close()
+                raise
             self._prompts = prompts
         tuning = self.engine.settings.tuning
         if plan.measures and tuning:

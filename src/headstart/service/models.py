@@ -11,7 +11,7 @@ from time import monotonic
 
 from headstart.caches.store import Store
 from headstart.config import Settings
-from headstart.errors import ModelBusy, ModelLoading, OutOfMemory, StartupError, Unavailable
+from headstart.errors import ModelBusy, ModelLoading, ModelNotFound, OutOfMemory, StartupError, Unavailable
 from headstart.folder import models_in
 from headstart.service.model import Say, ServedModel
 
@@ -60,7 +60,7 @@ class Models:
         found = models_in(self.settings.models_dir)
         gone = self.all.keys() - found.keys() - self.settings.models.keys()
         for name in gone:
-            if not self.is_loaded(name):
+            if not self.is_loaded(name) and not self.is_busy(name):
                 del self.all[name]
         for name, path in found.items():
             if name not in self.all:
@@ -98,10 +98,13 @@ class Models:
 
     @asynccontextmanager
     async def use(self, model: ServedModel) -> AsyncIterator[ServedModel]:
-        """The model, loaded, as it was seen; it is not unloaded within. Raises Unavailable."""
+        """The model, loaded, as it was seen; it is not unloaded within. Raises Unavailable, or ModelNotFound
+        where its file has gone since it was seen."""
         name = model.name
         self._users[name] += 1
         try:
+            if name not in self.all:
+                raise ModelNotFound(f"There is no model {name!r} any more.", param="model")
             await self._be_ready(name)
             yield self.all[name].seen_by(model.owner)
         finally:
@@ -201,10 +204,17 @@ class Models:
     async def _unload_idle(self) -> None:
         while seconds := self.settings.idle_unload_seconds:
             await asyncio.sleep(min(IDLE_CHECK_SECONDS, seconds))
-            for name in self._loaded():
-                last = self._last_used.get(name, monotonic())
-                if monotonic() - last >= seconds and not self.is_busy(name):
-                    await self._stop(name)
+            try:
+                await self._unload_unused(seconds)
+            except Exception:
+                # The next look must come all the same.
+                log.exception("models that are not used can't be unloaded")
+
+    async def _unload_unused(self, seconds: float) -> None:
+        for name in self._loaded():
+            last = self._last_used.get(name, monotonic())
+            if monotonic() - last >= seconds and not self.is_busy(name):
+                await self._stop(name)
 
     @property
     def ready(self) -> bool:

@@ -11,8 +11,8 @@ from msgspec.structs import replace
 from headstart.arithmetic import Arithmetic
 from headstart.caches.entry import Entry, Fingerprint
 from headstart.config import Settings
-from headstart.engine.client import worker_environment
 from headstart.engine.model import ModelError
+from headstart.engine.process import worker_environment
 from headstart.engine.settling import measure_apart, settled
 from headstart.errors import StartupError
 from headstart.folder import is_rkllm
