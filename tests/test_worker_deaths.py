@@ -136,9 +136,10 @@ def test_no_kill_of_a_worker_costs_a_place_or_makes_a_fault(
             kills += 1
     load.end()
     report(f"{kills} kills; {dict(load.outcomes)}")
-    assert {status for status, _ in load.outcomes} <= {200, 503}, load.outcomes
-    codes = {code for _, code in load.outcomes}
-    assert codes <= {"", "engine_died", "model_loading", "unavailable", "overloaded"}, load.outcomes
+    # Of two clients that keep different things under one name, the second is told so.
+    allowed = {(200, ""), (200, "engine_died"), (409, "cache_conflict")}
+    allowed |= {(503, code) for code in ("engine_died", "model_loading", "unavailable", "overloaded")}
+    assert load.outcomes.keys() <= allowed, load.outcomes
     eventually(lambda: _is_idle(server), 60)
     _fill(server)
     eventually(lambda: _is_idle(server))

@@ -47,6 +47,8 @@ class Models:
         self._making_room = asyncio.Lock()
         self._measuring = asyncio.Lock()
         self._idle_check: asyncio.Task[None] | None = None
+        # Set whenever somebody begins to use a model.
+        self.used = asyncio.Event()
         if not self.all:
             raise StartupError(f"There is no model in {settings.models_dir}: no file named *.gguf.")
         # Without these the server is not ready.
@@ -102,6 +104,7 @@ class Models:
         where its file has gone since it was seen."""
         name = model.name
         self._users[name] += 1
+        self.used.set()
         try:
             if name not in self.all:
                 raise ModelNotFound(f"There is no model {name!r} any more.", param="model")
@@ -178,6 +181,18 @@ class Models:
         was_loaded = self.is_loaded(model.name)
         await self._stop(model.name)
         return was_loaded
+
+    async def reload(self, model: ServedModel) -> None:
+        """Starts an idle model's worker anew, as is planned now; one that isn't idle, or not loaded, stays as
+        it is. Requests that come meanwhile wait. Raises Unavailable."""
+        if not self.is_busy(model.name) and self.is_loaded(model.name):
+            await self._stop(model.name)
+            async with self.use(model):
+                pass
+
+    @property
+    def is_idle(self) -> bool:
+        return not any(map(self.is_busy, self.all))
 
     async def _stop(self, name: str) -> None:
         # Nothing is waited for before the engine counts as closed: who asks for it from then on loads it.
