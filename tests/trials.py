@@ -9,6 +9,7 @@ from typing import Any
 from headstart.arithmetic import Weights
 from headstart.engine.model import ModelError
 from headstart.engine.trials import Span, TrialShape
+from headstart.engine.watching import Spent, Watch
 from headstart.messages import EngineSettings
 
 # Of a call: the trial's shape, its threads, new tokens, and the tokens that sequences hold after it.
@@ -65,6 +66,23 @@ class FakeTrial:
         self.closed = True
 
 
+class Calm(Watch):
+    """A machine that does nothing else, or what it is told to: `doing`, CPUs that others use."""
+
+    def __init__(self, doing: float = 0.0) -> None:
+        self.doing = doing
+        self.seconds = 0.0
+        self.pauses = 0
+        super().__init__(self._spent)
+
+    def _spent(self) -> Spent:
+        self.seconds += 1
+        return Spent(self.seconds, self.seconds * self.doing)
+
+    def pause(self) -> None:
+        self.pauses += 1
+
+
 @dataclass
 class FakeTrials:
     cost: Cost
@@ -75,6 +93,7 @@ class FakeTrials:
     spent: float = 0.0
     restored: int = 0
     made: list[FakeTrial] = field(default_factory=list)
+    watch: Watch = field(default_factory=Calm)
     closed: bool = False
 
     def __call__(self, settings: EngineSettings) -> FakeTrials:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 # As they are in the model file, or converted to Q8_0.
 Weights = Literal["file", "q8_0"]
@@ -53,6 +53,23 @@ class Arithmetic(Struct, frozen=True):
 DEFAULT = Arithmetic(flash_attention=False, weights="file")
 
 
+# Milliseconds, within what a sane file says.
+Ms = Annotated[float, Meta(ge=0, le=1e9)]
+# After so many measurements that can't be relied on, the best figures of all of them count.
+MOST_TRIES = 5
+# What other arithmetic has to save of a hit before caches are computed again for it.
+GAIN = 0.10
+
+
+def preferred(hits: Mapping[Arithmetic, float], allowed: Arithmetic, kept: Arithmetic) -> Arithmetic:
+    """The first of what was tried, best first with what a hit took, that is allowed; but `kept`, which caches
+    have, where that saves less than a tenth."""
+    best = next(tried for tried in hits if allowed.allows(tried))
+    if kept in hits and allowed.allows(kept) and hits[best] > (1 - GAIN) * hits[kept]:
+        return kept
+    return best
+
+
 class Tuning(Struct, frozen=True):
     """What was measured of a model on a machine; milliseconds. One call of llama_decode, of `n` tokens after
     which a sequence holds `d`, takes pass_ms + n * (token_ms + d * attend_ms).
@@ -60,18 +77,46 @@ class Tuning(Struct, frozen=True):
     `ubatch`: the smallest power of two from 16 to 256 whose prefill throughput is within 5 % of the best.
     `share_from`: tokens of a common prefix from which a unified cache decodes 4 sequences faster than
     streams; 0: never. `ranking`: all that was tried, the best first; `arithmetic`, with which all other
-    figures were taken, is the first of them that was allowed. `measured`: the figures behind the choices, for
-    people."""
+    figures were taken, is the first of them that was allowed, or what caches have where nothing saves a tenth
+    of a hit against it. `hits`: what a hit took with each of the ranking. `measured`: the figures behind the
+    choices.
+
+    `tries`: how often it was measured; 0: by a release that didn't tell how sure it was. `doubts`: of figures
+    that can't be relied on, why. Where there are some, figures are the best of all tries. `depth`: how many
+    tokens were held where figures say so; another try holds as many, or more."""
 
     arithmetic: Arithmetic
-    threads: int
-    ubatch: int
-    pass_ms: float
-    token_ms: float
-    attend_ms: float
-    share_from: int
-    ranking: list[Arithmetic]
-    measured: dict[str, float]
+    threads: Annotated[int, Meta(ge=1, le=4096)]
+    ubatch: Annotated[int, Meta(ge=1, le=4096)]
+    pass_ms: Ms
+    token_ms: Ms
+    attend_ms: Ms
+    share_from: Annotated[int, Meta(ge=0, le=1 << 24)]
+    ranking: Annotated[list[Arithmetic], Meta(max_length=16)]
+    measured: dict[str, Ms]
+    hits: Annotated[list[Ms], Meta(max_length=16)] = []
+    tries: Annotated[int, Meta(ge=0, le=1000)] = 0
+    doubts: dict[str, str] = {}
+    depth: Annotated[int, Meta(ge=0, le=1 << 16)] = 0
+
+    @property
+    def is_sure(self) -> bool:
+        return self.tries > 0 and not self.doubts
+
+    @property
+    def counts(self) -> bool:
+        """Whether it is to be run with; else there is to be another try."""
+        return not self.doubts or self.tries >= MOST_TRIES
+
+    @property
+    def is_final(self) -> bool:
+        """Whether there is nothing to be gained by another try."""
+        return self.is_sure or self.tries >= MOST_TRIES
+
+    @property
+    def doubt(self) -> str:
+        """The first of its doubts, for people; "" where there are none."""
+        return next((f"{name}: {why}" for name, why in self.doubts.items()), "")
 
     def best(self, allowed: Arithmetic) -> Arithmetic | None:
         """What measuring would choose; None where nothing that is allowed was tried."""

@@ -71,6 +71,12 @@ class Settings(BaseSettings):
         True,
         description="Measure what is fastest, once per model and machine; false: built-in defaults instead.",
     )
+    tune_idle_seconds: float = Field(
+        10,
+        ge=0,
+        allow_inf_nan=False,
+        description="Measure again what is in doubt after so long without requests; 0: never.",
+    )
     threads: int = Field(0, ge=0, description="Threads a model computes with; 0 means as measured.")
     prefill_chunk: int = Field(
         0, ge=0, le=4096, description="Prompt tokens evaluated in one step at most; 0 means as measured."

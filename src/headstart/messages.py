@@ -61,7 +61,10 @@ class EngineSettings(Struct, frozen=True):
     For `threads` and `prefill_chunk` 0, for the others None means: by `tuning`. Where there is none, the
     worker measures if `tune` says so; else, or if measuring fails, it takes defaults. `conversions`: the
     directory of converted weights and how the names of this model's begin; "": there can be none.
-    `within_memory`: loading fails rather than take more memory than is available."""
+    `within_memory`: loading fails rather than take more memory than is available.
+
+    Of a measurement: `tried`: what earlier ones found that can't be relied on. `kept`: the arithmetic that
+    caches have, which is chosen unless another saves a tenth of a hit."""
 
     path: str
     slots: int
@@ -75,6 +78,8 @@ class EngineSettings(Struct, frozen=True):
     tuning: Tuning | None = None
     conversions: str = ""
     within_memory: bool = False
+    tried: Tuning | None = None
+    kept: Arithmetic = Arithmetic()
     rkllm: RkllmSettings = RkllmSettings()
 
 

@@ -22,7 +22,8 @@ class ToySpec:
     """`load_ms` slows loading down, `ms_per_token` evaluation; `memory_mb` is what it says to take;
     `can_cut=0` behaves like a recurrent model; `crash=decode` kills the process by a signal at its first
     evaluation; `eos=0` never ends an answer by itself; `gap=1` knows the tokens of texts with a gap;
-    `weights` stands for the content of a weights file."""
+    `weights` stands for the content of a weights file. The first `busy` measurements find the machine busy;
+    `attention=1`: measuring prefers flash attention, by a fifth."""
 
     template: str = "chatml"
     load_ms: float = 0.0
@@ -34,6 +35,8 @@ class ToySpec:
     eos: int = 1
     gap: int = 0
     weights: str = "toy"
+    busy: int = 0
+    attention: int = 0
 
     @staticmethod
     def matches(path: str) -> bool:

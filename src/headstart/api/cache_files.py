@@ -11,6 +11,7 @@ from urllib.parse import unquote_to_bytes
 from fastapi import APIRouter, Request
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from headstart.api.caches import made
 from headstart.api.keys import seen
@@ -40,13 +41,24 @@ async def export(request: Request, model: str, name: str) -> Response:
         "etag": tag,
         "cache-control": "no-cache",
     }
-    return StreamingResponse(_pieces(exported), headers=headers, media_type=MEDIA_TYPE)
+    return Sent(exported, headers)
+
+
+class Sent(StreamingResponse):
+    """An open file, which is closed at the end, also where the client left before the first byte."""
+
+    def __init__(self, exported: Exported, headers: dict[str, str]) -> None:
+        super().__init__(_pieces(exported), headers=headers, media_type=MEDIA_TYPE)
+        self.opened = exported.opened
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with closing(self.opened):
+            await super().__call__(scope, receive, send)
 
 
 async def _pieces(exported: Exported) -> AsyncGenerator[bytes, None]:
-    with closing(exported.opened) as opened:
-        while piece := await asyncio.to_thread(opened.read, READ_BYTES):
-            yield piece
+    while piece := await asyncio.to_thread(exported.opened.read, READ_BYTES):
+        yield piece
 
 
 @router.put("/{model}/{name}/file")

@@ -62,5 +62,5 @@ async def _answer(request: Request, body: GenerationRequest, events: Events, sha
     """`n`: of how many choices."""
     if body.stream:
         started = await begun(request, events, BEGIN_SECONDS)
-        return EventStream(stream(started, shape, n, body.include_usage))
+        return EventStream(stream(started, shape, n, body.include_usage), source=started)
     return JSONResponse(await while_connected(request, whole(events, shape, n)))

@@ -35,7 +35,7 @@ async def messages(request: Request, body: MessagesRequest) -> Response:
         events = service.generation.run(prepared)
         if body.stream:
             started = await begun(request, events, BEGIN_SECONDS)
-            return EventStream(message.stream(started), done=b"", failed=failed_event)
+            return EventStream(message.stream(started), done=b"", failed=failed_event, source=started)
         return JSONResponse(await while_connected(request, message.whole(events)))
 
 

@@ -52,7 +52,7 @@ async def create(request: Request, body: ResponseRequest) -> Response:
         events = service.generation.run(answering.prepared)
         if body.stream:
             started = await begun(request, events, BEGIN_SECONDS)
-            return EventStream(answering.stream(started), done=b"")
+            return EventStream(answering.stream(started), done=b"", source=started)
         return JSONResponse(await while_connected(request, answering.whole(events)))
 
 

@@ -71,8 +71,8 @@ def failed(error: HeadstartError) -> bytes:
 
 class EventStream(Response):
     """Sends events, those of one item in one write, comments while there is none for long, and `done`. An
-    error after the start becomes an event, which `failed` writes. When the client leaves, `events` is
-    closed."""
+    error after the start becomes an event, which `failed` writes. When the client leaves, `events` is closed,
+    and so is `source`, from which they are made: also where the client left before the first byte."""
 
     media_type = "text/event-stream"
 
@@ -81,12 +81,15 @@ class EventStream(Response):
         events: AsyncGenerator[bytes, None],
         done: bytes = DONE,
         failed: Callable[[HeadstartError], bytes] = failed,
+        *,
+        source: Begun[Any] | None = None,
     ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self.events = events
         self.done = done
         self.failed = failed
+        self.source = source
         self._sending = asyncio.Lock()
         self._last_sent = 0.0
 
@@ -99,6 +102,10 @@ class EventStream(Response):
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
+            # Events that were never iterated end nothing by being closed.
+            await self.events.aclose()
+            if self.source:
+                await self.source.aclose()
         # Sending to a client that has left raises OSError on some servers.
         with suppress(asyncio.CancelledError, OSError):
             await tasks[0]
@@ -132,7 +139,7 @@ async def _next(events: AsyncIterator[T]) -> T | None:
     return await anext(events, None)
 
 
-async def begun(request: Request, events: AsyncGenerator[T, None], seconds: float) -> AsyncGenerator[T, None]:
+async def begun(request: Request, events: AsyncGenerator[T, None], seconds: float) -> Begun[T]:
     """The same events, once the first is there or `seconds` are over, so that an early failure is still an
     HTTP error. Raises what `events` raises till then, or ClientLeft."""
     first = asyncio.ensure_future(_next(events))
@@ -151,17 +158,36 @@ async def begun(request: Request, events: AsyncGenerator[T, None], seconds: floa
         raise
     finally:
         watch.cancel()
-    return _rejoined(first, events)
+    return Begun(first, events)
 
 
-async def _rejoined(
-    first: asyncio.Task[T | None], events: AsyncGenerator[T, None]
-) -> AsyncGenerator[T, None]:
-    async with aclosing(events):
-        try:
-            event = await first
-            while event is not None:
-                yield event
-                event = await _next(events)
-        finally:
-            first.cancel()
+class Begun(AsyncGenerator[T, None]):
+    """Events the first of which has been asked for already. Closing it ends `events` also where nothing was
+    ever read from it, which a generator written with `yield` doesn't do: one that was never iterated runs
+    none of its code."""
+
+    def __init__(self, first: asyncio.Task[T | None], events: AsyncGenerator[T, None]) -> None:
+        self._first = first
+        self._events = events
+        self._told = False
+
+    async def asend(self, _: None) -> T:
+        if self._told:
+            return await anext(self._events)
+        event = await self._first
+        self._told = True
+        if event is None:
+            raise StopAsyncIteration
+        return event
+
+    async def athrow(self, *error: Any) -> T:
+        await self.aclose()
+        raise error[0]
+
+    async def aclose(self) -> None:
+        self._first.cancel()
+        await asyncio.wait([self._first])
+        if not self._first.cancelled():
+            # Nobody else may have looked at it.
+            self._first.exception()
+        await self._events.aclose()

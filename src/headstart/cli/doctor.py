@@ -7,6 +7,7 @@ from msgspec import Struct
 from rich.console import Console
 from rich.table import Table
 
+from headstart.arithmetic import Tuning
 from headstart.service.board import Board
 from headstart.service.doctor import ModelReport, Report
 from headstart.service.fitting import in_words
@@ -63,8 +64,9 @@ def _show_model(model: ModelReport) -> None:
     if model.converted_bytes is not None:
         out.print(f"Weights converted to q8_0: {_size(model.converted_bytes)}")
     out.print(_settings(model), soft_wrap=False)
-    if model.tuning and model.tuning.measured:
-        out.print(_figures(model.tuning.measured), soft_wrap=False)
+    tuning = model.tuning or model.doubted
+    if tuning and tuning.measured:
+        out.print(_figures(tuning), soft_wrap=False)
     out.print(f"Caches that fit: {model.fitting}")
     for reason, names in model.misfits.items():
         out.print(f"Caches that don't, computed again at first use: {len(names)} ({reason})")
@@ -82,12 +84,15 @@ def _settings(model: ModelReport) -> Table:
     return table
 
 
-def _figures(measured: dict[str, float]) -> Table:
+def _figures(tuning: Tuning) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("Measured", overflow="fold")
     table.add_column("ms", justify="right", no_wrap=True)
-    for what, ms in measured.items():
-        table.add_row(what, f"{ms:,.1f}")
+    table.add_column("How sure", overflow="fold")
+    for what, ms in tuning.measured.items():
+        doubt = tuning.doubts.get(what)
+        sure = f"unsure: {doubt}" if doubt else "sure" if tuning.tries else "not told"
+        table.add_row(what, f"{ms:,.1f}", sure)
     return table
 
 

@@ -9,7 +9,11 @@ from headstart.engine.trials import Span, Trial, TrialShape
 
 Key = TypeVar("Key")
 
-ROUNDS = 9
+ROUNDS = 5
+# Of rounds, apart in time: what only some of them were hurt by shows as a difference.
+GROUPS = 2
+# How far the shortest times of groups may differ.
+AGREE = 0.10
 
 
 class Bench:
@@ -54,3 +58,21 @@ def in_turn(actions: Mapping[Key, Callable[[], float]], budget_ms: float) -> dic
         this = sum(row[-1] for row in times.values())
         spent, longest = spent + this, max(longest, this)
     return {key: min(row) for key, row in times.items()}
+
+
+def in_groups(
+    actions: Mapping[Key, Callable[[], float]], budget_ms: float, pause: Callable[[], None]
+) -> dict[Key, list[float]]:
+    """The shortest of each action's times in each group of rounds; `pause` is called between two groups."""
+    groups = []
+    for number in range(GROUPS):
+        if number:
+            pause()
+        groups.append(in_turn(actions, budget_ms / GROUPS))
+    return {key: [group[key] for group in groups] for key in actions}
+
+
+def disagreement(shortest: Sequence[float]) -> str:
+    """What differs between the shortest times of groups, in words; "" where they agree."""
+    apart = max(shortest) / max(min(shortest), 1e-6) - 1
+    return f"its shortest times differ by {100 * apart:.0f} %" if apart > AGREE else ""

@@ -11,26 +11,50 @@ import msgspec
 T = TypeVar("T")
 
 HEADER = struct.Struct("<I")
+# The longest message there may be is a request with as many token ids as a body can hold.
+MOST_BYTES = 1 << 30
+
+
+class Unsendable(ValueError):
+    """A message that can't be written as a frame: a number or a text outside the format, or too long."""
+
+
+class Garbled(ValueError):
+    """Received bytes that are no frames. What follows them can't be told apart either."""
 
 
 def frame(message: msgspec.Struct) -> bytes:
-    body = msgspec.msgpack.encode(message)
+    """Raises Unsendable."""
+    try:
+        body = msgspec.msgpack.encode(message)
+    except (OverflowError, ValueError) as error:
+        raise Unsendable(str(error)) from error
+    if len(body) > MOST_BYTES:
+        raise Unsendable(f"it takes {len(body)} bytes; {MOST_BYTES} are allowed")
     return HEADER.pack(len(body)) + body
 
 
 class Frames(Generic[T]):
-    """Cuts received bytes into messages of one type."""
+    """Cuts received bytes into messages of one type. What is left of a frame at the end is no message."""
 
     def __init__(self, kind: object) -> None:
         self.decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(kind)
         self.buffer = bytearray()
 
     def feed(self, data: bytes) -> Iterator[T]:
+        """Raises Garbled."""
         self.buffer += data
         while len(self.buffer) >= HEADER.size:
-            end = HEADER.size + HEADER.unpack_from(self.buffer)[0]
+            (size,) = HEADER.unpack_from(self.buffer)
+            if size > MOST_BYTES:
+                raise Garbled(f"a frame of {size} bytes; {MOST_BYTES} are allowed")
+            end = HEADER.size + size
             if len(self.buffer) < end:
                 return
             body = bytes(self.buffer[HEADER.size : end])
             del self.buffer[:end]
-            yield self.decoder.decode(body)
+            try:
+                message = self.decoder.decode(body)
+            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+                raise Garbled(f"a frame that is no message: {error}") from error
+            yield message

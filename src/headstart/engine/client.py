@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import signal
-import socket
-import sys
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Literal
 
 import msgspec
 
-from headstart.engine.channel import Frames, frame
+from headstart.engine.channel import Garbled, Unsendable, frame
+from headstart.engine.process import connected, ended, explain_exit, kill, messages, started
 from headstart.errors import (
     BadRequest,
     EngineDied,
@@ -27,10 +24,8 @@ from headstart.errors import (
     StorageFull,
     Unavailable,
 )
-from headstart.folder import is_rkllm
 from headstart.messages import (
     Cancel,
-    Command,
     Embed,
     Embedded,
     EngineSettings,
@@ -47,10 +42,7 @@ from headstart.messages import (
 
 log = logging.getLogger(__name__)
 
-READ_BYTES = 1 << 20
-SPIN_COUNT = "1000"
-HUGE_PAGES = "glibc.malloc.hugetlb=1"
-CRASHES = ("SIGILL", "SIGSEGV", "SIGBUS", "SIGABRT", "SIGFPE")
+DIED = "The engine died and is being restarted."
 RESTART_SECONDS = (0.0, 1.0, 5.0, 30.0)
 FAILURES = {
     "engine": EngineError,
@@ -82,7 +74,7 @@ class Running:
 
     def cancel(self, answer: int = 0) -> None:
         """Asks for the end of one answer; Finished is still to come."""
-        self.engine.send(Cancel(self.id + answer))
+        self.engine.cancel(self.id + answer)
 
     def __enter__(self) -> Running:
         return self
@@ -90,7 +82,7 @@ class Running:
     def __exit__(self, *_: object) -> None:
         self.engine.forget(self)
         for open_id in self._open:
-            self.engine.send(Cancel(open_id))
+            self.engine.cancel(open_id)
 
     async def __aiter__(self) -> AsyncIterator[RequestEvent]:
         """Raises an error of the tree when one of the answers fails."""
@@ -144,11 +136,12 @@ class EngineClient:
         """Ends the worker; requests still running fail with EngineDied. It can be started again."""
         self.state = "available"
         supervisor, self._supervisor = self._supervisor, None
-        if supervisor:
-            supervisor.cancel()
-            with suppress(asyncio.CancelledError):
-                await supervisor
-        self._settled.set()
+        try:
+            if supervisor:
+                supervisor.cancel()
+                await asyncio.wait([supervisor])
+        finally:
+            self._settled.set()
 
     def check_available(self) -> None:
         """Raises Unavailable when a request could not be taken now."""
@@ -161,7 +154,7 @@ class EngineClient:
 
     def submit(self, request: Submit | Embed) -> Running:
         """Sends the request to the worker, giving it an `id`. Raises Unavailable when it can't be taken, and
-        BadRequest for what the model doesn't do."""
+        BadRequest for what the model doesn't do or can't be sent; then no place in the queue is taken."""
         self.check_available()
         if isinstance(request, Submit) and self.info and not self.info.generates:
             raise BadRequest(
@@ -169,26 +162,47 @@ class EngineClient:
             )
         n = request.n if isinstance(request, Submit) else 1
         running = Running(self._next_id, n, self)
+        try:
+            self._write(frame(msgspec.structs.replace(request, id=running.id)))
+        except Unsendable as error:
+            raise BadRequest(f"The engine can't be sent this request: {error}.") from error
+        # Only what was sent is waited for.
         self._next_id += n
         self._requests |= dict.fromkeys(running.ids, running)
-        self.send(msgspec.structs.replace(request, id=running.id))
         return running
 
     def forget(self, running: Running) -> None:
         for request_id in running.ids:
             self._requests.pop(request_id, None)
 
-    def send(self, command: Command) -> None:
-        if self._writer is not None:
-            self._writer.write(frame(command))
+    def cancel(self, request_id: int) -> None:
+        """Ends one answer of a request. A worker that is gone has ended all of its requests already."""
+        with suppress(EngineDied):
+            self._write(frame(Cancel(request_id)))
+
+    def _write(self, data: bytes) -> None:
+        """Raises EngineDied where nobody can read it, or will."""
+        writer = self._writer
+        if writer is None or writer.is_closing():
+            raise EngineDied(DIED)
+        try:
+            writer.write(data)
+        except (OSError, RuntimeError) as error:
+            # Event loops differ in what they raise for a connection whose end they have just noticed.
+            raise EngineDied(DIED) from error
 
     async def _supervise(self) -> None:
+        """Runs one worker after the other, until it is cancelled or gives up; then the model has failed."""
         failures, loaded = 0, False
         while True:
             try:
                 was_ready = await self._run_worker()
             except OSError as error:
                 was_ready, self.failure = False, f"the worker process can't be started: {error}"
+            except Exception as error:
+                # Whatever it is, nobody else would notice that no worker runs any more.
+                log.exception("the worker of %s can't be run", self.name)
+                was_ready, self.failure = False, f"the worker process can't be run: {error}"
             failures = 0 if was_ready else failures + 1
             loaded = loaded or was_ready
             if not was_ready and (not loaded or failures >= len(RESTART_SECONDS)):
@@ -199,26 +213,23 @@ class EngineClient:
             await asyncio.sleep(RESTART_SECONDS[failures])
 
     async def _run_worker(self) -> bool:
-        """Runs one worker process to its end; whether it had become ready."""
-        ours, theirs = socket.socketpair()
-        process = await asyncio.create_subprocess_exec(
-            # -P: what lies in the current folder is no part of the program.
-            *(sys.executable, "-P", "-m", "headstart.engine.worker", str(theirs.fileno())),
-            msgspec.json.encode(self.settings).decode(),
-            pass_fds=[theirs.fileno()],
-            stdin=asyncio.subprocess.DEVNULL,
-            env=worker_environment(),
-        )
-        theirs.close()
-        ready = False
+        """Runs one worker process to its end; whether it had become ready. Its requests have all failed then,
+        however it ends. Raises OSError where it can't be started."""
+        process, ours = await started(self.settings)
+        ready, reason = False, "it was stopped"
         try:
-            reader, self._writer = await asyncio.open_connection(sock=ours)
-            async for message in _messages(reader):
+            reader, self._writer = await connected(ours)
+            async for message in messages(reader):
                 ready = self._dispatch(message) or ready
+        except Garbled as error:
+            log.error("what the worker of %s sends can't be read: %s", self.name, error)
+            kill(process)
         finally:
             self._disconnect()
-            reason = _explain_exit(await _ended(process), self.settings.path)
-            self._fail_requests(reason)
+            try:
+                reason = explain_exit(await ended(process), self.settings.path)
+            finally:
+                self._fail_requests(reason)
         if not ready:
             self.failure = self.failure or reason
         log.error("worker of %s ended: %s", self.name, self.failure or reason)
@@ -249,51 +260,4 @@ class EngineClient:
 
     def _fail_requests(self, reason: str) -> None:
         for request_id, running in self._requests.items():
-            message = f"The engine died and is being restarted: {reason}."
-            running.tell(Failed(request_id, "died", message))
-
-
-async def _messages(reader: asyncio.StreamReader) -> AsyncIterator[WorkerMessage]:
-    frames: Frames[WorkerMessage] = Frames(WorkerMessage)
-    with suppress(ConnectionResetError):
-        while data := await reader.read(READ_BYTES):
-            for message in frames.feed(data):
-                yield message
-
-
-async def _ended(process: asyncio.subprocess.Process) -> int:
-    """The worker leaves by itself when its socket closes, after the step it is in."""
-    try:
-        return await asyncio.wait_for(asyncio.shield(process.wait()), 10)
-    except TimeoutError:
-        process.kill()
-        return await process.wait()
-
-
-def worker_environment() -> dict[str, str]:
-    """OpenMP's threads wait for each other by spinning, by default so long that a second busy process on the
-    same CPUs makes decoding tens of times slower. Huge pages make it quick to clear a KV cache at the start.
-    (Figures for both in docs/architecture.md.) What the user has set is kept."""
-    ours = {"GLIBC_TUNABLES": HUGE_PAGES}
-    if "OMP_WAIT_POLICY" not in os.environ:
-        ours["GOMP_SPINCOUNT"] = SPIN_COUNT
-    return ours | os.environ
-
-
-def _explain_exit(code: int, path: str) -> str:
-    if code >= 0:
-        return f"the worker process exited with status {code}"
-    name = signal.Signals(-code).name
-    text = f"the worker process was ended by {name}"
-    if name in CRASHES and is_rkllm(path):
-        return (
-            f"{text}. At start-up this means that the NPU's runtime is another release than it was taken "
-            "for, or doesn't fit the driver: see `headstart doctor`"
-        )
-    if name in CRASHES:
-        text += (
-            ". At start-up this means that llama.cpp was built for another CPU or by a faulty compiler. "
-            "Build it again: `make rebuild`; if that doesn't help, `export CMAKE_ARGS=-DGGML_NATIVE=OFF` and "
-            "`make rebuild`, which is slower but runs everywhere"
-        )
-    return text
+            running.tell(Failed(request_id, "died", f"{DIED.rstrip('.')}: {reason}."))

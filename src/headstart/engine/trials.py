@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from headstart.arithmetic import Arithmetic, Weights
+from headstart.engine.watching import Watch
 
 
 class Span(NamedTuple):
@@ -59,8 +60,9 @@ class Trial(Protocol):
 
 class Trials(Protocol):
     """A model to be tried. `can_share`: its sequences can use the same cells. `weights`: the formats there
-    are, the file's own first."""
+    are, the file's own first. `watch`: sees what else the machine does."""
 
+    watch: Watch
     can_share: bool
     weights: Sequence[Weights]
 

@@ -2,7 +2,8 @@
 Tuning as JSON.
 
 Alternatives are timed in turn, so that a noisy moment hurts all of them, and compared by their shortest
-times: other work on the machine only ever adds to one.
+times: other work on the machine only ever adds to one. Each is timed in two groups, apart in time; a figure
+is doubted where these disagree, or where the machine was seen to do other work.
 A model that is slow here is measured over fewer tokens, not for longer.
 """
 
@@ -15,12 +16,12 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from math import ceil
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
-from headstart.arithmetic import DEFAULT, Arithmetic, Tuning
-from headstart.engine.bench import Bench, in_turn
+from headstart.arithmetic import DEFAULT, Arithmetic, Tuning, preferred
+from headstart.engine.bench import Bench, disagreement, in_groups
 from headstart.engine.converted import discard
 from headstart.engine.costs import Sample, fit
 from headstart.engine.model import ModelError
@@ -41,10 +42,10 @@ FILL_MS = 5000
 # The longest single call, and what each comparison may take unless one round of it takes longer.
 CALL_MS = 1200
 THREADS_MS, HITS_MS, UBATCH_MS, LAYOUT_MS = 1000, 2400, 3000, 600
-LAYOUT_SEQUENCES = 4
-LAYOUT_ROOM = 64
+LAYOUT_SEQUENCES, LAYOUT_ROOM = 4, 64
 # How far the comparison of layouts is trusted beyond the depth at which it was made.
 EXTRAPOLATION = 8
+Key = TypeVar("Key")
 
 
 def measure(
@@ -56,7 +57,7 @@ def measure(
     trials = (open_trials or _llama_trials)(settings)
     try:
         with ExitStack() as stack:
-            return Measurement(trials, stack, settings.threads, settings.arithmetic).run()
+            return Measurement(trials, stack, settings).run()
     finally:
         trials.close()
 
@@ -70,10 +71,17 @@ def _llama_trials(settings: EngineSettings) -> Trials:
 class Measurement:
     """One run. `stack` closes what is still open at its end."""
 
-    def __init__(self, trials: Trials, stack: ExitStack, threads: int, allowed: Arithmetic) -> None:
+    def __init__(self, trials: Trials, stack: ExitStack, settings: EngineSettings) -> None:
         self.trials, self.stack = trials, stack
-        self.threads, self.allowed = threads, allowed
+        self.threads, self.allowed, self.kept = settings.threads, settings.arithmetic, settings.kept
+        tried = settings.tried
+        self.tries, self.tried = (tried.tries, tried.measured) if tried else (0, {})
+        # What earlier tries have found can be compared at the same depth only.
+        self.least_depth = max(LEAST_DEPTH, min(tried.depth if tried else 0, MOST_DEPTH))
         self.figures: dict[str, float] = {}
+        self.doubts: dict[str, str] = {}
+        # The threads that were chosen, in the names of figures.
+        self.suffix = ""
 
     def run(self) -> Tuning:
         benches = self._benches()
@@ -81,7 +89,8 @@ class Measurement:
         depth = self._fill(benches)
         hits = self._time_hits(benches, depth)
         ranking = sorted(hits, key=lambda tried: _hit_ms(hits[tried]) * (MARGIN if tried == DEFAULT else 1))
-        chosen = next(tried for tried in ranking if self.allowed.allows(tried))
+        costs = {tried: _hit_ms(hits[tried]) for tried in ranking}
+        chosen = preferred(costs, self.allowed, self.kept)
         for tried, bench in benches.items():
             if tried != chosen:
                 bench.trial.close()
@@ -96,7 +105,27 @@ class Measurement:
             share_from=self._choose_layout(bench, depth, threads),
             ranking=ranking,
             measured={name: round(ms, 2) for name, ms in self.figures.items()},
+            hits=list(costs.values()),
+            tries=self.tries + 1,
+            doubts=self.doubts,
+            depth=depth,
         )
+
+    def _times(
+        self, actions: Mapping[Key, Callable[[], float]], names: Mapping[Key, str], budget_ms: float
+    ) -> dict[Key, float]:
+        """The shortest time of each action; where some are in doubt, of all of them that of earlier tries if
+        it is shorter, so that what is compared was measured alike."""
+        self.trials.watch.begin()
+        groups = in_groups(actions, budget_ms, self.trials.watch.pause)
+        busy = self.trials.watch.doubt()
+        times = {key: min(found) for key, found in groups.items()}
+        doubts = {key: doubt for key, found in groups.items() if (doubt := busy or disagreement(found))}
+        if doubts:
+            times = {key: min(ms, self.tried.get(names[key], ms)) for key, ms in times.items()}
+        self.figures |= {names[key]: ms for key, ms in times.items()}
+        self.doubts |= {names[key]: doubt for key, doubt in doubts.items()}
+        return times
 
     def _bench(self, shape: TrialShape) -> Bench:
         return Bench(self.trials.trial(shape), shape)
@@ -130,6 +159,7 @@ class Measurement:
         if len(candidates) > 1:
             hits = self._time_threads(benches[0], candidates)
             best = min(candidates, key=lambda n: _hit_ms(hits[n]) * (MARGIN if n == everyone else 1))
+            self.suffix = f", {_threads(best)}"
         for bench in benches:
             bench.trial.set_threads(best)
         return best
@@ -143,9 +173,8 @@ class Measurement:
             return timed
 
         actions = {(threads, n): timing(threads, n) for threads in candidates for n in (1, SUFFIX)}
-        times = in_turn(actions, THREADS_MS)
-        for (threads, n), ms in times.items():
-            self.figures[f"{_tokens(n)}, {threads} threads"] = ms
+        names = {(threads, n): f"{_tokens(n)}, {_threads(threads)}" for threads, n in actions}
+        times = self._times(actions, names, THREADS_MS)
         return {threads: {n: times[threads, n] for n in (1, SUFFIX)} for threads in candidates}
 
     def _fill(self, benches: Mapping[Arithmetic, Bench]) -> int:
@@ -154,7 +183,7 @@ class Measurement:
         doesn't depend on the values."""
         sources = {tried.flash_attention: bench for tried, bench in benches.items()}
         depth, spent = 0, dict.fromkeys(sources, 0.0)
-        while depth < LEAST_DEPTH or (depth + FILL <= MOST_DEPTH and max(spent.values()) < FILL_MS):
+        while depth < self.least_depth or (depth + FILL <= MOST_DEPTH and max(spent.values()) < FILL_MS):
             for on, bench in sources.items():
                 spent[on] += bench.extend(FILL)
             depth += FILL
@@ -169,12 +198,8 @@ class Measurement:
         self, benches: Mapping[Arithmetic, Bench], depth: int
     ) -> dict[Arithmetic, dict[int, float]]:
         actions = {(tried, n): bench.timing(n) for tried, bench in benches.items() for n in (1, SUFFIX)}
-        times = in_turn(actions, HITS_MS)
-        for (tried, n), ms in times.items():
-            with_what = ", ".join(
-                f"{name.replace('_', ' ')} {value}" for name, value in tried.shown().items()
-            )
-            self.figures[f"{_tokens(n)} after {depth}, {with_what}"] = ms
+        names = {(tried, n): f"{_tokens(n)} after {depth}{self._with(tried)}" for tried, n in actions}
+        times = self._times(actions, names, HITS_MS)
         return {tried: {n: times[tried, n] for n in (1, SUFFIX)} for tried in benches}
 
     def _time_prefill(self, bench: Bench, depth: int) -> tuple[int, list[Sample]]:
@@ -183,9 +208,9 @@ class Measurement:
         sizes = [n for n in UBATCHES if n == UBATCHES[0] or first * n / UBATCHES[0] <= CALL_MS]
         actions = {(depth, n): bench.timing(n) for n in sizes}
         actions |= {(0, n): bench.timing(n, [1]) for n in (1, *sizes[:3])}
-        times = in_turn(actions, UBATCH_MS)
-        for (start, n), ms in times.items():
-            self.figures[f"{_tokens(n)} after {start}"] = ms
+        suffix = f" at once{self._with(bench.shape.arithmetic)}"
+        names = {(start, n): f"{_tokens(n)} after {start}{suffix}" for start, n in actions}
+        times = self._times(actions, names, UBATCH_MS)
         speeds = {n: n / times[depth, n] for n in sizes}
         ubatch = next(n for n in sizes if speeds[n] >= NEAR_BEST * max(speeds.values()))
         return ubatch, [Sample(n, start + n, ms) for (start, n), ms in times.items()]
@@ -203,11 +228,15 @@ class Measurement:
         }
         for prepared in benches.values():
             prepared.time(1, seqs)
-        times = in_turn({key: layout.timing(1, seqs) for key, layout in benches.items()}, LAYOUT_MS)
-        for (start, shared), ms in times.items():
-            name = "sharing their prefix" if shared else "each with its own"
-            self.figures[f"1 token each of {len(seqs)} sequences after {start}, {name}"] = ms
-        return break_even(depth, times)
+        actions = {key: layout.timing(1, seqs) for key, layout in benches.items()}
+        each = {True: "sharing their prefix", False: "each with its own"}
+        suffix, sequences = self._with(bench.shape.arithmetic), f"1 token each of {len(seqs)} sequences"
+        names = {(n, shared): f"{sequences} after {n}, {each[shared]}{suffix}" for n, shared in actions}
+        return break_even(depth, self._times(actions, names, LAYOUT_MS))
+
+    def _with(self, arithmetic: Arithmetic) -> str:
+        shown = (f", {name.replace('_', ' ')} {value}" for name, value in arithmetic.shown().items())
+        return "".join(shown) + self.suffix
 
     def _layout(self, state: Any, depth: int, shared: bool, threads: int, chosen: Arithmetic) -> Bench:
         """Sequences of `depth` tokens, in one cache or in streams."""
@@ -245,6 +274,10 @@ def break_even(depth: int, times: Mapping[tuple[int, bool], float]) -> int:
 
 def _hit_ms(times: Mapping[int, float]) -> float:
     return times[SUFFIX] + ANSWER * times[1]
+
+
+def _threads(n: int) -> str:
+    return f"{n} thread{'s' if n > 1 else ''}"
 
 
 def _tokens(n: int) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
 from headstart.caches.entry import Content, Entry, Fingerprint, Form, Terms
 from headstart.config import Settings
-from headstart.errors import CacheNotFound, EngineDied, HeadstartError, ModelLoading, Overloaded
+from headstart.errors import CacheNotFound, EngineDied, HeadstartError, ModelLoading, Overloaded, Unavailable
 from headstart.service.caching import Caching
 from headstart.service.model import Say, ServedModel
 
@@ -81,6 +82,23 @@ class Declared:
 
     async def _reconcile(self, model: ServedModel) -> None:
         declared = [one for one in self.declarations if one.model == model.name]
+        try:
+            await self._bring_about(model, declared)
+        except Exception as error:
+            log.exception("the declared caches of %s were not looked at", model.name)
+            self._settle_others(declared, _as_known(error))
+        except asyncio.CancelledError:
+            self._settle_others(declared, Unavailable("The server is being stopped."))
+            raise
+
+    def _settle_others(self, declared: Sequence[Declaration], error: HeadstartError) -> None:
+        """Whoever waits for those that are still open would do so for ever."""
+        promised = set(self.caching.promises.open())
+        for one in declared:
+            if one.key in promised:
+                self.caching.promises.settle(one.key, error)
+
+    async def _bring_about(self, model: ServedModel, declared: Sequence[Declaration]) -> None:
         missing = [one for one in declared if not self._is_met(model, one)]
         # Those that are there already wait for no build.
         for one in declared:
@@ -114,9 +132,9 @@ class Declared:
             entry = await self._build(model, declaration)
         except HeadstartError as error:
             failure = error
-        except Exception:
+        except Exception as error:
             log.exception("building cache %s of %s failed", declaration.name, model.name)
-            failure = HeadstartError("Something went wrong inside the server; its log says what.")
+            failure = _as_known(error)
         else:
             self.say(f"Built cache {entry.name} of {model.name}: {entry.n_tokens} tokens")
             return None
@@ -142,3 +160,9 @@ class Declared:
             except (ModelLoading, Overloaded):
                 pass
             await asyncio.sleep(WAIT_SECONDS)
+
+
+def _as_known(error: Exception) -> HeadstartError:
+    if isinstance(error, HeadstartError):
+        return error
+    return HeadstartError("Something went wrong inside the server; its log says what.")

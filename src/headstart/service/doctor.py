@@ -19,7 +19,7 @@ from headstart.errors import StartupError
 from headstart.folder import is_rkllm
 from headstart.messages import EngineSettings
 from headstart.service.board import Board, examine_board, has_npu
-from headstart.service.fitting import kept_back
+from headstart.service.fitting import doubted, kept_back
 from headstart.service.model import Say, model_path
 from headstart.service.npu_settings import npu_settings
 from headstart.service.patient import Patient
@@ -28,6 +28,10 @@ from headstart.service.tunings import Tunings
 
 WHY = {"caches": "its caches", "agreed": "agreed to", "measured": "measured", "default": "default"}
 UNKNOWN = "measured at the first start"
+UNTOLD = (
+    "{name} was measured by a release that didn't tell how sure it was: it is measured again when the "
+    "server is idle."
+)
 
 
 class InForce(Struct, frozen=True):
@@ -40,8 +44,8 @@ class InForce(Struct, frozen=True):
 
 class ModelReport(Struct, frozen=True):
     """`converted_bytes`: what its converted weights take, if there are any. `tuning` is None where the model
-    was not measured yet, or isn't to be. `fitting`: how many caches fit; `misfits`: names of the others, by
-    reason. With a `problem` the model can't be served."""
+    was not measured yet, isn't to be, or where what was measured is `doubted`. `fitting`: how many caches
+    fit; `misfits`: names of the others, by reason. With a `problem` the model can't be served."""
 
     name: str
     path: str
@@ -49,6 +53,7 @@ class ModelReport(Struct, frozen=True):
     converted_bytes: int | None = None
     settings: list[InForce] = []
     tuning: Tuning | None = None
+    doubted: Tuning | None = None
     fitting: int = 0
     misfits: dict[str, list[str]] = {}
     notes: list[str] = []
@@ -159,9 +164,14 @@ def _examine_model(
         _converted_bytes(patient.plan.settings.conversions),
         settings=in_force,
         tuning=tuning,
+        doubted=patient.plan.doubted,
         fitting=len(entries) - sum(map(len, misfits.values())),
         misfits=misfits,
-        notes=[kept_back(name, tuning.arithmetic, preferred)] if tuning and preferred else [],
+        notes=[
+            *([kept_back(name, tuning.arithmetic, preferred)] if tuning and preferred else []),
+            *([doubted(name, patient.plan.doubted)] if patient.plan.doubted else []),
+            *([UNTOLD.format(name=name)] if tuning and not tuning.tries else []),
+        ],
     )
 
 

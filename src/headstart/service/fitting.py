@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from headstart.arithmetic import DEFAULT, Arithmetic
+from headstart.arithmetic import DEFAULT, Arithmetic, Tuning
 from headstart.caches.entry import Entry, Fingerprint
 
 
@@ -35,6 +35,23 @@ def kept_back(model: str, now: Arithmetic, preferred: Arithmetic) -> str:
         f"{model} keeps {_values(stays, others)}, as its caches were computed, though measuring prefers "
         f"{_values(goes, others)}. `headstart doctor --measure --yes` changes it."
     )
+
+
+def doubted(model: str, tuning: Tuning) -> str:
+    """Said where what was measured can't be relied on."""
+    times = "once" if tuning.tries == 1 else f"{tuning.tries} times"
+    return (
+        f"{model} was measured {times}, and what was found can't be relied on ({tuning.doubt}). It runs with "
+        "safe defaults and is measured again when the server is idle."
+    )
+
+
+def measured_again(model: str, tuning: Tuning, n_caches: int) -> str:
+    """Said where another try counts."""
+    sure = "what was found is sure" if tuning.is_sure else "the best figures of all tries count, unsure"
+    caches = f" {_caches(n_caches)} of it are computed again." if n_caches else ""
+    shown = tuning.arithmetic.shown()
+    return f"{model} was measured again, and {sure}: it runs with {_values(shown, list(shown))}.{caches}"
 
 
 def _values(shown: Mapping[str, str], names: Sequence[str]) -> str:

@@ -23,8 +23,8 @@ from headstart.prompt.prompts import Prompts
 from headstart.prompt.template import ChatTemplate
 from headstart.prompt.tokenizer import load_tokenizer
 from headstart.regular import read_text
-from headstart.service.fitting import kept_back, misfits, warnings
-from headstart.service.plan import engine_settings, make_plan
+from headstart.service.fitting import doubted, kept_back, misfits, warnings
+from headstart.service.plan import Plan, engine_settings, make_plan
 from headstart.service.tunings import Tunings
 from headstart.toyspec import ToySpec
 
@@ -54,22 +54,37 @@ class ServedModel:
         will, is said."""
         self._weights = await _weights_hash(self.path, store)
         tunings = Tunings(store.directory)
-        plan = make_plan(self.path, self._weights, self.settings, tunings, self._entries(store))
+        plan = self.plan(store)
         self.engine.settings = msgspec.structs.replace(plan.settings, within_memory=within_memory)
         async with measuring if plan.measures else nullcontext():
             if plan.measures and not ToySpec.matches(self.path):
                 say(f"Measuring what is fastest for {self.name} here (once per model and machine) ...")
             self.engine.start()
-            prompts = await asyncio.to_thread(self._load_prompts)
-            prompts.can_cut = (await self.engine.wait_ready()).can_cut
+            try:
+                prompts = await asyncio.to_thread(self._load_prompts)
+                prompts.can_cut = (await self.engine.wait_ready()).can_cut
+            except BaseException:
+                # A worker without a tokenizer would count as loaded, or as being loaded for ever.
+                if self.engine.state != "failed":
+                    await self.engine.close()
+                raise
             self._prompts = prompts
         tuning = self.engine.settings.tuning
         if plan.measures and tuning:
             tunings.put(plan.key, tuning)
-            if preferred := plan.kept_back(tuning):
+            preferred = plan.kept_back(tuning)
+            if preferred and tuning.counts:
                 say(kept_back(self.name, tuning.arithmetic, preferred))
-        for warning in warnings(self.name, misfits(self._entries(store), self.fingerprint)):
+        suspect = tuning if plan.measures and tuning and not tuning.counts else plan.doubted
+        if suspect:
+            say(doubted(self.name, suspect))
+        for warning in warnings(self.name, misfits(self.entries(store), self.fingerprint)):
             say(warning)
+
+    def plan(self, store: Store) -> Plan:
+        """With what it is to be run as things are now; its weights must have been hashed."""
+        tunings = Tunings(store.directory)
+        return make_plan(self.path, self._weights, self.settings, tunings, self.entries(store))
 
     @property
     def shelf(self) -> str:
@@ -84,7 +99,7 @@ class ServedModel:
         view.owner = owner
         return view
 
-    def _entries(self, store: Store) -> list[Entry]:
+    def entries(self, store: Store) -> list[Entry]:
         """Its caches, whomever they belong to."""
         return [entry for entry in store.entries() if entry.model == self.name]
 

@@ -11,7 +11,7 @@ from time import monotonic
 
 from headstart.caches.store import Store
 from headstart.config import Settings
-from headstart.errors import ModelBusy, ModelLoading, OutOfMemory, StartupError, Unavailable
+from headstart.errors import ModelBusy, ModelLoading, ModelNotFound, OutOfMemory, StartupError, Unavailable
 from headstart.folder import models_in
 from headstart.service.model import Say, ServedModel
 
@@ -47,6 +47,8 @@ class Models:
         self._making_room = asyncio.Lock()
         self._measuring = asyncio.Lock()
         self._idle_check: asyncio.Task[None] | None = None
+        # Set whenever somebody begins to use a model.
+        self.used = asyncio.Event()
         if not self.all:
             raise StartupError(f"There is no model in {settings.models_dir}: no file named *.gguf.")
         # Without these the server is not ready.
@@ -60,7 +62,7 @@ class Models:
         found = models_in(self.settings.models_dir)
         gone = self.all.keys() - found.keys() - self.settings.models.keys()
         for name in gone:
-            if not self.is_loaded(name):
+            if not self.is_loaded(name) and not self.is_busy(name):
                 del self.all[name]
         for name, path in found.items():
             if name not in self.all:
@@ -98,10 +100,14 @@ class Models:
 
     @asynccontextmanager
     async def use(self, model: ServedModel) -> AsyncIterator[ServedModel]:
-        """The model, loaded, as it was seen; it is not unloaded within. Raises Unavailable."""
+        """The model, loaded, as it was seen; it is not unloaded within. Raises Unavailable, or ModelNotFound
+        where its file has gone since it was seen."""
         name = model.name
         self._users[name] += 1
+        self.used.set()
         try:
+            if name not in self.all:
+                raise ModelNotFound(f"There is no model {name!r} any more.", param="model")
             await self._be_ready(name)
             yield self.all[name].seen_by(model.owner)
         finally:
@@ -176,6 +182,18 @@ class Models:
         await self._stop(model.name)
         return was_loaded
 
+    async def reload(self, model: ServedModel) -> None:
+        """Starts an idle model's worker anew, as is planned now; one that isn't idle, or not loaded, stays as
+        it is. Requests that come meanwhile wait. Raises Unavailable."""
+        if not self.is_busy(model.name) and self.is_loaded(model.name):
+            await self._stop(model.name)
+            async with self.use(model):
+                pass
+
+    @property
+    def is_idle(self) -> bool:
+        return not any(map(self.is_busy, self.all))
+
     async def _stop(self, name: str) -> None:
         # Nothing is waited for before the engine counts as closed: who asks for it from then on loads it.
         async with self._turns[name]:
@@ -201,10 +219,17 @@ class Models:
     async def _unload_idle(self) -> None:
         while seconds := self.settings.idle_unload_seconds:
             await asyncio.sleep(min(IDLE_CHECK_SECONDS, seconds))
-            for name in self._loaded():
-                last = self._last_used.get(name, monotonic())
-                if monotonic() - last >= seconds and not self.is_busy(name):
-                    await self._stop(name)
+            try:
+                await self._unload_unused(seconds)
+            except Exception:
+                # The next look must come all the same.
+                log.exception("models that are not used can't be unloaded")
+
+    async def _unload_unused(self, seconds: float) -> None:
+        for name in self._loaded():
+            last = self._last_used.get(name, monotonic())
+            if monotonic() - last >= seconds and not self.is_busy(name):
+                await self._stop(name)
 
     @property
     def ready(self) -> bool:

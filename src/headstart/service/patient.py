@@ -11,13 +11,13 @@ from headstart.arithmetic import Arithmetic
 from headstart.caches.disk import sha256_of
 from headstart.caches.entry import Entry, Fingerprint
 from headstart.config import Settings
-from headstart.engine.client import worker_environment
 from headstart.engine.model import ModelError
+from headstart.engine.process import worker_environment
 from headstart.engine.settling import measure_apart, settled
 from headstart.errors import StartupError
 from headstart.folder import is_rkllm
 from headstart.messages import EngineSettings
-from headstart.service.fitting import kept_back, misfits, warnings
+from headstart.service.fitting import doubted, kept_back, misfits, warnings
 from headstart.service.model import Say, load_prompts, model_path, toy_weights
 from headstart.service.plan import make_plan
 from headstart.service.tunings import Tunings
@@ -63,13 +63,17 @@ class Patient:
         if is_rkllm(self.path):
             say(f"{self.name} runs on the NPU: there is nothing to measure.")
             return
-        asked = replace(self.plan.settings, tuning=None)
+        asked = replace(self.plan.settings, tuning=None, tried=self.tunings.doubted(self.plan.key))
         if agree:
             asked = replace(asked, arithmetic=self.plan.given)
         try:
             tuning = measure_apart(asked, env=worker_environment())
         except ModelError as error:
             raise StartupError(f"Measuring {self.name} failed: {error}") from error
+        if not tuning.counts:
+            say(doubted(self.name, tuning))
+            self.tunings.put(self.plan.key, tuning)
+            return
         preferred = self.plan.kept_back(tuning)
         if preferred:
             say(kept_back(self.name, tuning.arithmetic, preferred))

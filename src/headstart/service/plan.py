@@ -9,7 +9,7 @@ from typing import Literal
 
 from msgspec.structs import replace
 
-from headstart.arithmetic import Arithmetic, Tuning
+from headstart.arithmetic import DEFAULT, Arithmetic, Tuning
 from headstart.caches.entry import Entry
 from headstart.config import Settings
 from headstart.engine.converted import conversions_of
@@ -26,13 +26,18 @@ Why = Literal["set", "caches", "agreed", "measured", "default"]
 
 @dataclass(frozen=True)
 class Plan:
-    """`settings.tuning` is None where the worker is to measure, or measuring is turned off. `given`: what is
-    set of the arithmetic. `why`: of each of its parts, by the setting's name."""
+    """`settings.tuning` is None where the worker is to measure, measuring is turned off, or what was measured
+    is `doubted`: not to be relied on. `given`: what is set of the arithmetic. `why`: of each of its parts, by
+    the setting's name. `again`: how another try is to be made; None where nothing is to be gained by one.
+    `overrides`: caches are to have what was measured at last, whatever they were computed with."""
 
     key: Key
     settings: EngineSettings
     given: Arithmetic
     why: Mapping[str, Why]
+    doubted: Tuning | None = None
+    again: EngineSettings | None = None
+    overrides: bool = False
 
     @property
     def measures(self) -> bool:
@@ -54,15 +59,18 @@ def make_plan(
     key = Key.here(weights, engine_version(path), settings.threads)
     given = Arithmetic(settings.flash_attention, settings.weights)
     agreed = tunings.agreed(key) if settings.tune else None
+    overriding = tunings.overriding(key) if settings.tune else None
+    # What another measurement may not change, and what it may.
+    fixed: list[tuple[Why, Arithmetic]] = [("set", given), ("agreed", agreed or Arithmetic())]
     sources: list[tuple[Why, Arithmetic]] = [
-        ("set", given),
-        ("agreed", agreed or Arithmetic()),
+        *fixed,
+        ("measured", overriding or Arithmetic()),
         ("caches", arithmetic_of(entries, weights)),
     ]
-    wanted = Arithmetic()
-    for _, source in sources:
-        wanted = wanted.or_else(source)
-    otherwise: Why = "measured" if settings.tune else "default"
+    wanted = _joined(sources)
+    tuning = tunings.find(key, wanted) if settings.tune else None
+    doubted = tunings.doubted(key) if settings.tune and tuning is None else None
+    otherwise: Why = "measured" if settings.tune and not doubted else "default"
     why = {
         part: next((why for why, source in sources if getattr(source, part) is not None), otherwise)
         for part in Arithmetic.__struct_fields__
@@ -70,10 +78,24 @@ def make_plan(
     asked = replace(
         engine_settings(path, settings),
         arithmetic=wanted,
-        tuning=tunings.find(key, wanted) if settings.tune else None,
+        tuning=tuning,
+        tune=settings.tune and doubted is None,
         conversions=conversions_of(weights, settings.cache_dir),
     )
-    return Plan(key, asked, given, why)
+    again = None
+    if doubted or (tuning and not tuning.is_final):
+        kept = wanted.or_else(DEFAULT) if "caches" in why.values() else Arithmetic()
+        tried = tunings.doubted(key)
+        again = replace(asked, tune=True, tuning=None, arithmetic=_joined(fixed), kept=kept, tried=tried)
+    return Plan(key, asked, given, why, doubted, again, overrides=overriding is not None)
+
+
+def _joined(sources: Sequence[tuple[Why, Arithmetic]]) -> Arithmetic:
+    """What each leaves open is as the next says."""
+    joined = Arithmetic()
+    for _, source in sources:
+        joined = joined.or_else(source)
+    return joined
 
 
 def engine_settings(path: str, settings: Settings) -> EngineSettings:

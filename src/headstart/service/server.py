@@ -20,6 +20,7 @@ from headstart.service.model import Say, ServedModel
 from headstart.service.models import Models
 from headstart.service.preparation import Preparation
 from headstart.service.quota import Quota
+from headstart.service.remeasuring import Remeasuring
 from headstart.service.responses import Responses
 from headstart.service.routes import split
 from headstart.service.verifying import Verifier
@@ -52,14 +53,18 @@ class Service:
         self.models = Models(
             settings, self.store, say, on_loaded=self.declared.start, is_building=self.caching.is_building_for
         )
+        idle_seconds = settings.tune_idle_seconds if settings.tune else 0
+        self.remeasuring = Remeasuring(self.store, self.models, self.caching, say, idle_seconds)
         self.verifier = Verifier(self.caching, self.models.all)
 
     async def load(self) -> None:
         """Returns when every model to be loaded at the start answers. Raises StartupError."""
         self.lifecycle.start()
         await self.models.load_first()
+        self.remeasuring.start()
 
     async def close(self) -> None:
+        await self.remeasuring.close()
         await self.lifecycle.close()
         await self.declared.close()
         await self.marks.close()

@@ -1,12 +1,15 @@
 """What was measured of models on machines: `tuning.json` in the cache directory.
 
-A file that is damaged or can't be written costs another measurement, and never a start.
+A file that is damaged or can't be written costs another measurement, and never a start. What it says is not
+trusted: values that can't be make it a damaged one.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import stat
+from collections.abc import Sequence
 from pathlib import Path
 from time import time
 
@@ -19,6 +22,8 @@ from headstart.machine import available_cpus, cpu_model
 log = logging.getLogger(__name__)
 
 FILE = "tuning.json"
+# A measurement takes some 5,000 bytes.
+MOST_BYTES = 4 << 20
 
 
 class Key(Struct, frozen=True):
@@ -37,16 +42,30 @@ class Key(Struct, frozen=True):
 
 
 class Remembered(Struct, frozen=True):
-    """`agreed`: the user took this arithmetic although caches had been computed with another."""
+    """`agreed`: the user took this arithmetic although caches had been computed with another. `overrides`:
+    measuring did, which had been in doubt when they were computed."""
 
     key: Key
     measured: float
     tuning: Tuning
     agreed: bool = False
+    overrides: bool = False
+
+
+class Doubted(Struct, frozen=True):
+    """The last of several tries that can't be relied on, with the best figures of all of them."""
+
+    key: Key
+    measured: float
+    tuning: Tuning
 
 
 class _Content(Struct, frozen=True):
     tunings: list[Remembered]
+    doubted: list[Doubted] = []
+
+
+NOTHING = _Content([])
 
 
 class Tunings:
@@ -56,47 +75,115 @@ class Tunings:
         self.path = directory / FILE
 
     def all(self) -> list[Remembered]:
-        """Raises ValueError when the file is damaged, OSError when it can't be read."""
-        try:
-            return msgspec.json.decode(self.path.read_bytes(), type=_Content).tunings
-        except FileNotFoundError:
-            return []
-        except msgspec.MsgspecError as error:
-            raise ValueError(f"{self.path} is damaged: {error}") from error
+        """What counts. Raises ValueError when the file is damaged, OSError when it can't be read."""
+        return self._read().tunings
 
-    def known(self) -> list[Remembered]:
+    def _read(self) -> _Content:
         try:
-            return self.all()
+            content = msgspec.json.decode(_bytes_of(self.path), type=_Content)
+        except FileNotFoundError:
+            return NOTHING
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise ValueError(f"{self.path} is damaged: {error}") from error
+        for tuning in [known.tuning for known in content.tunings] + [one.tuning for one in content.doubted]:
+            if fault := _fault(tuning):
+                raise ValueError(f"{self.path} is damaged: {fault}")
+        return content
+
+    def _known(self) -> _Content:
+        try:
+            return self._read()
         except (OSError, ValueError) as error:
             log.warning("what was measured before is not used: %s", error)
-            return []
+            return NOTHING
+
+    def known(self) -> list[Remembered]:
+        return list(self._known().tunings)
 
     def find(self, key: Key, wanted: Arithmetic) -> Tuning | None:
         """What was measured last with the arithmetic that measuring would choose of what is wanted."""
         tunings = (known.tuning for known in reversed(self.known()) if known.key == key)
-        return next((tuning for tuning in tunings if tuning.arithmetic == tuning.best(wanted)), None)
+        return next((tuning for tuning in tunings if _is_choice(tuning, wanted)), None)
+
+    def doubted(self, key: Key) -> Tuning | None:
+        """What was measured and can't be relied on, where another try may do better."""
+        return next((known.tuning for known in self._known().doubted if known.key == key), None)
+
+    def overriding(self, key: Key) -> Arithmetic | None:
+        """What caches are to have because a measurement that agrees with itself says so, at last."""
+        found = (known for known in self.known() if known.key == key and known.overrides)
+        return next((known.tuning.arithmetic for known in found), None)
 
     def agreed(self, key: Key) -> Arithmetic | None:
         """What the user agreed to."""
         agreed = (known for known in self.known() if known.key == key and known.agreed)
         return next((known.tuning.arithmetic for known in agreed), None)
 
-    def put(self, key: Key, tuning: Tuning, *, agreed: bool = False) -> None:
-        """Replaces what was known with this key and arithmetic; agreeing to one ends an earlier agreement to
-        another. Only warns when the file can't be written."""
+    def put(self, key: Key, tuning: Tuning, *, agreed: bool = False, overrides: bool = False) -> None:
+        """Replaces what was known with this key and arithmetic, and all that could not be relied on; agreeing
+        to one arithmetic, or overriding with one, ends what was said of another. One that doesn't count is
+        only kept for the next try. Only warns when the file can't be written."""
+        content = self._known()
+        doubted = [known for known in content.doubted if known.key != key]
+        if not tuning.counts:
+            self._keep(_Content(content.tunings, [*doubted, Doubted(key, time(), tuning)]))
+            return
         kept = []
-        for known in self.known():
+        for known in content.tunings:
             if known.key != key:
                 kept.append(known)
-            elif known.tuning.arithmetic != tuning.arithmetic:
-                kept.append(msgspec.structs.replace(known, agreed=known.agreed and not agreed))
-            else:
-                agreed = agreed or known.agreed
-        content = _Content([*kept, Remembered(key, time(), tuning, agreed)])
+            elif known.tuning.arithmetic == tuning.arithmetic:
+                agreed, overrides = agreed or known.agreed, overrides or known.overrides
+            elif known.tuning.is_final or known.agreed:
+                mine = {"agreed": known.agreed and not agreed, "overrides": known.overrides and not overrides}
+                kept.append(msgspec.structs.replace(known, **mine))
+        self._keep(_Content([*kept, Remembered(key, time(), tuning, agreed, overrides)], doubted))
+
+    def forget(self, key: Key) -> None:
+        """The model is measured anew at its next start."""
+        content = self._known()
+        tunings = [known for known in content.tunings if known.key != key]
+        self._keep(_Content(tunings, [known for known in content.doubted if known.key != key]))
+
+    def _keep(self, content: _Content) -> None:
         try:
             _write(self.path, msgspec.json.format(msgspec.json.encode(content), indent=2))
         except OSError as error:
             log.warning("what was measured can't be kept in %s: %s", self.path, error)
+
+
+def _bytes_of(path: Path) -> bytes:
+    """Raises OSError, or ValueError for what can't be such a file: a named pipe would be waited for."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise ValueError(f"{path} is damaged: it is no regular file")
+        data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise ValueError(f"{path} is damaged: it has more than {MOST_BYTES} bytes")
+    return data
+
+
+def _is_choice(tuning: Tuning, wanted: Arithmetic) -> bool:
+    """Whether it was measured with the arithmetic that is to be had, and with threads that there are."""
+    fits = wanted.allows(tuning.arithmetic) and tuning.threads <= available_cpus()
+    # Measuring may have preferred to stay with what caches had, where little was to be gained.
+    return fits and tuning.arithmetic == tuning.best(wanted)
+
+
+def _fault(tuning: Tuning) -> str:
+    """What is impossible about it beside single values; "" for nothing."""
+    if not all(tried.is_whole for tried in (tuning.arithmetic, *tuning.ranking)):
+        return "an arithmetic that is not whole"
+    if tuning.hits and len(tuning.hits) != len(tuning.ranking):
+        return "hits that are not those of the ranking"
+    if not _are_plain((*tuning.measured, *tuning.doubts, *tuning.doubts.values())):
+        return "a text that can't be printed"
+    return ""
+
+
+def _are_plain(texts: Sequence[str]) -> bool:
+    return all(text.isprintable() for text in texts)
 
 
 def _write(path: Path, data: bytes) -> None:

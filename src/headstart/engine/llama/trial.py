@@ -15,6 +15,7 @@ from headstart.engine.llama.conversion import weights_to_try
 from headstart.engine.llama.gguf import attends_to_everything, open_model
 from headstart.engine.model import ModelError, Piece
 from headstart.engine.trials import Span, TrialShape
+from headstart.engine.watching import Watch
 from headstart.messages import EngineSettings
 
 SEED = 1
@@ -29,6 +30,7 @@ class LlamaTrials:
     def __init__(self, settings: EngineSettings) -> None:
         self.models = {weights: open_model(path) for weights, path in weights_to_try(settings).items()}
         self.weights: Seq[Weights] = list(self.models)
+        self.watch = Watch()
         self.can_share = attends_to_everything(self.models[self.weights[0]])
         self.words = self._words()
 

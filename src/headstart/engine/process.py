@@ -1,0 +1,118 @@
+"""A model's worker process, seen from the server: how it is started, read, ended, and what its end means."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import suppress
+
+import msgspec
+
+from headstart.engine.channel import Frames
+from headstart.folder import is_rkllm
+from headstart.messages import EngineSettings, WorkerMessage
+
+READ_BYTES = 1 << 20
+SPIN_COUNT = "1000"
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
+CRASHES = ("SIGILL", "SIGSEGV", "SIGBUS", "SIGABRT", "SIGFPE")
+
+
+async def started(settings: EngineSettings) -> tuple[asyncio.subprocess.Process, socket.socket]:
+    """A worker process, and this side's end of its socket. Raises OSError."""
+    ours, theirs = socket.socketpair()
+    try:
+        process = await asyncio.create_subprocess_exec(
+            # -P: what lies in the current folder is no part of the program.
+            *(sys.executable, "-P", "-m", "headstart.engine.worker", str(theirs.fileno())),
+            msgspec.json.encode(settings).decode(),
+            pass_fds=[theirs.fileno()],
+            stdin=asyncio.subprocess.DEVNULL,
+            env=worker_environment(),
+        )
+    except BaseException:
+        ours.close()
+        raise
+    finally:
+        theirs.close()
+    return process, ours
+
+
+async def connected(ours: socket.socket) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """The socket as streams, which own it from now on. Raises OSError."""
+    try:
+        return await asyncio.open_connection(sock=ours)
+    except BaseException:
+        ours.close()
+        raise
+
+
+async def messages(reader: asyncio.StreamReader) -> AsyncIterator[WorkerMessage]:
+    """What the worker sends until its end. Raises Garbled."""
+    frames: Frames[WorkerMessage] = Frames(WorkerMessage)
+    # A reset, or a broken pipe where the end was noticed while something was sent: the end, in any case.
+    with suppress(OSError):
+        while data := await reader.read(READ_BYTES):
+            for message in frames.feed(data):
+                yield message
+
+
+async def ended(process: asyncio.subprocess.Process) -> int:
+    """The worker leaves by itself when its socket closes, after the step it is in. It is not waited for
+    longer than 10 seconds, nor by whoever is cancelled."""
+    try:
+        return await asyncio.wait_for(asyncio.shield(process.wait()), 10)
+    except TimeoutError:
+        kill(process)
+        return await process.wait()
+    except asyncio.CancelledError:
+        kill(process)
+        raise
+
+
+def kill(process: asyncio.subprocess.Process) -> None:
+    """Ends it at once, if it hasn't ended."""
+    with suppress(ProcessLookupError):
+        process.kill()
+
+
+def worker_environment() -> dict[str, str]:
+    """OpenMP's threads wait for each other by spinning, by default so long that a second busy process on the
+    same CPUs makes decoding tens of times slower. Huge pages make it quick to clear a KV cache at the start.
+    (Figures for both in docs/architecture.md.) What the user has set is kept."""
+    ours = {"GLIBC_TUNABLES": HUGE_PAGES}
+    if "OMP_WAIT_POLICY" not in os.environ:
+        ours["GOMP_SPINCOUNT"] = SPIN_COUNT
+    return ours | os.environ
+
+
+def explain_exit(code: int, path: str) -> str:
+    """What the end of the worker of the model at `path` means, in words."""
+    if code >= 0:
+        return f"the worker process exited with status {code}"
+    name = _signal_name(-code)
+    text = f"the worker process was ended by {name}"
+    if name in CRASHES and is_rkllm(path):
+        return (
+            f"{text}. At start-up this means that the NPU's runtime is another release than it was taken "
+            "for, or doesn't fit the driver: see `headstart doctor`"
+        )
+    if name in CRASHES:
+        text += (
+            ". At start-up this means that llama.cpp was built for another CPU or by a faulty compiler. "
+            "Build it again: `make rebuild`; if that doesn't help, `export CMAKE_ARGS=-DGGML_NATIVE=OFF` and "
+            "`make rebuild`, which is slower but runs everywhere"
+        )
+    return text
+
+
+def _signal_name(number: int) -> str:
+    """Most of the real-time signals have none."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
