@@ -143,7 +143,9 @@ def test_a_key_creates_imports_and_saves_beside_what_is_everyones(server: Runnin
     assert bob.create("common").status_code == 200
     content = bob.call("GET", "/v1/cache/toy/common/file").content
     assert bob.call("DELETE", "/v1/cache/toy/common").status_code == 200
-    assert bob.call("PUT", "/v1/cache/toy/common/file", content=content).status_code == 200
+    refused(bob.call("PUT", "/v1/cache/toy/common/file", content=content))
+    taken = bob.call("PUT", "/v1/cache/toy/common/file?rebuild=true", content=content)
+    assert taken.status_code == 200
     assert bob.ask(save_as="common", allow_overwrite=True).status_code == 200
     eventually(lambda: bob.listed()["common"]["origin"] == "conversation")
     assert Client(server, "ann").call("GET", "/v1/cache/toy/common").json()["prompt"] == prompt

@@ -14,7 +14,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from headstart.api.caches import made
-from headstart.api.keys import seen
+from headstart.api.keys import check_admin, seen
 from headstart.api.streaming import ClientLeft
 from headstart.names import check_name
 from headstart.service.files import Exported
@@ -67,6 +67,9 @@ async def take(
 ) -> dict[str, Any]:
     """Takes a file that was exported, here or elsewhere."""
     service: Service = request.app.state.service
+    if not rebuild:
+        # The engine loads states as they are: a made-up one may crash it, with everybody's requests.
+        check_admin(request, "Importing states (a cache's text alone is imported with ?rebuild=true)")
     declared = request.headers.get("content-length", "")
     async with service.models.use(seen(request, service.model(model))) as served:
         served.engine.check_available()
