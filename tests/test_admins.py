@@ -216,9 +216,9 @@ def test_nor_why_it_is_not_ready(start_server: Any, tmp_path: Path) -> None:
 
 def test_what_others_build_is_told_to_admins_only(start_server: Any, tmp_path: Path) -> None:
     config = tmp_path / "headstart.toml"
-    config.write_text('models = {toy = "toy:ms_per_token=20"}\n' + KEYS)
+    config.write_text('models = {toy = "toy:ms_per_token=4"}\n' + KEYS)
     server = start_server("--config", str(config))
-    building_one = threading.Thread(target=lambda: Client(server, "ann").create("private", COMMON * 6))
+    building_one = threading.Thread(target=lambda: Client(server, "ann").create("private", COMMON * 3))
     building_one.start()
     eventually(lambda: Client(server, "root").call("GET", "/health").json()["caches_building"] == 1)
     building = {

@@ -23,6 +23,7 @@ def _known(**more: Any) -> Json:
 
 KNOWN: list[Json] = [
     _known(vocabulary="gpt2", tokens=300, equal=True),
+    _known(vocabulary="gpt2", tokens=300, equal=True, merges=["a b"], pre="gpt-2"),
     _known(vocabulary="llama", tokens=300),
     _known(vocabulary="rwkv", tokens=300),
     _known(vocabulary="rwkv", tokens=300, equal=True, architecture="rwkv6"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 from collections.abc import Callable
@@ -38,6 +39,9 @@ and start every request from it:
 def serve(settings: Settings, say: Say) -> None:
     """Returns when the server was stopped. Raises StartupError when it can't start."""
     check_private(settings)
+    # Where llama.cpp aborts, it would start a debugger on itself first, which may hang for ever: in this
+    # process and, by inheritance, in all that it starts.
+    os.environ.setdefault("GGML_NO_BACKTRACE", "1")
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     listener = _listen(settings.host, settings.port)
     service = Service(settings, say)
