@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,17 @@ class RunningServer:
         self.start()
 
     def workers(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children()
+        """The models' engines."""
+        return self.processes("headstart.engine.worker")
+
+    def processes(self, module: str = "") -> list[psutil.Process]:
+        """What the server has started and runs this module; "" for all."""
+        found = []
+        for process in psutil.Process(self.process.pid).children():
+            with suppress(psutil.Error):
+                if not module or module in process.cmdline():
+                    found.append(process)
+        return found
 
     def post(self, path: str, **body: Any) -> httpx.Response:
         return self.http.post(path, json=body)

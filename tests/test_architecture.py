@@ -26,11 +26,12 @@ from headstart.config import Settings
 ROOT = Path(headstart.__file__).parent
 # What each part may import of the others; a part is a package or a module of the top level.
 BOTTOM = {"arithmetic", "errors", "config", "messages", "names", "tokens", "toyspec", "machine", "headstart"}
-BOTTOM |= {"folder", "tables", "contents", "limits", "nesting", "regular"}
+BOTTOM |= {"channel", "folder", "tables", "contents", "limits", "nesting", "regular"}
 ALLOWED = {
     "errors": set(),
     "names": {"errors"},
     "tokens": set(),
+    "channel": set(),
     "machine": set(),
     "folder": set(),
     "toyspec": set(),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -12,8 +10,7 @@ from hypothesis import strategies as st
 
 from headstart.config import embedded_model
 from headstart.prompt import remembered
-from headstart.prompt.prompts import QUICK, soon
-from headstart.prompt.remembered import Memory, RememberedTokens, TakesLong
+from headstart.prompt.remembered import Memory, RememberedTokens
 from headstart.prompt.tokenizer import Tokenizer, load_tokenizer
 from headstart.toyspec import CONTROL
 
@@ -106,30 +103,6 @@ def test_a_text_to_be_continued_is_not_remembered_whole() -> None:
     for _ in range(2):
         memory.encode("Once upon a time. " * 50)
     assert counting.seen == 2 * len("Once upon a time. " * 50)
-
-
-def test_more_than_the_caller_would_wait_for_is_not_begun() -> None:
-    memory, counting = _memory()
-    opening = "<|im_start|>system\n" + "You are the keeper. " * 50 + "<|im_end|>"
-    with pytest.raises(TakesLong):
-        memory.encode(opening + "Why?", most=100)
-    assert counting.seen == 0
-    memory.encode(opening)
-    assert memory.encode(opening + "Why?", most=100) == counting.encode(opening + "Why?", True)
-
-
-async def test_what_is_quick_is_done_on_the_event_loop_and_the_rest_beside_it() -> None:
-    seen: list[tuple[int, bool]] = []
-
-    def tokenise(most: int, needed: int) -> list[int]:
-        if most < needed:
-            raise TakesLong
-        seen.append((needed, threading.current_thread() is threading.main_thread()))
-        return [needed]
-
-    for needed in (QUICK, QUICK + 1):
-        assert await soon(partial(tokenise, needed=needed)) == [needed]
-    assert seen == [(QUICK, True), (QUICK + 1, False)]
 
 
 def test_special_tokens_that_overlap_are_no_place_to_cut() -> None:

@@ -14,11 +14,12 @@ from openai import OpenAI
 from conftest import StartServer
 from headstart.config import embedded_model
 from headstart.prompt.calls.default import written_out
+from headstart.prompt.loading import load_prompts
 from headstart.prompt.prompts import Prompts
 from headstart.prompt.template import ChatTemplate
 from headstart.prompt.tokenizer import ToyTokenizer
+from headstart.prompt.vocabulary import Vocabulary
 from headstart.service.calling import Calling, reading
-from headstart.service.model import load_prompts
 from servers import Json, RunningServer, events, running_server
 
 QUESTION = {"role": "user", "content": "What is out there?"}
@@ -124,6 +125,7 @@ class Marked(ToyTokenizer):
     """Characters and one token for each of these markers, which is no text."""
 
     markers = ("[TOOL_CALLS]", "</think>")
+    n_vocab = 1002
 
     def encode(self, text: str, first: bool = True, *, parse_special: bool = True) -> list[int]:
         if text in self.markers:
@@ -131,17 +133,17 @@ class Marked(ToyTokenizer):
         return list(text.encode())
 
     def piece(self, token: int) -> bytes:
-        return b"" if token >= 1000 else bytes([token])
+        return bytes([token]) if token < 256 else b""
 
     def written(self, token: int) -> bytes:
-        return self.markers[token - 1000].encode() if token >= 1000 else bytes([token])
+        return self.markers[token - 1000].encode() if token >= 1000 else self.piece(token)
 
 
-def _marked() -> Prompts:
+def _marked() -> Vocabulary:
     template = (
         "{{ tools }}[TOOL_CALLS] [</think>{% for message in messages %}{{ message.content }}{% endfor %}"
     )
-    return Prompts(Marked("toy:"), ChatTemplate(template, "", ""))
+    return Vocabulary(Prompts(Marked("toy:"), ChatTemplate(template, "", "")).facts())
 
 
 def test_markers_that_are_no_text_are_read_all_the_same() -> None:

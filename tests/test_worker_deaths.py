@@ -25,13 +25,14 @@ import uvloop
 
 from conftest import Report, StartServer
 from headstart.api.streaming import EventStream, begun
+from headstart.channel import HEADER, MOST_BYTES, frame
 from headstart.config import load_settings
 from headstart.engine import client as module
-from headstart.engine.channel import HEADER, MOST_BYTES, frame
+from headstart.engine import launching
 from headstart.engine.client import EngineClient
 from headstart.errors import BadRequest, EngineDied, ModelNotFound, StartupError, Unavailable
 from headstart.messages import EngineSettings, ModelInfo, Ready, Step, Submit
-from headstart.service.model import ServedModel
+from headstart.prompt.client import PromptClient
 from headstart.service.server import Service
 from servers import RunningServer, eventually
 from sweeps import rounds
@@ -291,7 +292,7 @@ RUBBISH = {
 def _says(data: bytes, *, stays: bool = False) -> Callable[..., Any]:
     """A worker that sends this, and then ends or `stays`."""
 
-    async def started(_: EngineSettings) -> tuple[asyncio.subprocess.Process, socket.socket]:
+    async def started(_: str) -> tuple[asyncio.subprocess.Process, socket.socket]:
         ours, theirs = socket.socketpair()
         theirs.sendall(data)
         wait = "import time; time.sleep(600)" if stays else ""
@@ -311,8 +312,8 @@ async def test_a_worker_that_sends_rubbish_is_ended_and_never_counts_as_loading_
 ) -> None:
     first = frame(Ready(INFO)) + frame(Step([])) if ready else b""
     stays = what not in ("cut", "nothing")
-    genuine = module.started
-    monkeypatch.setattr(module, "started", _says(first + RUBBISH[what], stays=stays))
+    genuine = launching.started
+    monkeypatch.setattr(launching, "started", _says(first + RUBBISH[what], stays=stays))
     client = EngineClient("toy", EngineSettings("toy:", 4, 0), 64)
     client.start()
     if not ready:
@@ -323,7 +324,7 @@ async def test_a_worker_that_sends_rubbish_is_ended_and_never_counts_as_loading_
             client.submit(REQUEST)
     else:
         await client.wait_ready()
-        monkeypatch.setattr(module, "started", genuine)
+        monkeypatch.setattr(launching, "started", genuine)
         while client.info == INFO or client.state != "ready":
             assert client.state in ("ready", "loading")
             await asyncio.sleep(0.01)
@@ -420,11 +421,11 @@ async def test_a_model_whose_tokenizer_can_not_be_loaded_is_told_and_tried_again
     await service.load()
     two = service.model("two")
 
-    def fails(self: ServedModel) -> Any:
+    async def fails(*_: Any) -> None:
         raise StartupError("no tokenizer")
 
     with monkeypatch.context() as patched:
-        patched.setattr(ServedModel, "_load_prompts", fails)
+        patched.setattr(PromptClient, "start", fails)
         for _ in range(2):
             with pytest.raises(Unavailable, match="no tokenizer"):
                 async with service.models.use(two):

@@ -116,6 +116,9 @@ class Settings(BaseSettings):
     rkllm_other_sampling: Literal["warn", "refuse"] = Field(
         "warn", description="What becomes of requests that ask for another: a warning in the answer, or 400."
     )
+    prompt_timeout: float = Field(
+        30, gt=0, description="Seconds after which a prompt not yet tokenised is given up; then 503."
+    )
     max_waiting: int = Field(
         64,
         ge=0,

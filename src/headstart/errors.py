@@ -5,6 +5,7 @@
     │   ├── InvalidName            400  a cache name outside the allowed alphabet
     │   ├── ContextLengthExceeded  400  prompt longer than the model's context
     │   │   └── InputTooLong       400  the same of a text to be embedded
+    │   ├── TextTooLong            400  a text longer than any is tokenised
     │   └── DamagedFile            400  what was sent is no cache's file
     ├── Unauthorized               401  no API key that the server knows
     ├── AdminRequired              403  the API key is no admin, and this touches others' work
@@ -26,7 +27,8 @@
         ├── ModelLoading           503
         ├── OutOfMemory            503  there is no memory for one more model
         ├── Overloaded             503  the queue is full
-        └── EngineDied             503  the worker process ended; it is being restarted
+        ├── EngineDied             503  the worker process ended; it is being restarted
+        └── PromptsDied            503  the process that makes a model's prompts ended; it is started again
 
 Each class carries its HTTP status, its OpenAI error type and its code; `headstart.api.errors` turns any of
 them into the one JSON shape. `retry_after` is in seconds; `retryable=False` tells SDKs not to try again.
@@ -87,6 +89,12 @@ class InputTooLong(ContextLengthExceeded):
             n_prompt_tokens=n_prompt_tokens,
             n_ctx=n_ctx,
         )
+
+
+class TextTooLong(BadRequest):
+    """Of a text that no context would hold, so that its tokens aren't counted."""
+
+    code = "context_length_exceeded"
 
 
 class DamagedFile(BadRequest):
@@ -205,6 +213,10 @@ class Overloaded(Unavailable):
 
 class EngineDied(Unavailable):
     code = "engine_died"
+
+
+class PromptsDied(Unavailable):
+    code = "prompts_died"
 
 
 class StartupError(Exception):

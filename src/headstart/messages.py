@@ -105,6 +105,13 @@ class SaveTo(Struct, frozen=True):
 # To the worker
 
 
+class Begin(Struct, frozen=True, tag=True):
+    """Comes first, and once: a worker is started before it is known whether and how the model is to be
+    loaded."""
+
+    settings: EngineSettings
+
+
 class Submit(Struct, frozen=True, tag=True):
     """One sequence: prefill `tokens`, then generate up to `max_tokens`, or save the state.
 
@@ -151,7 +158,7 @@ class Cancel(Struct, frozen=True, tag=True):
     id: int
 
 
-Command = Submit | Embed | Cancel
+Command = Begin | Submit | Embed | Cancel
 
 
 # From the worker

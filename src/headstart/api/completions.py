@@ -47,7 +47,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
         runs = [service.generation.run(each) for each in prepared]
         events = runs[0] if len(runs) == 1 else together(runs, options.n)
         echoed = texts if body.echo else []
-        echoes = [text.said(model.prompts.tokenizer) for text in echoed for _ in range(options.n)]
+        echoes = [text.said(model.vocabulary) for text in echoed for _ in range(options.n)]
         return await _answer(request, body, events, Completion(body.model, echoes), len(texts) * options.n)
 
 

@@ -35,7 +35,7 @@ async def health(request: Request) -> Json:
     are API keys, more is told to those who send one."""
     service: Service = request.app.state.service
     who = rank(request)
-    states = {name: model.engine.state for name, model in service.models.all.items()}
+    states = {name: model.state for name, model in service.models.all.items()}
     told: Json = {} if who == "stranger" else {"models": states}
     if not service.models.ready:
         first = (service.models.all[name].engine.failure for name in service.models.first)
@@ -74,7 +74,7 @@ async def available(request: Request) -> Json:
 async def loaded(request: Request) -> Json:
     """The models that answer at once."""
     service: Service = request.app.state.service
-    ready = [name for name, model in service.models.all.items() if model.engine.state == "ready"]
+    ready = [name for name, model in service.models.all.items() if model.state == "ready"]
     return {"object": "list", "data": [_described(service, name) for name in ready]}
 
 
@@ -117,7 +117,7 @@ def _described(service: Service, name: str) -> Json:
         "object": "model",
         "created": model.created,
         "owned_by": "headstart",
-        "state": model.engine.state,
+        "state": model.state,
     }
     if info := model.engine.info:
         answer |= {"n_ctx": info.n_ctx, "slots": info.slots}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
+import msgspec
 from fastapi import APIRouter, Request
 from pydantic import FailFast, Field, StrictInt
+from starlette.responses import Response
 
 from headstart.api.keys import seen
 from headstart.api.schemas import Body
@@ -16,7 +18,7 @@ from headstart.errors import BadRequest
 from headstart.service.model import ServedModel
 from headstart.service.server import Service
 from headstart.service.texts import check_tokens
-from headstart.service.tokenising import pieces, tokenised
+from headstart.service.tokenising import pieces, tokenised, worked_out
 
 router = APIRouter()
 
@@ -52,14 +54,20 @@ class TemplateRequest(ModelRequest):
 
 
 @router.post("/tokenize")
-async def tokenize(request: Request, body: TokenizeRequest) -> Json:
+async def tokenize(request: Request, body: TokenizeRequest) -> Response:
     """The token ids of a text."""
     service: Service = request.app.state.service
     async with service.models.use(_meant(request, body)) as model:
         (tokens,) = await tokenised(
             model, [body.text()], special=body.add_special, parse_special=body.parse_special
         )
-        return {"tokens": await _shown(model, tokens) if body.with_pieces else tokens, "n": len(tokens)}
+
+        def written() -> bytes:
+            told = _shown(model, tokens) if body.with_pieces else tokens
+            return msgspec.json.encode({"tokens": told, "n": len(tokens)})
+
+        content = await worked_out(written, len(tokens))
+        return Response(content, media_type="application/json")
 
 
 @router.post("/detokenize")
@@ -67,9 +75,12 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> Json:
     """The text that token ids stand for."""
     service: Service = request.app.state.service
     async with service.models.use(_meant(request, body)) as model:
-        check_tokens(model.prompts.tokenizer, body.tokens, param="tokens")
-        content = b"".join(await pieces(model, body.tokens))
-        return {"content": content.decode(errors="replace")}
+
+        def said() -> str:
+            check_tokens(model.vocabulary, body.tokens, param="tokens")
+            return b"".join(pieces(model, body.tokens)).decode(errors="replace")
+
+        return {"content": await worked_out(said, len(body.tokens))}
 
 
 @router.post("/apply-template")
@@ -78,7 +89,7 @@ async def apply_template(request: Request, body: TemplateRequest) -> Json:
     service: Service = request.app.state.service
     async with service.models.use(_meant(request, body)) as model:
         messages = [message.plain() for message in body.messages]
-        return {"prompt": model.prompts.template.render(messages, body.tools or [])}
+        return {"prompt": await model.prompts.rendered(messages, body.tools or [])}
 
 
 def _meant(request: Request, body: ModelRequest) -> ServedModel:
@@ -91,11 +102,11 @@ def _meant(request: Request, body: ModelRequest) -> ServedModel:
     return seen(request, next(iter(service.models.all.values())))
 
 
-async def _shown(model: ServedModel, tokens: list[int]) -> list[Json]:
+def _shown(model: ServedModel, tokens: list[int]) -> list[Json]:
     """A piece that is no text by itself is told by its bytes, as llama-server does."""
     return [
         {"id": token, "piece": _text(piece)}
-        for token, piece in zip(tokens, await pieces(model, tokens), strict=True)
+        for token, piece in zip(tokens, pieces(model, tokens), strict=True)
     ]
 
 

@@ -10,8 +10,9 @@ from typing import Literal
 
 import msgspec
 
-from headstart.engine.channel import Garbled, Unsendable, frame
-from headstart.engine.process import connected, ended, explain_exit, kill, messages, started
+from headstart.channel import Garbled, Unsendable, frame
+from headstart.engine.launching import Launcher
+from headstart.engine.process import connected, ended, explain_exit, kill, messages
 from headstart.errors import (
     BadRequest,
     EngineDied,
@@ -25,6 +26,7 @@ from headstart.errors import (
     Unavailable,
 )
 from headstart.messages import (
+    Begin,
     Cancel,
     Embed,
     Embedded,
@@ -102,6 +104,7 @@ class EngineClient:
         self.name = name
         self.settings = settings
         self.max_waiting = max_waiting
+        self.launcher = Launcher(settings.path)
         self.state: State = "available"
         self.info: ModelInfo | None = None
         self.failure = ""
@@ -122,6 +125,11 @@ class EngineClient:
         self._settled.clear()
         self._supervisor = asyncio.create_task(self._supervise(), name=f"engine {self.name}")
 
+    def fail(self, reason: str) -> None:
+        """Says why no worker is to be started; `start` tries all the same."""
+        self.state, self.failure = "failed", reason
+        self._settled.set()
+
     async def wait_ready(self) -> ModelInfo:
         """Returns when the model is loaded. Raises StartupError when it can't be or was closed, or
         OutOfMemory where it was not to take more than there is."""
@@ -140,6 +148,7 @@ class EngineClient:
             if supervisor:
                 supervisor.cancel()
                 await asyncio.wait([supervisor])
+            await self.launcher.discard()
         finally:
             self._settled.set()
 
@@ -215,10 +224,11 @@ class EngineClient:
     async def _run_worker(self) -> bool:
         """Runs one worker process to its end; whether it had become ready. Its requests have all failed then,
         however it ends. Raises OSError where it can't be started."""
-        process, ours = await started(self.settings)
+        process, ours = await self.launcher.take()
         ready, reason = False, "it was stopped"
         try:
             reader, self._writer = await connected(ours)
+            self._writer.write(frame(Begin(self.settings)))
             async for message in messages(reader):
                 ready = self._dispatch(message) or ready
         except Garbled as error:

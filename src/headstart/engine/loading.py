@@ -19,6 +19,12 @@ def load(settings: EngineSettings) -> Model:
     return model
 
 
+def prepare(path: str) -> None:
+    """Imports what loading the model will take."""
+    if not (ToySpec.matches(path) or is_rkllm(path)):
+        import headstart.engine.llama.model  # noqa: F401
+
+
 def only_embeds(path: str) -> bool:
     """Whether the model's file says that it can't generate text."""
     if ToySpec.matches(path):

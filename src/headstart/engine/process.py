@@ -10,11 +10,9 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import suppress
 
-import msgspec
-
-from headstart.engine.channel import Frames
+from headstart.channel import Frames
 from headstart.folder import is_rkllm
-from headstart.messages import EngineSettings, WorkerMessage
+from headstart.messages import WorkerMessage
 
 READ_BYTES = 1 << 20
 SPIN_COUNT = "1000"
@@ -22,14 +20,13 @@ HUGE_PAGES = "glibc.malloc.hugetlb=1"
 CRASHES = ("SIGILL", "SIGSEGV", "SIGBUS", "SIGABRT", "SIGFPE")
 
 
-async def started(settings: EngineSettings) -> tuple[asyncio.subprocess.Process, socket.socket]:
-    """A worker process, and this side's end of its socket. Raises OSError."""
+async def started(path: str) -> tuple[asyncio.subprocess.Process, socket.socket]:
+    """A worker process for the model at `path`, and this side's end of its socket. Raises OSError."""
     ours, theirs = socket.socketpair()
     try:
         process = await asyncio.create_subprocess_exec(
             # -P: what lies in the current folder is no part of the program.
-            *(sys.executable, "-P", "-m", "headstart.engine.worker", str(theirs.fileno())),
-            msgspec.json.encode(settings).decode(),
+            *(sys.executable, "-P", "-m", "headstart.engine.worker", str(theirs.fileno()), path),
             pass_fds=[theirs.fileno()],
             stdin=asyncio.subprocess.DEVNULL,
             env=worker_environment(),
@@ -103,7 +100,8 @@ def explain_exit(code: int, path: str) -> str:
         )
     if name in CRASHES:
         text += (
-            ". At start-up this means that llama.cpp was built for another CPU or by a faulty compiler. "
+            ". At start-up this means that the model's file is not what llama.cpp expects, or, if other "
+            "models don't run either, that llama.cpp was built for another CPU or by a faulty compiler. "
             "Build it again: `make rebuild`; if that doesn't help, `export CMAKE_ARGS=-DGGML_NATIVE=OFF` and "
             "`make rebuild`, which is slower but runs everywhere"
         )

@@ -1,5 +1,6 @@
-"""The worker process of one model: `python -m headstart.engine.worker FD SETTINGS`.
+"""The worker process of one model: `python -m headstart.engine.worker FD PATH`.
 
+It loads nothing until its settings come, which is not before the prompt process could read the model's file.
 It lives as long as its socket: when the server goes away, however that happens, so does the worker.
 """
 
@@ -16,16 +17,14 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
-import msgspec
-
-from headstart.engine.channel import Frames, frame
+from headstart.channel import Frames, frame
 from headstart.engine.cuts import Cuts
-from headstart.engine.loading import load
+from headstart.engine.loading import load, prepare
 from headstart.engine.loop import Engine
 from headstart.engine.model import ModelError, TooLarge
 from headstart.engine.settling import find_tuning, settled
 from headstart.folder import is_rkllm
-from headstart.messages import Command, EngineSettings, LoadFailed, Ready, Step, WorkerMessage
+from headstart.messages import Begin, Command, EngineSettings, LoadFailed, Ready, Step, WorkerMessage
 
 if TYPE_CHECKING:
     from headstart.engine.rkllm.engine import RkllmEngine
@@ -36,9 +35,11 @@ Wake = Callable[[], object]
 class Worker:
     engine: Engine | RkllmEngine
 
-    def __init__(self, channel: socket.socket, settings: EngineSettings) -> None:
+    def __init__(self, channel: socket.socket) -> None:
+        """Raises ModelError; EOFError when the channel is closed meanwhile."""
         self.channel = channel
         self.frames: Frames[Command] = Frames(Command)
+        settings = self._settings()
         self.selector = selectors.DefaultSelector()
         self.selector.register(channel, selectors.EVENT_READ, self._receive)
         wake_reader, wake_writer = os.pipe()
@@ -46,6 +47,19 @@ class Worker:
         wake = partial(os.write, wake_writer, b"w")
         self.engine, ready = (_npu if is_rkllm(settings.path) else _llama)(settings, wake, channel)
         self.send(ready)
+
+    def _settings(self) -> EngineSettings:
+        while True:
+            for command in self.frames.feed(self._received()):
+                # Nothing else is sent before this was answered.
+                assert isinstance(command, Begin)
+                return command.settings
+
+    def _received(self) -> bytes:
+        data = self.channel.recv(1 << 20)
+        if not data:
+            raise EOFError
+        return data
 
     def send(self, message: WorkerMessage) -> None:
         self.channel.sendall(frame(message))
@@ -62,10 +76,7 @@ class Worker:
             return
 
     def _receive(self) -> None:
-        data = self.channel.recv(1 << 20)
-        if not data:
-            raise EOFError
-        for command in self.frames.feed(data):
+        for command in self.frames.feed(self._received()):
             self.engine.handle(command)
 
 
@@ -100,9 +111,11 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(level=os.environ.get("HEADSTART_LOG_LEVEL", "WARNING").upper())
     channel = socket.socket(fileno=int(sys.argv[1]))
-    settings = msgspec.json.decode(sys.argv[2], type=EngineSettings)
+    with suppress(Exception):
+        # Loading says what is wrong with the engine.
+        prepare(sys.argv[2])
     try:
-        worker = Worker(channel, settings)
+        worker = Worker(channel)
     except ModelError as error:
         with suppress(OSError):
             channel.sendall(frame(LoadFailed(str(error), isinstance(error, TooLarge))))

@@ -7,15 +7,16 @@ that the text doesn't have, and what can't be turned back into its text is refus
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
 from headstart.errors import StartupError
+from headstart.prompt.vocabulary import Prefixed, joined
 from headstart.regular import read_text
 
 SPACE = "\u2581"  # What SentencePiece writes for a space.
@@ -38,18 +39,19 @@ class HfTokenizer:
         self.bos_text = _token_text(config.get("bos_token"))
         self.eos_text = _token_text(config.get("eos_token"))
         added = self.backend.get_added_tokens_decoder()
-        self.added = {id_: token.content for id_, token in added.items()}
+        self.contents = {id_: token.content for id_, token in added.items()}
+        self.added: Collection[int] = self.contents.keys()
         self.hidden = {id_ for id_, token in added.items() if token.special}
         self.ends: AbstractSet[int] = self.hidden
-        texts = set(self.added.values())
+        texts = set(self.contents.values())
         self.gap: tuple[str, str, str] | None = GAP if texts.issuperset(GAP) else None
-        self.n_vocab = self.backend.get_vocab_size(with_added_tokens=True)
         self.pieces = dict(self._pieces())
+        self.n_vocab = max(self.pieces, default=-1) + 1
         # Whether a space is put before text: before the first only, or before each that follows a token.
-        self.prefixes: Literal["", "first", "each"] = ""
+        self.prefixes: Prefixed = ""
         self.prefixes = self._prefixes()
         strips = any(token.lstrip or token.rstrip for token in added.values())
-        self.specials = [] if strips or self.prefixes else list(self.added.values())
+        self.specials = [] if strips or self.prefixes else list(self.contents.values())
         self._check_reversible(folder / TOKENIZER)
 
     def encode(self, text: str, first: bool = True, *, parse_special: bool = True) -> list[int]:
@@ -71,27 +73,21 @@ class HfTokenizer:
 
     def text(self, tokens: Sequence[int]) -> str:
         """The text that these are the tokens of."""
-        parts = bytearray()
-        prefixed = bool(self.prefixes)
-        for token in tokens:
-            part = self.written(token)
-            parts += part.removeprefix(b" ") if prefixed and part[:1] == b" " else part
-            prefixed = self.prefixes == "each" and token in self.added
-        return parts.decode(errors="replace")
+        return joined(tokens, self.written, self.prefixes, self.added)
 
     def _pieces(self) -> Iterator[tuple[int, bytes]]:
         around = json.loads(self.backend.to_str())
         by_bytes = "ByteLevel" in json.dumps([around["pre_tokenizer"], around["decoder"]])
         for text, id_ in self.backend.get_vocab(with_added_tokens=True).items():
-            if id_ in self.added:
-                yield id_, self.added[id_].encode()
+            if id_ in self.contents:
+                yield id_, self.contents[id_].encode()
             else:
                 yield id_, _bytes_of(text) if by_bytes else _spaced(text)
 
-    def _prefixes(self) -> Literal["", "first", "each"]:
+    def _prefixes(self) -> Prefixed:
         if not self._begins_with_space("a"):
             return ""
-        marks = [text for id_, text in self.added.items() if id_ in self.hidden]
+        marks = [text for id_, text in self.contents.items() if id_ in self.hidden]
         return "each" if any(self._begins_with_space(f"{mark}a", 1) for mark in marks) else "first"
 
     def _begins_with_space(self, text: str, at: int = 0) -> bool:
@@ -99,7 +95,7 @@ class HfTokenizer:
         return len(tokens) > at and self.written(tokens[at]).startswith(b" ")
 
     def _check_reversible(self, path: Path) -> None:
-        marks = [text for id_, text in self.added.items() if id_ in self.hidden]
+        marks = [text for id_, text in self.contents.items() if id_ in self.hidden]
         probe = PROBE.format(marks[0] if marks else "")
         tokens = self.encode(probe)
         if not tokens or self.encode(self.text(tokens)) != tokens:

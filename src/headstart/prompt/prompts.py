@@ -7,41 +7,34 @@ but for the last, which may merge with what follows it. Where a state can't be c
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
-import sys
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Sequence
 from datetime import date
 
+from headstart.errors import StartupError
 from headstart.prompt import reasoning
-from headstart.prompt.remembered import LOOKING_UP, Memory, RememberedTokens, TakesLong
-from headstart.prompt.template import NO_VARIABLES, ChatTemplate, Message, Tool, Variables
+from headstart.prompt.exchange import Facts
+from headstart.prompt.messages import NO_VARIABLES, UNFINISHED, Message, Tool, Variables
+from headstart.prompt.remembered import Memory, RememberedTokens
+from headstart.prompt.template import ChatTemplate
 from headstart.prompt.tokenizer import Tokenizer
 from headstart.tokens import common_prefix
 
 PROBES = ("Why?", "3 x")
-# The key of a message, the last of an opening, whose text goes on in other ways.
-UNFINISHED = "unfinished"
-# Characters that are tokenised in less than a millisecond.
-QUICK = 2000
-
-
-async def soon(tokenise: Callable[[int], list[int]]) -> list[int]:
-    """What `tokenise` gives, a function of the most characters it may tokenise: called here where that is
-    quick, else on another thread, so that the event loop goes on."""
-    try:
-        return tokenise(QUICK)
-    except TakesLong:
-        return await asyncio.to_thread(tokenise, sys.maxsize)
+# Tokens that a vocabulary may have, and bytes that they may stand for: tens of what the largest have.
+MOST_TOKENS = 1 << 22
+MOST_BYTES = 64 << 20
 
 
 class Prompts:
-    """Not safe for use by several threads at once where `tokenizer` isn't; both real ones are. `can_cut`: a
-    state may be used in part; to be set before the first opening is asked for. All methods raise TakesLong,
-    at once, rather than tokenise more than `most` characters."""
+    """For one thread. `can_cut`: a state may be used in part; to be set before the first opening is asked
+    for. Raises StartupError for a vocabulary larger than any that models have."""
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate) -> None:
+        if tokenizer.n_vocab > MOST_TOKENS:
+            raise StartupError(f"The model has {tokenizer.n_vocab} tokens; {MOST_TOKENS} are the most.")
         self.tokenizer = tokenizer
         self.template = template
         self.can_cut = True
@@ -55,63 +48,70 @@ class Prompts:
         encoded = {text: self.tokenizer.encode(text, first=False) for text in texts}
         return {text: tokens[0] for text, tokens in encoded.items() if len(tokens) == 1}
 
-    def spelled(self, *, calls: bool) -> Callable[[int], bytes]:
-        """What the tokens of a chat's answer stand for: what marks reasoning, and `calls` if so asked, is
-        there to be read."""
-        texts = [*reasoning.MARKERS, *(self.template.dialect.markers if calls else ())]
-        written = {self.markers[text]: text.encode() for text in texts if text in self.markers}
-        piece = self.tokenizer.piece
-        return (lambda token: written.get(token) or piece(token)) if written else piece
+    def facts(self) -> Facts:
+        """Raises StartupError where the tokens stand for too many bytes."""
+        tokenizer, template = self.tokenizer, self.template
+        written, ends, spoken = bytearray(), array("I"), {}
+        for token in range(tokenizer.n_vocab):
+            text, piece = tokenizer.written(token), tokenizer.piece(token)
+            written += text
+            ends.append(len(written))
+            if piece != text:
+                spoken[token] = piece
+            if len(written) > MOST_BYTES:
+                raise StartupError(f"The model's tokens stand for more than {MOST_BYTES >> 20} MB of text.")
+        return Facts(
+            written=bytes(written),
+            ends=ends.tobytes(),
+            spoken=spoken,
+            prefixed=tokenizer.prefixes,
+            added=sorted(tokenizer.added),
+            bos_text=tokenizer.bos_text,
+            gap=tokenizer.gap,
+            template_hash=self.template_hash,
+            dialect=template.dialect.name,
+            reasons=template.reasons,
+            markers=self.markers,
+        )
 
     def chat(
         self,
         messages: Sequence[Message],
-        most: int = sys.maxsize,
         tools: Sequence[Tool] = (),
         variables: Variables = NO_VARIABLES,
     ) -> list[int]:
         """Raises BadRequest when the template refuses the messages or has no such variables."""
-        if _characters(messages) > LOOKING_UP * most:
-            raise TakesLong
-        return self._tokens.encode(self.template.render(messages, tools, variables), most)
+        return self._tokens.encode(self.template.render(messages, tools, variables))
 
-    def text(self, text: str, most: int = sys.maxsize) -> list[int]:
-        return self._tokens.encode(text, most)
+    def text(self, text: str) -> list[int]:
+        return self._tokens.encode(text)
 
-    def chat_opening(
-        self, messages: Sequence[Message], most: int = sys.maxsize, tools: Sequence[Tool] = ()
-    ) -> list[int]:
+    def chat_opening(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
         """The tokens that every chat opening with these messages and tools shares, but for the last now and
         then."""
-        if _characters(messages) > LOOKING_UP * most:
-            raise TakesLong
         written = json.dumps([messages, tools], ensure_ascii=False)
         # A template may write today's date, so what is remembered is remembered for a day.
         key = (date.today(), written)
         if (opening := self._openings.get(key)) is None:
-            one, other = (self.chat(_continued(messages, probe), most, tools) for probe in PROBES)
+            one, other = (self.chat(_continued(messages, probe), tools) for probe in PROBES)
             shared = self._ended(one[: common_prefix(one, other)])
             opening = shared if self.can_cut else shared[:-1]
             self._openings.put(key, len(written), opening)
-        return opening.copy()
+        return opening
 
-    def text_opening(self, text: str, most: int = sys.maxsize) -> list[int]:
+    def text_opening(self, text: str) -> list[int]:
         """The tokens of a text that others will continue."""
         if (opening := self._openings.get(text)) is None:
-            tokens = self.text(text, most)
+            tokens = self.text(text)
             opening = tokens if self.can_cut else tokens[:-1]
             self._openings.put(text, len(text), opening)
-        return opening.copy()
+        return opening
 
     def _ended(self, opening: list[int]) -> list[int]:
         """It up to the last token that one may end with, if it has any."""
         ends = self.tokenizer.ends
         at = next((i for i in range(len(opening), 0, -1) if opening[i - 1] in ends), len(opening))
         return opening[:at]
-
-
-def _characters(messages: Sequence[Message]) -> int:
-    return sum(len(message["content"]) for message in messages)
 
 
 def _continued(messages: Sequence[Message], probe: str) -> list[Message]:

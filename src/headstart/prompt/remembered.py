@@ -10,56 +10,45 @@ llama.cpp about as much as a question does. It treats BPE and SentencePiece voca
 from __future__ import annotations
 
 import re
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from threading import Lock
 
 # Bytes of all that is remembered in one place, with what Python takes for an entry, a character and a number.
 REMEMBERED_BYTES = 16 << 20
 ENTRY_BYTES, CHARACTER_BYTES, TOKEN_BYTES = 300, 4, 36
 # Characters of a last part that may be what a template ends every prompt with.
 ENDING = 200
-# Rendering a text and looking its parts up takes no longer than tokenising one in so many of its characters.
-LOOKING_UP = 32
 
 Encode = Callable[[str, bool], list[int]]
 
 
-class TakesLong(Exception):
-    """More is to be tokenised than the caller would wait for."""
-
-
 class Memory:
     """Tokens by what they were made from, within a bound of bytes; what was not used for longest goes first.
-    Safe for use by several threads. Nobody may change the lists."""
+    Nobody may change the lists."""
 
     def __init__(self) -> None:
         self._known: OrderedDict[Hashable, tuple[list[int], int]] = OrderedDict()
         self._size = 0
-        self._lock = Lock()
 
     def get(self, key: Hashable) -> list[int] | None:
-        with self._lock:
-            if found := self._known.get(key):
-                self._known.move_to_end(key)
+        if found := self._known.get(key):
+            self._known.move_to_end(key)
         return found[0] if found else None
 
     def put(self, key: Hashable, n_characters: int, tokens: list[int]) -> None:
         size = ENTRY_BYTES + CHARACTER_BYTES * n_characters + TOKEN_BYTES * len(tokens)
-        with self._lock:
-            _, before = self._known.pop(key, (None, 0))
-            self._known[key] = tokens, size
-            self._size += size - before
-            while self._size > REMEMBERED_BYTES:
-                _, (_, freed) = self._known.popitem(last=False)
-                self._size -= freed
+        _, before = self._known.pop(key, (None, 0))
+        self._known[key] = tokens, size
+        self._size += size - before
+        while self._size > REMEMBERED_BYTES:
+            _, (_, freed) = self._known.popitem(last=False)
+            self._size -= freed
 
 
 class RememberedTokens:
     """`encode(text, first)` tokenises a part of a prompt, `first` meaning its beginning; `specials` are the
     texts of all tokens it finds before it looks at anything else, `template` the source of what prompts are
-    made with. Safe for use by several threads if `encode` is."""
+    made with."""
 
     def __init__(self, encode: Encode, specials: Sequence[str], template: str) -> None:
         self._encode = encode
@@ -68,17 +57,12 @@ class RememberedTokens:
         self._seam = re.compile("|".join(longest_first)) if seams else None
         self._memory = Memory()
 
-    def encode(self, text: str, most: int = sys.maxsize) -> list[int]:
-        """The same tokens as `encode(text, True)` gives. Raises TakesLong, at once, rather than tokenise more
-        than `most` characters."""
-        if len(text) > LOOKING_UP * most:
-            raise TakesLong
+    def encode(self, text: str) -> list[int]:
+        """The same tokens as `encode(text, True)` gives."""
         parts = self._parts(text)
-        known = [self._memory.get((part, i == 0)) for i, part in enumerate(parts)]
-        if sum(len(part) for part, found in zip(parts, known, strict=True) if found is None) > most:
-            raise TakesLong
         tokens: list[int] = []
-        for i, (part, found) in enumerate(zip(parts, known, strict=True)):
+        for i, part in enumerate(parts):
+            found = self._memory.get((part, i == 0))
             tokens += self._tokenise(part, first=i == 0, last=i == len(parts) - 1) if found is None else found
         return tokens
 

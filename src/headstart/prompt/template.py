@@ -1,29 +1,20 @@
-"""Chat messages to one text, by the model's own Jinja template, in a sandbox: templates come with model files
-and are not to be trusted."""
+"""Chat messages to one text, by the model's own Jinja template. Templates come with model files and are not
+to be trusted: they run in a sandbox, in a process whose memory and time are limited."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from types import MappingProxyType
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from jinja2 import TemplateError, nodes
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import nodes
 
 from headstart.errors import BadRequest, StartupError
 from headstart.prompt.calls.default import written_out
 from headstart.prompt.calls.dialects import HERMES, dialect_of
+from headstart.prompt.messages import MOST_CHARACTERS, NO_VARIABLES, Message, Tool, Variables, is_open
 from headstart.prompt.reasoning import CLOSE
-
-Message = Mapping[str, Any]
-# A function that the model may call, as OpenAI's API describes it.
-Tool = Mapping[str, Any]
-# What else a template is told, such as enable_thinking.
-Variables = Mapping[str, Any]
-NO_VARIABLES: Variables = MappingProxyType({})
+from headstart.prompt.sandbox import OwnWords, Sandbox
 
 CHATML = (
     "{% for message in messages %}"
@@ -74,34 +65,46 @@ MARK = "continued-from-here-5b1f0c"
 BUILT_IN = {"chatml": CHATML, "fold": FOLD, "nosystem": NO_SYSTEM, "tools": TOOLS}
 
 
-def _raise(message: str) -> None:
-    raise TemplateError(message)
+# Of an error's words, which may be the template's own.
+MOST_WORDS = 500
+Limit = AbstractContextManager[object]
+NO_LIMIT: Limit = nullcontext()
+# The chat that every template has to be able to write.
+PLAINEST = [{"role": "user", "content": "Why?"}]
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
-    environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-    return environment
+class OutOfTime(BaseException):
+    """Raised in the midst of a template that has run for too long. None of what it calls may catch it."""
+
+
+class TemplateFails(Exception):
+    """It isn't the messages that are wrong; the message says what is."""
 
 
 class ChatTemplate:
-    """`source` is Jinja, or the name of a built-in template; None means ChatML. Raises StartupError for what
-    is neither."""
+    """`source` is Jinja, or the name of a built-in template; None means ChatML. `limit` is entered while the
+    template runs, and may raise OutOfTime. Raises StartupError for what is no template."""
 
-    def __init__(self, source: str | None, bos_text: str, eos_text: str) -> None:
+    def __init__(
+        self,
+        source: str | None,
+        bos_text: str,
+        eos_text: str,
+        limit: Limit = NO_LIMIT,
+    ) -> None:
         self.source = BUILT_IN.get(source or "chatml", source or "")
         self.specials = {"bos_token": bos_text, "eos_token": eos_text}
-        environment = _environment()
+        self.limit = limit
+        # Why not even the plainest chat can be written.
+        self._fault: BaseException | None = None
+        environment = Sandbox()
         try:
             self.compiled = environment.from_string(self.source)
-            names = environment.parse(self.source).find_all(nodes.Name)
-        except TemplateError as error:
-            raise StartupError(f"The model's chat template is not valid Jinja: {error}") from error
-        self.has_tools = any(name.name == "tools" for name in names)
+            names = {name.name for name in environment.parse(self.source).find_all(nodes.Name)}
+        except Exception as error:
+            # Of what is nested deeply, or a slip of its own, the compiler of Python complains, too.
+            raise StartupError(f"The model's chat template is not valid Jinja: {_words(error)}") from error
+        self.has_tools = "tools" in names
         self.dialect = dialect_of(self.source) if self.has_tools else HERMES
         self.reasons = CLOSE in self.source
 
@@ -112,7 +115,7 @@ class ChatTemplate:
         that calls no tools is left open. What the template has no place for is written as text: tools, calls
         and their results, and system messages that it refuses, which are folded into the user message that
         follows. Raises BadRequest with the template's own words, or for `variables` that are not the
-        request's to set."""
+        request's to set; TemplateFails where it isn't the request that is wrong, once that was checked."""
         begins = not is_open(messages)
         own = {"tools": list(tools) or None, "add_generation_prompt": begins, **self.specials}
         if taken := variables.keys() & {"messages", *own}:
@@ -149,19 +152,45 @@ class ChatTemplate:
             )
         return text + str(last["content"])
 
-    def _rendered(self, messages: Sequence[Message], variables: Variables) -> str:
-        # A template may stumble over what it did not expect in as many ways as any other code.
+    def check(self) -> None:
+        """Finds out whether the template can write the plainest chat. Where it can't, and doesn't say itself
+        why, what goes wrong with others counts as its own fault from now on."""
+        own = {"tools": None, "add_generation_prompt": True, **self.specials}
         try:
-            return self.compiled.render({**variables, "messages": messages})
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
-            reason = f"The model's chat template refuses these messages: {error}"
+            self._written({**own, "messages": PLAINEST})
+        except OwnWords:
+            pass
+        except (Exception, OutOfTime) as error:
+            self._fault = error.with_traceback(None)
+
+    def _rendered(self, messages: Sequence[Message], variables: Variables) -> str:
+        if isinstance(self._fault, OutOfTime):
+            raise TemplateFails(_words(self._fault))
+        try:
+            return self._written({**variables, "messages": messages})
+        except (Exception, OutOfTime) as error:
+            # A template may stumble over what it did not expect in as many ways as any other code.
+            if self._fault and not isinstance(error, OwnWords):
+                raise TemplateFails(_words(error)) from error
+            reason = f"The model's chat template refuses these messages: {_words(error)}"
             raise BadRequest(reason, param="messages") from error
 
+    def _written(self, context: Mapping[str, Any]) -> str:
+        parts: list[str] = []
+        n_characters = 0
+        with self.limit:
+            for part in self.compiled.generate(context):
+                n_characters += len(part)
+                if n_characters > MOST_CHARACTERS:
+                    raise OverflowError(f"it writes more than {MOST_CHARACTERS} characters")
+                parts.append(part)
+        return "".join(parts)
 
-def is_open(messages: Sequence[Message]) -> bool:
-    """Whether the answer continues the last message."""
-    last = messages[-1] if messages else {"role": ""}
-    return last["role"] == "assistant" and not last.get("tool_calls")
+
+def _words(error: BaseException) -> str:
+    """What an error says, or what it is where it says nothing."""
+    said = str(error)[:MOST_WORDS]
+    return said if said and not isinstance(error, KeyError) else f"{type(error).__name__} {said}".strip()
 
 
 def fold_system(messages: Sequence[Message]) -> list[Message]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import re
+from collections.abc import Collection
 from collections.abc import Set as AbstractSet
+from pathlib import Path
 from typing import Protocol
 
 import llama_cpp as lib
 
 from headstart.errors import StartupError
 from headstart.folder import is_rkllm
+from headstart.prompt.vocabulary import Prefixed
 from headstart.toyspec import BOS, CONTROL, GAP, MERGES, N_BYTES, N_VOCAB, ToySpec
 
 # Vocabularies whose tokenizers look for special tokens first and treat the rest piece by piece.
@@ -26,15 +29,21 @@ class Tokenizer(Protocol):
     are found before anything else, so that a prompt may be cut after each; empty where that isn't so. `gap`:
     the texts of the tokens that go before a text with a gap, where the gap is, and where it is to be filled;
     None where the model knows no gaps. Token ids are below `n_vocab`. `ends`: a cached opening must end with
-    one of these tokens; empty: with any."""
+    one of these tokens; empty: with any. `prefixes`: a space is put before text, before the first only or
+    before each that follows one of the tokens `added`."""
 
     bos_text: str
     eos_text: str
-    template: str | None
     specials: list[str]
     gap: tuple[str, str, str] | None
     n_vocab: int
     ends: AbstractSet[int]
+    prefixes: Prefixed
+    added: Collection[int]
+
+    @property
+    def template(self) -> str | None:
+        """Raises StartupError for one that can't be read."""
 
     def encode(self, text: str, first: bool = True, *, parse_special: bool = True) -> list[int]:
         """Token ids of a whole prompt: control tokens are recognised, a leading one added where the model
@@ -46,9 +55,6 @@ class Tokenizer(Protocol):
 
     def written(self, token: int) -> bytes:
         """The bytes of a prompt that the token was made from; control tokens by their names."""
-
-    def text(self, tokens: Sequence[int]) -> str:
-        """The prompt that these are the tokens of, U+FFFD where they end within a character."""
 
 
 def load_tokenizer(path: str) -> Tokenizer:
@@ -64,23 +70,37 @@ def load_tokenizer(path: str) -> Tokenizer:
 
 class LlamaTokenizer:
     ends: AbstractSet[int] = frozenset()
+    prefixes: Prefixed = ""
+    added: Collection[int] = ()
 
     def __init__(self, path: str) -> None:
         params = lib.llama_model_default_params()
         params.vocab_only = True
-        lib.llama_log_set(_silence, None)
+        lib.llama_log_set(_keep_errors, None)
+        ERRORS.clear()
+        if not Path(path).is_file():
+            raise StartupError(f"{path} can't be read: there is no such file")
         self.model = lib.llama_model_load_from_file(path.encode(), params)
         if not self.model:
-            raise StartupError(f"{path} can't be read: no such file, or not a GGUF model llama.cpp knows")
+            raise StartupError(f"{path} can't be read: it is not a GGUF model llama.cpp knows{_told()}")
         self.vocab = lib.llama_model_get_vocab(self.model)
         self.n_vocab = int(lib.llama_vocab_n_tokens(self.vocab))
-        template = lib.llama_model_chat_template(self.model, None)
-        self.template = template.decode() if template else None
+        if self.n_vocab <= 0:
+            raise StartupError(f"{path} can't be read: it has no tokens")
+        self.buffer = ctypes.create_string_buffer(256)
         self.bos_text = self._control_text(lib.llama_vocab_bos(self.vocab))
         self.eos_text = self._control_text(lib.llama_vocab_eos(self.vocab))
         self.adds_bos = bool(lib.llama_vocab_get_add_bos(self.vocab))
         self.specials = self._find_specials()
         self.gap = self._find_gap()
+
+    @property
+    def template(self) -> str | None:
+        source = lib.llama_model_chat_template(self.model, None)
+        try:
+            return source.decode() if source else None
+        except UnicodeDecodeError as error:
+            raise StartupError(f"The model's chat template is not UTF-8: {error}") from error
 
     def _find_gap(self) -> tuple[str, str, str] | None:
         before, after, between = (
@@ -123,11 +143,8 @@ class LlamaTokenizer:
     def written(self, token: int) -> bytes:
         return self._piece(token, special=True)
 
-    def text(self, tokens: Sequence[int]) -> str:
-        return b"".join(map(self.written, tokens)).decode(errors="replace")
-
     def _piece(self, token: int, special: bool) -> bytes:
-        buffer = ctypes.create_string_buffer(64)
+        buffer = self.buffer
         size = lib.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, special)
         if size < 0:
             buffer = ctypes.create_string_buffer(-size)
@@ -135,9 +152,22 @@ class LlamaTokenizer:
         return buffer.raw[:size]
 
 
+# The first thing that llama.cpp has found wrong with the file that is being loaded.
+ERRORS: list[str] = []
+ERROR_LEVEL = 4
+TOLD_CHARACTERS = 200
+
+
 @lib.llama_log_callback  # type: ignore[untyped-decorator]
-def _silence(_level: int, _text: bytes, _user: object) -> None:
-    """What goes wrong is told by StartupError."""
+def _keep_errors(level: int, text: bytes, _user: object) -> None:
+    if level == ERROR_LEVEL and not ERRORS:
+        ERRORS.append(text.decode(errors="replace"))
+
+
+def _told() -> str:
+    """The first error, in which there may be anything that is in the file."""
+    first = "".join(c if c.isprintable() else " " for c in ERRORS[0]) if ERRORS else ""
+    return f" ({first.strip()[:TOLD_CHARACTERS]})" if first.strip() else ""
 
 
 class ToyTokenizer:
@@ -145,6 +175,8 @@ class ToyTokenizer:
 
     bos_text, eos_text, n_vocab = "<s>", "</s>", N_VOCAB
     ends: AbstractSet[int] = frozenset()
+    prefixes: Prefixed = ""
+    added: Collection[int] = ()
 
     def __init__(self, path: str) -> None:
         try:
@@ -155,29 +187,15 @@ class ToyTokenizer:
         known = CONTROL | (GAP if spec.gap else {})
         before, after, between = GAP
         self.gap = (before, after, between) if spec.gap else None
-        merges = sorted(enumerate(MERGES, N_BYTES), key=lambda item: -len(item[1]))
-        control = [(id_, text.encode()) for text, id_ in known.items()]
         self.specials = list(known)
         self.names = {id_: text.encode() for text, id_ in known.items()}
-        self.longest_first = control + merges
-        self.merges = merges
         self.pieces = dict(enumerate(MERGES, N_BYTES))
+        self.plain = _Merges(self.pieces)
+        self.with_specials = _Merges(self.names, self.pieces)
 
     def encode(self, text: str, first: bool = True, *, parse_special: bool = True) -> list[int]:
-        data = text.encode()
-        known = self.longest_first if parse_special else self.merges
-        tokens, at = [], 0
-        while at < len(data):
-            id_, size = self._match(data, at, known)
-            tokens.append(id_)
-            at += size
+        tokens = (self.with_specials if parse_special else self.plain).tokens(text.encode())
         return tokens if tokens[:1] == [BOS] or not first else [BOS, *tokens]
-
-    def _match(self, data: bytes, at: int, known: list[tuple[int, bytes]]) -> tuple[int, int]:
-        for id_, text in known:
-            if data.startswith(text, at):
-                return id_, len(text)
-        return data[at], 1
 
     def piece(self, token: int) -> bytes:
         assert 0 <= token < N_VOCAB
@@ -188,5 +206,16 @@ class ToyTokenizer:
     def written(self, token: int) -> bytes:
         return self.names.get(token) or self.piece(token)
 
-    def text(self, tokens: Sequence[int]) -> str:
-        return b"".join(map(self.written, tokens)).decode(errors="replace")
+
+class _Merges:
+    """Each token is the first of these that fits, the longest of one kind before others, or a byte."""
+
+    def __init__(self, *kinds: dict[int, bytes]) -> None:
+        ordered = [text for kind in kinds for text in sorted(kind.values(), key=len, reverse=True)]
+        self.ids = {text: id_ for kind in kinds for id_, text in kind.items()}
+        self.ids |= {bytes([byte]): byte for byte in range(N_BYTES)}
+        self.token = re.compile(b"|".join(map(re.escape, ordered)) + b"|.", re.DOTALL)
+
+    def tokens(self, data: bytes) -> list[int]:
+        ids = self.ids
+        return [ids[text] for text in self.token.findall(data)]

@@ -7,16 +7,16 @@ from collections.abc import Iterator
 from headstart.messages import FinishReason, Token
 from headstart.prompt.answer import AnswerText
 from headstart.prompt.parts import Parser, Part
-from headstart.prompt.tokenizer import Tokenizer
+from headstart.prompt.vocabulary import Vocabulary
 from headstart.service.choices import Delta, Ended, TokenLogprob
 
 
 class Answering:
     """`said`: all of its text so far. `stopped`: a stop string has come, no more tokens count."""
 
-    def __init__(self, choice: int, tokenizer: Tokenizer, text: AnswerText, parser: Parser) -> None:
+    def __init__(self, choice: int, vocabulary: Vocabulary, text: AnswerText, parser: Parser) -> None:
         self.choice = choice
-        self.tokenizer = tokenizer
+        self.vocabulary = vocabulary
         self.text = text
         self.parser = parser
         self.said = ""
@@ -67,6 +67,6 @@ class Answering:
         return told
 
     def _logprob(self, token: Token, logprob: float) -> TokenLogprob:
-        written = self.tokenizer.written
+        written = self.vocabulary.written
         top = [(written(other), p) for other, p in token.top]
         return TokenLogprob(written(token.token), logprob, top, self.text.n_characters)

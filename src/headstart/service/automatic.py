@@ -63,12 +63,18 @@ class Automatic:
         return [*self.default, *messages]
 
     async def look(
-        self, model: ServedModel, begun: Content, tokens: list[int], boundary: int
+        self,
+        model: ServedModel,
+        begun: Content,
+        tokens: list[int],
+        boundary: int,
+        wanted: list[int] | None = None,
     ) -> Unnamed | None:
-        """What there is for a request of `tokens` that begins with these messages and tools."""
+        """What there is for a request of `tokens` that begins with these messages and tools; `wanted`: the
+        tokens of these, if they are known."""
         if not begun.messages:
             return None
-        found = await self.caching.unnamed(model, begun, tokens)
+        found = await self.caching.unnamed(model, begun, tokens, wanted)
         return Unnamed(begun, boundary, *found) if found else Unnamed(begun, boundary)
 
     def answered(self, model: ServedModel, unnamed: Unnamed, stats: Stats) -> None:

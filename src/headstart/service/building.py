@@ -19,7 +19,7 @@ from headstart.caches.store import Store
 from headstart.caches.writing import Writer, expected_size
 from headstart.errors import BadRequest, HeadstartError
 from headstart.messages import Finished, Progress, SaveTo, Stats, Submit
-from headstart.prompt.prompts import soon
+from headstart.prompt.exchange import ChatOpening, TextOpening
 from headstart.service.heads import Head, head_of
 from headstart.service.model import ServedModel
 from headstart.service.quota import Quota
@@ -29,10 +29,13 @@ OnProgress = Callable[[int, int], None]
 
 async def opening_tokens(model: ServedModel, form: Form, content: Content) -> list[int]:
     """The tokens of a form's state, as they would be computed now."""
-    prompts = model.prompts
+    return await model.prompts.one(opening_of(form, content))
+
+
+def opening_of(form: Form, content: Content) -> ChatOpening | TextOpening:
     if form == "completion":
-        return await soon(lambda most: prompts.text_opening(content.prompt, most))
-    return await soon(lambda most: prompts.chat_opening(content.opening, most, content.tools))
+        return TextOpening(content.prompt)
+    return ChatOpening(content.opening, content.tools)
 
 
 async def opening_if_any(model: ServedModel, form: Form, content: Content) -> list[int]:

@@ -56,13 +56,13 @@ class Caching:
         return self.store.find(model.shelf, name)
 
     async def unnamed(
-        self, model: ServedModel, opening: Content, tokens: list[int]
+        self, model: ServedModel, opening: Content, tokens: list[int], wanted: list[int] | None = None
     ) -> tuple[Entry, Opening] | None:
         """The cache whose chats begin with just these messages and tools, and what it does for a request of
-        `tokens` that doesn't name it; no build is waited for."""
+        `tokens` that doesn't name it; no build is waited for. `wanted` is as in `opened`."""
         for entry in self.shelves.known(model, "chat"):
             if entry.tools == opening.tools and entry.content.opening == opening.messages:
-                return entry, await opened(self.store, model, entry, "chat", tokens)
+                return entry, await opened(self.store, model, entry, "chat", tokens, wanted=wanted)
         return None
 
     def count_hit(self, entry: Entry, boundary: int, stats: Stats) -> None:
@@ -92,14 +92,16 @@ class Caching:
             if model in (None, one)
         )
 
-    async def open(self, model: ServedModel, entry: Entry, form: Form, tokens: list[int]) -> Opening | None:
+    async def open(
+        self, model: ServedModel, entry: Entry, form: Form, tokens: list[int], wanted: list[int] | None = None
+    ) -> Opening | None:
         """How a request whose prompt is `tokens` starts from the cache; None when the cache was replaced or
-        built again meanwhile, so that the request has to look at it anew."""
+        built again meanwhile, so that the request has to look at it anew. `wanted` is as in `opened`."""
         model = model.seen_by(entry.owner)
         key = (entry.shelf, entry.name)
         # A build that ends while the old state is looked at is one that had begun before.
         build = self._builds.get(key)
-        opening = await opened(self.store, model, entry, form, tokens, head=self._head(model, entry))
+        opening = await opened(self.store, model, entry, form, tokens, self._head(model, entry), wanted)
         if opening.miss is None or opening.miss in KEEPS_STATE:
             return opening
         if build := build or self._builds.get(key):

@@ -11,8 +11,8 @@ from headstart.errors import BadRequest
 from headstart.prompt import reasoning
 from headstart.prompt.calls.grammar import Function, quoted, schema_of
 from headstart.prompt.parts import Parser, PlainText
-from headstart.prompt.prompts import Prompts
 from headstart.prompt.reasoning import ReasoningParser
+from headstart.prompt.vocabulary import Vocabulary
 
 Tool = Mapping[str, Any]
 # Tokens of a prompt's end that may open the answer's reasoning.
@@ -40,15 +40,17 @@ class Reading:
     grammar: str = ""
 
 
-def reading(prompts: Prompts, tools: Sequence[Tool], calling: Calling, prompt: Sequence[int]) -> Reading:
+def reading(
+    vocabulary: Vocabulary, tools: Sequence[Tool], calling: Calling, prompt: Sequence[int]
+) -> Reading:
     """Raises BadRequest where a call is asked for that can't be made."""
     functions = _functions(tools, calling)
-    ending = _ending(prompts, prompt)
+    ending = _ending(vocabulary, prompt)
     calls = calling.choice != "none" and bool(tools)
     return Reading(
-        prompts.spelled(calls=calls),
-        partial(_parser, prompts, tools if calls else (), calling, inside=ending.endswith(reasoning.OPEN)),
-        _grammar(prompts, functions, calling, ending) if calling.choice == "required" else "",
+        vocabulary.spelled(calls=calls),
+        partial(_parser, vocabulary, tools if calls else (), calling, inside=ending.endswith(reasoning.OPEN)),
+        _grammar(vocabulary, functions, calling, ending) if calling.choice == "required" else "",
     )
 
 
@@ -74,36 +76,36 @@ def _schema(function: Mapping[str, Any]) -> dict[str, Any]:
     return schema
 
 
-def _ending(prompts: Prompts, prompt: Sequence[int]) -> str:
-    written = map(prompts.tokenizer.written, prompt[-ENDING:])
+def _ending(vocabulary: Vocabulary, prompt: Sequence[int]) -> str:
+    written = map(vocabulary.written, prompt[-ENDING:])
     return b"".join(written).decode(errors="replace").rstrip()
 
 
-def _parser(prompts: Prompts, tools: Sequence[Tool], calling: Calling, *, inside: bool) -> Parser:
+def _parser(vocabulary: Vocabulary, tools: Sequence[Tool], calling: Calling, *, inside: bool) -> Parser:
     parser: Parser = PlainText()
     if tools:
         several = calling.parallel and calling.name is None
         names = {tool["function"]["name"] for tool in tools}
-        parser = prompts.template.dialect.parser(names, None if several else 1)
+        parser = vocabulary.dialect.parser(names, None if several else 1)
     return ReasoningParser(parser, inside=inside) if calling.reasoning else parser
 
 
-def _grammar(prompts: Prompts, functions: list[Function], calling: Calling, ending: str) -> str:
+def _grammar(vocabulary: Vocabulary, functions: list[Function], calling: Calling, ending: str) -> str:
     """Reasoning, where the model does, and calls. Whether it compiles is not checked."""
     several = calling.parallel and calling.name is None
 
     def literal(marker: str) -> str:
-        token = prompts.markers.get(marker)
+        token = vocabulary.markers.get(marker)
         return quoted(marker) if token is None else f"<[{token}]>"
 
     if ending.endswith(reasoning.OPEN):
         start = "start: thoughts calls"
-    elif prompts.template.reasons and not ending.endswith(reasoning.CLOSE):
+    elif vocabulary.reasons and not ending.endswith(reasoning.CLOSE):
         start = f"start: ({literal(reasoning.OPEN)} thoughts)? calls"
     else:
         start = "start: calls"
     try:
-        rules = prompts.template.dialect.grammar(functions, literal, several=several)
+        rules = vocabulary.dialect.grammar(functions, literal, several=several)
     except RecursionError as error:
         raise BadRequest("The tools' parameters are nested too deeply.", param="tools") from error
     return f"{start}\n{rules}\n{reasoning.grammar(literal) if 'thoughts' in start else ''}"

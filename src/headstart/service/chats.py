@@ -8,8 +8,8 @@ from itertools import takewhile
 from typing import Any
 
 from headstart.caches.entry import Content, Entry
-from headstart.prompt.prompts import UNFINISHED, Prompts, soon
-from headstart.prompt.template import Variables, is_open
+from headstart.prompt import exchange
+from headstart.prompt.messages import UNFINISHED, Variables, is_open
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Chat:
             return replace(self, messages=[*before, {**last, "content": last["content"] + text}])
         return replace(self, messages=[*self.messages, {"role": "assistant", "content": text}])
 
-    async def tokens(self, prompts: Prompts) -> list[int]:
-        """Raises BadRequest when the template refuses it."""
-        return await soon(lambda most: prompts.chat(self.messages, most, self.tools, self.variables))
+    @property
+    def prompt(self) -> exchange.Chat:
+        return exchange.Chat(self.messages, self.tools, dict(self.variables))
 
     def opening(self, known: Iterable[Entry]) -> Content:
         """Its longest opening that a cache would hold: that of one of the `known` caches, or its first system

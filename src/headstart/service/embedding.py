@@ -24,7 +24,7 @@ async def input_tokens(model: ServedModel, inputs: Sequence[Input]) -> list[list
             raise BadRequest(f"Input {index} is empty.", param="input")
         if len(of_input) > most:
             raise InputTooLong(len(of_input), most, index=index)
-        check_tokens(model.prompts.tokenizer, of_input, param="input")
+        check_tokens(model.vocabulary, of_input, param="input")
     return tokens
 
 

@@ -9,7 +9,7 @@ from msgspec import Struct
 
 from headstart.caches.entry import Entry, Form, MissReason
 from headstart.messages import Stats
-from headstart.prompt.template import Message
+from headstart.prompt.messages import Message
 from headstart.service.building import opening_if_any
 from headstart.service.model import ServedModel
 from headstart.tokens import common_prefix
@@ -84,7 +84,7 @@ async def closest(
     entry = max(candidates, key=lambda entry: (*_likeness(_text(entry), text), entry.updated))
     tokens = await opening_if_any(model, form, entry.content)
     changes = model.fingerprint.differences(entry.fingerprint)
-    return Closest(entry, tokens, changes, model.prompts.tokenizer.written)
+    return Closest(entry, tokens, changes, model.vocabulary.written)
 
 
 def texts_of(messages: Iterable[Message]) -> list[str]:

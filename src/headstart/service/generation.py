@@ -110,9 +110,9 @@ class Generation:
 
 
 def _answering(prepared: Prepared, choice: int) -> Answering:
-    tokenizer = prepared.model.prompts.tokenizer
-    text = AnswerText(prepared.piece or tokenizer.piece, prepared.stop)
-    return Answering(choice, tokenizer, text, prepared.parser())
+    vocabulary = prepared.model.vocabulary
+    text = AnswerText(prepared.piece or vocabulary.piece, prepared.stop)
+    return Answering(choice, vocabulary, text, prepared.parser())
 
 
 def _miss(prepared: Prepared, stats: Stats) -> MissReason | None:

@@ -15,13 +15,14 @@ import msgspec
 from headstart.caches.entry import Entry, Fingerprint
 from headstart.caches.store import Store
 from headstart.config import Settings
-from headstart.engine.client import EngineClient
+from headstart.engine.client import EngineClient, State
 from headstart.errors import BadRequest, ContextLengthExceeded, ModelLoading, StartupError
 from headstart.messages import ModelInfo
 from headstart.names import shelf_name
-from headstart.prompt.prompts import Prompts
-from headstart.prompt.template import ChatTemplate
-from headstart.prompt.tokenizer import load_tokenizer
+from headstart.prompt.asking import Prompts
+from headstart.prompt.client import PromptClient, facts_of
+from headstart.prompt.exchange import Facts, Load
+from headstart.prompt.vocabulary import Vocabulary
 from headstart.regular import read_text
 from headstart.service.fitting import doubted, kept_back, misfits, warnings
 from headstart.service.plan import Plan, engine_settings, make_plan
@@ -41,18 +42,54 @@ class ServedModel:
         self.settings = settings
         self.path = model_path(path)
         self.created = int(time())
-        self._template_file = settings.templates.get(name)
         self.engine = EngineClient(name, engine_settings(self.path, settings), settings.max_waiting)
-        self._prompts: Prompts | None = None
+        self._prompts = PromptClient(name, settings.prompt_timeout)
         self._weights = ""
+        self._begins = False
+
+    async def begin(self, store: Store) -> None:
+        """Has the prompt process read the model's file, which may hang or crash it or take its memory, before
+        anything else does. Raises StartupError."""
+        await self.close()
+        self._begins = True
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self.engine.launcher.prepare())
+                tasks.create_task(self._prompts.start(Load(self.path, template_of(self.name, self.settings))))
+                weights = tasks.create_task(_weights_hash(self.path, store))
+            self._weights = weights.result()
+        except ExceptionGroup as group:
+            await self.close()
+            error = group.exceptions[0]
+            self.engine.fail(str(error))
+            raise StartupError(str(error)) if isinstance(error, OSError) else error from group
+        finally:
+            self._begins = False
+
+    async def close(self) -> None:
+        """Ends both processes; it can be loaded again. The engine counts as closed at once."""
+        try:
+            await self.engine.close()
+        finally:
+            await self._prompts.close()
+
+    async def give_up(self) -> None:
+        """Ends what `begin` has begun, where loading goes no further; why it failed stays known."""
+        if self.engine.state == "failed":
+            await asyncio.gather(self.engine.launcher.discard(), self._prompts.close())
+        else:
+            await self.close()
+
+    @property
+    def state(self) -> State:
+        return "loading" if self._begins else self.engine.state
 
     async def load(
         self, store: Store, say: Say, measuring: asyncio.Lock, *, within_memory: bool = False
     ) -> None:
-        """Returns when the model answers requests. Raises StartupError, or OutOfMemory where no more memory
-        is to be taken than is available. Models are measured one at a time; what takes the user's time, or
-        will, is said."""
-        self._weights = await _weights_hash(self.path, store)
+        """After `begin`: returns when the model answers requests. Raises StartupError, or OutOfMemory where
+        no more memory is to be taken than is available. Models are measured one at a time; what takes the
+        user's time, or will, is said."""
         tunings = Tunings(store.directory)
         plan = self.plan(store)
         self.engine.settings = msgspec.structs.replace(plan.settings, within_memory=within_memory)
@@ -60,15 +97,7 @@ class ServedModel:
             if plan.measures and not ToySpec.matches(self.path):
                 say(f"Measuring what is fastest for {self.name} here (once per model and machine) ...")
             self.engine.start()
-            try:
-                prompts = await asyncio.to_thread(self._load_prompts)
-                prompts.can_cut = (await self.engine.wait_ready()).can_cut
-            except BaseException:
-                # A worker without a tokenizer would count as loaded, or as being loaded for ever.
-                if self.engine.state != "failed":
-                    await self.engine.close()
-                raise
-            self._prompts = prompts
+            await self.engine.wait_ready()
         tuning = self.engine.settings.tuning
         if plan.measures and tuning:
             tunings.put(plan.key, tuning)
@@ -103,15 +132,15 @@ class ServedModel:
         """Its caches, whomever they belong to."""
         return [entry for entry in store.entries() if entry.model == self.name]
 
-    def _load_prompts(self) -> Prompts:
-        return load_prompts(self.path, self._template_file)
-
     @property
     def prompts(self) -> Prompts:
-        """Raises ModelLoading until there is a tokenizer."""
-        if self._prompts is None:
-            raise ModelLoading(f"Model {self.name!r} is still loading.")
-        return self._prompts
+        """Raises ModelLoading until the engine has been ready once."""
+        return Prompts(self._prompts, self.owner, self.info.can_cut)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Raises ModelLoading until it is known."""
+        return self._prompts.vocabulary
 
     @property
     def info(self) -> ModelInfo:
@@ -122,12 +151,12 @@ class ServedModel:
 
     @property
     def fingerprint(self) -> Fingerprint:
-        return Fingerprint(self._weights, self.info.engine, self.info.settings, self.prompts.template_hash)
+        return Fingerprint(self._weights, self.info.engine, self.info.settings, self.vocabulary.template_hash)
 
     def text(self, tokens: Sequence[int], *, param: str) -> str:
         """What an engine that takes text is to be given for these tokens; "" for others. Raises BadRequest
         for what its text would end at."""
-        text = self.prompts.tokenizer.text(tokens) if self.info.takes_text else ""
+        text = self.vocabulary.text(tokens) if self.info.takes_text else ""
         if "\0" in text:
             raise BadRequest("The NPU's runtime takes no text with a NUL character.", param=param)
         return text
@@ -138,18 +167,20 @@ class ServedModel:
             raise ContextLengthExceeded(n_tokens, self.info.n_ctx, param=param)
 
 
-def _read(template: Path) -> str:
+def template_of(name: str, settings: Settings) -> str | None:
+    """The source of the template that is configured for the model, if any. Raises StartupError."""
+    template = settings.templates.get(name)
+    if template is None:
+        return None
     try:
         return read_text(template, follow=True)
     except (OSError, UnicodeDecodeError) as error:
         raise StartupError(f"The chat template {template} can't be read: {error}") from error
 
 
-def load_prompts(path: str, template_file: Path | None) -> Prompts:
-    """Raises StartupError."""
-    tokenizer = load_tokenizer(path)
-    source = _read(template_file) if template_file else tokenizer.template
-    return Prompts(tokenizer, ChatTemplate(source, tokenizer.bos_text, tokenizer.eos_text))
+async def facts(path: str, settings: Settings, name: str) -> Facts:
+    """What the file of the model of this name says, without loading the model. Raises StartupError."""
+    return await facts_of(path, template_of(name, settings))
 
 
 def model_path(path: str) -> str:

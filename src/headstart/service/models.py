@@ -11,8 +11,9 @@ from time import monotonic
 
 from headstart.caches.store import Store
 from headstart.config import Settings
-from headstart.errors import ModelBusy, ModelLoading, ModelNotFound, OutOfMemory, StartupError, Unavailable
+from headstart.errors import ModelBusy, ModelLoading, ModelNotFound, OutOfMemory, StartupError
 from headstart.folder import models_in
+from headstart.prompt.client import unfit
 from headstart.service.model import Say, ServedModel
 
 log = logging.getLogger(__name__)
@@ -87,6 +88,7 @@ class Models:
 
     async def _load_at_start(self, model: ServedModel) -> None:
         async with self._turns[model.name]:
+            await model.begin(self.store)
             await model.load(self.store, self.say, self._measuring)
         self._starting.discard(model.name)
         self._tell(model)
@@ -96,7 +98,7 @@ class Models:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.gather(*(model.engine.close() for model in self.all.values()))
+        await asyncio.gather(*(model.close() for model in self.all.values()))
 
     @asynccontextmanager
     async def use(self, model: ServedModel) -> AsyncIterator[ServedModel]:
@@ -136,10 +138,20 @@ class Models:
 
     async def _load(self, model: ServedModel) -> None:
         """Raises Unavailable."""
-        async with self._turns[model.name], self._making_room:
-            await self._keep_within(self.settings.max_loaded, model.name)
-            while not await self._fits(model):
-                pass
+        async with self._turns[model.name]:
+            try:
+                # Other models are loaded meanwhile, however long a file takes to be read.
+                await model.begin(self.store)
+            except StartupError as error:
+                raise unfit(model.name, str(error)) from error
+            try:
+                async with self._making_room:
+                    await self._keep_within(self.settings.max_loaded, model.name)
+                    while not await self._fits(model):
+                        pass
+            except BaseException:
+                await model.give_up()
+                raise
         self._tell(model)
 
     async def _keep_within(self, most: int, wanted: str) -> None:
@@ -152,7 +164,6 @@ class Models:
 
     async def _fits(self, model: ServedModel) -> bool:
         """Whether the model is loaded; otherwise another one was unloaded for it. Raises Unavailable."""
-        await model.engine.close()
         try:
             # A model alone may take what there is, and more.
             within_memory = bool(self._loaded(but=model.name))
@@ -163,7 +174,7 @@ class Models:
                 return False
             raise OutOfMemory(f"Model {model.name!r} can't be loaded: {error.message}.") from error
         except StartupError as error:
-            raise Unavailable(f"Model {model.name!r} can't run: {error}") from error
+            raise unfit(model.name, str(error)) from error
         return True
 
     async def _unload_another(self, wanted: str) -> bool:
@@ -197,7 +208,7 @@ class Models:
     async def _stop(self, name: str) -> None:
         # Nothing is waited for before the engine counts as closed: who asks for it from then on loads it.
         async with self._turns[name]:
-            await self.all[name].engine.close()
+            await self.all[name].close()
         log.info("model %s was unloaded", name)
 
     def is_busy(self, name: str) -> bool:

@@ -3,6 +3,7 @@ of what came of them that somebody can send."""
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import subprocess
 import sys
@@ -19,10 +20,11 @@ from headstart.engine.rkllm.first_checks import STEPS, Task
 from headstart.engine.rkllm.opening import options_of
 from headstart.errors import StartupError
 from headstart.folder import is_rkllm
-from headstart.prompt.prompts import Prompts
-from headstart.prompt.template import Message
+from headstart.prompt.asking import Prompts
+from headstart.prompt.client import PromptClient
+from headstart.prompt.exchange import Chat, ChatOpening, Load
 from headstart.service.board import Board, examine_board
-from headstart.service.model import Say, load_prompts, model_path
+from headstart.service.model import Say, model_path, template_of
 from headstart.service.npu_settings import npu_settings
 from headstart.service.plan import engine_settings
 
@@ -36,6 +38,8 @@ OPENINGS = (
     "You are a patient teacher of arithmetic who shows each step and ends with the result alone. " * 15,
 )
 QUESTION = "What should I begin with?"
+# A text, and how many tokens it has.
+Counted = tuple[str, int]
 
 
 class Step(Struct, frozen=True):
@@ -71,9 +75,8 @@ def check_npu(name: str, settings: Settings, say: Say) -> Checks:
         raise StartupError(f"{name!r} is neither a .rkllm file nor the name of a model that is one.")
     npu_settings(path, settings)
     asked = engine_settings(path, settings)
-    prompts = load_prompts(path, settings.templates.get(name))
-    openings = (_opening(prompts, OPENINGS[0]), _opening(prompts, OPENINGS[1]))
-    task = Task("", path, options_of(asked), openings, _question(prompts, openings[0]))
+    openings, question = asyncio.run(_texts(path, settings, name))
+    task = Task("", path, options_of(asked), openings, question)
     board = examine_board(asked.rkllm)
     steps = list(_run_all(task, say)) if board.runtime else []
     return Checks(__version__, Path(path).name, Path(path).stat().st_size, board, steps)
@@ -106,15 +109,16 @@ def _about(name: str) -> str:
     return " ".join((STEPS[name].__doc__ or "").split())
 
 
-def _opening(prompts: Prompts, text: str) -> tuple[str, int]:
-    tokens = prompts.chat_opening([{"role": "system", "content": text}])
-    return prompts.tokenizer.text(tokens), len(tokens)
-
-
-def _question(prompts: Prompts, opening: tuple[str, int]) -> tuple[str, int]:
-    messages: list[Message] = [
-        {"role": "system", "content": OPENINGS[0]},
-        {"role": "user", "content": QUESTION},
-    ]
-    tokens = prompts.chat(messages)[opening[1] :]
-    return prompts.tokenizer.text(tokens), len(tokens)
+async def _texts(path: str, settings: Settings, name: str) -> tuple[tuple[Counted, Counted], Counted]:
+    """The openings and the question that follows the first of them. Raises StartupError."""
+    client = PromptClient(name, settings.prompt_timeout)
+    try:
+        await client.start(Load(path, template_of(name, settings)))
+        prompts = Prompts(client, "", can_cut=True)
+        one, other = [ChatOpening([{"role": "system", "content": text}]) for text in OPENINGS]
+        chat = Chat([*one.messages, {"role": "user", "content": QUESTION}])
+        first, second, whole = await prompts.tokens(one, other, chat)
+    finally:
+        await client.close()
+    said = [(client.vocabulary.text(tokens), len(tokens)) for tokens in (first, second, whole[len(first) :])]
+    return (said[0], said[1]), said[2]

@@ -39,12 +39,13 @@ async def opened(
     form: Form,
     tokens: list[int],
     head: Entry | None = None,
+    wanted: list[int] | None = None,
 ) -> Opening:
     """What the cache does for a request whose prompt is `tokens`, as things are. Where it has no state now,
-    or is composed of others and not yet built, its `head` may help: a cache that it begins like. Raises
-    ModelLoading."""
+    or is composed of others and not yet built, its `head` may help: a cache that it begins like.
+    `wanted`: the cache's opening_tokens, if they are known. Raises ModelLoading."""
     try:
-        wanted = await opening_tokens(model, form, entry.content)
+        wanted = await opening_tokens(model, form, entry.content) if wanted is None else wanted
     except BadRequest as error:
         # Another template took it, or nothing was ever rendered of it.
         log.warning("cache %s of %s can't be used: %s", entry.name, entry.shelf, error.message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from headstart.errors import StartupError
 from headstart.folder import is_rkllm
 from headstart.messages import EngineSettings
 from headstart.service.fitting import doubted, kept_back, misfits, warnings
-from headstart.service.model import Say, load_prompts, model_path, toy_weights
+from headstart.service.model import Say, facts, model_path, toy_weights
 from headstart.service.plan import make_plan
 from headstart.service.tunings import Tunings
 from headstart.toyspec import ToySpec
@@ -33,7 +34,7 @@ class Patient:
         self.name, self.tunings, self.entries = name, tunings, entries
         self.path = model_path(path)
         self.weights = _weights(self.path)
-        self.template = load_prompts(self.path, settings.templates.get(name)).template_hash
+        self.template = asyncio.run(facts(self.path, settings, name)).template_hash
         self.plan = make_plan(self.path, self.weights, settings, tunings, entries)
 
     @property
@@ -87,6 +88,8 @@ class Patient:
 def _weights(path: str) -> str:
     if ToySpec.matches(path):
         return toy_weights(path)
+    if not Path(path).is_file():
+        raise StartupError(f"{path} can't be read: there is no such file")
     try:
         return sha256_of(Path(path))
     except OSError as error:

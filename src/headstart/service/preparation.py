@@ -11,10 +11,10 @@ import msgspec
 from headstart.caches.entry import Content, Entry, Form
 from headstart.errors import BadRequest
 from headstart.messages import Submit
-from headstart.prompt.prompts import soon
+from headstart.prompt.exchange import TextOpening
 from headstart.service import capabilities
 from headstart.service.automatic import Automatic, Unnamed
-from headstart.service.building import opening_if_any
+from headstart.service.building import opening_if_any, opening_of
 from headstart.service.caching import Caching
 from headstart.service.calling import reading
 from headstart.service.chats import Chat
@@ -74,13 +74,17 @@ class Preparation:
 
     async def _chat_without_cache(self, model: ServedModel, chat: Chat, options: Options) -> Prepared:
         """It may start from a cache with the same opening, though it names none."""
-        tokens = await chat.tokens(model.prompts)
+        begun = self._begun(model, chat)
+        tokens, wanted = await model.prompts.with_opening(chat.prompt, opening_of("chat", begun))
         model.check_fits(len(tokens), param="messages")
+        opening = _cut(wanted or [], tokens)
         places = await self.marks.place(model, chat, options.marks, tokens)
-        begun, opening = await self._chat_opening(model, chat, tokens, places)
+        if places:
+            wanted = None
+            begun, opening = await self._marked_opening(model, chat, tokens, places[-1])
         if not options.reuse:
             return self._prepared(model, tokens, options, None, opening, "chat")
-        unnamed = await self.automatic.look(model, begun, tokens, opening.boundary)
+        unnamed = await self.automatic.look(model, begun, tokens, opening.boundary, wanted)
         opening = replace(opening, restore=unnamed.restore if unnamed else None)
         head = None
         if unnamed and unnamed.entry is None:
@@ -90,18 +94,19 @@ class Preparation:
         prepared = self._prepared(model, tokens, options, None, opening, "chat", unnamed)
         return replace(prepared, marked=Marked(places, head)) if places else prepared
 
-    async def _chat_opening(
-        self, model: ServedModel, chat: Chat, tokens: list[int], places: Sequence[Placed] = ()
+    def _begun(self, model: ServedModel, chat: Chat) -> Content:
+        """The longest opening of the chat that a cache has or could have."""
+        return chat.opening(list(self.caching.shelves.known(model, "chat")))
+
+    async def _marked_opening(
+        self, model: ServedModel, chat: Chat, tokens: list[int], last: Placed
     ) -> tuple[Content, Opening]:
-        """The longest opening of the chat that a cache has or could have, or is to have, and the cut at its
-        end."""
-        known = list(self.caching.shelves.known(model, "chat"))
-        last = places[-1] if places else None
-        # Where there are marks, they take the place of the system prompt.
-        begun = (chat.held(known) or last.content) if last else chat.opening(known)
+        """The longest opening that a cache has, or is to have up to the `last` mark, and the cut at its end.
+        Marks take the place of the system prompt."""
+        begun = chat.held(self.caching.shelves.known(model, "chat")) or last.content
         opening = _cut(await opening_if_any(model, "chat", begun), tokens)
         # A state that can't be cut helps only those that begin with all of it.
-        if last and last.boundary > opening.boundary and model.info.can_cut:
+        if last.boundary > opening.boundary and model.info.can_cut:
             return last.content, Opening(last.boundary)
         return begun, opening
 
@@ -123,17 +128,19 @@ class Preparation:
         while opening is None:
             entry = await self._named(model, options.use_cache or (), "chat")
             chat = own if options.whole else own.after(entry.content)
-            tokens = await chat.tokens(model.prompts)
             if chat.begins_with(entry.content):
-                opening = await self.caching.open(model, entry, "chat", tokens)
+                asked = chat.prompt, opening_of("chat", entry.content)
+                tokens, wanted = await model.prompts.with_opening(*asked)
+                opening = await self.caching.open(model, entry, "chat", tokens, wanted)
             else:
+                tokens = await model.prompts.one(chat.prompt)
                 opening = await self._differing(model, chat, entry, tokens)
         return entry, chat, tokens, opening
 
     async def _differing(self, model: ServedModel, chat: Chat, entry: Entry, tokens: list[int]) -> Opening:
         """The cache is of another prompt then, which may begin alike."""
         model.check_fits(len(tokens), param="messages")
-        _, opening = await self._chat_opening(model, chat, tokens)
+        opening = _cut(await opening_if_any(model, "chat", self._begun(model, chat)), tokens)
         head = await head_of(self.caching.store, model, entry, "chat", tokens)
         return replace(opening, restore=head.restore, shared=head.shared, miss="prompt_differs")
 
@@ -146,7 +153,7 @@ class Preparation:
             chat = replace(own, messages=self.automatic.with_default(messages))
         else:
             chat = own.after((await self._named(model, options.use_cache, "chat")).content)
-        return len(await chat.tokens(model.prompts))
+        return len(await model.prompts.one(chat.prompt))
 
     async def text(self, model: ServedModel, prompt: Text, options: Options) -> Prepared:
         prompts = model.prompts
@@ -154,14 +161,14 @@ class Preparation:
         if options.use_cache is None:
             tokens = await prompt.read(prompts)
             model.check_fits(len(tokens), param="prompt")
-            known = self.caching.shelves.known_opening(model, prompt.whole(prompts.tokenizer))
-            opening = _cut(await soon(lambda most: prompts.text_opening(known, most)), tokens)
+            known = self.caching.shelves.known_opening(model, prompt.whole(model.vocabulary))
+            opening = _cut(await prompts.one(TextOpening(known)), tokens)
         else:
             entry, tokens, opening = await self._text_with_cache(model, prompt, options.use_cache)
         prepared = self._prepared(model, tokens, options, entry, opening, "completion")
         if not options.explain:
             return prepared
-        return await self._explaining(prepared, "completion", [prompt.whole(prompts.tokenizer)])
+        return await self._explaining(prepared, "completion", [prompt.whole(model.vocabulary)])
 
     async def _text_with_cache(
         self, model: ServedModel, prompt: Text, names: Sequence[str]
@@ -243,7 +250,7 @@ class Preparation:
     async def _to_be_read(self, prepared: Prepared, chat: Chat, options: Options) -> Prepared:
         """Its answers are read as the chat's tools and the model's template say."""
         submit = prepared.submit
-        how = reading(prepared.model.prompts, chat.tools, options.calling, submit.tokens)
+        how = reading(prepared.model.vocabulary, chat.tools, options.calling, submit.tokens)
         if how.grammar:
             capabilities.check(prepared.model, ["grammar"], because="tool_choice")
             await self.grammars.check(how.grammar, param="tools", owner=prepared.model.owner)

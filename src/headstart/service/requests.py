@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from headstart.caches.entry import Entry
 from headstart.messages import Sampling, Submit
+from headstart.prompt.messages import Variables
 from headstart.prompt.parts import Parser, PlainText
-from headstart.prompt.template import Variables
 from headstart.service.automatic import Unnamed
 from headstart.service.calling import Calling
 from headstart.service.conversations import Saving

@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Annotated, Any
 
 import msgspec
@@ -19,7 +18,7 @@ from headstart.contents import arguments_of
 from headstart.errors import CacheNotFound, HeadstartError, ResponseNotFound
 from headstart.limits import MAX_DEPTH
 from headstart.nesting import depth
-from headstart.prompt.prompts import soon
+from headstart.prompt.exchange import Text
 from headstart.service.automatic import Automatic
 from headstart.service.chats import Chat
 from headstart.service.choices import Choice
@@ -184,7 +183,7 @@ def called(call_id: str, name: str, arguments: str) -> Json:
 
 async def n_tokens(model: ServedModel, text: str) -> int:
     """How many tokens a part of an answer has, if it is tokenised alone."""
-    return len(await soon(partial(model.prompts.text, text))) if text else 0
+    return len(await model.prompts.one(Text(text))) if text else 0
 
 
 def _written(record: Record) -> str:

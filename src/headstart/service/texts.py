@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from headstart.errors import BadRequest
-from headstart.prompt.prompts import Prompts, soon
-from headstart.prompt.tokenizer import Tokenizer
+from headstart.prompt import exchange
+from headstart.prompt.asking import Prompts
+from headstart.prompt.vocabulary import Vocabulary
 from headstart.service.model import ServedModel
 
 
@@ -23,48 +24,48 @@ class Text:
     def is_empty(self) -> bool:
         return not (self.text or self.tokens or self.suffix)
 
-    def said(self, tokenizer: Tokenizer) -> str:
+    def said(self, vocabulary: Vocabulary) -> str:
         """The prompt as it was sent; of tokens, the text that they were made from."""
         if self.tokens is None:
             return self.text
-        return b"".join(map(tokenizer.written, self.tokens)).decode(errors="replace")
+        return b"".join(map(vocabulary.written, self.tokens)).decode(errors="replace")
 
-    def whole(self, tokenizer: Tokenizer, cached: str = "") -> str:
+    def whole(self, vocabulary: Vocabulary, cached: str = "") -> str:
         """All that the model reads, with the cached text before it: a prompt that is a gap in a text is
         written as the model was trained to fill it. Raises BadRequest if it was not."""
-        said = cached + self.said(tokenizer)
+        said = cached + self.said(vocabulary)
         if not self.suffix:
-            return said.removeprefix(tokenizer.bos_text) if self.tokens else said
-        if tokenizer.gap is None:
+            return said.removeprefix(vocabulary.bos_text) if self.tokens else said
+        if vocabulary.gap is None:
             raise BadRequest(
                 "The model has no tokens for filling a gap: leave suffix out, or use a model for code that "
                 "has them.",
                 param="suffix",
             )
-        before, after, between = tokenizer.gap
+        before, after, between = vocabulary.gap
         return f"{before}{said.removeprefix(before)}{after}{self.suffix}{between}"
 
     async def read(self, prompts: Prompts, cached: str = "") -> list[int]:
         """The tokens of all that the model reads. Raises BadRequest."""
         if self.tokens is None:
-            whole = self.whole(prompts.tokenizer, cached)
-            return await soon(lambda most: prompts.text(whole, most))
+            whole = self.whole(prompts.client.vocabulary, cached)
+            return await prompts.one(exchange.Text(whole))
         if self.suffix:
             raise BadRequest("suffix goes with a prompt that is a text, not token ids.", param="suffix")
-        check_tokens(prompts.tokenizer, self.tokens, param="prompt")
-        opening = await soon(lambda most: prompts.text(cached, most)) if cached else []
+        check_tokens(prompts.client.vocabulary, self.tokens, param="prompt")
+        opening = await prompts.one(exchange.Text(cached)) if cached else []
         return [*opening, *self.tokens]
 
 
-def check_tokens(tokenizer: Tokenizer, tokens: Sequence[int], *, param: str) -> None:
+def check_tokens(vocabulary: Vocabulary, tokens: Sequence[int], *, param: str) -> None:
     """Raises BadRequest for one that the model doesn't have."""
-    if unknown := [token for token in tokens if not 0 <= token < tokenizer.n_vocab]:
+    if unknown := [token for token in tokens if not 0 <= token < vocabulary.n_vocab]:
         raise BadRequest(
-            f"The model has no token {unknown[0]}: its tokens are 0 to {tokenizer.n_vocab - 1}.",
+            f"The model has no token {unknown[0]}: its tokens are 0 to {vocabulary.n_vocab - 1}.",
             param=param,
         )
 
 
 def check_bias(model: ServedModel, bias: dict[int, float]) -> None:
     """Raises BadRequest for tokens that the model doesn't have."""
-    check_tokens(model.prompts.tokenizer, list(bias), param="logit_bias")
+    check_tokens(model.vocabulary, list(bias), param="logit_bias")

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
-from headstart.prompt.prompts import QUICK
 from headstart.service.model import ServedModel
+
+T = TypeVar("T")
+
+# Tokens that are gone through in less than a millisecond.
+MANY = 2000
 
 
 async def tokenised(
     model: ServedModel, texts: Sequence[str], *, special: bool = True, parse_special: bool = True
 ) -> list[list[int]]:
-    """The tokens of each text; `special`: with what the model wants before and after it. On another thread
-    where that takes long; nothing of them is remembered. Raises ModelLoading."""
-    encode = partial(model.prompts.tokenizer.encode, first=special, parse_special=parse_special)
-    if sum(map(len, texts)) <= QUICK:
-        return [encode(text) for text in texts]
-    return await asyncio.to_thread(lambda: [encode(text) for text in texts])
+    """The tokens of each text; `special`: with what the model wants before and after it; nothing of them is
+    remembered. Raises BadRequest or Unavailable."""
+    return await model.prompts.plain(texts, first=special, special=parse_special)
 
 
-async def pieces(model: ServedModel, tokens: Sequence[int]) -> list[bytes]:
+async def worked_out(work: Callable[[], T], n_tokens: int) -> T:
+    """What `work` does with so many tokens; of many, on another thread, so that the event loop goes on."""
+    return work() if n_tokens <= MANY else await asyncio.to_thread(work)
+
+
+def pieces(model: ServedModel, tokens: Sequence[int]) -> list[bytes]:
     """What of a text each of the tokens, which are the model's, was made from."""
-    written = model.prompts.tokenizer.written
-    if len(tokens) <= QUICK:
-        return [written(token) for token in tokens]
-    return await asyncio.to_thread(lambda: [written(token) for token in tokens])
+    return [model.vocabulary.written(token) for token in tokens]

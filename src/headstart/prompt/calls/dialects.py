@@ -18,22 +18,30 @@ class Grammar(Protocol):
 
 @dataclass(frozen=True)
 class Dialect:
-    """`signs`: one of them is in the templates that teach it. `markers` may be special tokens, which are no
-    text elsewhere. `parser` takes the names of the functions there are, and how many calls there may be."""
+    """`name`: by which processes speak of it. `signs`: one of them is in the templates that teach it.
+    `markers` may be special tokens, which are no text elsewhere. `parser` takes the names of the functions
+    there are, and how many calls there may be."""
 
+    name: str
     signs: tuple[str, ...]
     markers: tuple[str, ...]
     parser: Callable[[Collection[str], int | None], Parser]
     grammar: Grammar
 
 
-HERMES = Dialect((hermes.OPEN,), hermes.MARKERS, hermes.HermesParser, hermes.grammar)
-MISTRAL_NAMED = Dialect((mistral.ARGS,), mistral.MARKERS, mistral.MistralParser, mistral.named_grammar)
-MISTRAL = Dialect((mistral.OPEN,), mistral.MARKERS, mistral.MistralParser, mistral.list_grammar)
+HERMES = Dialect("hermes", (hermes.OPEN,), hermes.MARKERS, hermes.HermesParser, hermes.grammar)
+MISTRAL_NAMED = Dialect(
+    "mistral_named", (mistral.ARGS,), mistral.MARKERS, mistral.MistralParser, mistral.named_grammar
+)
+MISTRAL = Dialect("mistral", (mistral.OPEN,), mistral.MARKERS, mistral.MistralParser, mistral.list_grammar)
 # What asks for Python is answered by objects where it is made to: JSON's schemas are of those.
-GEMMA = Dialect(("tool_code", "func_name1("), (), gemma.GemmaParser, llama.grammar)
+GEMMA = Dialect("gemma", ("tool_code", "func_name1("), (), gemma.GemmaParser, llama.grammar)
 LLAMA = Dialect(
-    (llama.TAG, '{"name": function name, "parameters"'), llama.MARKERS, llama.LlamaParser, llama.grammar
+    "llama",
+    (llama.TAG, '{"name": function name, "parameters"'),
+    llama.MARKERS,
+    llama.LlamaParser,
+    llama.grammar,
 )
 # Of the signs that a template has, the first here counts.
 DIALECTS = (MISTRAL_NAMED, MISTRAL, HERMES, GEMMA, LLAMA)
@@ -43,3 +51,8 @@ def dialect_of(template: str) -> Dialect:
     """That of a template with tools; Hermes's where nothing is known of it, which is the default form too."""
     known = (dialect for dialect in DIALECTS if any(sign in template for sign in dialect.signs))
     return next(known, HERMES)
+
+
+def named(name: str) -> Dialect:
+    """Raises KeyError."""
+    return {dialect.name: dialect for dialect in DIALECTS}[name]
