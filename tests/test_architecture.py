@@ -26,7 +26,7 @@ from headstart.config import Settings
 ROOT = Path(headstart.__file__).parent
 # What each part may import of the others; a part is a package or a module of the top level.
 BOTTOM = {"arithmetic", "errors", "config", "messages", "names", "tokens", "toyspec", "machine", "headstart"}
-BOTTOM |= {"channel", "folder", "tables", "contents", "limits", "nesting", "regular"}
+BOTTOM |= {"channel", "folder", "tables", "contents", "json_scan", "limits", "nesting", "regular"}
 ALLOWED = {
     "errors": set(),
     "names": {"errors"},
@@ -39,6 +39,7 @@ ALLOWED = {
     "messages": {"arithmetic"},
     "contents": {"limits", "nesting"},
     "limits": set(),
+    "json_scan": {"limits"},
     "nesting": set(),
     "regular": set(),
     "tables": {"contents", "errors", "names", "regular"},

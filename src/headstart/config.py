@@ -125,6 +125,25 @@ class Settings(BaseSettings):
         description="Requests that may wait for a slot, and for the check of a grammar; more get 503.",
     )
     max_body_mb: float = Field(16, gt=0, description="Largest request body; more gets 413.")
+    max_bodies_mb: float = Field(
+        64,
+        gt=0,
+        description="Bodies of all requests in progress together; more get 503. With several API keys none "
+        "has more than half of it.",
+    )
+    max_connections: int = Field(
+        1000, ge=1, description="Connections at once; the one that asks for nothing for longest gives way."
+    )
+    head_seconds: float = Field(10, gt=0, description="How long a request's headers may take to come.")
+    body_seconds: float = Field(
+        30, gt=0, description="Seconds that a client may be behind sending 16 KiB of a body a second."
+    )
+    send_seconds: float = Field(
+        60, gt=0, description="Seconds that a client may be behind taking 16 KiB of an answer a second."
+    )
+    keep_alive_seconds: float = Field(
+        15, gt=0, description="How long a connection is kept open between two requests."
+    )
     drain_seconds: int = Field(30, ge=0, description="How long running requests may take to end at a stop.")
     log_level: str = Field("warning", description="debug, info, warning or error.")
     caches: dict[str, DeclaredCache] = Field(

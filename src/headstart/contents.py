@@ -3,7 +3,7 @@ says so, be it a request's body, a cache's file, the configuration, or what was 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
@@ -30,6 +30,9 @@ def _encodable(text: str) -> str:
 
 
 Utf8 = Annotated[str, AfterValidator(_encodable)]
+T = TypeVar("T")
+# Where many items are wrong, or are of another alternative of a union, the first is enough.
+Many = Annotated[list[T], Field(fail_fast=True)]
 
 
 def is_json(value: Any) -> bool:
@@ -109,8 +112,8 @@ class ChatMessage(Open):
     role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
         description="`developer` is the same as `system`."
     )
-    content: Utf8 | list[TextPart] | None = Field(None, description="The text, or parts of it.")
-    tool_calls: list[ToolCall] | None = Field(None, description="Calls that an assistant's message made.")
+    content: Utf8 | Many[TextPart] | None = Field(None, description="The text, or parts of it.")
+    tool_calls: Many[ToolCall] | None = Field(None, description="Calls that an assistant's message made.")
     reasoning_content: Utf8 | None = Field(
         None, description="What an assistant's message was reasoned to be, for templates that write it."
     )

@@ -18,7 +18,10 @@
     ├── CacheConflict              409  the named cache is being built, or may not be replaced
     ├── ModelBusy                  409  the model is answering requests
     │   └── CacheMismatch          409  the states that were sent were computed otherwise than here
+    ├── RequestTimeout             408  the request came too slowly
     ├── BodyTooLarge               413
+    ├── AddressTooLong             414
+    ├── HeadersTooLarge            431
     ├── EngineError                500  the engine could not serve this one request
     ├── StorageError               500  the cache directory can't be read or written
     │   ├── StorageFull            507
@@ -28,7 +31,8 @@
         ├── OutOfMemory            503  there is no memory for one more model
         ├── Overloaded             503  the queue is full
         ├── EngineDied             503  the worker process ended; it is being restarted
-        └── PromptsDied            503  the process that makes a model's prompts ended; it is started again
+        ├── PromptsDied            503  the process that makes a model's prompts ended; it is started again
+        └── ShuttingDown           503  the server is being stopped
 
 Each class carries its HTTP status, its OpenAI error type and its code; `headstart.api.errors` turns any of
 them into the one JSON shape. `retry_after` is in seconds; `retryable=False` tells SDKs not to try again.
@@ -167,10 +171,28 @@ class ModelBusy(HeadstartError):
     retryable = False
 
 
+class RequestTimeout(HeadstartError):
+    status = 408
+    type = "invalid_request_error"
+    code = "request_timeout"
+
+
 class BodyTooLarge(HeadstartError):
     status = 413
     type = "invalid_request_error"
     code = "body_too_large"
+
+
+class AddressTooLong(HeadstartError):
+    status = 414
+    type = "invalid_request_error"
+    code = "address_too_long"
+
+
+class HeadersTooLarge(HeadstartError):
+    status = 431
+    type = "invalid_request_error"
+    code = "headers_too_large"
 
 
 class EngineError(HeadstartError):
@@ -217,6 +239,13 @@ class EngineDied(Unavailable):
 
 class PromptsDied(Unavailable):
     code = "prompts_died"
+
+
+class ShuttingDown(Unavailable):
+    code = "shutting_down"
+
+    def __init__(self) -> None:
+        super().__init__("The server is being stopped. Send the request again when it has been started.")
 
 
 class StartupError(Exception):

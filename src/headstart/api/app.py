@@ -18,10 +18,12 @@ from headstart.api import (
     tokens,
     verify,
 )
+from headstart.api.bodies import BodyMemory, JsonBodies
 from headstart.api.keys import PAGES, Keyring, Keys
-from headstart.api.middleware import Faults, JsonBodies, PlainPaths, RequestIds
+from headstart.api.middleware import Faults, PlainPaths, RequestIds
 from headstart.api.reference import document as reference
 from headstart.api.routes import Routes
+from headstart.config import Settings
 from headstart.service.server import Service
 
 DESCRIPTION = """An OpenAI-compatible server that never prefills the same prompt twice. Name a prompt once
@@ -40,10 +42,11 @@ def create_app(service: Service) -> FastAPI:
         static_url=PAGES,
     )
     app.state.service = service
-    app.add_middleware(JsonBodies, max_bytes=int(service.settings.max_body_mb * (1 << 20)))
+    settings = service.settings
+    app.add_middleware(JsonBodies, max_bytes=_bytes(settings.max_body_mb), memory=_body_memory(settings))
     # The last one added is the first to see a request.
-    app.add_middleware(Keys, keyring=Keyring(service.settings))
-    app.add_middleware(Routes, table=service.settings.routes)
+    app.add_middleware(Keys, keyring=Keyring(settings))
+    app.add_middleware(Routes, table=settings.routes)
     app.add_middleware(PlainPaths)
     app.add_middleware(Faults)
     app.add_middleware(RequestIds)
@@ -54,3 +57,13 @@ def create_app(service: Service) -> FastAPI:
     for router in routers:
         app.include_router(router)
     return app
+
+
+def _body_memory(settings: Settings) -> BodyMemory:
+    one = _bytes(settings.max_body_mb)
+    most = max(_bytes(settings.max_bodies_mb), one)
+    return BodyMemory(most, share=max(most // 2, one) if len(settings.keys) > 1 else most)
+
+
+def _bytes(mebibytes: float) -> int:
+    return int(mebibytes * (1 << 20))

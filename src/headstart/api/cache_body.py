@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pydantic import ConfigDict, Field
 
-from headstart.api.schemas import Body
+from headstart.api.schemas import Body, Messages
+from headstart.api.tools import Tools
 from headstart.caches.entry import FORMS, Content, Form
-from headstart.contents import ChatMessage, Tool, Utf8
+from headstart.contents import Utf8
 from headstart.errors import BadRequest
 
 
@@ -17,10 +18,10 @@ class CacheRequest(Body):
     prompt: Utf8 | None = Field(
         None, description="The system prompt in chats; the leading text in completions."
     )
-    messages: list[ChatMessage] | None = Field(
+    messages: Messages | None = Field(
         None, min_length=1, description="Instead of a prompt: what chats begin with."
     )
-    tools: list[Tool] | None = Field(None, description="With messages: functions the model may call.")
+    tools: Tools | None = Field(None, description="With messages: functions the model may call.")
     forms: list[Form] = Field(
         list(FORMS), alias="for", min_length=1, description="What the cache is for: chat, completion or both."
     )

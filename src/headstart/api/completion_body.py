@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import Field
 
 from headstart.api.schemas import MOST_ANSWERS, GenerationRequest
-from headstart.api.text import Utf8
+from headstart.api.text import Many, Utf8
 from headstart.api.token_fields import LegacyLogprobs, TokenId
 from headstart.errors import BadRequest
 from headstart.service.requests import Options
@@ -15,10 +15,12 @@ from headstart.service.texts import Text
 
 COMPLETION_MAX_TOKENS = 16
 MOST_PROMPTS = 128
+T = TypeVar("T")
+Prompts = Annotated[Many[T], Field(max_length=MOST_PROMPTS)]
 
 
 class CompletionRequest(GenerationRequest):
-    prompt: Utf8 | list[Utf8] | list[TokenId] | list[list[TokenId]] = Field(
+    prompt: Utf8 | Prompts[Utf8] | Many[TokenId] | Prompts[Many[TokenId]] = Field(
         description="A text or its token ids, or a list of such, each of which gets its own choices."
     )
     suffix: Utf8 | None = Field(

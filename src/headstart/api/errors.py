@@ -77,13 +77,18 @@ class ErrorResponse(Response):
         await JSONResponse(content, self.error.status, self.told)(scope, receive, send)
 
 
-def response(error: HeadstartError, headers: Mapping[str, str] | None = None) -> Response:
-    headers = dict(headers or {})
+def headers(error: HeadstartError) -> dict[str, str]:
+    """What its answer's headers tell of it."""
+    told = {}
     if error.retry_after is not None:
-        headers["retry-after"] = str(error.retry_after)
+        told["retry-after"] = str(error.retry_after)
     if not error.retryable:
-        headers["x-should-retry"] = "false"
-    return ErrorResponse(error, headers)
+        told["x-should-retry"] = "false"
+    return told
+
+
+def response(error: HeadstartError, more_headers: Mapping[str, str] | None = None) -> Response:
+    return ErrorResponse(error, {**(more_headers or {}), **headers(error)})
 
 
 def install(app: FastAPI, routers: Sequence[APIRouter]) -> None:

@@ -11,9 +11,10 @@ from headstart.api.asked import asked
 from headstart.api.message_turns import BETWEEN, Turns
 from headstart.api.schemas import Body, CachedRequest, StopString
 from headstart.api.structure import Wanted
-from headstart.api.text import Utf8
+from headstart.api.text import Many, Utf8
 from headstart.api.tools import JsonObject
 from headstart.errors import BadRequest
+from headstart.limits import MAX_MESSAGES, MAX_TOOLS
 from headstart.messages import Sampling
 from headstart.service.calling import Calling
 from headstart.service.marks import Mark
@@ -57,6 +58,9 @@ class TextBlock(Marked):
     text: Utf8 = Field(description="The text itself.")
 
 
+Texts = Many[TextBlock]
+
+
 class ToolUseBlock(Marked):
     type: Literal["tool_use"] = Field(description="A call that the model made.")
     id: Utf8 = Field(description="What its result refers to.")
@@ -80,7 +84,7 @@ ResultBlock = Annotated[TextBlock | UnreadableBlock, Field(discriminator="type")
 class ToolResultBlock(Marked):
     type: Literal["tool_result"] = Field(description="What a tool said.")
     tool_use_id: Utf8 = Field(description="The call's id.")
-    content: Utf8 | list[ResultBlock] | None = Field(None, description="A text, or texts.")
+    content: Utf8 | Many[ResultBlock] | None = Field(None, description="A text, or texts.")
     is_error: bool | None = Field(None, description="Not told to the model.")
 
     @property
@@ -106,7 +110,7 @@ UserBlock = Annotated[TextBlock | ToolResultBlock | UnreadableBlock, Field(discr
 
 class UserTurn(Body):
     role: Literal["user"] = Field(description="Who says it.")
-    content: Utf8 | Annotated[list[UserBlock], Field(min_length=1)] = Field(
+    content: Utf8 | Annotated[Many[UserBlock], Field(min_length=1)] = Field(
         description="A text, or blocks of text and tools' results."
     )
 
@@ -126,7 +130,7 @@ class UserTurn(Body):
 
 class AssistantTurn(Body):
     role: Literal["assistant"] = Field(description="Who says it.")
-    content: Utf8 | list[AssistantBlock] = Field(description="A text, or blocks of text and calls of tools.")
+    content: Utf8 | Many[AssistantBlock] = Field(description="A text, or blocks of text and calls of tools.")
 
     def add_to(self, turns: Turns) -> None:
         turns.add_text("assistant", "")
@@ -145,7 +149,7 @@ class AssistantTurn(Body):
 
 class SystemTurn(Body):
     role: Literal["system"] = Field(description="Who says it.")
-    content: Utf8 | list[TextBlock] = Field(description="A text, or blocks of text.")
+    content: Utf8 | Texts = Field(description="A text, or blocks of text.")
 
     def add_to(self, turns: Turns) -> None:
         if isinstance(self.content, str):
@@ -207,11 +211,13 @@ class Thinking(Body):
 class CountRequest(CachedRequest):
     """What makes the prompt."""
 
-    messages: list[Turn] = Field(
+    messages: Annotated[Many[Turn], Field(max_length=MAX_MESSAGES)] = Field(
         min_length=1, description="The turns so far; a last one of the assistant's is continued."
     )
-    system: Utf8 | list[TextBlock] | None = Field(None, description="The system prompt.")
-    tools: list[CustomTool] | None = Field(None, description="Functions that the model may call.")
+    system: Utf8 | Texts | None = Field(None, description="The system prompt.")
+    tools: Annotated[Many[CustomTool], Field(max_length=MAX_TOOLS)] | None = Field(
+        None, description="Functions that the model may call."
+    )
     tool_choice: ToolChoice | None = Field(None, description="Whether the model may or must call a tool.")
     thinking: Thinking | None = Field(None, description="Whether reasoning is shown as a block of its own.")
     cache_control: CacheControl | None = Field(None, description="Marks the last block.")

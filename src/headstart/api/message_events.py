@@ -13,6 +13,7 @@ from headstart.api.accounts import ending, usage
 from headstart.api.errors import anthropic_body
 from headstart.api.streaming import as_named_event
 from headstart.errors import HeadstartError
+from headstart.json_scan import check_json
 from headstart.service.choices import Delta, Ended
 from headstart.service.generation import Result
 from headstart.service.marks import Marked
@@ -76,10 +77,11 @@ class Blocks:
 
 
 def _arguments(text: str) -> Json:
-    """Nothing where the answer was cut off within them."""
+    """Nothing where the answer was cut off within them, or they have too much in them."""
     try:
+        check_json(text)
         arguments = msgspec.json.decode(text)
-    except (msgspec.DecodeError, RecursionError):
+    except ValueError:
         return {}
     return arguments if isinstance(arguments, dict) else {}
 

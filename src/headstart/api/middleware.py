@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from headstart.api import errors
-from headstart.errors import BodyTooLarge, HeadstartError, InvalidName
+from headstart.errors import HeadstartError, InvalidName, ShuttingDown
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,8 @@ class RequestIds:
 
 
 class Faults:
-    """Answers what no handler expected with the one error shape; the log says what it was."""
+    """Answers what no handler expected with the one error shape; the log says what it was. Requests that the
+    server's end cuts short, and those whose rest never came, get it, too."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -56,6 +57,15 @@ class Faults:
 
         try:
             await self.app(scope, receive, watched_send)
+        except asyncio.CancelledError:
+            # Requests are cancelled at the end of the server only.
+            if started:
+                raise
+            await errors.response(ShuttingDown())(scope, receive, send)
+        except HeadstartError as error:
+            if started:
+                raise
+            await errors.response(error)(scope, receive, send)
         except Exception:
             log.exception("%s %s failed", scope.get("method"), scope.get("path"))
             if started:
@@ -77,58 +87,3 @@ class PlainPaths:
             await errors.response(error)(scope, receive, send)
             return
         await self.app(scope, receive, send)
-
-
-class JsonBodies:
-    """Reads bodies up to a limit, but for files, and takes them for JSON whatever their content type says:
-    `curl -d` calls everything a form. A page in a browser can send forms to any address without being asked,
-    so what carries an Origin must say JSON itself."""
-
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self.app = app
-        self.max_bytes = max_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS") or _is_file(scope):
-            await self.app(scope, receive, send)
-            return
-        headers = MutableHeaders(scope=scope)
-        try:
-            body = await self._read(headers, receive)
-        except ClientDisconnect:
-            return
-        if body is None:
-            error = BodyTooLarge(f"The body is larger than {self.max_bytes} bytes.")
-            await errors.response(error, {"connection": "close"})(scope, receive, send)
-            return
-        if "origin" not in headers:
-            headers["content-type"] = "application/json"
-        unread = [body]
-
-        async def replay() -> Message:
-            if unread:
-                return {"type": "http.request", "body": unread.pop(), "more_body": False}
-            return await receive()
-
-        await self.app(scope, replay, send)
-
-    async def _read(self, headers: Headers, receive: Receive) -> bytes | None:
-        """The body; None when it is too large. Raises ClientDisconnect when its end never comes."""
-        declared = headers.get("content-length", "0")
-        if declared.isdecimal() and int(declared) > self.max_bytes:
-            return None
-        body = bytearray()
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise ClientDisconnect
-            body += message.get("body", b"")
-            if len(body) > self.max_bytes:
-                return None
-            if not message.get("more_body"):
-                return bytes(body)
-
-
-def _is_file(scope: Scope) -> bool:
-    """Whether the body is read by its handler, piece by piece. Browsers ask before they send a PUT."""
-    return bool(scope["method"] == "PUT" and scope["path"].endswith("/file"))

@@ -7,12 +7,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, StringConstraints
 
 from headstart.api.asked import asked
-from headstart.api.response_items import Item
+from headstart.api.response_items import Items
 from headstart.api.schemas import Body, SampledRequest
 from headstart.api.structure import Wanted
-from headstart.api.text import Utf8
+from headstart.api.text import Many, Utf8
 from headstart.api.tools import JsonObject, Tool, ToolChoice, calling
 from headstart.errors import BadRequest
+from headstart.limits import MAX_TOOLS
 from headstart.service.requests import Options
 from headstart.service.structure import OBJECT, json_grammar
 
@@ -59,6 +60,9 @@ def _choice_as_in_chats(value: Any) -> Any:
     return value
 
 
+ToolAsInChats = Annotated[Tool, BeforeValidator(_as_in_chats)]
+
+
 class TextFormat(Body):
     type: Literal["text", "json_schema", "json_object"] = Field("text", description="Of what form it is.")
     schema_: JsonObject | None = Field(
@@ -77,13 +81,13 @@ class ReasoningOptions(Body):
 
 
 class ResponseRequest(SampledRequest):
-    input: Utf8 | list[Item] = Field([], description="What is said: a text, or a list of items.")
+    input: Utf8 | Items = Field([], description="What is said: a text, or a list of items.")
     instructions: Utf8 | None = Field(None, description="The system message; not carried on to others.")
     previous_response_id: Utf8 | None = Field(None, description="A stored response to go on from.")
     store: bool | None = Field(True, description="Whether the response is kept, to go on from.")
     max_output_tokens: int | None = Field(None, ge=0, lt=1 << 53, description="At most so many tokens.")
     stream: bool | None = Field(False, description="Send the answer as it comes, in named events.")
-    tools: list[Annotated[Tool, BeforeValidator(_as_in_chats)]] | None = Field(
+    tools: Annotated[Many[ToolAsInChats], Field(max_length=MAX_TOOLS)] | None = Field(
         None, description="Functions that the model may call."
     )
     tool_choice: Annotated[ToolChoice, BeforeValidator(_choice_as_in_chats)] | None = Field(
@@ -92,7 +96,7 @@ class ResponseRequest(SampledRequest):
     parallel_tool_calls: bool | None = Field(None, description="Whether it may call several at once.")
     text: TextOptions | None = Field(None, description="What the answer's text is to be like.")
     reasoning: ReasoningOptions | None = Field(None, description="Accepted; changes nothing.")
-    include: list[Utf8] | None = Field(None, description="What else to tell; nothing of it is there.")
+    include: Many[Utf8] | None = Field(None, description="What else to tell; nothing of it is there.")
     metadata: Annotated[dict[Key, Value], Field(max_length=16)] | None = Field(
         None, description="Told again with the response."
     )

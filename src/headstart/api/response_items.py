@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from headstart.api.schemas import Body
-from headstart.api.text import Utf8
+from headstart.api.text import Many, Utf8
+from headstart.api.tools import check_arguments
+from headstart.limits import MAX_MESSAGES
 from headstart.service.responses import called
 
 Json = dict[str, Any]
@@ -32,7 +34,7 @@ PARTS = Discriminator(
     custom_error_type="unsupported_part",
     custom_error_message="Content is text here, in parts of input_text, output_text or refusal",
 )
-Content = Utf8 | list[Annotated[TextContent | RefusalContent, PARTS]]
+Content = Utf8 | Many[Annotated[TextContent | RefusalContent, PARTS]]
 
 
 def _text(content: Content) -> str:
@@ -97,3 +99,14 @@ Item = Annotated[
         "others are not supported",
     ),
 ]
+
+
+def _with_modest_calls(items: Any) -> Any:
+    """Raises ValueError. Nothing is known of the items yet."""
+    known = (item for item in (items if isinstance(items, list) else []) if isinstance(item, dict))
+    texts = (item.get("arguments") for item in known)
+    check_arguments(text for text in texts if isinstance(text, str))
+    return items
+
+
+Items = Annotated[Many[Item], Field(max_length=MAX_MESSAGES), BeforeValidator(_with_modest_calls)]

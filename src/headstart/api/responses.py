@@ -52,7 +52,7 @@ async def create(request: Request, body: ResponseRequest) -> Response:
         events = service.generation.run(answering.prepared)
         if body.stream:
             started = await begun(request, events, BEGIN_SECONDS)
-            return EventStream(answering.stream(started), done=b"", source=started)
+            return EventStream(answering.stream(started), done=b"", failed=answering.failed, source=started)
         return JSONResponse(await while_connected(request, answering.whole(events)))
 
 
@@ -142,7 +142,10 @@ class Answering:
                 if encoded := _encoded(written):
                     yield encoded
         except HeadstartError as error:
-            yield _encoded(self.writer.failed(error))
+            yield self.failed(error)
+
+    def failed(self, error: HeadstartError) -> bytes:
+        return _encoded(self.writer.failed(error))
 
     async def _written(self, events: Events) -> AsyncGenerator[Iterator[Json], None]:
         """Events, to be taken at once."""

@@ -4,18 +4,26 @@ are refused unless they ask for nothing."""
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from msgspec import structs
-from pydantic import Field, StringConstraints
+from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
 from headstart.api.asked import asked
 from headstart.api.structure import StructuredRequest
-from headstart.api.text import Utf8
+from headstart.api.text import Many, Utf8
 from headstart.api.token_fields import LogitBias, TopLogprobs
-from headstart.api.tools import ReasoningFormat, TemplateVariables, Tool, ToolChoice, calling
+from headstart.api.tools import (
+    ReasoningFormat,
+    TemplateVariables,
+    ToolChoice,
+    Tools,
+    calling,
+    with_modest_calls,
+)
 from headstart.contents import ChatMessage, Open
 from headstart.errors import BadRequest
+from headstart.limits import MAX_MESSAGES, MAX_UNKNOWN
 from headstart.messages import Sampling
 from headstart.service.requests import Options
 
@@ -36,9 +44,15 @@ class CachedRequest(Body):
     """What begins like a cache."""
 
     model: Utf8 = Field(description="A model, an alias, or `model@cache`.")
-    use_cache: Utf8 | list[Utf8] | None = Field(
+    use_cache: Utf8 | Many[Utf8] | None = Field(
         None, description="Name of the cache to start from, or several names."
     )
+
+    @model_validator(mode="after")
+    def _knows_most_fields(self) -> Self:
+        if len(self.model_extra or {}) > MAX_UNKNOWN:
+            raise ValueError(f"The body has more than {MAX_UNKNOWN} fields that are not known here")
+        return self
 
     @property
     def names(self) -> tuple[str, ...] | None:
@@ -155,11 +169,14 @@ HARMLESS: dict[str, tuple[object, ...]] = {
 INSTEAD = {"functions": "send tools instead", "function_call": "send tools and tool_choice instead"}
 
 
+Messages = Annotated[Many[ChatMessage], Field(max_length=MAX_MESSAGES), BeforeValidator(with_modest_calls)]
+
+
 class ChatRequest(GenerationRequest):
-    messages: list[ChatMessage] = Field(
+    messages: Messages = Field(
         min_length=1, description="The chat so far; a last message of the assistant's is continued."
     )
-    tools: list[Tool] | None = Field(None, description="Functions that the model may call.")
+    tools: Tools | None = Field(None, description="Functions that the model may call.")
     tool_choice: ToolChoice | None = Field(
         None, description="Whether and which tools are called: none, auto, required, or one by its name."
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing, suppress
 from time import monotonic
 from typing import Any, TypeVar
@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from headstart.api import errors
-from headstart.errors import HeadstartError
+from headstart.errors import HeadstartError, ShuttingDown
 
 T = TypeVar("T")
 
@@ -71,8 +71,9 @@ def failed(error: HeadstartError) -> bytes:
 
 class EventStream(Response):
     """Sends events, those of one item in one write, comments while there is none for long, and `done`. An
-    error after the start becomes an event, which `failed` writes. When the client leaves, `events` is closed,
-    and so is `source`, from which they are made: also where the client left before the first byte."""
+    error after the start becomes an event, which `failed` writes; so does the end of the server, which
+    cancels the response. When the client leaves, `events` is closed, and so is `source`, from which they are
+    made: also where the client left before the first byte."""
 
     media_type = "text/event-stream"
 
@@ -92,16 +93,19 @@ class EventStream(Response):
         self.source = source
         self._sending = asyncio.Lock()
         self._last_sent = 0.0
+        self._has_begun = False
+        self._has_ended = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         work = [self._send(send), self._keep_alive(send), _disconnected(receive)]
         tasks = [asyncio.ensure_future(task) for task in work]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            await _cancelled(tasks)
+            await self._end(send, self.failed(ShuttingDown()))
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
+            await _cancelled(tasks)
             # Events that were never iterated end nothing by being closed.
             await self.events.aclose()
             if self.source:
@@ -111,14 +115,26 @@ class EventStream(Response):
             await tasks[0]
 
     async def _send(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        await self._begin(send)
         async with aclosing(self.events) as events:
             try:
                 async for event in events:
                     await self._write(send, event)
             except HeadstartError as error:
                 await self._write(send, self.failed(error))
-        await send({"type": "http.response.body", "body": self.done, "more_body": False})
+        await self._end(send)
+
+    async def _begin(self, send: Send) -> None:
+        self._has_begun = True
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+
+    async def _end(self, send: Send, last: bytes = b"") -> None:
+        """Once only."""
+        if not self._has_begun:
+            await self._begin(send)
+        if not self._has_ended:
+            self._has_ended = True
+            await send({"type": "http.response.body", "body": last + self.done, "more_body": False})
 
     async def _write(self, send: Send, data: bytes) -> None:
         async with self._sending:
@@ -133,6 +149,12 @@ class EventStream(Response):
                 await self._write(send, COMMENT)
             else:
                 await asyncio.sleep(KEEP_ALIVE_SECONDS - silent)
+
+
+async def _cancelled(tasks: Sequence[asyncio.Future[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
 
 
 async def _next(events: AsyncIterator[T]) -> T | None:

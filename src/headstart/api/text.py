@@ -1,7 +1,7 @@
-"""Text in request bodies."""
+"""Text in request bodies, and lists that may be long."""
 
 from __future__ import annotations
 
-from headstart.contents import Utf8
+from headstart.contents import Many, Utf8
 
-__all__ = ["Utf8"]
+__all__ = ["Many", "Utf8"]

@@ -10,10 +10,9 @@ from pydantic import FailFast, Field, StrictInt
 from starlette.responses import Response
 
 from headstart.api.keys import seen
-from headstart.api.schemas import Body
+from headstart.api.schemas import Body, Messages
 from headstart.api.text import Utf8
-from headstart.api.tools import Tool
-from headstart.contents import ChatMessage
+from headstart.api.tools import Tools
 from headstart.errors import BadRequest
 from headstart.service.model import ServedModel
 from headstart.service.server import Service
@@ -49,8 +48,8 @@ class DetokenizeRequest(ModelRequest):
 
 
 class TemplateRequest(ModelRequest):
-    messages: list[ChatMessage] = Field(min_length=1, description="The chat, as chats have it.")
-    tools: list[Tool] | None = Field(None, description="Functions that the model may call.")
+    messages: Messages = Field(min_length=1, description="The chat, as chats have it.")
+    tools: Tools | None = Field(None, description="Functions that the model may call.")
 
 
 @router.post("/tokenize")

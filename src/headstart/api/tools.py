@@ -3,17 +3,53 @@ chat template to write, and what the answer is to call."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
+from headstart.api.text import Many
 from headstart.contents import JsonObject, Tool, ToolCall, is_json
+from headstart.limits import MAX_TOOLS, MAX_VALUES
 from headstart.service.calling import Calling
 
-__all__ = ["JsonObject", "ReasoningFormat", "TemplateVariables", "Tool", "ToolCall", "ToolChoice", "calling"]
+__all__ = [
+    "JsonObject",
+    "ReasoningFormat",
+    "TemplateVariables",
+    "Tool",
+    "ToolCall",
+    "ToolChoice",
+    "Tools",
+    "calling",
+]
 
 
+def check_arguments(texts: Iterable[str]) -> None:
+    """Raises ValueError where the arguments of all calls together have too much in them: each is parsed."""
+    n = 0
+    for text in texts:
+        n += text.count("[") + text.count("{") + text.count(",")
+        if n > MAX_VALUES:
+            raise ValueError(f"The arguments of all calls have more than {MAX_VALUES} values")
+
+
+def with_modest_calls(messages: Any) -> Any:
+    """Raises ValueError. Nothing is known of the messages yet."""
+    calls = (
+        call
+        for message in (messages if isinstance(messages, list) else [])
+        if isinstance(message, dict) and isinstance(message.get("tool_calls"), list)
+        for call in message["tool_calls"]
+    )
+    functions = (call.get("function") for call in calls if isinstance(call, dict))
+    texts = (function.get("arguments") for function in functions if isinstance(function, dict))
+    check_arguments(text for text in texts if isinstance(text, str))
+    return messages
+
+
+Tools = Annotated[Many[Tool], Field(max_length=MAX_TOOLS)]
 ReasoningFormat = Literal["none", "auto", "deepseek"]
 
 

@@ -5,19 +5,26 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import signal
 import socket
 from collections.abc import Callable
 from ipaddress import ip_address
 
-import uvicorn
-
 from headstart.api.app import create_app
+from headstart.api.http_server import HttpConfig, HttpServer
 from headstart.config import Settings
 from headstart.errors import StartupError
 from headstart.service.server import Service
 
+log = logging.getLogger(__name__)
+
 Say = Callable[[str], None]
+
+# Caches, workers and what else is open beside connections.
+OTHER_FILES = 256
+# How long closing may go on once it was told to hurry.
+HURRIED_SECONDS = 1.0
 
 BANNER = """
 Headstart listens on {url} with {names}; caches in {directory}
@@ -45,39 +52,71 @@ def serve(settings: Settings, say: Say) -> None:
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     listener = _listen(settings.host, settings.port)
     service = Service(settings, say)
-    config = uvicorn.Config(
-        create_app(service),
-        access_log=False,
-        log_config=None,
-        timeout_graceful_shutdown=settings.drain_seconds,
-        lifespan="off",
-        proxy_headers=False,
-    )
-    for number in (signal.SIGINT, signal.SIGTERM):
-        # The server raises these again once it has drained; by then they have done what they are for.
-        signal.signal(number, lambda *_: None)
+    _allow_open_files(settings.max_connections)
+    config = HttpConfig(create_app(service), settings)
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        runner.run(_serve(service, uvicorn.Server(config), listener, say))
+        runner.run(_serve(service, HttpServer(config), listener, say))
 
 
-async def _serve(service: Service, server: uvicorn.Server, listener: socket.socket, say: Say) -> None:
+async def _serve(service: Service, server: HttpServer, listener: socket.socket, say: Say) -> None:
+    _stop_on_signals(server)
     loading = asyncio.create_task(_load(service, server))
     loading.add_done_callback(lambda _: _announce(loading, service, listener, say))
     try:
         await server.serve([listener])
     finally:
         loading.cancel()
-        await service.close()
+        await _close(service, server)
     if loading.done() and not loading.cancelled() and (error := loading.exception()):
         raise error
 
 
-async def _load(service: Service, server: uvicorn.Server) -> None:
+def _stop_on_signals(server: HttpServer) -> None:
+    """The first lets running requests end, the second ends them, the third ends the program."""
+    loop = asyncio.get_running_loop()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+
+    def stop() -> None:
+        server.stop()
+        if server.force_exit:
+            for number in numbers:
+                loop.remove_signal_handler(number)
+                signal.signal(number, signal.SIG_DFL)
+
+    for number in numbers:
+        loop.add_signal_handler(number, stop)
+
+
+async def _close(service: Service, server: HttpServer) -> None:
+    """What answers have promised is saved first, unless it is to be quick."""
+    closing = asyncio.create_task(service.close())
+    while not (closing.done() or server.force_exit):
+        await asyncio.wait({closing}, timeout=0.1)
+    _, late = await asyncio.wait({closing}, timeout=HURRIED_SECONDS)
+    if late:
+        log.warning("stopped before everything was saved")
+        closing.cancel()
+    else:
+        closing.result()
+
+
+async def _load(service: Service, server: HttpServer) -> None:
     try:
         await service.load()
     except BaseException:
         server.should_exit = True
         raise
+
+
+def _allow_open_files(connections: int) -> None:
+    """Raises the limit of open files to what the connections need, as far as the system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + OTHER_FILES
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    if most < wanted:
+        log.warning("only %d files may be open: of %d connections, some may have to wait", most, connections)
 
 
 def check_private(settings: Settings) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import msgspec
 
+from headstart.json_scan import check_json
+
 # Keys that an object may begin with which calls a function.
 KEYS = ("name", "arguments", "parameters", "type", "function", "id")
 FIRST_KEY = re.compile(r'\s*\{\s*"([^"\\]*)"')
@@ -94,10 +96,8 @@ class ObjectReader:
 
 def _decoded(text: str) -> Any:
     """Raises ValueError."""
-    try:
-        return msgspec.json.decode(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(str(error)) from error
+    check_json(text)
+    return msgspec.json.decode(text)
 
 
 def _whole(call: Any, size: int) -> CallHead:

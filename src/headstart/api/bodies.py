@@ -1,0 +1,192 @@
+"""Bodies of requests: read within limits, measured as they come, and parsed one at a time where large."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import monotonic
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from headstart.api import errors
+from headstart.errors import BadRequest, BodyTooLarge, HeadstartError, Overloaded
+from headstart.json_scan import JsonScan
+
+# From here on parsing a body takes so long that others should not have to wait for several.
+LARGE_BYTES = 256 << 10
+LARGE_COUNT = 10_000
+# How long what is large, or has too much in it, waits first. Who asked meanwhile is answered before.
+PATIENCE_SECONDS = 0.1
+
+
+class BodyMemory:
+    """Bytes of the bodies of all requests in progress; no owner's are more than `share`."""
+
+    def __init__(self, most: int, share: int) -> None:
+        self.most = most
+        self.share = share
+        self._held: Counter[str] = Counter()
+
+    @contextmanager
+    def of(self, owner: str) -> Iterator[Held]:
+        held = Held(self, owner)
+        try:
+            yield held
+        finally:
+            held.release()
+
+    def take(self, owner: str, size: int) -> None:
+        """Raises Overloaded."""
+        if self._held[owner] + size > self.share or self._held.total() + size > self.most:
+            raise Overloaded("The bodies of requests in progress take as much memory as they may.")
+        self._held[owner] += size
+
+    def give_back(self, owner: str, size: int) -> None:
+        self._held[owner] -= size
+
+
+class Held:
+    """What one request's body takes."""
+
+    def __init__(self, memory: BodyMemory, owner: str) -> None:
+        self.memory = memory
+        self.owner = owner
+        self.size = 0
+
+    def grow(self, size: int) -> None:
+        """Raises Overloaded."""
+        self.memory.take(self.owner, size)
+        self.size += size
+
+    def release(self) -> None:
+        size, self.size = self.size, 0
+        self.memory.give_back(self.owner, size)
+
+
+class Turns:
+    """Large bodies are parsed one after the other. As long as one took, the event loop is others' before the
+    next comes."""
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()
+
+    async def begin(self) -> None:
+        """What the caller does until it waits for something is its turn."""
+        await asyncio.sleep(PATIENCE_SECONDS)
+        await self._lock.acquire()
+        asyncio.get_running_loop().call_soon(self._ended, monotonic())
+
+    def _ended(self, began: float) -> None:
+        asyncio.get_running_loop().call_later(monotonic() - began, self._lock.release)
+
+
+class Body:
+    """A body that comes in pieces. Once it has too much in it, nothing of it is kept."""
+
+    def __init__(self, max_bytes: int, held: Held) -> None:
+        self.max_bytes = max_bytes
+        self.held = held
+        self.size = 0
+        self.fault: BadRequest | None = None
+        self._scan = JsonScan()
+        self._pieces: list[bytes] = []
+
+    @property
+    def is_large(self) -> bool:
+        scan = self._scan
+        return self.size > LARGE_BYTES or scan.strings + scan.containers + scan.values > LARGE_COUNT
+
+    def add(self, piece: bytes) -> None:
+        """Raises BodyTooLarge or Overloaded."""
+        self.size += len(piece)
+        if self.size > self.max_bytes:
+            raise BodyTooLarge(f"The body is larger than {self.max_bytes} bytes.")
+        if self.fault:
+            return
+        self.held.grow(len(piece))
+        try:
+            self._scan.feed(piece)
+            self._pieces.append(piece)
+        except ValueError as error:
+            self.fault = BadRequest(f"The body {error}.")
+            self._pieces.clear()
+            self.held.release()
+
+    def whole(self) -> bytes:
+        """Raises BadRequest."""
+        if self.fault:
+            raise self.fault
+        body = b"".join(self._pieces)
+        if json.detect_encoding(body) not in ("utf-8", "utf-8-sig"):
+            raise BadRequest("The body is not JSON in UTF-8.")
+        self._pieces.clear()
+        return body
+
+
+class JsonBodies:
+    """Reads bodies up to a limit, but for files, and takes them for JSON whatever their content type says:
+    `curl -d` calls everything a form. A page in a browser can send forms to any address without being asked,
+    so what carries an Origin must say JSON itself."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int, memory: BodyMemory) -> None:
+        self.app = app
+        self.max_bytes = max_bytes
+        self.memory = memory
+        self.turns = Turns()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS") or _is_file(scope):
+            await self.app(scope, receive, send)
+            return
+        with self.memory.of(scope.get("state", {}).get("owner", "")) as held:
+            body = Body(self.max_bytes, held)
+            try:
+                content = await _read(body, Headers(scope=scope), receive)
+            except ClientDisconnect:
+                return
+            except HeadstartError as error:
+                await errors.response(error)(scope, receive, send)
+                return
+            await self.app(scope, self._replaying(content, body, scope, receive), send)
+
+    def _replaying(self, content: bytes, body: Body, scope: Scope, receive: Receive) -> Receive:
+        headers = MutableHeaders(scope=scope)
+        if "origin" not in headers:
+            headers["content-type"] = "application/json"
+        unread = [content]
+
+        async def replay() -> Message:
+            if not unread:
+                return await receive()
+            if body.is_large:
+                await self.turns.begin()
+            return {"type": "http.request", "body": unread.pop(), "more_body": False}
+
+        return replay
+
+
+async def _read(body: Body, headers: Headers, receive: Receive) -> bytes:
+    """Raises ClientDisconnect when its end never comes, and what is wrong with the body."""
+    declared = headers.get("content-length", "0")
+    if declared.isdecimal() and int(declared) > body.max_bytes:
+        raise BodyTooLarge(f"The body is larger than {body.max_bytes} bytes.")
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        body.add(message.get("body", b""))
+        if not message.get("more_body"):
+            break
+    if body.fault:
+        await asyncio.sleep(PATIENCE_SECONDS)
+    return body.whole()
+
+
+def _is_file(scope: Scope) -> bool:
+    """Whether the body is read by its handler, piece by piece. Browsers ask before they send a PUT."""
+    return bool(scope["method"] == "PUT" and scope["path"].endswith("/file"))
