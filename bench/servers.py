@@ -17,7 +17,9 @@ from typing import Protocol
 from bench.client import CHAT, BenchFailed, Connection, Json, Reply
 from bench.process import ServerProcess, free_port
 from bench.texts import Prompt, messages
+from headstart.arithmetic import DEFAULT
 from headstart.engine.converted import DIRECTORY
+from headstart.engine.settling import DEFAULT_CHUNK
 from headstart.service.tunings import Tunings
 
 MODEL = "bench"
@@ -147,9 +149,13 @@ class Engine:
 def engine_of(host: Host) -> Engine:
     """As Headstart, which must have been started once, measured or was told. Raises BenchFailed."""
     states = host.directory / Headstart.name
-    known = Tunings(states).known()
-    if not known:
+    tunings = Tunings(states)
+    if not tunings.path.exists():
         raise BenchFailed("it is not known what the engine was run with")
+    known = tunings.known()
+    if not known:
+        # What was measured is in doubt: it runs with the defaults.
+        return Engine(host.model, DEFAULT_CHUNK, bool(DEFAULT.flash_attention))
     tuning = known[-1].tuning
     converted = [*(states / DIRECTORY).glob("*.gguf")]
     model = str(converted[0]) if tuning.arithmetic.weights == "q8_0" and converted else host.model

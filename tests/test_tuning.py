@@ -438,7 +438,9 @@ def test_the_second_start_of_a_real_model_does_not_measure(start_server: StartSe
     server.restart()
     assert "Measuring" not in server.log.read_text()
     assert (server.cache_dir / "tuning.json").stat().st_mtime_ns == measured
-    (known,) = Tunings(server.cache_dir).all()
+    content = Tunings(server.cache_dir)._read()
+    # Beside other tests it may be in doubt.
+    (known,) = (*content.tunings, *content.doubted)
     assert known.key.engine == engine_version(embedded_model())
     server.create("keeper", PROMPT, model="smollm2")
     server.restart()
@@ -447,4 +449,6 @@ def test_the_second_start_of_a_real_model_does_not_measure(start_server: StartSe
     (model,) = json.loads(result.stdout)["models"]
     assert (model["fitting"], model["misfits"]) == (1, {})
     # Weights that were converted to be tried, and not chosen, are not kept.
-    assert (model["converted_bytes"] is not None) == (in_force(model)["weights"][0] == "q8_0")
+    # They are where what was measured is in doubt: the next try needs them.
+    if not model["doubted"]:
+        assert (model["converted_bytes"] is not None) == (in_force(model)["weights"][0] == "q8_0")

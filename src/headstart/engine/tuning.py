@@ -290,7 +290,7 @@ def main() -> None:
     logging.basicConfig(level=os.environ.get("HEADSTART_LOG_LEVEL", "WARNING").upper())
     settings = msgspec.json.decode(sys.argv[1], type=EngineSettings)
     tuning = measure(settings)
-    if tuning.arithmetic.weights == "file":
+    if tuning.counts and tuning.arithmetic.weights == "file":
         with suppress(OSError):
             discard(settings.conversions)
     sys.stdout.buffer.write(msgspec.json.encode(tuning))
