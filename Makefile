@@ -7,9 +7,10 @@ ifeq ($(PYTHON),)
 $(error Python 3.11 or newer is needed. Install it with: apt-get install python3 python3-venv)
 endif
 
-# More than two: tests wait for servers as much as they compute. With `worksteal` each worker begins with a
-# stretch of its own, which keeps files with shared servers together, and takes over from others in the end.
-PARALLEL := --numprocesses 3 --dist worksteal
+# Tests without a model wait for servers as much as they compute: there may be more of them than CPUs. Each
+# worker begins with a stretch of its own, which keeps together what shares a server, and in the end takes
+# over from others.
+PARALLEL := --dist worksteal --numprocesses
 QUICK := not slow and not real_model
 # With ARGS there may be no test of a kind.
 NO_TESTS := 5
@@ -28,11 +29,11 @@ check: .venv/installed-dev ## lint and run the quick tests without a model, unde
 	@$(MAKE) --no-print-directory --jobs 2 --keep-going lint quick-tests
 
 quick-tests:
-	@$(VENV_PYTHON) -m pytest -m "$(QUICK)" $(PARALLEL) --quiet $(ARGS)
+	@$(VENV_PYTHON) -m pytest -m "$(QUICK)" $(PARALLEL) 2 --quiet $(ARGS)
 
 test: .venv/installed-dev ## run all tests (ARGS="-k name")
-	@$(VENV_PYTHON) -m pytest -m "not real_model" $(PARALLEL) $(ARGS) || [ $$? = $(NO_TESTS) ]
-	@$(VENV_PYTHON) -m pytest -m real_model $(ARGS) || [ $$? = $(NO_TESTS) ]
+	@$(VENV_PYTHON) -m pytest -m "not real_model" $(PARALLEL) 3 $(ARGS) || [ $$? = $(NO_TESTS) ]
+	@$(VENV_PYTHON) -m pytest -m real_model $(PARALLEL) 2 --timeout 300 $(ARGS) || [ $$? = $(NO_TESTS) ]
 
 sweep: .venv/installed-dev ## run every case of the sweeps, of which `make test` tries every 16th
 	@HEADSTART_SWEEP=all $(VENV_PYTHON) -m pytest -m sweep --timeout 3600 $(ARGS)

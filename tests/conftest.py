@@ -18,6 +18,23 @@ StartServer = Callable[..., RunningServer]
 Report = Callable[[str], None]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests with servers of their own are slow, but for the first of each file: `make check` tries something of
+    everything."""
+    tried: set[Path] = set()
+    for item in items:
+        if "start_server" not in getattr(item, "fixturenames", ()) or _is_left_out(item):
+            continue
+        if item.path in tried:
+            item.add_marker(pytest.mark.slow)
+        tried.add(item.path)
+
+
+def _is_left_out(item: pytest.Item) -> bool:
+    return any(item.get_closest_marker(name) for name in ("slow", "real_model"))
+
+
 @pytest.fixture
 def start_server(tmp_path: Path) -> Iterator[StartServer]:
     """Starts servers that end with the test: `start_server("--model", "toy=toy:", cache_dir=...)`."""

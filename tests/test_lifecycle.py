@@ -100,7 +100,7 @@ def test_health_is_503_while_the_model_loads_and_requests_are_told_to_come_back(
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "headstart", "serve", "--port", str(port)),
-            *("--cache-dir", str(tmp_path / "cache"), "--model", "toy=toy:load_ms=3000"),
+            *("--cache-dir", str(tmp_path / "cache"), "--model", "toy=toy:load_ms=1500"),
         ],
         stdout=subprocess.DEVNULL,
     )
@@ -207,6 +207,7 @@ def test_a_killed_worker_fails_waiting_and_building_requests_with_503(start_serv
     server.create("keeper", PROMPT)
 
 
+@pytest.mark.slow
 def test_a_server_killed_at_any_moment_leaves_each_cache_whole_or_absent(start_server: StartServer) -> None:
     server = start_server("--model", "toy=toy:ms_per_token=0.2")
     server.create("kept", PROMPT)

@@ -114,6 +114,7 @@ def test_answers_have_no_field_that_is_not_described(toy: RunningServer, documen
     _check(document, "ErrorReply", refused.json())
 
 
+@pytest.mark.slow
 def test_generated_requests_get_described_answers(toy: RunningServer, known: str, tmp_path: Path) -> None:
     """Schemathesis: no 5xx, no status, content type or body that the document does not allow."""
     config = tmp_path / "schemathesis.toml"
