@@ -20,8 +20,8 @@ Report = Callable[[str], None]
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests with servers of their own are slow, but for the first of each file: `make check` tries something of
-    everything."""
+    """Tests with servers of their own are slow, but for the first of each file, so that `make check` tries
+    something of everything."""
     tried: set[Path] = set()
     for item in items:
         if "start_server" not in getattr(item, "fixturenames", ()) or _is_left_out(item):
