@@ -14,7 +14,7 @@ from conftest import StartServer
 from forkserver import headstart
 from headstart.config import embedded_model
 from headstart.folder import models_in
-from servers import RunningServer, eventually, said
+from servers import RunningServer, events, eventually, said
 
 PROMPT = "You keep the lighthouse and " + " and ".join(f"watch ship number {i}" for i in range(40))
 TWO = ("--model", "one=toy:", "--model", "two=toy:weights=other")
@@ -133,14 +133,14 @@ def test_idle_models_are_unloaded_where_memory_does_not_hold_one_more(start_serv
 
 def test_a_model_that_memory_does_not_hold_beside_one_in_use_is_refused(start_server: StartServer) -> None:
     server = start_server(*VAST)
-    body = {"model": "one", "prompt": "Go on", "max_tokens": 60}
-    running = threading.Thread(target=lambda: server.post("/v1/completions", **body))
-    running.start()
-    eventually(lambda: _busy(server))
-    refused = server.post("/v1/completions", model="vast", prompt="Hello")
+    body = {"model": "one", "prompt": "Go on", "max_tokens": 1000, "stream": True}
+    with server.http.stream("POST", "/v1/completions", json=body) as running:
+        chunks = events(running)
+        next(chunks)
+        refused = server.post("/v1/completions", model="vast", prompt="Hello")
+        next(chunks)
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "out_of_memory")
     assert "1000000000 MB" in refused.json()["error"]["message"]
-    running.join()
     assert said(server.chat("Hello?", model="vast"))
 
 
