@@ -121,6 +121,7 @@ def test_a_create_during_a_repair_of_the_same_waits_and_computes_nothing(start_s
     assert _computed(server) == 0
 
 
+@pytest.mark.slow
 def test_clients_see_one_version_or_none_while_a_cache_is_replaced_deleted_and_made_again(
     start_server: StartServer, report: Report
 ) -> None:
