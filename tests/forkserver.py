@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -32,6 +33,8 @@ PRELOADED = (
     "uvloop",
 )
 LARGEST_REQUEST = 1 << 20
+# Threads start servers too.
+TURN = threading.Lock()
 
 
 class Process(Protocol):
@@ -49,7 +52,8 @@ class Process(Protocol):
 def started(arguments: Sequence[str], output: IO[Any], errors: IO[Any], env: Mapping[str, str]) -> Process:
     """`headstart ARGUMENTS`, with two files for what it prints."""
     if WANTED:
-        return _forkserver().started(arguments, output, errors, env)
+        with TURN:
+            return _forkserver().started(arguments, output, errors, env)
     command = [sys.executable, "-m", "headstart", *arguments]
     return subprocess.Popen(command, stdout=output, stderr=errors, env=dict(env))
 
@@ -118,9 +122,10 @@ class ForkServer:
         try:
             message = json.dumps(request).encode() + b"\n"
             socket.send_fds(self.channel, [message], [output.fileno(), errors.fileno(), writer])
+            pid = int(self.channel.recv(32))
         finally:
             os.close(writer)
-        return ForkedProcess(int(self.channel.recv(32)), reader)
+        return ForkedProcess(pid, reader)
 
 
 @functools.cache
@@ -178,6 +183,7 @@ def main() -> None:
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["directory"])
+    sys.path[0] = request["directory"]
     sys.argv = ["headstart", *request["arguments"]]
     runpy.run_module("headstart", run_name="__main__", alter_sys=True)
 
