@@ -12,6 +12,7 @@ import gc
 import importlib
 import json
 import os
+import resource
 import runpy
 import select
 import signal
@@ -32,6 +33,8 @@ PRELOADED = (
     "uvicorn.loops.uvloop",
     "uvloop",
 )
+# A process inherits them as it would from us.
+LIMITS = (resource.RLIMIT_AS, resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE)
 LARGEST_REQUEST = 1 << 20
 # Threads start servers too.
 TURN = threading.Lock()
@@ -119,7 +122,12 @@ class ForkServer:
     def started(
         self, arguments: Sequence[str], output: IO[Any], errors: IO[Any], env: Mapping[str, str]
     ) -> ForkedProcess:
-        request = {"arguments": list(arguments), "env": dict(env), "directory": str(Path.cwd())}
+        request = {
+            "arguments": list(arguments),
+            "env": dict(env),
+            "directory": str(Path.cwd()),
+            "limits": [resource.getrlimit(limit) for limit in LIMITS],
+        }
         reader, writer = os.pipe()
         try:
             message = json.dumps(request).encode() + b"\n"
@@ -186,6 +194,8 @@ def main() -> None:
     os.environ.update(request["env"])
     os.chdir(request["directory"])
     sys.path[0] = request["directory"]
+    for limit, values in zip(LIMITS, request["limits"], strict=True):
+        resource.setrlimit(limit, tuple(values))
     sys.argv = ["headstart", *request["arguments"]]
     runpy.run_module("headstart", run_name="__main__", alter_sys=True)
 
