@@ -7,10 +7,17 @@ ifeq ($(PYTHON),)
 $(error Python 3.11 or newer is needed. Install it with: apt-get install python3 python3-venv)
 endif
 
-# Tests on the real model use all CPUs, so they run one after the other. With ARGS there may be none of a kind.
+# Tests without a model wait for servers as much as they compute: there may be more of them than CPUs. Each
+# worker begins with a stretch of its own, which keeps together what shares a server, and in the end takes
+# over from others.
+PARALLEL := --dist worksteal --numprocesses
+QUICK := not slow and not real_model
+# With ARGS there may be no test of a kind.
 NO_TESTS := 5
 VENV_PYTHON := .venv/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Without it every process that a test starts would compile every module again.
+unexport PYTHONDONTWRITEBYTECODE
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -18,9 +25,15 @@ help: ## show this list
 run: .venv/installed ## start the server with the default model (ARGS="--port 9000")
 	@.venv/bin/headstart serve $(ARGS)
 
+check: .venv/installed-dev ## lint and run the quick tests without a model, under 90 seconds
+	@$(MAKE) --no-print-directory --jobs 2 --keep-going lint quick-tests
+
+quick-tests:
+	@$(VENV_PYTHON) -m pytest -m "$(QUICK)" $(PARALLEL) 2 --quiet $(ARGS) || [ $$? = $(NO_TESTS) ]
+
 test: .venv/installed-dev ## run all tests (ARGS="-k name")
-	@$(VENV_PYTHON) -m pytest -m "not real_model" --numprocesses 2 --dist loadfile $(ARGS) || [ $$? = $(NO_TESTS) ]
-	@$(VENV_PYTHON) -m pytest -m real_model $(ARGS) || [ $$? = $(NO_TESTS) ]
+	@$(VENV_PYTHON) -m pytest -m "not real_model" $(PARALLEL) 3 $(ARGS) || [ $$? = $(NO_TESTS) ]
+	@$(VENV_PYTHON) -m pytest -m real_model $(PARALLEL) 2 --timeout 300 $(ARGS) || [ $$? = $(NO_TESTS) ]
 
 sweep: .venv/installed-dev ## run every case of the sweeps, of which `make test` tries every 16th
 	@HEADSTART_SWEEP=all $(VENV_PYTHON) -m pytest -m sweep --timeout 3600 $(ARGS)
@@ -38,7 +51,7 @@ lint: .venv/installed-dev ## check style and types
 	$(VENV_PYTHON) -m ruff check .
 	$(VENV_PYTHON) -m ruff format --check .
 	$(VENV_PYTHON) -m mypy --strict src scripts bench
-	$(VENV_PYTHON) -m mypy tests
+	$(VENV_PYTHON) -m mypy --cache-dir .mypy_cache/tests tests
 
 format: .venv/installed-dev ## reformat the code and fix what can be fixed
 	$(VENV_PYTHON) -m ruff format .
@@ -76,4 +89,4 @@ endef
 
 FORCE:
 
-.PHONY: help run test sweep fuzz bench bench-peer lint format engine rebuild clean FORCE
+.PHONY: help run check quick-tests test sweep fuzz bench bench-peer lint format engine rebuild clean FORCE

@@ -11,9 +11,28 @@ from servers import RunningServer, running_server
 
 # Measuring takes seconds: servers do without, but for the tests about it (tests/test_tuning.py).
 os.environ["HEADSTART_TUNE"] = "false"
+# Engines in the tests' own process wait as those in workers do: spinning threads stand still beside others.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 StartServer = Callable[..., RunningServer]
 Report = Callable[[str], None]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests with servers of their own are slow, but for the first of each file, so that `make check` tries
+    something of everything."""
+    tried: set[Path] = set()
+    for item in items:
+        if "start_server" not in getattr(item, "fixturenames", ()) or _is_left_out(item):
+            continue
+        if item.path in tried:
+            item.add_marker(pytest.mark.slow)
+        tried.add(item.path)
+
+
+def _is_left_out(item: pytest.Item) -> bool:
+    return any(item.get_closest_marker(name) for name in ("slow", "real_model"))
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +15,8 @@ from typing import Any
 
 import httpx
 import psutil
+
+from forkserver import started
 
 Json = dict[str, Any]
 
@@ -33,16 +34,9 @@ class RunningServer:
 
     def start(self) -> None:
         self.log = self.cache_dir.parent / f"{self.cache_dir.name}.log"
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "headstart", "serve", "--port", "0"),
-                    *("--cache-dir", str(self.cache_dir), *self.flags),
-                ],
-                stdout=log,
-                stderr=log,
-                env=self.env,
-            )
+        arguments = ["serve", "--port", "0", "--cache-dir", str(self.cache_dir), *self.flags]
+        with self.log.open("wb") as log:
+            self.process = started(arguments, log, log, self.env)
         try:
             self.url = self._wait_for_url()
         except BaseException:

@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from itertools import islice
 from pathlib import Path
 
 from blake3 import blake3
@@ -28,7 +29,9 @@ from headstart.messages import SaveTo
 from ledger import NAMES, Ledger
 
 SHELF = "toy"
-LONGEST_SECONDS = 0.06
+# A kill comes after so many reports at most, and so long after the last of them.
+MOST_REPORTS = 24
+LONGEST_SECONDS = 0.004
 
 
 def _content(name: str, version: int) -> tuple[Entry, list[int], bytes]:
@@ -96,12 +99,14 @@ def _killed_child(directory: Path, ledger: Ledger, version: int, seed: int) -> N
         asyncio.run(_work(directory, there, version, tell, seed))
         os._exit(1)
     os.close(tell)
-    time.sleep(random.Random(seed).uniform(0, LONGEST_SECONDS))
-    os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status), "the child ended by itself"
+    rng = random.Random(seed)
     with os.fdopen(hear) as reports:
-        for report in map(json.loads, reports):
+        heard = list(islice(reports, rng.randrange(MOST_REPORTS)))
+        time.sleep(rng.uniform(0, LONGEST_SECONDS))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        assert os.WIFSIGNALED(status), "the child ended by itself"
+        for report in map(json.loads, [*heard, *reports]):
             if report:
                 ledger.begin(*report)
             else:

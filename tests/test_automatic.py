@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from conftest import StartServer
+from forkserver import headstart
 from headstart.service import seen
 from headstart.service.seen import Seen
 from servers import Json, RunningServer, eventually, said
@@ -242,8 +241,7 @@ def test_a_default_system_message_is_kept_from_the_first_request_on(
 def test_an_empty_default_system_message_is_refused_at_the_start(tmp_path: Path) -> None:
     config = tmp_path / "headstart.toml"
     config.write_text('default_system = ""\n')
-    command = [sys.executable, "-m", "headstart", "serve", "--config", str(config)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = headstart("serve", "--config", str(config))
     assert done.returncode == 1
     assert "default_system" in done.stderr
 

@@ -660,7 +660,7 @@ def test_a_client_that_leaves_during_a_create_leaves_nothing_behind(
     body = {**streamed_creation("abandoned"), "stream": stream}
     with closing(send_and_keep_open(single, CACHE, body)):
         eventually(lambda: has_scratch(single))
-        assert not is_served(single)
+        eventually(lambda: not is_served(single))
     eventually(lambda: not has_scratch(single))
     eventually(lambda: is_served(single))
     refused(single.http.get(f"{CACHE}/abandoned"), 404, "cache_not_found")

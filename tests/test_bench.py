@@ -190,6 +190,7 @@ def lab(directory: Path) -> Lab:
     return Lab(host, Writer(TOY), rounds=1, contenders=["headstart"])
 
 
+@pytest.mark.slow
 def test_headstart_is_measured_from_outside(tmp_path: Path) -> None:
     failures: dict[str, str] = {}
     with lab(tmp_path) as bench:
@@ -203,6 +204,7 @@ def test_headstart_is_measured_from_outside(tmp_path: Path) -> None:
     assert hit.values["prompt_n"] < 100
 
 
+@pytest.mark.slow
 def test_8_clients_are_measured_together(tmp_path: Path) -> None:
     failures: dict[str, str] = {}
     with lab(tmp_path) as bench:
@@ -213,6 +215,7 @@ def test_8_clients_are_measured_together(tmp_path: Path) -> None:
     assert crowd.values["hits"] == 1
 
 
+@pytest.mark.slow
 def test_a_hit_that_is_none_fails_its_arm_and_not_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -121,6 +121,7 @@ def test_a_create_during_a_repair_of_the_same_waits_and_computes_nothing(start_s
     assert _computed(server) == 0
 
 
+@pytest.mark.slow
 def test_clients_see_one_version_or_none_while_a_cache_is_replaced_deleted_and_made_again(
     start_server: StartServer, report: Report
 ) -> None:
@@ -138,18 +139,23 @@ def test_clients_see_one_version_or_none_while_a_cache_is_replaced_deleted_and_m
         "messages": [{"role": "user", "content": "Who?"}],
     }
 
-    def ask(_: int) -> list[httpx.Response]:
-        answers = []
+    answers: list[httpx.Response] = []
+
+    def ask(_: int) -> None:
         with httpx.Client(base_url=server.url, timeout=60) as http:
             while not done.is_set():
                 answers.append(http.post("/v1/chat/completions", json=body))
-        return answers
 
     changes: Counter[str] = Counter()
+
+    def is_enough() -> bool:
+        n_good = sum(answer.status_code == 200 for answer in answers)
+        return n_good > 200 and len(changes) == 3 and min(changes.values()) > 10
+
     with ThreadPoolExecutor(CLIENTS) as pool:
         clients = [pool.submit(ask, i) for i in range(CLIENTS)]
-        end = time.monotonic() + 8
-        while time.monotonic() < end:
+        end = time.monotonic() + 80
+        while not is_enough() and time.monotonic() < end:
             number = sum(changes.values())
             created = _create(server, prompts[number % 3])
             assert created.status_code == 200, created.text
@@ -159,7 +165,8 @@ def test_clients_see_one_version_or_none_while_a_cache_is_replaced_deleted_and_m
                 assert deleted.status_code == 200, deleted.text
                 changes["deleted"] += 1
         done.set()
-        answers = [answer for client in clients for answer in client.result()]
+        for client in clients:
+            client.result()
     statuses = Counter(answer.status_code for answer in answers)
     report(f"{CLIENTS} clients, {dict(changes)}: answers by status {dict(statuses)}")
     assert statuses.keys() <= {200, 404}

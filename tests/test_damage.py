@@ -37,6 +37,7 @@ def _check(server: RunningServer, expected: str, counts: Counter[str]) -> None:
     assert second["timings"]["cache_source"] == "file"
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_at_any_place_never_changes_an_answer(
     start_server: StartServer, report: Report
 ) -> None:
@@ -52,6 +53,7 @@ def test_a_flipped_bit_at_any_place_never_changes_an_answer(
     assert counts["corrupt"] == FLIPS
 
 
+@pytest.mark.slow
 def test_a_file_cut_at_any_place_never_changes_an_answer(start_server: StartServer, report: Report) -> None:
     server, path, expected = _keeper(start_server)
     rng = random.Random(4)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -15,6 +13,7 @@ import httpx
 import pytest
 
 from conftest import StartServer
+from forkserver import headstart
 from servers import Json, RunningServer, eventually, said
 
 KEEPER = "You keep the lighthouse. " * 20
@@ -45,16 +44,7 @@ def settled(server: RunningServer) -> Json:
 
 def refused(config: Path, cache_dir: Path) -> str:
     """What a server that doesn't start says."""
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "headstart", "serve", "--port", "0"),
-            *("--cache-dir", str(cache_dir), "--config", str(config)),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = headstart("serve", "--port", "0", "--cache-dir", str(cache_dir), "--config", str(config))
     assert done.returncode == 1
     return done.stderr
 

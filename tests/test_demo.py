@@ -50,6 +50,7 @@ def check_story(output: str) -> None:
     assert max(map(len, output.splitlines())) <= 80
 
 
+@pytest.mark.slow
 def test_the_demo_uses_a_running_server_and_leaves_it_as_it_was(start_server: StartServer) -> None:
     server = start_server("--model", "toy=toy:ctx=8192", "--alias", "other=toy")
     server.create("coding_assistant", "The user's own cache of this name.")
@@ -63,6 +64,7 @@ def test_the_demo_uses_a_running_server_and_leaves_it_as_it_was(start_server: St
     assert psutil.Process().children(recursive=True) == processes
 
 
+@pytest.mark.slow
 def test_the_demo_starts_a_server_when_none_runs_and_stops_it(monkeypatch: pytest.MonkeyPatch) -> None:
     known = psutil.Process().children(recursive=True)
     monkeypatch.setenv("HEADSTART_URL", NOBODY)
@@ -80,6 +82,7 @@ def test_a_model_that_the_server_does_not_have_is_an_error(start_server: StartSe
     assert "nosuch" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_server_that_can_not_start_says_why() -> None:
     with pytest.raises(RequestFailed, match=r"/nowhere\.gguf"), own_server("--model", "x=/nowhere.gguf"):
         pass
@@ -95,6 +98,7 @@ def interruptible() -> Iterator[None]:
 
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.slow
 def test_an_interrupted_demo_leaves_nothing_behind(number: signal.Signals, tmp_path: Path) -> None:
     environment = {**os.environ, "HEADSTART_MODELS": '{"toy": "toy:ctx=8192,ms_per_token=2"}'}
     process = subprocess.Popen(

@@ -8,7 +8,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -20,6 +19,7 @@ import pytest
 from msgspec.structs import replace
 
 from conftest import StartServer
+from forkserver import headstart
 from headstart.caches import file
 from headstart.caches.file import Part
 from headstart.caches.store import Store
@@ -171,9 +171,7 @@ def test_a_server_on_a_read_only_disk_serves_what_is_there(start_server: StartSe
 
 
 def _started(directory: Path) -> subprocess.CompletedProcess[str]:
-    flags = ["--port", "0", "--cache-dir", str(directory), "--model", "toy=toy:"]
-    command = [sys.executable, "-m", "headstart", "serve", *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return headstart("serve", "--port", "0", "--cache-dir", str(directory), "--model", "toy=toy:")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write whatever modes say")
@@ -214,12 +212,7 @@ def test_clocks_that_were_wrong_do_no_harm(start_server: StartServer, seconds: f
         assert said(answer) == expected
     shown = server.http.get("/v1/cache/toy/keeper").json()
     assert abs(_seconds(shown["updated"]) - then) < 1
-    listed = subprocess.run(
-        [sys.executable, "-m", "headstart", "cache", "list", "--url", server.url],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    listed = headstart("cache", "list", "--url", server.url)
     assert listed.returncode == 0, listed.stderr
     assert server.create("keeper", LARGE)["version"] == 2
     assert abs(_seconds(server.http.get("/v1/cache/toy/keeper").json()["updated"]) - time.time()) < 60

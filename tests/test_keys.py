@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ from openai import AuthenticationError, OpenAI
 
 from conftest import StartServer
 from driver import Driver
+from forkserver import headstart
 from headstart.config import load_settings
 from headstart.engine.toy import ToyModel
 from headstart.messages import EngineSettings
@@ -313,15 +311,9 @@ def test_what_was_made_without_keys_is_everyones_and_what_was_made_with_one_is_h
 
 
 def test_the_command_line_takes_its_key_from_the_environment(server: RunningServer) -> None:
-    command = [sys.executable, "-m", "headstart", "cache", "list", "--url", server.url]
-
-    def run(**env: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=60, env={**os.environ, **env}, check=False
-        )
-
-    assert "shared" in run(HEADSTART_API_KEY="ann-secret").stdout
-    refused = run()
+    command = ("cache", "list", "--url", server.url)
+    assert "shared" in headstart(*command, HEADSTART_API_KEY="ann-secret").stdout
+    refused = headstart(*command)
     assert refused.returncode == 1
     assert "API key" in refused.stderr
 
@@ -330,22 +322,8 @@ def test_the_command_line_takes_its_key_from_the_environment(server: RunningServ
 def refusal(tmp_path: Path) -> Callable[..., str]:
     def refuse(text: str, *flags: str) -> str:
         (tmp_path / "headstart.toml").write_text('models = {toy = "toy:"}\n' + text)
-        done = subprocess.run(
-            [
-                *(sys.executable, "-m", "headstart", "serve", "--port", "0"),
-                *(
-                    "--config",
-                    str(tmp_path / "headstart.toml"),
-                    "--cache-dir",
-                    str(tmp_path / "cache"),
-                    *flags,
-                ),
-            ],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        files = ("--config", str(tmp_path / "headstart.toml"), "--cache-dir", str(tmp_path / "cache"))
+        done = headstart("serve", "--port", "0", *files, *flags)
         assert done.returncode == 1
         assert "Traceback" not in done.stderr
         return done.stderr

@@ -29,6 +29,7 @@ WORKER_ROUNDS = 26
 FILLER = " You answer in one sentence, and you never guess." * 4
 
 
+@pytest.mark.slow
 def test_a_store_killed_at_any_moment_has_every_cache_whole_or_not_at_all(
     tmp_path: Path, report: Report
 ) -> None:
@@ -165,6 +166,7 @@ def _killed(counts: Counter[str]) -> int:
     return sum(n for what, n in counts.items() if what.startswith("killed"))
 
 
+@pytest.mark.slow
 def test_a_server_killed_at_any_moment_has_every_cache_whole_or_not_at_all(
     tmp_path: Path, report: Report
 ) -> None:
@@ -178,6 +180,7 @@ def test_a_server_killed_at_any_moment_has_every_cache_whole_or_not_at_all(
     assert _killed(counts) == SERVER_ROUNDS
 
 
+@pytest.mark.slow
 def test_a_worker_killed_at_any_moment_leaves_every_cache_as_it_was_acknowledged(
     tmp_path: Path, report: Report
 ) -> None:

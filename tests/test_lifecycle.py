@@ -18,20 +18,10 @@ import psutil
 import pytest
 
 from conftest import StartServer
+from forkserver import headstart
 from servers import RunningServer, eventually, said
 
 PROMPT = "You keep the lighthouse. " * 20
-
-
-def _headstart(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "headstart", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**os.environ, **env},
-        check=False,
-    )
 
 
 def _is_healthy(server: RunningServer) -> bool:
@@ -39,7 +29,7 @@ def _is_healthy(server: RunningServer) -> bool:
 
 
 def test_a_build_that_crashes_at_its_first_decode_is_reported_with_the_cure(tmp_path: Path) -> None:
-    done = _headstart("serve", "--port", "0", "--cache-dir", str(tmp_path), "--model", "toy=toy:crash=decode")
+    done = headstart("serve", "--port", "0", "--cache-dir", str(tmp_path), "--model", "toy=toy:crash=decode")
     assert done.returncode == 1
     assert "SIGILL" in done.stderr
     assert "make rebuild" in done.stderr
@@ -67,7 +57,7 @@ def test_a_server_that_can_not_start_says_why(tmp_path: Path, flags: list[str], 
     (tmp_path / "BROKEN").write_text("port = = 1")
     (tmp_path / "TEMPLATE").write_text('templates = {m = "/absent.jinja"}\nmodels = {m = "toy:"}\n')
     flags = [str(tmp_path / flag) if flag.isupper() else flag for flag in flags]
-    done = _headstart("serve", "--port", "0", "--cache-dir", str(tmp_path / "cache"), *flags)
+    done = headstart("serve", "--port", "0", "--cache-dir", str(tmp_path / "cache"), *flags)
     assert done.returncode != 0
     assert told in done.stderr
     assert "Traceback" not in done.stderr
@@ -76,14 +66,14 @@ def test_a_server_that_can_not_start_says_why(tmp_path: Path, flags: list[str], 
 def test_a_file_that_is_not_a_model_is_refused_at_start(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"GGUF" + b"rubbish" * 100)
     model = f"m={tmp_path / 'm.gguf'}"
-    done = _headstart("serve", "--port", "0", "--cache-dir", str(tmp_path / "cache"), "--model", model)
+    done = headstart("serve", "--port", "0", "--cache-dir", str(tmp_path / "cache"), "--model", model)
     assert done.returncode == 1
     assert "m.gguf" in done.stderr
 
 
 def test_a_second_server_on_the_same_directory_is_refused(start_server: StartServer) -> None:
     server = start_server("--model", "toy=toy:")
-    second = _headstart("serve", "--port", "0", "--cache-dir", str(server.cache_dir), "--model", "toy=toy:")
+    second = headstart("serve", "--port", "0", "--cache-dir", str(server.cache_dir), "--model", "toy=toy:")
     assert second.returncode == 1
     assert "Another Headstart server" in second.stderr
     assert _is_healthy(server)
@@ -110,7 +100,7 @@ def test_health_is_503_while_the_model_loads_and_requests_are_told_to_come_back(
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "headstart", "serve", "--port", str(port)),
-            *("--cache-dir", str(tmp_path / "cache"), "--model", "toy=toy:load_ms=3000"),
+            *("--cache-dir", str(tmp_path / "cache"), "--model", "toy=toy:load_ms=1500"),
         ],
         stdout=subprocess.DEVNULL,
     )
@@ -217,6 +207,7 @@ def test_a_killed_worker_fails_waiting_and_building_requests_with_503(start_serv
     server.create("keeper", PROMPT)
 
 
+@pytest.mark.slow
 def test_a_server_killed_at_any_moment_leaves_each_cache_whole_or_absent(start_server: StartServer) -> None:
     server = start_server("--model", "toy=toy:ms_per_token=0.2")
     server.create("kept", PROMPT)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -12,9 +11,10 @@ from typing import Any
 import pytest
 
 from conftest import StartServer
+from forkserver import headstart
 from headstart.config import embedded_model
 from headstart.folder import models_in
-from servers import RunningServer, eventually, said
+from servers import RunningServer, events, eventually, said
 
 PROMPT = "You keep the lighthouse and " + " and ".join(f"watch ship number {i}" for i in range(40))
 TWO = ("--model", "one=toy:", "--model", "two=toy:weights=other")
@@ -30,8 +30,7 @@ def _loaded(server: RunningServer) -> list[str]:
 
 
 def _command(server: RunningServer, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "headstart", *arguments, "--url", server.url]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return headstart(*arguments, "--url", server.url)
 
 
 def test_a_model_is_loaded_when_it_is_first_used(start_server: StartServer) -> None:
@@ -134,14 +133,14 @@ def test_idle_models_are_unloaded_where_memory_does_not_hold_one_more(start_serv
 
 def test_a_model_that_memory_does_not_hold_beside_one_in_use_is_refused(start_server: StartServer) -> None:
     server = start_server(*VAST)
-    body = {"model": "one", "prompt": "Go on", "max_tokens": 60}
-    running = threading.Thread(target=lambda: server.post("/v1/completions", **body))
-    running.start()
-    eventually(lambda: _busy(server))
-    refused = server.post("/v1/completions", model="vast", prompt="Hello")
+    body = {"model": "one", "prompt": "Go on", "max_tokens": 1000, "stream": True}
+    with server.http.stream("POST", "/v1/completions", json=body) as running:
+        chunks = events(running)
+        next(chunks)
+        refused = server.post("/v1/completions", model="vast", prompt="Hello")
+        next(chunks)
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "out_of_memory")
     assert "1000000000 MB" in refused.json()["error"]["message"]
-    running.join()
     assert said(server.chat("Hello?", model="vast"))
 
 
@@ -252,14 +251,8 @@ def test_a_folder_of_models_has_those_of_its_files(tmp_path: Path) -> None:
 def test_a_server_without_any_model_says_so(tmp_path: Path) -> None:
     folder = tmp_path / "models"
     folder.mkdir()
-    command = [sys.executable, "-m", "headstart", "serve", "--port", "0", "--models-dir", str(folder)]
-    ended = subprocess.run(
-        [*command, "--cache-dir", str(tmp_path / "cache")],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    folders = ("--models-dir", str(folder), "--cache-dir", str(tmp_path / "cache"))
+    ended = headstart("serve", "--port", "0", *folders)
     assert ended.returncode == 1
     assert "no file named *.gguf" in ended.stderr
 

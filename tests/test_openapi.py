@@ -114,6 +114,8 @@ def test_answers_have_no_field_that_is_not_described(toy: RunningServer, documen
     _check(document, "ErrorReply", refused.json())
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_generated_requests_get_described_answers(toy: RunningServer, known: str, tmp_path: Path) -> None:
     """Schemathesis: no 5xx, no status, content type or body that the document does not allow."""
     config = tmp_path / "schemathesis.toml"
@@ -130,7 +132,7 @@ def test_generated_requests_get_described_answers(toy: RunningServer, known: str
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        timeout=110,
+        timeout=380,
         env=os.environ | {"COLUMNS": "200"},
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

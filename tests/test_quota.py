@@ -53,6 +53,7 @@ def test_without_a_quota_only_what_is_used_is_told(toy: RunningServer) -> None:
     assert totals(toy) == {"used_bytes": on_disk(toy), "quota_bytes": None, "evictions": 0}
 
 
+@pytest.mark.slow
 def test_the_files_of_all_caches_stay_within_the_quota(start_server: StartServer) -> None:
     server = limited(start_server, 0.15)
     for i in range(6):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import httpx
 import pytest
 from openai import OpenAI
 
+from forkserver import headstart
 from servers import RunningServer, running_server, said
 
 KEEPER = "You keep the lighthouse. " * 20
@@ -175,7 +174,6 @@ def test_the_caches_of_a_model_are_under_its_name_alone(server: RunningServer) -
 )
 def test_a_wrong_route_or_alias_is_refused_at_the_start(tmp_path: Path, text: str, told: str) -> None:
     (tmp_path / "headstart.toml").write_text(text)
-    command = [sys.executable, "-m", "headstart", "serve", "--config", str(tmp_path / "headstart.toml")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = headstart("serve", "--config", str(tmp_path / "headstart.toml"))
     assert done.returncode == 1
     assert told in done.stderr
