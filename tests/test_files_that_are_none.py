@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from conftest import StartServer
+from forkserver import headstart
 from headers import changed, header_of, with_entry
 from headstart.regular import NotAFile, opened
 from servers import Json, RunningServer, said
@@ -220,10 +221,9 @@ def test_a_start_with_something_else_than_a_file_says_so_and_ends(
             arguments = ["--models-dir", str(tmp_path), "--config", str(config)]
         case "lock":
             strange.rename(cache / ".lock")
-    command = [sys.executable, "-m", "headstart", "serve", "--port", "0", "--cache-dir", str(cache)]
     if place == "lock" and kind in ("pipe", "device"):
         pytest.skip("a lock is a lock whatever it is taken on")
-    ended = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120, check=False)
+    ended = headstart("serve", "--port", "0", "--cache-dir", str(cache), *arguments)
     assert ended.returncode == 1, ended.stderr
     assert "Traceback" not in ended.stderr
     assert ended.stderr.splitlines()[-1].startswith("headstart: ")
@@ -232,10 +232,7 @@ def test_a_start_with_something_else_than_a_file_says_so_and_ends(
 def test_weights_that_were_never_written_are_not_hashed(tmp_path: Path) -> None:
     weights = tmp_path / "huge.gguf"
     _sparse(weights)
-    command = [sys.executable, "-m", "headstart", "serve", "--port", "0", "--cache-dir", str(tmp_path / "c")]
-    ended = subprocess.run(
-        [*command, "--model", f"m={weights}"], capture_output=True, text=True, timeout=120, check=False
-    )
+    ended = headstart("serve", "--port", "0", "--cache-dir", str(tmp_path / "c"), "--model", f"m={weights}")
     assert ended.returncode == 1
     assert "Traceback" not in ended.stderr
 

@@ -264,6 +264,7 @@ def _careless(
 
 
 @pytest.mark.parametrize("version", RELEASES)
+@pytest.mark.slow
 def test_a_backend_with_two_fields_exchanged_fails(tmp_path: Path, version: str) -> None:
     """Loudly, as the stand-in is strict: it dies or is refused. Only one sampling parameter instead of
     another changes no more than the text."""

@@ -166,6 +166,7 @@ def checks(model: str, tmp_path: Path, release: str, switches: str = "") -> tupl
 
 
 @pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.slow
 def test_the_first_checks_report_what_the_runtime_does(model: str, tmp_path: Path, release: str) -> None:
     status, report = checks(model, tmp_path, release, "decode_ms=20")
     assert status == 0
@@ -187,6 +188,7 @@ def test_the_first_checks_report_what_the_runtime_does(model: str, tmp_path: Pat
     assert steps["loaded_after_abort"]["signal"] == "SIGSEGV"
 
 
+@pytest.mark.slow
 def test_the_first_checks_find_what_is_wrong_and_go_on(model: str, tmp_path: Path) -> None:
     _, report = checks(model, tmp_path, "1.3.0", "reuse=none")
     assert report["steps"]["saved_and_restored"]["found"]["state_is_used"] is False
