@@ -307,18 +307,21 @@ async def test_a_file_is_not_taken_away_from_a_build_that_reads_it(tmp_path: Pat
     assert store.path("toy", "one").exists()
 
 
-@pytest.mark.parametrize("description", ["short", "long " * 2000])
-async def test_whoever_reads_the_old_file_goes_on(tmp_path: Path, description: str) -> None:
+LONG = {f"key-{i}": "long " * 200 for i in range(10)}
+
+
+@pytest.mark.parametrize("terms", [Terms(description="short"), Terms(metadata=LONG)])
+async def test_whoever_reads_the_old_file_goes_on(tmp_path: Path, terms: Terms) -> None:
     store = Store(tmp_path / "cache")
     state = bytes(range(256)) * 50_000
     entry = await _stored(store, ENTRY, state)
     path = store.path("toy", "one")
     with path.open("rb") as reader:
         before = path.read_bytes()
-        changed = await store.amend(entry, replace(entry, terms=Terms(description=description)))
+        changed = await store.amend(entry, replace(entry, terms=terms))
         assert reader.read() == before
     assert changed
-    assert changed.terms.description == description
+    assert changed.terms == terms
     assert file.read(path) == changed
     assert file.verify(path, changed.identity) == {"chat": [1, 2]}
     form = changed.forms["chat"]

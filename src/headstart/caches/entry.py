@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct
 from msgspec.structs import replace
 
+from headstart.caches.usage import Time
 from headstart.names import NAME, shelf_name
 
 Form = Literal["chat", "completion"]
@@ -16,8 +17,6 @@ MAX_PARTS = 8
 Identity = tuple[int, int, int, int]
 # What fields may be where an entry is read from a file or anything else (`entered.py`).
 CacheName = Annotated[str, Meta(pattern=rf"^{NAME.pattern}\Z")]
-# Till the end of the year 9999, the last that calendars here have.
-Seconds = Annotated[float, Meta(ge=0, lt=253402300800)]
 Milliseconds = Annotated[float, Meta(ge=0, le=1e15)]
 Count = Annotated[int, Meta(ge=0, le=1 << 60)]
 Word = Annotated[str, Meta(max_length=1000)]
@@ -139,8 +138,8 @@ class Entry(Struct, frozen=True):
     name: Word
     prompt: str
     version: Annotated[int, Meta(ge=0, lt=1 << 53)]
-    created: Seconds
-    updated: Seconds
+    created: Time
+    updated: Time
     fingerprint: Fingerprint
     forms: dict[Form, StoredForm]
     build_ms: Milliseconds
