@@ -128,7 +128,7 @@ def test_a_file_cut_off_anywhere_fails_alone(start_server: StartServer, tmp_path
 
 
 @pytest.mark.slow
-def test_requests_outlive_their_prompt_process_or_are_told(start_server: StartServer) -> None:
+def test_requests_outlive_their_prompt_process(start_server: StartServer) -> None:
     server = start_server("--model", "toy=toy:")
     statuses: list[int] = []
     ends = threading.Event()
@@ -159,18 +159,16 @@ def _has_answered(statuses: list[int], since: int) -> bool:
     return 200 in statuses[since:]
 
 
-def test_a_prompt_process_killed_between_requests_is_noticed_by_none(start_server: StartServer) -> None:
+def test_a_prompt_process_that_was_killed_is_noticed_by_none(start_server: StartServer) -> None:
     server = start_server("--model", "toy=toy:")
     first = server.chat("Hello?")
     (process,) = server.processes(PROMPTS)
     process.kill()
-    eventually(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE)
-    time.sleep(0.2)
     assert said(server.chat("Hello?")) == said(first)
 
 
 def test_a_prompt_process_that_hangs_is_ended_and_started_again(start_server: StartServer) -> None:
-    env = {"HEADSTART_PROMPT_TIMEOUT": "1", "HEADSTART_PRELOAD": "all"}
+    env = {"HEADSTART_PROMPT_TIMEOUT": "3", "HEADSTART_PRELOAD": "all"}
     server = start_server("--model", "one=toy:", "--model", "two=toy:", env=env)
     before = server.processes(PROMPTS)
     # Which is whose can't be seen from outside.
@@ -180,7 +178,7 @@ def test_a_prompt_process_that_hangs_is_ended_and_started_again(start_server: St
         assert sorted(answer.status_code for answer in answers) == [200, 503]
         (refused,) = [answer for answer in answers if answer.status_code == 503]
         assert refused.json()["error"]["code"] == "prompts_died"
-        assert "1 seconds" in refused.json()["error"]["message"]
+        assert "3 seconds" in refused.json()["error"]["message"]
         for name in ("one", "two"):
             assert server.post("/v1/completions", model=name, prompt="Hello").status_code == 200
     assert not {process.pid for process in before} & {process.pid for process in server.processes(PROMPTS)}

@@ -133,6 +133,8 @@ class PromptClient:
         self._turns: Turns[Job] = Turns()
         self._asking: Job | None = None
         self._task: asyncio.Task[None] | None = None
+        self._link: Link
+        self._failures = 0
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -197,7 +199,7 @@ class PromptClient:
         raise StartupError(reply.message if isinstance(reply, Refused) else "it was told nonsense")
 
     async def _work(self, link: Link) -> None:
-        failures = 0
+        self._link, self._failures = link, 0
         try:
             while True:
                 job = self._asking = await self._turns.next()
@@ -205,22 +207,40 @@ class PromptClient:
                     # Who asked has gone.
                     continue
                 try:
-                    if link.has_ended:
-                        link = await self._again()
-                    reply = await link.asked(job.data, self.seconds)
-                    failures = 0
+                    reply = await self._reply(job)
                     if not job.reply.done():
                         job.reply.set_result(reply)
                 except (Ended, StartupError) as error:
                     log.error("prompt process of %s: %s", self.name, error)
                     job.fail(self._told(error))
-                    await asyncio.sleep(RESTART_SECONDS[min(failures, len(RESTART_SECONDS) - 1)])
-                    failures += 1
                     with suppress(Ended, StartupError):
-                        link = await self._again()
+                        await self._restart()
         finally:
             self._fail_all()
-            await link.close()
+            await self._link.close()
+
+    async def _reply(self, job: Job) -> Reply:
+        """A process that was ended from outside is asked a second time. Raises Ended or StartupError."""
+        try:
+            return await self._asked(job)
+        except Ended as error:
+            if error.at_fault:
+                raise
+            log.warning("prompt process of %s: %s", self.name, error)
+            return await self._asked(job)
+
+    async def _asked(self, job: Job) -> Reply:
+        if self._link.has_ended:
+            await self._restart()
+        reply = await self._link.asked(job.data, self.seconds)
+        self._failures = 0
+        return reply
+
+    async def _restart(self) -> None:
+        """The longer after, the more often it has ended at once. Raises Ended or StartupError."""
+        await asyncio.sleep(RESTART_SECONDS[min(self._failures, len(RESTART_SECONDS) - 1)])
+        self._failures += 1
+        self._link = await self._again()
 
     async def _again(self) -> Link:
         """Raises Ended or StartupError."""
