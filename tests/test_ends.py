@@ -54,7 +54,7 @@ def test_a_request_that_outlasts_the_drain_is_told_so_in_its_own_form(
     if stream:
         assert data.startswith(b"HTTP/1.1 200")
         assert data.endswith(b"0\r\n\r\n")
-        assert b"being stopped" in data[-700:]
+        assert b"being stopped" in data
         if path == "/v1/messages":
             assert b"event: error\n" in data[-700:]
         elif path == "/v1/responses":
@@ -76,7 +76,9 @@ def test_half_sent_requests_and_idle_connections_do_not_delay_a_stop(start_serve
     server = start_server("--model", "toy=toy:", env={"HEADSTART_DRAIN_SECONDS": "600"})
     idle, silent, half_head, half_body, half_file = (connect(server) for _ in range(5))
     idle.sendall(head("GET", "/health"))
-    assert idle.recv(1 << 16)
+    answered = b""
+    while not answered.endswith(b"}"):
+        answered += idle.recv(1 << 16)
     half_head.sendall(b"GET /health HTTP/1.1\r\nx-a: ")
     half_body.sendall(head("POST", "/v1/chat/completions", "content-length: 1000") + b'{"a": 1')
     half_file.sendall(head("PUT", "/v1/cache/toy/a/file", "content-length: 1000") + b"x")
@@ -86,6 +88,8 @@ def test_half_sent_requests_and_idle_connections_do_not_delay_a_stop(start_serve
         assert answer(received(connection)).error()["code"] == "shutting_down"
     for connection in (idle, silent, half_head):
         assert received(connection) == b""
+    for connection in (idle, silent, half_head, half_body, half_file):
+        connection.close()
     # Far less than the drain.
     assert server.process.wait(60) == 0
     assert "Traceback" not in server.log.read_text()
