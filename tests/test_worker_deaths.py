@@ -340,8 +340,9 @@ async def test_requests_of_a_worker_that_is_closed_while_it_ends_are_told(
     never = asyncio.Event()
 
     async def ended(process: asyncio.subprocess.Process) -> int:
+        code = await process.wait()
         await never.wait()
-        return await process.wait()
+        return code
 
     monkeypatch.setattr(module, "ended", ended)
     client = EngineClient("toy", EngineSettings("toy:ms_per_token=50", 4, 0), 64)
@@ -460,7 +461,7 @@ async def test_whoever_waits_for_a_declared_cache_is_told_when_its_declaration_f
     await service.load()
     with pytest.raises(Exception, match="Something went wrong"):
         await asyncio.wait_for(service.caching.find(service.model("one"), "keeper"), 20)
-    assert service.caching.n_building == 0
+    assert service.caching.building("") == []
     await service.close()
 
 
