@@ -94,7 +94,7 @@ def path(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def test_tokens_become_the_text_that_they_were_made_from(path: str) -> None:
-    tokenizer = load_tokenizer(path)
+    tokenizer = HfTokenizer(path)
     for text in TEXTS:
         tokens = tokenizer.encode(text)
         # Whether a text begins with a space is nothing that Metaspace's tokens tell.
@@ -103,14 +103,14 @@ def test_tokens_become_the_text_that_they_were_made_from(path: str) -> None:
 
 
 def test_prompts_cut_at_special_tokens_have_the_same_tokens_as_whole_ones(path: str) -> None:
-    tokenizer = load_tokenizer(path)
+    tokenizer = HfTokenizer(path)
     prompts = Prompts(tokenizer, ChatTemplate(None, "", ""))
     for text in TEXTS:
         assert prompts.text(text) == tokenizer.encode(text)
 
 
 def test_a_cached_opening_ends_with_a_special_token(path: str) -> None:
-    tokenizer = load_tokenizer(path)
+    tokenizer = HfTokenizer(path)
     prompts = Prompts(tokenizer, ChatTemplate(None, "", ""))
     opening = prompts.chat_opening([{"role": "system", "content": "You are the one."}])
     assert tokenizer.text(opening) == "<|im_start|>system\nYou are the one.<|im_end|>\n<|im_start|>"
@@ -121,7 +121,7 @@ def test_a_cached_opening_ends_with_a_special_token(path: str) -> None:
 
 
 def test_pieces_of_an_answer_are_bytes_and_special_tokens_are_none(path: str) -> None:
-    tokenizer = load_tokenizer(path)
+    tokenizer = HfTokenizer(path)
     for text in ("naïve 👩🏽‍💻 the", "the end"):
         written = b"".join(map(tokenizer.piece, tokenizer.encode(text)))
         assert written.decode().removeprefix(" ") == text
@@ -134,7 +134,7 @@ def test_added_tokens_that_are_not_special_belong_to_the_answer(tmp_path: Path) 
 
 
 def test_an_id_that_the_vocabulary_does_not_have_stands_for_nothing(path: str) -> None:
-    assert load_tokenizer(path).piece(1 << 30) == b""
+    assert HfTokenizer(path).piece(1 << 30) == b""
 
 
 def test_the_toy_tokenizer_of_the_tests_is_the_toy_models(tmp_path: Path) -> None:
@@ -147,12 +147,12 @@ def test_the_toy_tokenizer_of_the_tests_is_the_toy_models(tmp_path: Path) -> Non
 
 def test_the_template_comes_from_the_configuration_or_from_its_own_file(tmp_path: Path) -> None:
     path = folder_of(toy_tokenizer(), tmp_path, chat_template="one", eos_token={"content": "</s>"})
-    assert (load_tokenizer(path).template, load_tokenizer(path).eos_text) == ("one", "</s>")
+    assert (HfTokenizer(path).template, HfTokenizer(path).eos_text) == ("one", "</s>")
     several = [{"name": "tool_use", "template": "two"}, {"name": "default", "template": "three"}]
     path = folder_of(toy_tokenizer(), tmp_path, chat_template=several, bos_token="<s>")
-    assert (load_tokenizer(path).template, load_tokenizer(path).bos_text) == ("three", "<s>")
+    assert (HfTokenizer(path).template, HfTokenizer(path).bos_text) == ("three", "<s>")
     (tmp_path / "chat_template.jinja").write_text("four")
-    assert load_tokenizer(path).template == "four"
+    assert HfTokenizer(path).template == "four"
 
 
 def test_without_a_configuration_there_is_no_template(tmp_path: Path) -> None:

@@ -16,8 +16,10 @@ from headstart.errors import BadRequest
 from headstart.messages import Token
 from headstart.prompt.answer import AnswerText
 from headstart.prompt.parts import PlainText
+from headstart.prompt.prompts import Prompts
 from headstart.prompt.template import CHATML, FOLD, ChatTemplate
 from headstart.prompt.tokenizer import ToyTokenizer
+from headstart.prompt.vocabulary import Vocabulary
 from headstart.service.answering import Answering
 from headstart.service.choices import Choice
 from headstart.toyspec import BOS, END, EOS
@@ -295,7 +297,8 @@ def _answered(pieces: list[bytes], stop: list[str]) -> Choice:
     """The answer whose tokens are these bytes."""
     tokenizer = ToyTokenizer("toy:")
     tokenizer.pieces |= {1000 + i: piece for i, piece in enumerate(pieces)}
-    answer = Answering(0, tokenizer, AnswerText(lambda token: tokenizer.pieces[token], stop), PlainText())
+    vocabulary = Vocabulary(Prompts(ToyTokenizer("toy:"), ChatTemplate(None, "", "")).facts())
+    answer = Answering(0, vocabulary, AnswerText(lambda token: tokenizer.pieces[token], stop), PlainText())
     choice = Choice(0)
     for i in range(len(pieces)):
         if not answer.stopped:
