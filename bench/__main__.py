@@ -19,8 +19,8 @@ from bench.lab import CONTENDERS, Lab
 from bench.machine import described
 from bench.servers import Headstart, Host
 from bench.texts import Writer
-from headstart.arithmetic import Weights
-from headstart.config import embedded_model
+from headstart.config.settings import embedded_model
+from headstart.numerics import Weights
 
 ROOT = Path(__file__).resolve().parent.parent
 PEER = ROOT / ".venv" / "peer" / "build" / "bin" / "llama-server"

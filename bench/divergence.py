@@ -16,16 +16,16 @@ from typing import Any
 import llama_cpp as lib
 import numpy as np
 
-from headstart.arithmetic import DEFAULT, Arithmetic
-from headstart.config import embedded_model
+from headstart.config.settings import embedded_model
 from headstart.engine.converted import conversions_of
 from headstart.engine.llama.context import LlamaContext, Shape
 from headstart.engine.llama.conversion import weights_path
 from headstart.engine.llama.gguf import open_model
 from headstart.engine.model import Piece
 from headstart.machine import available_cpus
-from headstart.messages import EngineSettings
+from headstart.numerics import DEFAULT, Arithmetic
 from headstart.prompt.tokenizer import load_tokenizer
+from headstart.protocol import EngineSettings
 
 N_TOKENS = 1024
 CHUNK = 64

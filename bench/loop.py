@@ -15,14 +15,14 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter
 
-from headstart.arithmetic import DEFAULT
-from headstart.caches.file import identity_of
-from headstart.config import embedded_model
+from headstart.caches.cache_file.format import identity_of
+from headstart.config.settings import embedded_model
 from headstart.engine.cuts import Cuts
 from headstart.engine.loading import load
 from headstart.engine.loop import Engine
 from headstart.engine.model import Piece
-from headstart.messages import EngineSettings, Finished, Sampling, SaveTo, StateRef, Submit
+from headstart.numerics import DEFAULT
+from headstart.protocol import EngineSettings, Finished, Sampling, SaveTo, StateRef, Submit
 
 SEQUENCES = 8
 PREFIX, SUFFIX, ANSWER = 1079, 22, 48

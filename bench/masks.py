@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from statistics import median
 from time import perf_counter
 
-from headstart.arithmetic import DEFAULT
-from headstart.config import embedded_model
+from headstart.config.settings import embedded_model
 from headstart.engine.cuts import Cuts
 from headstart.engine.loading import load
 from headstart.engine.loop import Engine
-from headstart.messages import EngineSettings, Finished, Sampling, Submit
+from headstart.numerics import DEFAULT
 from headstart.prompt.tokenizer import load_tokenizer
+from headstart.protocol import EngineSettings, Finished, Sampling, Submit
 from headstart.service.structure import OBJECT, json_grammar, regex_grammar
 
 ANSWER = 96

@@ -17,9 +17,9 @@ from typing import Protocol
 from bench.client import CHAT, BenchFailed, Connection, Json, Reply
 from bench.process import ServerProcess, free_port
 from bench.texts import Prompt, messages
-from headstart.arithmetic import DEFAULT
 from headstart.engine.converted import DIRECTORY
 from headstart.engine.settling import DEFAULT_CHUNK
+from headstart.numerics import DEFAULT
 from headstart.service.tunings import Tunings
 
 MODEL = "bench"

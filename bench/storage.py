@@ -10,7 +10,7 @@ from bench.client import CHAT, BenchFailed, Reply
 from bench.lab import QUESTION_TOKENS, Lab, connect
 from bench.servers import SINGLE, Headstart, Server, check_hit
 from bench.texts import Prompt
-from headstart.caches.file import read, verify
+from headstart.caches.cache_file.format import read, verify
 
 
 def speed(lab: Lab) -> None:

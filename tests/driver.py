@@ -6,13 +6,13 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from headstart.arithmetic import DEFAULT
-from headstart.caches.file import identity_of
+from headstart.caches.cache_file.format import identity_of
 from headstart.engine.cuts import Cuts
 from headstart.engine.loading import load
 from headstart.engine.loop import Engine
 from headstart.engine.model import Model
-from headstart.messages import (
+from headstart.numerics import DEFAULT
+from headstart.protocol import (
     EngineSettings,
     Failed,
     Finished,

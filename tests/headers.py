@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from headstart.caches.header import NO_HASH, hashed
+from headstart.caches.cache_file.header import NO_HASH, hashed
 from servers import Json
 
 Change = Callable[[Json], object]

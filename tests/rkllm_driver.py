@@ -9,10 +9,11 @@ from typing import Any
 from blake3 import blake3
 
 from driver import GREEDY
-from headstart.caches.file import identity_of
+from headstart.caches.cache_file.format import identity_of
 from headstart.engine.rkllm.engine import RkllmEngine
 from headstart.engine.rkllm.opening import opened
-from headstart.messages import (
+from headstart.prompt.hf_tokenizer import HfTokenizer
+from headstart.protocol import (
     EngineSettings,
     Failed,
     Finished,
@@ -23,7 +24,6 @@ from headstart.messages import (
     Submit,
     Token,
 )
-from headstart.prompt.hf_tokenizer import HfTokenizer
 from rkllm_models import tokenizer_files
 from rkllm_standin import standin, standin_model
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from blake3 import blake3
 
+from headstart.caches.cache_file.writer import Writer
 from headstart.caches.entry import Entry, Fingerprint
 from headstart.caches.store import Store
-from headstart.caches.writing import Writer
 
 
 async def put_small(store: Store, name: str, prompt: str, repaired: Entry | None = None) -> Entry:

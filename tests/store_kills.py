@@ -20,12 +20,12 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from headstart.caches import file
+from headstart.caches.cache_file import format
+from headstart.caches.cache_file.writer import Writer
 from headstart.caches.entry import Entry, Fingerprint
 from headstart.caches.store import Store
-from headstart.caches.writing import Writer
 from headstart.engine import state_file
-from headstart.messages import SaveTo
+from headstart.protocol import SaveTo
 from ledger import NAMES, Ledger
 
 SHELF = "toy"
@@ -123,9 +123,9 @@ def _check(directory: Path, ledger: Ledger) -> None:
         assert entry.prompt == wanted.prompt
         found[entry.name] = entry.version
         if entry.evicted:
-            assert (entry.forms, file.verify(path, entry.identity)) == ({}, {})
+            assert (entry.forms, format.verify(path, entry.identity)) == ({}, {})
             continue
-        assert file.verify(path, entry.identity) == {"chat": tokens}
+        assert format.verify(path, entry.identity) == {"chat": tokens}
         form = entry.forms["chat"]
         assert path.read_bytes()[form.state_offset :] == state
     store.close()

@@ -26,7 +26,7 @@ from headstart.api import (
     tokens,
     verify,
 )
-from headstart.config import Settings, load_settings
+from headstart.config.settings import Settings, load_settings
 from servers import Json, RunningServer, eventually, running_server
 
 COMMON = "You keep the lighthouse. " * 20

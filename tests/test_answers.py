@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from driver import GREEDY, OTHER, PROMPT, Driver, small_model
-from headstart.config import embedded_model
+from headstart.config.settings import embedded_model
 from headstart.engine.model import Model
-from headstart.messages import Cancel, Failed, Sampling, Token
+from headstart.protocol import Cancel, Failed, Sampling, Token
 from headstart.toyspec import EOS
 
 

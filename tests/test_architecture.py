@@ -21,7 +21,7 @@ from headstart.api import (
     tokens,
     verify,
 )
-from headstart.config import Settings
+from headstart.config.settings import Settings
 
 ROOT = Path(headstart.__file__).parent
 # What each part may import of the others; a part is a package or a module of the top level.

@@ -15,12 +15,12 @@ import pytest
 from msgspec.structs import replace
 from safetensors import safe_open
 
-from headstart.caches import file
-from headstart.caches.disk import storage_errors
+from headstart.caches.cache_file import format
+from headstart.caches.cache_file.format import Corrupt, Part
+from headstart.caches.cache_file.writer import Writer
 from headstart.caches.entry import Entry, Fingerprint, Form
-from headstart.caches.file import Corrupt, Part
+from headstart.caches.files import storage_errors
 from headstart.caches.store import Store
-from headstart.caches.writing import Writer
 from headstart.errors import CacheNotFound, StartupError, StorageError, StorageFull
 from headstart.service.model import ServedModel
 from headstart.service.shelves import Shelves
@@ -60,8 +60,8 @@ async def _stored(store: Store, tmp_path: Path, entry: Entry = ENTRY) -> Entry:
 async def test_a_cache_is_read_back_as_it_was_written(store: Store, tmp_path: Path) -> None:
     written = await _stored(store, tmp_path)
     path = store.path("toy", "one")
-    assert file.read(path) == written
-    assert file.verify(path, written.identity) == {"chat": TOKENS, "completion": TOKENS[:2]}
+    assert format.read(path) == written
+    assert format.verify(path, written.identity) == {"chat": TOKENS, "completion": TOKENS[:2]}
     chat = written.forms["chat"]
     assert path.read_bytes()[chat.state_offset :][: chat.state_bytes] == STATE
     assert written.size_bytes == path.stat().st_size
@@ -74,7 +74,7 @@ async def test_a_file_that_is_not_finished_is_none(store: Store, tmp_path: Path)
         for form, part in parts.items():
             writer.copy(form, part)
             with pytest.raises(Corrupt):
-                file.read(path)
+                format.read(path)
 
 
 async def test_the_header_has_room_for_times_that_are_known_last(store: Store, tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ async def test_the_header_has_room_for_times_that_are_known_last(store: Store, t
         long = replace(ENTRY, updated=1700000000.123456789, build_ms=12345.678901234567, ttft_ms=1.0 / 3)
         stored = await store.put(writer, long)
     assert (stored.updated, stored.build_ms, stored.ttft_ms) == (long.updated, long.build_ms, long.ttft_ms)
-    assert file.verify(store.path("toy", "one"), stored.identity)["chat"] == TOKENS
+    assert format.verify(store.path("toy", "one"), stored.identity)["chat"] == TOKENS
 
 
 async def test_standard_tools_can_open_a_cache(store: Store, tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ async def test_any_flipped_bit_is_noticed(store: Store, tmp_path: Path) -> None:
         damaged[offset] ^= 1 << rng.randrange(8)
         path.write_bytes(damaged)
         with pytest.raises(Corrupt):
-            file.verify(path, file.identity_of(path.stat()))
+            format.verify(path, format.identity_of(path.stat()))
     assert len(offsets) > 400
 
 
@@ -129,7 +129,7 @@ async def test_a_truncated_file_is_noticed_when_it_is_read(store: Store, tmp_pat
     for size in [0, 1, 7, 8, 9, 100, 1000, len(whole) - 1]:
         path.write_bytes(whole[:size])
         with pytest.raises(Corrupt):
-            file.read(path)
+            format.read(path)
 
 
 async def test_the_index_can_be_made_again_from_the_files(store: Store, tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ async def test_a_weights_file_is_hashed_again_only_when_it_has_changed(store: St
     first = await store.weights_hash(weights)
     weights.write_text("other")
     assert await store.weights_hash(weights) != first
-    store.index.put_weights_hash(str(weights), file.identity_of(weights.stat()), "0" * 64)
+    store.index.put_weights_hash(str(weights), format.identity_of(weights.stat()), "0" * 64)
     assert await store.weights_hash(weights) == "0" * 64
 
 

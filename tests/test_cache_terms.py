@@ -11,11 +11,11 @@ import pytest
 from msgspec.structs import replace
 
 from conftest import StartServer
-from headstart.caches import file
+from headstart.caches.cache_file import format
+from headstart.caches.cache_file.format import Part
+from headstart.caches.cache_file.writer import Writer
 from headstart.caches.entry import Entry, Fingerprint, Form, Terms
-from headstart.caches.file import Part
 from headstart.caches.store import Store
-from headstart.caches.writing import Writer
 from headstart.errors import CacheNotFound
 from servers import Json, RunningServer, eventually, said
 
@@ -322,8 +322,8 @@ async def test_whoever_reads_the_old_file_goes_on(tmp_path: Path, terms: Terms) 
         assert reader.read() == before
     assert changed
     assert changed.terms == terms
-    assert file.read(path) == changed
-    assert file.verify(path, changed.identity) == {"chat": [1, 2]}
+    assert format.read(path) == changed
+    assert format.verify(path, changed.identity) == {"chat": [1, 2]}
     form = changed.forms["chat"]
     assert path.read_bytes()[form.state_offset :][: form.state_bytes] == state
 
@@ -338,8 +338,8 @@ async def test_damage_to_a_state_is_not_hidden_by_an_edit(tmp_path: Path) -> Non
     entry = store.find("toy", "one")
     changed = await store.amend(entry, replace(entry, terms=Terms(pinned=True)))
     assert changed
-    with pytest.raises(file.Corrupt):
-        file.verify(path, changed.identity)
+    with pytest.raises(format.Corrupt):
+        format.verify(path, changed.identity)
 
 
 async def test_an_edit_of_a_file_without_a_readable_header_keeps_the_text(tmp_path: Path) -> None:
@@ -351,7 +351,7 @@ async def test_an_edit_of_a_file_without_a_readable_header_keeps_the_text(tmp_pa
     changed = await store.amend(entry, replace(entry, terms=Terms(pinned=True)))
     assert changed
     assert (changed.prompt, changed.terms.pinned, changed.evicted) == ("text", True, ["chat"])
-    assert file.read(path) == changed
+    assert format.read(path) == changed
 
 
 async def test_a_cache_that_was_replaced_meanwhile_is_not_amended(tmp_path: Path) -> None:

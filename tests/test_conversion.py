@@ -13,17 +13,17 @@ import msgspec
 import pytest
 
 from conftest import StartServer
-from headstart.arithmetic import Arithmetic
 from headstart.caches.store import Store
-from headstart.config import embedded_model
+from headstart.config.settings import embedded_model
 from headstart.engine.converted import DIRECTORY, SCRATCH, conversions_of, discard, found, obtain
 from headstart.engine.llama.conversion import Format, weights_path, weights_to_try
 from headstart.engine.llama.model import LlamaModel
 from headstart.engine.model import ModelError, Piece
 from headstart.machine import memory_bytes
-from headstart.messages import EngineSettings, Sampling
 from headstart.names import NAME
+from headstart.numerics import Arithmetic
 from headstart.prompt.tokenizer import load_tokenizer
+from headstart.protocol import EngineSettings, Sampling
 from servers import said
 
 SHA = "0123456789abcdef" * 4

@@ -20,10 +20,10 @@ from msgspec.structs import replace
 
 from conftest import StartServer
 from forkserver import headstart
-from headstart.caches import file
-from headstart.caches.file import Part
+from headstart.caches.cache_file import format
+from headstart.caches.cache_file.format import Part
+from headstart.caches.cache_file.writer import Writer
 from headstart.caches.store import Store
-from headstart.caches.writing import Writer
 from servers import RunningServer, running_server, said
 
 PROMPT = "You keep the lighthouse.\n\n" + "Each evening you light the lamp. " * 12
@@ -228,7 +228,7 @@ def _rewrite(directory: Path, then: float) -> None:
     async def rewrite(store: Store) -> None:
         entry = store.find("toy", "keeper")
         path = store.path("toy", "keeper")
-        tokens = file.verify(path, entry.identity)
+        tokens = format.verify(path, entry.identity)
         moved = replace(entry, created=then, updated=then)
         with store.scratch("toy") as scratch:
             writer = Writer(scratch, moved, tokens)

@@ -16,16 +16,16 @@ import msgspec
 import pytest
 from typer.testing import CliRunner
 
-from headstart.arithmetic import DEFAULT, MOST_TRIES, Arithmetic, Tuning, preferred
 from headstart.caches.entry import Content
 from headstart.cli.main import app
-from headstart.config import load_settings
+from headstart.config.settings import load_settings
 from headstart.engine import watching
 from headstart.engine.settling import TOY, settled
 from headstart.engine.trials import TrialShape
 from headstart.engine.tuning import measure
 from headstart.engine.watching import Spent, Watch
-from headstart.messages import EngineSettings
+from headstart.numerics import DEFAULT, MOST_TRIES, Arithmetic, Tuning, preferred
+from headstart.protocol import EngineSettings
 from headstart.service.server import Service
 from headstart.service.tunings import Key, Tunings
 from servers import RunningServer, running_server

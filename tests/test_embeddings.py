@@ -23,7 +23,7 @@ from headstart.engine.cuts import Cuts
 from headstart.engine.embedding import Embeddings
 from headstart.engine.model import ModelError, TooLarge
 from headstart.engine.toy import ToyEmbedder, ToyModel
-from headstart.messages import Embed, Embedded, EngineSettings, Failed, RequestEvent, Vector
+from headstart.protocol import Embed, Embedded, EngineSettings, Failed, RequestEvent, Vector
 from headstart.toyspec import N_VOCAB
 from servers import Json, RunningServer, events, eventually, running_server
 

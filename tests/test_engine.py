@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from driver import CHUNK, OTHER, PROMPT, Driver, small_model
-from headstart.caches.file import identity_of
-from headstart.config import embedded_model
+from headstart.caches.cache_file.format import identity_of
+from headstart.config.settings import embedded_model
 from headstart.engine.model import Model
-from headstart.messages import Cancel, Failed, Progress, Sampling, SaveTo, StateRef
+from headstart.protocol import Cancel, Failed, Progress, Sampling, SaveTo, StateRef
 
 
 @pytest.fixture(scope="module")

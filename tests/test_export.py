@@ -11,9 +11,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from conftest import StartServer
-from headstart.caches import file
-from headstart.caches import header as header_of_file
-from headstart.caches.inspection import inspect
+from headstart.caches.cache_file import format
+from headstart.caches.cache_file import header as header_of_file
+from headstart.caches.cache_file.validate import inspect
 from headstart.cli.main import app
 from servers import Json, RunningServer, said
 
@@ -65,7 +65,7 @@ def test_an_export_is_the_whole_file_and_says_what_it_is(toy: RunningServer) -> 
     assert response.headers["content-type"] == "application/octet-stream"
     assert response.headers["content-disposition"] == 'attachment; filename="exp-out.headstart"'
     assert response.headers["content-length"] == str(len(response.content))
-    with file.opened(path) as opened:
+    with format.opened(path) as opened:
         digest = header_of_file.read_header(opened).metadata["blake3"]
     assert response.headers["etag"] == f'"{digest}"'
 

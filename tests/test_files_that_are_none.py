@@ -16,7 +16,7 @@ import pytest
 from conftest import StartServer
 from forkserver import headstart
 from headers import changed, header_of, with_entry
-from headstart.regular import NotAFile, opened
+from headstart.regular_files import NotAFile, opened
 from servers import Json, RunningServer, said
 
 PROMPT = "You keep the lighthouse and never sleep. " * 8

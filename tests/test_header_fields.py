@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from conftest import Report, StartServer
 from headers import changed, header_of, with_header
-from headstart.caches import file
-from headstart.caches.entered import checked
-from headstart.caches.file import Corrupt
-from headstart.caches.header import NO_HASH
+from headstart.caches.cache_file import format
+from headstart.caches.cache_file.entry_checks import checked
+from headstart.caches.cache_file.format import Corrupt
+from headstart.caches.cache_file.header import NO_HASH
 from servers import Json, RunningServer, said
 from sweeps import rounds, swept
 
@@ -104,8 +104,8 @@ def wholes(toy: RunningServer) -> list[bytes]:
 def holds(path: Path) -> bool:
     """Whether the file is taken for a cache; then all of it is as it should be."""
     try:
-        entry = file.read(path)
-        file.verify(path, entry.identity)
+        entry = format.read(path)
+        format.verify(path, entry.identity)
     except Corrupt as error:
         told = str(error)
     else:

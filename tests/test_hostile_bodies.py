@@ -23,7 +23,7 @@ from headstart.api import (
 )
 from headstart.json_scan import JsonScan
 from headstart.limits import MAX_DEPTH
-from headstart.prompt.calls.scanning import ObjectReader
+from headstart.prompt.tool_calls.scanner import ObjectReader
 from raw_http import answer, connect, head, post, received
 from servers import Json, RunningServer, running_server
 from sweeps import swept

@@ -20,7 +20,7 @@ from conftest import StartServer
 from servers import RunningServer, eventually, running_server, said
 from sweeps import swept
 
-PROMPTS = "headstart.prompt.process"
+PROMPTS = "headstart.prompt.process.worker"
 # What a prompt process may take beside Python, and Python.
 MEMORY_MB = 1536 + 512
 

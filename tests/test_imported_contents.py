@@ -214,7 +214,7 @@ def test_a_cache_that_the_template_refuses_fails_nobody_who_does_not_name_it(
     ids=["endless", "infinite", "long"],
 )
 def test_what_is_declared_goes_through_the_same_checks(tmp_path: Path, line: str, field: str) -> None:
-    from headstart.config import load_settings
+    from headstart.config.settings import load_settings
     from headstart.errors import StartupError
 
     config = tmp_path / "headstart.toml"

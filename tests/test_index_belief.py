@@ -11,9 +11,9 @@ import pytest
 from msgspec.structs import replace
 
 from conftest import StartServer
-from headstart.caches import file
-from headstart.caches.disk import sha256_of
+from headstart.caches.cache_file import format
 from headstart.caches.entry import Entry
+from headstart.caches.files import sha256_of
 from headstart.caches.store import Store
 from headstart.errors import CacheConflict, CacheNotFound
 from servers import Json, RunningServer, said
@@ -311,5 +311,5 @@ async def test_usage_of_a_deleted_cache_is_not_the_next_ones(tmp_path: Path) -> 
 async def test_a_copied_header_reads_as_the_file_does(tmp_path: Path) -> None:
     store = Store(tmp_path / "cache")
     entry = await put_small(store, "one", "the prompt")
-    copied = file.read(tmp_path / "cache" / ".headers" / "toy" / "one.header", whole=False)
+    copied = format.read(tmp_path / "cache" / ".headers" / "toy" / "one.header", whole=False)
     assert replace(copied, identity=entry.identity) == entry

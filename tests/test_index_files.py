@@ -16,12 +16,12 @@ import msgspec
 import pytest
 
 from conftest import StartServer
-from headstart.caches import file
+from headstart.caches.cache_file import format
 from headstart.caches.entry import Entry
-from headstart.caches.index import Index
-from headstart.caches.records import Records
+from headstart.caches.index.index import Index
+from headstart.caches.index.records import Records
+from headstart.caches.index.usage import USAGE, Usage
 from headstart.caches.store import Store
-from headstart.caches.usage import USAGE, Usage
 from servers import RunningServer, eventually, said
 from small_caches import put_small
 
@@ -276,7 +276,7 @@ def _old_index(directory: Path, changed: Mapping[str, Any] | None = None) -> Non
     """The index of a stopped server as the last release would have left it, each cache used three times."""
     for index in directory.glob("index.sqlite*"):
         index.unlink()
-    entries = [file.read(path) for path in directory.glob("*/*.headstart")]
+    entries = [format.read(path) for path in directory.glob("*/*.headstart")]
     with closing(sqlite3.connect(directory / "index.sqlite", isolation_level=None)) as database:
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA secure_delete = OFF")

@@ -13,9 +13,9 @@ from openai import AuthenticationError, OpenAI
 from conftest import StartServer
 from driver import Driver
 from forkserver import headstart
-from headstart.config import load_settings
+from headstart.config.settings import load_settings
 from headstart.engine.toy import ToyModel
-from headstart.messages import EngineSettings
+from headstart.protocol import EngineSettings
 from servers import Json, RunningServer, eventually, running_server, said
 
 KEEPER = "You keep the lighthouse. " * 20

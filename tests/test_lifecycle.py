@@ -82,7 +82,7 @@ def test_a_second_server_on_the_same_directory_is_refused(start_server: StartSer
 def test_settings_come_from_flags_before_environment_before_file(tmp_path: Path) -> None:
     config = tmp_path / "headstart.toml"
     config.write_text('ctx = 100\nslots = 2\nport = 1\n[models]\ntoy = "toy:"\n')
-    from headstart.config import load_settings
+    from headstart.config.settings import load_settings
 
     os.environ["HEADSTART_SLOTS"] = "3"
     try:

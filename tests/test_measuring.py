@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from headstart.arithmetic import DEFAULT, Arithmetic
 from headstart.engine import tuning as module
 from headstart.engine.bench import in_turn
 from headstart.engine.costs import Sample, fit
@@ -14,7 +13,8 @@ from headstart.engine.model import ModelError
 from headstart.engine.settling import settled
 from headstart.engine.trials import TrialShape
 from headstart.engine.tuning import MARGIN, break_even, measure, thread_counts
-from headstart.messages import EngineSettings
+from headstart.numerics import DEFAULT, Arithmetic
+from headstart.protocol import EngineSettings
 from trials import Cost, FakeTrials
 
 PASS_MS, TOKEN_MS, ATTEND_MS = 6.0, 4.0, 0.002

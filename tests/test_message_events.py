@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from headstart.api.message_events import Message
-from headstart.messages import Stats
-from headstart.prompt.parts import CallDelta
+from headstart.prompt.answer_parts import CallDelta
+from headstart.protocol import Stats
 from headstart.service.choices import Delta, Ended
 from headstart.service.generation import Result
 

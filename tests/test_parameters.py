@@ -13,13 +13,13 @@ from openai import OpenAI
 
 from conftest import StartServer
 from headstart.errors import BadRequest
-from headstart.messages import Token
-from headstart.prompt.answer import AnswerText
-from headstart.prompt.parts import PlainText
+from headstart.prompt.answer_parts import PlainText
+from headstart.prompt.detokenizer import AnswerText
 from headstart.prompt.prompts import Prompts
 from headstart.prompt.template import CHATML, FOLD, ChatTemplate
 from headstart.prompt.tokenizer import ToyTokenizer
 from headstart.prompt.vocabulary import Vocabulary
+from headstart.protocol import Token
 from headstart.service.answering import Answering
 from headstart.service.choices import Choice
 from headstart.toyspec import BOS, END, EOS

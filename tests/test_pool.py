@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from driver import CHUNK, OTHER, PROMPT, Driver, small_model
-from headstart.config import embedded_model
+from headstart.config.settings import embedded_model
 from headstart.engine.cuts import Cuts
 from headstart.engine.model import Model
-from headstart.messages import Cancel, StateRef
+from headstart.protocol import Cancel, StateRef
 
 PREFIX = PROMPT[:70]
 QUESTIONS = [[30 + i, 31, 32 + i, 33] for i in range(3)]

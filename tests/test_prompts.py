@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headstart.config import embedded_model
+from headstart.config.settings import embedded_model
 from headstart.errors import BadRequest, StartupError
-from headstart.prompt.answer import AnswerText
+from headstart.prompt.detokenizer import AnswerText
 from headstart.prompt.prompts import Prompts
 from headstart.prompt.template import ChatTemplate
 from headstart.prompt.tokenizer import load_tokenizer

@@ -10,13 +10,13 @@ from msgspec.structs import replace
 
 from conftest import StartServer
 from driver import small_model
+from headstart.caches.cache_file.format import Part
+from headstart.caches.cache_file.writer import Writer
 from headstart.caches.entry import Entry, Fingerprint, Form, Origin, StoredForm
 from headstart.caches.eviction import worth
-from headstart.caches.file import Part
+from headstart.caches.index.usage import Usage
 from headstart.caches.store import Store
-from headstart.caches.usage import Usage
-from headstart.caches.writing import Writer
-from headstart.config import embedded_model
+from headstart.config.settings import embedded_model
 from headstart.engine.model import Piece
 from headstart.errors import CacheNotFound, QuotaExceeded
 from headstart.service.quota import Quota

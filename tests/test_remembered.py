@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headstart.config import embedded_model
-from headstart.prompt import remembered
-from headstart.prompt.remembered import Memory, RememberedTokens
+from headstart.config.settings import embedded_model
+from headstart.prompt import token_cache
+from headstart.prompt.token_cache import Memory, RememberedTokens
 from headstart.prompt.tokenizer import Tokenizer, load_tokenizer
 from headstart.toyspec import CONTROL
 
@@ -77,7 +77,7 @@ def test_of_a_prompt_with_a_known_opening_only_the_new_message_is_tokenised() ->
 
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remembered, "REMEMBERED_BYTES", 40_000)
+    monkeypatch.setattr(token_cache, "REMEMBERED_BYTES", 40_000)
     memory, counting = _memory()
     first, others = "a" * 400 + "<|im_end|>", [letter * 400 + "<|im_end|>" for letter in "bc"]
     for text in [first, *others]:
@@ -90,7 +90,7 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_remembered_twice_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remembered, "REMEMBERED_BYTES", 10_000)
+    monkeypatch.setattr(token_cache, "REMEMBERED_BYTES", 10_000)
     memory = Memory()
     memory.put("one", 10, [1])
     for _ in range(100):

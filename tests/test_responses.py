@@ -17,8 +17,8 @@ from openai.types.responses import ResponseStreamEvent
 
 from conftest import StartServer
 from headstart.api.response_events import Writer
-from headstart.messages import Stats
-from headstart.prompt.parts import CallDelta
+from headstart.prompt.answer_parts import CallDelta
+from headstart.protocol import Stats
 from headstart.service.choices import Choice, Delta, Ended
 from headstart.service.generation import Result
 from headstart.service.responses import spoken

@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 from headstart.cli.main import app
 from headstart.engine.rkllm.first_checks import STEPS
-from headstart.messages import RkllmSettings
+from headstart.protocol import RkllmSettings
 from headstart.service import board as boards
 from headstart.service.board import examine_board, has_npu
 from rkllm_models import tokenizer_files

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from headstart.caches.file import identity_of
+from headstart.caches.cache_file.format import identity_of
 from headstart.engine.model import ModelError
-from headstart.messages import Cancel, Finished, Sampling, SaveTo, StateRef
+from headstart.protocol import Cancel, Finished, Sampling, SaveTo, StateRef
 from rkllm_driver import NpuDriver
 from rkllm_standin import RELEASES
 

@@ -20,7 +20,7 @@ from headstart.engine.rkllm import runtime as runtimes
 from headstart.engine.rkllm.options import RuntimeOptions, checked
 from headstart.engine.rkllm.running import Run
 from headstart.engine.rkllm.runtime import Runtime, RuntimeLost
-from headstart.messages import Sampling
+from headstart.protocol import Sampling
 from rkllm_standin import RELEASES, standin, standin_model, standin_tokens
 
 GREEDY = Sampling(temperature=0)
@@ -441,7 +441,7 @@ def test_a_null_image_token_kills_the_stand_in_as_it_would_the_runtime(
 ) -> None:
     """Which is why they are set: the library's own defaults for them are null."""
     code = CRASHING.replace(
-        "from headstart.messages",
+        "from headstart.protocol",
         "from headstart.engine.rkllm import layouts, library\n"
         "default = library.Library.default_param\n"
         "class Careless:\n"
@@ -452,7 +452,7 @@ def test_a_null_image_token_kills_the_stand_in_as_it_would_the_runtime(
         "library.Library.default_param = lambda self: Careless(default(self))\n"
         "init = library.Library.init\n"
         "library.Library.init = lambda self, param, callback: init(self, param.param, callback)\n"
-        "from headstart.messages",
+        "from headstart.protocol",
     )
     arguments = [standin(version), standin_model(tmp_path / "m.rkllm"), str(tmp_path / "saved")]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, check=False)

@@ -9,9 +9,9 @@ from threading import Event
 import pytest
 
 from driver import PROMPT, Driver, small_model
-from headstart.caches.file import identity_of
+from headstart.caches.cache_file.format import identity_of
 from headstart.engine import state_file
-from headstart.messages import Cancel, StateRef
+from headstart.protocol import Cancel, StateRef
 
 PREFIX, SUFFIX = PROMPT[:70], PROMPT[70:]
 

@@ -16,7 +16,7 @@ from headstart.api import streaming
 from headstart.api.answers import Chat, Completion, Events, stream
 from headstart.api.streaming import COMMENT, EventStream, as_event
 from headstart.errors import EngineDied
-from headstart.messages import Stats
+from headstart.protocol import Stats
 from headstart.service.choices import Delta, Ended
 from headstart.service.generation import Result
 

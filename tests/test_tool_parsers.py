@@ -17,7 +17,9 @@ from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 from headstart.engine.checking import END, Bytes
 from headstart.engine.grammar import Matcher
 from headstart.prompt import reasoning
-from headstart.prompt.calls.dialects import (
+from headstart.prompt.answer_parts import Parser, Part, PlainText
+from headstart.prompt.reasoning import ReasoningParser
+from headstart.prompt.tool_calls.formats import (
     DIALECTS,
     GEMMA,
     HERMES,
@@ -27,9 +29,7 @@ from headstart.prompt.calls.dialects import (
     Dialect,
     dialect_of,
 )
-from headstart.prompt.calls.grammar import Function, quoted, schema_of
-from headstart.prompt.parts import Parser, Part, PlainText
-from headstart.prompt.reasoning import ReasoningParser
+from headstart.prompt.tool_calls.grammar import Function, quoted, schema_of
 
 NAMES = {"look", "listen", "look_up"}
 ARGUMENTS = '{"where": "up {\\" }] there", "n": [1, {"a": null}]}'

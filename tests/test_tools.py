@@ -12,12 +12,12 @@ import pytest
 from openai import OpenAI
 
 from conftest import StartServer
-from headstart.config import embedded_model
-from headstart.prompt.calls.default import written_out
-from headstart.prompt.loading import load_prompts
+from headstart.config.settings import embedded_model
+from headstart.prompt.load import load_prompts
 from headstart.prompt.prompts import Prompts
 from headstart.prompt.template import ChatTemplate
 from headstart.prompt.tokenizer import ToyTokenizer
+from headstart.prompt.tool_calls.plain_text import written_out
 from headstart.prompt.vocabulary import Vocabulary
 from headstart.service.calling import Calling, reading
 from servers import Json, RunningServer, events, running_server

@@ -16,14 +16,14 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from conftest import StartServer
-from headstart.arithmetic import DEFAULT, Arithmetic
 from headstart.caches.entry import Content, Entry, Fingerprint
 from headstart.cli.main import app
-from headstart.config import embedded_model, load_settings
+from headstart.config.settings import embedded_model, load_settings
 from headstart.engine.loading import engine_version, load
 from headstart.engine.settling import TOY, find_tuning
 from headstart.engine.tuning import measure
-from headstart.messages import EngineSettings
+from headstart.numerics import DEFAULT, Arithmetic
+from headstart.protocol import EngineSettings
 from headstart.service.fitting import arithmetic_of
 from headstart.service.server import Service
 from headstart.service.tunings import Key, Tunings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from headstart.prompt.turns import Turns
+from headstart.prompt.process.turns import Turns
 
 
 async def test_one_owner_with_many_does_not_keep_others_waiting() -> None:

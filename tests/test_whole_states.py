@@ -8,7 +8,7 @@ import pytest
 
 import tiny_models
 from driver import OTHER, PROMPT, Driver, small_model
-from headstart.messages import SaveTo, StateRef
+from headstart.protocol import SaveTo, StateRef
 
 pytestmark = pytest.mark.real_model
 

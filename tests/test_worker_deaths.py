@@ -26,13 +26,13 @@ import uvloop
 from conftest import Report, StartServer
 from headstart.api.streaming import EventStream, begun
 from headstart.channel import HEADER, MOST_BYTES, frame
-from headstart.config import load_settings
+from headstart.config.settings import load_settings
 from headstart.engine import client as module
 from headstart.engine import launching
 from headstart.engine.client import EngineClient
 from headstart.errors import BadRequest, EngineDied, ModelNotFound, StartupError, Unavailable
-from headstart.messages import EngineSettings, ModelInfo, Ready, Step, Submit
-from headstart.prompt.client import PromptClient
+from headstart.prompt.process.client import PromptClient
+from headstart.protocol import EngineSettings, ModelInfo, Ready, Step, Submit
 from headstart.service.server import Service
 from servers import RunningServer, eventually
 from sweeps import rounds

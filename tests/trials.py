@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from headstart.arithmetic import Weights
 from headstart.engine.model import ModelError
 from headstart.engine.trials import Span, TrialShape
 from headstart.engine.watching import Spent, Watch
-from headstart.messages import EngineSettings
+from headstart.numerics import Weights
+from headstart.protocol import EngineSettings
 
 # Of a call: the trial's shape, its threads, new tokens, and the tokens that sequences hold after it.
 Cost = Callable[[TrialShape, int, int, int], float]

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from headstart.json_scan import depth, is_deeper
 from headstart.limits import MAX_DEPTH, MAX_MESSAGES, MAX_TOOLS
-from headstart.nesting import depth, is_deeper
 
 # Arguments of calls lie some levels within a message.
 MAX_ARGUMENTS_DEPTH = MAX_DEPTH - 8

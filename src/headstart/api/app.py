@@ -23,7 +23,7 @@ from headstart.api.keys import PAGES, Keyring, Keys
 from headstart.api.middleware import Faults, PlainPaths, RequestIds
 from headstart.api.reference import document as reference
 from headstart.api.routes import Routes
-from headstart.config import Settings
+from headstart.config.settings import Settings
 from headstart.service.server import Service
 
 DESCRIPTION = """An OpenAI-compatible server that never prefills the same prompt twice. Name a prompt once

@@ -14,13 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Match, Route
 from starlette.types import Receive, Scope, Send
 
-from headstart.errors import (
-    BadRequest,
-    ContextLengthExceeded,
-    HeadstartError,
-    MethodNotAllowed,
-    NotFound,
-)
+from headstart.errors import BadRequest, ContextLengthExceeded, HeadstartError, MethodNotAllowed, NotFound
 
 # Anthropic's types of errors, by status; other statuses below 500 are of the first kind.
 ANTHROPIC_TYPES = {

@@ -14,7 +14,7 @@ import uvicorn
 
 from headstart.api.connection import Connection
 from headstart.api.http_limits import Patience
-from headstart.config import Settings
+from headstart.config.settings import Settings
 
 log = logging.getLogger(__name__)
 

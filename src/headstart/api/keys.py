@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from headstart.api import errors
-from headstart.config import Settings
+from headstart.config.settings import Settings
 from headstart.errors import AdminRequired, StartupError, Unauthorized
 from headstart.service.model import ServedModel
 

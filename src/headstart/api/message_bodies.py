@@ -15,7 +15,7 @@ from headstart.api.text import Many, Utf8
 from headstart.api.tools import JsonObject
 from headstart.errors import BadRequest
 from headstart.limits import MAX_MESSAGES, MAX_TOOLS
-from headstart.messages import Sampling
+from headstart.protocol import Sampling
 from headstart.service.calling import Calling
 from headstart.service.marks import Mark
 from headstart.service.requests import Options

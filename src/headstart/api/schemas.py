@@ -24,7 +24,7 @@ from headstart.api.tools import (
 from headstart.contents import ChatMessage, Open
 from headstart.errors import BadRequest
 from headstart.limits import MAX_MESSAGES, MAX_UNKNOWN
-from headstart.messages import Sampling
+from headstart.protocol import Sampling
 from headstart.service.requests import Options
 
 MOST_ANSWERS = 128

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct
 from msgspec.structs import replace
 
-from headstart.caches.usage import Time
+from headstart.caches.index.usage import Time
 from headstart.names import NAME, shelf_name
 
 Form = Literal["chat", "completion"]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 
 from headstart.caches.entry import Entry
-from headstart.caches.usage import Usage
+from headstart.caches.index.usage import Usage
 
 HALF_LIFE_SECONDS = 86400.0
 

@@ -13,18 +13,18 @@ from functools import partial
 from pathlib import Path
 from time import time
 
-from headstart.caches import beside, file
-from headstart.caches.catalog import Catalog, is_same
-from headstart.caches.checked import Checked, Identities, Tokens, identities
-from headstart.caches.disk import sha256_of, storage_errors, sync_directory, take_lock
+from headstart.caches.cache_file import format, sidecar
+from headstart.caches.cache_file.format import Corrupt
+from headstart.caches.cache_file.rewrite import rewrite, write_stub
+from headstart.caches.cache_file.writer import Writer
 from headstart.caches.entry import Entry, Form
-from headstart.caches.file import Corrupt
-from headstart.caches.index import Index
-from headstart.caches.rewriting import rewrite, write_stub
-from headstart.caches.usage import Usage
-from headstart.caches.writing import Writer
+from headstart.caches.files import sha256_of, storage_errors, sync_directory, take_lock
+from headstart.caches.headers import Catalog, is_same
+from headstart.caches.index.index import Index
+from headstart.caches.index.usage import Usage
+from headstart.caches.verified import Checked, Identities, Tokens, identities
 from headstart.errors import CacheConflict, CacheNotFound, StorageError
-from headstart.messages import StateRef
+from headstart.protocol import StateRef
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ class Store:
     async def weights_hash(self, path: Path) -> str:
         """The SHA-256 of a model file, computed once for each state of the file. Raises StorageError."""
         with storage_errors(str(path)):
-            identity = file.identity_of(path.stat())
+            identity = format.identity_of(path.stat())
             known = self.index.weights_hash(str(path), identity)
             if known is None:
                 known = await asyncio.to_thread(sha256_of, path)
@@ -173,7 +173,7 @@ class Store:
         if tokens is None or files[None] != entry.identity:
             raise Corrupt(f"{path} or its state is not the file it was")
         stored = entry.forms[form]
-        place = beside.state_path(path, form) if stored.beside else path
+        place = sidecar.state_path(path, form) if stored.beside else path
         identity = files[form if stored.beside else None]
         assert identity is not None
         ref = StateRef(str(place), stored.state_offset, stored.state_bytes, stored.n_tokens, identity)
@@ -186,7 +186,7 @@ class Store:
         files = identities(path, entry)
         self._checked.forget((entry.shelf, entry.name))
         try:
-            tokens = await asyncio.to_thread(file.verify, path, entry.identity, from_disk=from_disk)
+            tokens = await asyncio.to_thread(format.verify, path, entry.identity, from_disk=from_disk)
         except OSError as error:
             raise Corrupt(str(error)) from error
         self._checked.put((entry.shelf, entry.name), files, tokens)
@@ -208,7 +208,7 @@ class Store:
                 yield path
             finally:
                 path.unlink(missing_ok=True)
-                beside.keep_only(path)
+                sidecar.keep_only(path)
 
     async def put(self, writer: Writer, entry: Entry, repaired: Entry | None = None) -> Entry:
         """Makes what was written to a scratch file the cache of this entry's name, atomically replacing an
@@ -241,7 +241,7 @@ class Store:
         stored = writer.finish(entry)
         files = identities(writer.path, stored)
         writer.path.rename(final)
-        beside.place(writer.path, final, stored.beside)
+        sidecar.place(writer.path, final, stored.beside)
         sync_directory(final.parent)
         return stored, files
 
@@ -269,14 +269,14 @@ class Store:
         self._tell_of_copy(stored)
         final = self.path(stored.shelf, stored.name)
         scratch.rename(final)
-        beside.keep_only(final, stored.beside)
+        sidecar.keep_only(final, stored.beside)
         self._replace(stored)
         await asyncio.to_thread(sync_directory, scratch.parent)
 
     def _remove(self, shelf: str, name: str) -> None:
         path = self.path(shelf, name)
         with storage_errors(str(path)):
-            beside.keep_only(path)
+            sidecar.keep_only(path)
             path.unlink(missing_ok=True)
             sync_directory(path.parent)
         self._forget(shelf, name)

@@ -7,7 +7,7 @@ from msgspec import Struct
 from rich.console import Console
 from rich.table import Table
 
-from headstart.arithmetic import Tuning
+from headstart.numerics import Tuning
 from headstart.service.board import Board
 from headstart.service.doctor import ModelReport, Report
 from headstart.service.fitting import in_words

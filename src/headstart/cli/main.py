@@ -8,12 +8,12 @@ from typing import Annotated
 import typer
 
 from headstart import __version__
-from headstart.arithmetic import Weights
 from headstart.cli.cache_commands import cache
 from headstart.cli.model_commands import model as model_commands
 from headstart.cli.options import DEFAULT_URL, Model, Url, errors, failed, pairs
-from headstart.config import Settings, load_settings
+from headstart.config.settings import Settings, load_settings
 from headstart.errors import HeadstartError, StartupError
+from headstart.numerics import Weights
 
 app = typer.Typer(
     name="headstart",

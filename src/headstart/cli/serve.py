@@ -13,7 +13,7 @@ from ipaddress import ip_address
 
 from headstart.api.app import create_app
 from headstart.api.http_server import HttpConfig, HttpServer
-from headstart.config import Settings
+from headstart.config.settings import Settings
 from headstart.errors import StartupError
 from headstart.service.server import Service
 

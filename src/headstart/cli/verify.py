@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from headstart.cli.client import Client
-from headstart.config import load_settings
+from headstart.config.settings import load_settings
 from headstart.errors import StartupError
 
 Json = dict[str, Any]

@@ -6,7 +6,7 @@ from time import monotonic
 
 from headstart.engine.logprobs import Logprobs, likeliest
 from headstart.engine.sequence import Sequence
-from headstart.messages import Stats, Token
+from headstart.protocol import Stats, Token
 
 
 def told(sequence: Sequence, token: int, logprobs: Logprobs | None) -> Token:

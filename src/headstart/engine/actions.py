@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from headstart.engine.sequence import Sequence, Slot
-from headstart.messages import StateRef
+from headstart.protocol import StateRef
 
 # Where a slot's first tokens come from: a file, another slot, or (None) what it holds already.
 Origin = StateRef | Slot | None

@@ -25,7 +25,7 @@ from headstart.errors import (
     StorageFull,
     Unavailable,
 )
-from headstart.messages import (
+from headstart.protocol import (
     Begin,
     Cancel,
     Embed,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from headstart.regular import is_file
+from headstart.regular_files import is_file
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from headstart.engine.cuts import Cuts
 from headstart.engine.model import Embedder, Model, ModelError, TooLarge
-from headstart.messages import Embed, Embedded, Failed, FailureKind, RequestEvent, Vector
+from headstart.protocol import Embed, Embedded, Failed, FailureKind, RequestEvent, Vector
 
 # Inputs evaluated in a step: each costs a pass over the weights, however short it is.
 INPUTS_A_STEP = 4

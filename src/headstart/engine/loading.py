@@ -5,8 +5,8 @@ from __future__ import annotations
 from importlib.metadata import version
 
 from headstart.engine.model import Model, Piece
-from headstart.folder import is_rkllm
-from headstart.messages import EngineSettings
+from headstart.model_files import is_rkllm
+from headstart.protocol import EngineSettings
 from headstart.toyspec import ToySpec
 
 

@@ -19,7 +19,7 @@ from headstart.engine.reading import Reader
 from headstart.engine.saving import Writer
 from headstart.engine.scheduler import Scheduler, Work
 from headstart.engine.sequence import Sequence, Slot
-from headstart.messages import (
+from headstart.protocol import (
     Cancel,
     Command,
     Embed,

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from headstart.engine.grammar import Grammars, Matcher
 from headstart.engine.logprobs import Logprobs
-from headstart.messages import ModelInfo, Sampling
+from headstart.protocol import ModelInfo, Sampling
 
 # Room in a step for the prompt tokens of several short prompts, however small the chunks are.
 LEAST_STEP_TOKENS = 96

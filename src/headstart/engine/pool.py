@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from headstart.engine.sequence import Sequence, Slot
-from headstart.messages import Submit
+from headstart.protocol import Submit
 
 # What ended sequences may leave, in cells, while others run; a long prefix makes a few more matter less.
 IDLE_CELLS = 128

@@ -11,8 +11,8 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 
 from headstart.channel import Frames
-from headstart.folder import is_rkllm
-from headstart.messages import WorkerMessage
+from headstart.model_files import is_rkllm
+from headstart.protocol import WorkerMessage
 
 READ_BYTES = 1 << 20
 SPIN_COUNT = "1000"

@@ -10,7 +10,7 @@ from queue import SimpleQueue
 from headstart.engine import state_file
 from headstart.engine.draining import drained
 from headstart.engine.sequence import Sequence
-from headstart.messages import StateRef
+from headstart.protocol import StateRef
 
 log = logging.getLogger(__name__)
 

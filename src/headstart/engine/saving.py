@@ -10,7 +10,7 @@ from headstart.engine import state_file
 from headstart.engine.accounts import stats
 from headstart.engine.draining import drained
 from headstart.engine.sequence import Sequence
-from headstart.messages import Failed, FailureKind, Finished, RequestEvent, SaveTo
+from headstart.protocol import Failed, FailureKind, Finished, RequestEvent, SaveTo
 
 
 class Writer:

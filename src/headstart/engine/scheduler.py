@@ -16,7 +16,7 @@ from headstart.engine.model import Piece
 from headstart.engine.pool import ANSWER_CELLS, Pool
 from headstart.engine.seating import gather, gathers, join, refill
 from headstart.engine.sequence import Sequence, Slot, may_share, reusable
-from headstart.messages import StateRef, Submit
+from headstart.protocol import StateRef, Submit
 
 Work = list[tuple[Sequence, Piece]]
 

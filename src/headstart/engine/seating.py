@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from headstart.engine.actions import Action, Drop, Fill, Move, Start
 from headstart.engine.pool import ANSWER_CELLS, Pool
 from headstart.engine.sequence import Sequence, Slot
-from headstart.messages import StateRef
+from headstart.protocol import StateRef
 
 
 def join(pool: Pool, sequence: Sequence, needed: int) -> Iterator[Action]:

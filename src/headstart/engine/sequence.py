@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from headstart.engine.cuts import Cuts
 from headstart.engine.grammar import Matcher
 from headstart.engine.model import Piece, Sampler
-from headstart.messages import Source, Submit
+from headstart.protocol import Source, Submit
 from headstart.tokens import common_prefix
 
 

@@ -12,11 +12,11 @@ from typing import get_args
 
 import msgspec
 
-from headstart.arithmetic import DEFAULT, Arithmetic, Tuning, Weights, preferred
 from headstart.engine.loading import only_embeds
 from headstart.engine.model import ModelError
 from headstart.machine import available_cpus
-from headstart.messages import EngineSettings
+from headstart.numerics import DEFAULT, Arithmetic, Tuning, Weights, preferred
+from headstart.protocol import EngineSettings
 from headstart.toyspec import ToySpec
 
 log = logging.getLogger(__name__)

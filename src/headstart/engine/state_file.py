@@ -11,8 +11,8 @@ from contextlib import contextmanager
 
 from blake3 import blake3
 
-from headstart.messages import SaveTo, StateRef
-from headstart.regular import opened
+from headstart.protocol import SaveTo, StateRef
+from headstart.regular_files import opened
 
 READ_BYTES = 4 << 20
 # The disk, the user's quota, or the size that the system lets a file have (ulimit -f).

@@ -22,7 +22,7 @@ from headstart.engine.grammar import Grammars, Matcher
 from headstart.engine.logprobs import Logprobs, log_softmax
 from headstart.engine.model import LEAST_STEP_TOKENS, ModelError, Piece, Sampler, TooLarge
 from headstart.machine import available_bytes
-from headstart.messages import EngineSettings, ModelInfo, Sampling
+from headstart.protocol import EngineSettings, ModelInfo, Sampling
 from headstart.toyspec import BOS, CONTROL, EOS, GAP, MERGES, N_BYTES, N_VOCAB, ToySpec
 
 DEFAULT_SLOTS = 4

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from headstart.arithmetic import Arithmetic, Weights
 from headstart.engine.watching import Watch
+from headstart.numerics import Arithmetic, Weights
 
 
 class Span(NamedTuple):

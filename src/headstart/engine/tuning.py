@@ -20,14 +20,14 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from headstart.arithmetic import DEFAULT, Arithmetic, Tuning, preferred
 from headstart.engine.bench import Bench, disagreement, in_groups
 from headstart.engine.converted import discard
 from headstart.engine.costs import Sample, fit
 from headstart.engine.model import ModelError
 from headstart.engine.trials import Trials, TrialShape
 from headstart.machine import available_cpus, physical_cores
-from headstart.messages import EngineSettings
+from headstart.numerics import DEFAULT, Arithmetic, Tuning, preferred
+from headstart.protocol import EngineSettings
 
 # A hit: new tokens after the prefix, and tokens of the answer. Only its first words count, since people wait
 # for them; the others come faster than they are read in every case.

@@ -23,8 +23,8 @@ from headstart.engine.loading import load, prepare
 from headstart.engine.loop import Engine
 from headstart.engine.model import ModelError, TooLarge
 from headstart.engine.settling import find_tuning, settled
-from headstart.folder import is_rkllm
-from headstart.messages import Begin, Command, EngineSettings, LoadFailed, Ready, Step, WorkerMessage
+from headstart.model_files import is_rkllm
+from headstart.protocol import Begin, Command, EngineSettings, LoadFailed, Ready, Step, WorkerMessage
 
 if TYPE_CHECKING:
     from headstart.engine.rkllm.engine import RkllmEngine

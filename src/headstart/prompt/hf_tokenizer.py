@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as Backend
 
 from headstart.errors import StartupError
 from headstart.prompt.vocabulary import Prefixed, joined
-from headstart.regular import read_text
+from headstart.regular_files import read_text
 
 SPACE = "\u2581"  # What SentencePiece writes for a space.
 # What models that fill gaps call the tokens before the text, before what follows the gap, and at the gap.

@@ -15,10 +15,10 @@ from datetime import date
 
 from headstart.errors import StartupError
 from headstart.prompt import reasoning
-from headstart.prompt.exchange import Facts
-from headstart.prompt.messages import NO_VARIABLES, UNFINISHED, Message, Tool, Variables
-from headstart.prompt.remembered import Memory, RememberedTokens
+from headstart.prompt.chat import NO_VARIABLES, UNFINISHED, Message, Tool, Variables
+from headstart.prompt.process.protocol import Facts
 from headstart.prompt.template import ChatTemplate
+from headstart.prompt.token_cache import Memory, RememberedTokens
 from headstart.prompt.tokenizer import Tokenizer
 from headstart.tokens import common_prefix
 

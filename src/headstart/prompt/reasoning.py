@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from headstart.prompt.calls.grammar import Literal
-from headstart.prompt.parts import Parser, Part
+from headstart.prompt.answer_parts import Parser, Part
+from headstart.prompt.tool_calls.grammar import Literal
 
 OPEN, CLOSE = "<think>", "</think>"
 MARKERS = (OPEN, CLOSE)

@@ -10,11 +10,11 @@ from typing import Any
 from jinja2 import nodes
 
 from headstart.errors import BadRequest, StartupError
-from headstart.prompt.calls.default import written_out
-from headstart.prompt.calls.dialects import HERMES, dialect_of
-from headstart.prompt.messages import MOST_CHARACTERS, NO_VARIABLES, Message, Tool, Variables, is_open
+from headstart.prompt.chat import MOST_CHARACTERS, NO_VARIABLES, Message, Tool, Variables, is_open
 from headstart.prompt.reasoning import CLOSE
 from headstart.prompt.sandbox import OwnWords, Sandbox
+from headstart.prompt.tool_calls.formats import HERMES, dialect_of
+from headstart.prompt.tool_calls.plain_text import written_out
 
 CHATML = (
     "{% for message in messages %}"

@@ -12,7 +12,7 @@ from typing import Protocol
 import llama_cpp as lib
 
 from headstart.errors import StartupError
-from headstart.folder import is_rkllm
+from headstart.model_files import is_rkllm
 from headstart.prompt.vocabulary import Prefixed
 from headstart.toyspec import BOS, CONTROL, GAP, MERGES, N_BYTES, N_VOCAB, ToySpec
 

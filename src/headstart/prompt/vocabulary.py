@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Literal
 
 from headstart.prompt import reasoning
-from headstart.prompt.calls.dialects import named
-from headstart.prompt.exchange import Facts
+from headstart.prompt.process.protocol import Facts
+from headstart.prompt.tool_calls.formats import named
 
 Prefixed = Literal["", "first", "each"]
 

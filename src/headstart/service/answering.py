@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from headstart.messages import FinishReason, Token
-from headstart.prompt.answer import AnswerText
-from headstart.prompt.parts import Parser, Part
+from headstart.prompt.answer_parts import Parser, Part
+from headstart.prompt.detokenizer import AnswerText
 from headstart.prompt.vocabulary import Vocabulary
+from headstart.protocol import FinishReason, Token
 from headstart.service.choices import Delta, Ended, TokenLogprob
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import msgspec
 
 from headstart.caches.entry import DEFAULT_TERMS, KEEPS_STATE, Content, Entry, Terms
-from headstart.config import Settings
+from headstart.config.settings import Settings
 from headstart.errors import HeadstartError
-from headstart.messages import StateRef, Stats
+from headstart.protocol import StateRef, Stats
 from headstart.service.caching import Caching
 from headstart.service.model import ServedModel
 from headstart.service.opening import Opening

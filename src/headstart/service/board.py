@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from headstart.engine.rkllm.options import CONTEXT_STEP, LIBRARY, MAX_CONTEXT
-from headstart.messages import RkllmSettings
+from headstart.protocol import RkllmSettings
 
 ROOT = Path("/")
 # The first is readable for root only.

@@ -12,14 +12,14 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from headstart.caches.entered import checked
+from headstart.caches.cache_file.entry_checks import checked
+from headstart.caches.cache_file.format import Corrupt, Part
+from headstart.caches.cache_file.writer import Writer, expected_size
 from headstart.caches.entry import DEFAULT_TERMS, Content, Entry, Form, Origin, Terms
-from headstart.caches.file import Corrupt, Part
 from headstart.caches.store import Store
-from headstart.caches.writing import Writer, expected_size
 from headstart.errors import BadRequest, HeadstartError
-from headstart.messages import Finished, Progress, SaveTo, Stats, Submit
-from headstart.prompt.exchange import ChatOpening, TextOpening
+from headstart.prompt.process.protocol import ChatOpening, TextOpening
+from headstart.protocol import Finished, Progress, SaveTo, Stats, Submit
 from headstart.service.heads import Head, head_of
 from headstart.service.model import ServedModel
 from headstart.service.quota import Quota

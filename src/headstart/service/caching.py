@@ -13,8 +13,8 @@ from msgspec.structs import replace
 from headstart.caches.entry import DEFAULT_TERMS, KEEPS_STATE, Content, Entry, Form, Origin, Terms
 from headstart.caches.store import Store
 from headstart.errors import BadRequest, CacheConflict, CacheNotFound
-from headstart.messages import Stats
 from headstart.names import check_name, shelves
+from headstart.protocol import Stats
 from headstart.service.building import Build, Builder, OnProgress
 from headstart.service.composition import check_own_name, composed
 from headstart.service.joining import Asked, Joint

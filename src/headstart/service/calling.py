@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from headstart.errors import BadRequest
 from headstart.prompt import reasoning
-from headstart.prompt.calls.grammar import Function, quoted, schema_of
-from headstart.prompt.parts import Parser, PlainText
+from headstart.prompt.answer_parts import Parser, PlainText
 from headstart.prompt.reasoning import ReasoningParser
+from headstart.prompt.tool_calls.grammar import Function, quoted, schema_of
 from headstart.prompt.vocabulary import Vocabulary
 
 Tool = Mapping[str, Any]

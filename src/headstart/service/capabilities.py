@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from headstart.errors import BadRequest
-from headstart.messages import ModelInfo, Sampling
+from headstart.protocol import ModelInfo, Sampling
 from headstart.service.model import ServedModel
 
 

@@ -8,8 +8,8 @@ from itertools import takewhile
 from typing import Any
 
 from headstart.caches.entry import Content, Entry
-from headstart.prompt import exchange
-from headstart.prompt.messages import UNFINISHED, Variables, is_open
+from headstart.prompt.chat import UNFINISHED, Variables, is_open
+from headstart.prompt.process import protocol
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Chat:
         return replace(self, messages=[*self.messages, {"role": "assistant", "content": text}])
 
     @property
-    def prompt(self) -> exchange.Chat:
-        return exchange.Chat(self.messages, self.tools, dict(self.variables))
+    def prompt(self) -> protocol.Chat:
+        return protocol.Chat(self.messages, self.tools, dict(self.variables))
 
     def opening(self, known: Iterable[Entry]) -> Content:
         """Its longest opening that a cache would hold: that of one of the `known` caches, or its first system

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from headstart.prompt.parts import CallDelta
+from headstart.prompt.answer_parts import CallDelta
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 

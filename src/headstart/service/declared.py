@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from headstart.caches.entry import Content, Entry, Fingerprint, Form, Terms
-from headstart.config import Settings
+from headstart.config.settings import Settings
 from headstart.errors import CacheNotFound, EngineDied, HeadstartError, ModelLoading, Overloaded, Unavailable
 from headstart.service.caching import Caching
 from headstart.service.model import Say, ServedModel

@@ -10,14 +10,14 @@ from typing import Any
 from msgspec import Struct
 
 from headstart import machine
-from headstart.arithmetic import Tuning
-from headstart.caches.survey import Survey, survey
-from headstart.config import Settings, origin
+from headstart.caches.scan import Survey, survey
+from headstart.config.settings import Settings, origin
 from headstart.engine.converted import found as found_conversions
 from headstart.engine.loading import engine_version
 from headstart.errors import StartupError
-from headstart.folder import is_rkllm
-from headstart.messages import EngineSettings
+from headstart.model_files import is_rkllm
+from headstart.numerics import Tuning
+from headstart.protocol import EngineSettings
 from headstart.service.board import Board, examine_board, has_npu
 from headstart.service.fitting import doubted, kept_back
 from headstart.service.model import Say, model_path

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 
 from headstart.errors import BadRequest, InputTooLong
-from headstart.messages import Embed, Vector
+from headstart.protocol import Embed, Vector
 from headstart.service.model import ServedModel
 from headstart.service.texts import check_tokens
 from headstart.service.tokenising import tokenised

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from msgspec import Struct
 
 from headstart.caches.entry import Entry, Form, MissReason
-from headstart.messages import Stats
-from headstart.prompt.messages import Message
+from headstart.prompt.chat import Message
+from headstart.protocol import Stats
 from headstart.service.building import opening_if_any
 from headstart.service.model import ServedModel
 from headstart.tokens import common_prefix

@@ -12,12 +12,12 @@ from typing import BinaryIO
 
 from msgspec.structs import replace
 
-from headstart.caches import file
+from headstart.caches.cache_file import format
+from headstart.caches.cache_file.format import Corrupt
+from headstart.caches.cache_file.header import HASH, read_header
+from headstart.caches.cache_file.rewrite import rewrite
+from headstart.caches.cache_file.validate import inspect
 from headstart.caches.entry import Entry
-from headstart.caches.file import Corrupt
-from headstart.caches.header import HASH, read_header
-from headstart.caches.inspection import inspect
-from headstart.caches.rewriting import rewrite
 from headstart.caches.store import Store
 from headstart.errors import (
     BadRequest,
@@ -157,7 +157,7 @@ class Files:
 
 
 def _open(path: Path, entry: Entry) -> Exported:
-    opened = file.opened(path)
+    opened = format.opened(path)
     try:
         header = read_header(opened)
         size = os.fstat(opened.fileno()).st_size

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from headstart.arithmetic import DEFAULT, Arithmetic, Tuning
 from headstart.caches.entry import Entry, Fingerprint
+from headstart.numerics import DEFAULT, Arithmetic, Tuning
 
 
 def misfits(entries: Iterable[Entry], fingerprint: Fingerprint) -> dict[str, list[str]]:

@@ -7,8 +7,8 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
 from headstart.caches.entry import KEEPS_STATE, MissReason
-from headstart.messages import Finished, Stats, Token
-from headstart.prompt.answer import AnswerText
+from headstart.prompt.detokenizer import AnswerText
+from headstart.protocol import Finished, Stats, Token
 from headstart.service.answering import Answering
 from headstart.service.automatic import Automatic
 from headstart.service.caching import Caching

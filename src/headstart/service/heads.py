@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from headstart.caches.cache_file.format import Corrupt
 from headstart.caches.entry import Entry, Form
-from headstart.caches.file import Corrupt
 from headstart.caches.store import Store
-from headstart.messages import StateRef
+from headstart.protocol import StateRef
 from headstart.service.model import ServedModel
 from headstart.tokens import common_prefix
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from headstart.caches import file
+from headstart.caches.cache_file import format
+from headstart.caches.cache_file.format import Corrupt
 from headstart.caches.entry import Entry
-from headstart.caches.file import Corrupt
-from headstart.caches.strays import Stray, contents
-from headstart.config import Settings
+from headstart.caches.scan import Stray, contents
+from headstart.config.settings import Settings
 from headstart.errors import CacheNotFound, StartupError
 from headstart.service.patient import Patient
 from headstart.service.tunings import Tunings
@@ -40,7 +40,7 @@ class _Inspector:
 
     def judge(self, path: Path, entry: Entry) -> Verdict:
         try:
-            file.verify(path, entry.identity, from_disk=True)
+            format.verify(path, entry.identity, from_disk=True)
         except (Corrupt, OSError) as error:
             return judged(entry, "corrupt", str(error))
         if entry.model not in self._patients:

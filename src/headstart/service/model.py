@@ -14,16 +14,16 @@ import msgspec
 
 from headstart.caches.entry import Entry, Fingerprint
 from headstart.caches.store import Store
-from headstart.config import Settings
+from headstart.config.settings import Settings
 from headstart.engine.client import EngineClient, State
 from headstart.errors import BadRequest, ContextLengthExceeded, ModelLoading, StartupError
-from headstart.messages import ModelInfo
 from headstart.names import shelf_name
-from headstart.prompt.asking import Prompts
-from headstart.prompt.client import PromptClient, facts_of
-from headstart.prompt.exchange import Facts, Load
+from headstart.prompt.process.client import PromptClient, facts_of
+from headstart.prompt.process.protocol import Facts, Load
+from headstart.prompt.process.requests import Prompts
 from headstart.prompt.vocabulary import Vocabulary
-from headstart.regular import read_text
+from headstart.protocol import ModelInfo
+from headstart.regular_files import read_text
 from headstart.service.fitting import doubted, kept_back, misfits, warnings
 from headstart.service.plan import Plan, engine_settings, make_plan
 from headstart.service.tunings import Tunings

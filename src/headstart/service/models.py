@@ -10,10 +10,10 @@ from contextlib import asynccontextmanager
 from time import monotonic
 
 from headstart.caches.store import Store
-from headstart.config import Settings
+from headstart.config.settings import Settings
 from headstart.errors import ModelBusy, ModelLoading, ModelNotFound, OutOfMemory, StartupError
-from headstart.folder import models_in
-from headstart.prompt.client import unfit
+from headstart.model_files import models_in
+from headstart.prompt.process.client import unfit
 from headstart.service.model import Say, ServedModel
 
 log = logging.getLogger(__name__)

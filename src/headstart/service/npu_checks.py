@@ -15,14 +15,14 @@ import msgspec
 from msgspec import Struct
 
 from headstart import __version__
-from headstart.config import Settings
+from headstart.config.settings import Settings
 from headstart.engine.rkllm.first_checks import STEPS, Task
 from headstart.engine.rkllm.opening import options_of
 from headstart.errors import StartupError
-from headstart.folder import is_rkllm
-from headstart.prompt.asking import Prompts
-from headstart.prompt.client import PromptClient
-from headstart.prompt.exchange import Chat, ChatOpening, Load
+from headstart.model_files import is_rkllm
+from headstart.prompt.process.client import PromptClient
+from headstart.prompt.process.protocol import Chat, ChatOpening, Load
+from headstart.prompt.process.requests import Prompts
 from headstart.service.board import Board, examine_board
 from headstart.service.model import Say, model_path, template_of
 from headstart.service.npu_settings import npu_settings

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from headstart.config import Settings
+from headstart.config.settings import Settings
 from headstart.engine.model import ModelError
 from headstart.engine.rkllm.opening import options_of
 from headstart.engine.rkllm.options import checked

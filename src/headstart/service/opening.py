@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+from headstart.caches.cache_file.format import Corrupt
 from headstart.caches.entry import Entry, Form, MissReason
-from headstart.caches.file import Corrupt
 from headstart.caches.store import Store
 from headstart.errors import BadRequest
-from headstart.messages import StateRef
+from headstart.protocol import StateRef
 from headstart.service.building import opening_tokens
 from headstart.service.heads import head_of
 from headstart.service.model import ServedModel

@@ -8,16 +8,16 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from headstart.arithmetic import Arithmetic
-from headstart.caches.disk import sha256_of
 from headstart.caches.entry import Entry, Fingerprint
-from headstart.config import Settings
+from headstart.caches.files import sha256_of
+from headstart.config.settings import Settings
 from headstart.engine.model import ModelError
 from headstart.engine.process import worker_environment
 from headstart.engine.settling import measure_apart, settled
 from headstart.errors import StartupError
-from headstart.folder import is_rkllm
-from headstart.messages import EngineSettings
+from headstart.model_files import is_rkllm
+from headstart.numerics import Arithmetic
+from headstart.protocol import EngineSettings
 from headstart.service.fitting import doubted, kept_back, misfits, warnings
 from headstart.service.model import Say, facts, model_path, toy_weights
 from headstart.service.plan import make_plan

@@ -9,13 +9,13 @@ from typing import Literal
 
 from msgspec.structs import replace
 
-from headstart.arithmetic import DEFAULT, Arithmetic, Tuning
 from headstart.caches.entry import Entry
-from headstart.config import Settings
+from headstart.config.settings import Settings
 from headstart.engine.converted import conversions_of
 from headstart.engine.loading import engine_version
-from headstart.folder import is_rkllm
-from headstart.messages import EngineSettings, RkllmSettings, Sampling
+from headstart.model_files import is_rkllm
+from headstart.numerics import DEFAULT, Arithmetic, Tuning
+from headstart.protocol import EngineSettings, RkllmSettings, Sampling
 from headstart.service.fitting import arithmetic_of
 from headstart.service.tunings import Key, Tunings
 

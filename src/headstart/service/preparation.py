@@ -10,8 +10,8 @@ import msgspec
 
 from headstart.caches.entry import Content, Entry, Form
 from headstart.errors import BadRequest
-from headstart.messages import Submit
-from headstart.prompt.exchange import TextOpening
+from headstart.prompt.process.protocol import TextOpening
+from headstart.protocol import Submit
 from headstart.service import capabilities
 from headstart.service.automatic import Automatic, Unnamed
 from headstart.service.building import opening_if_any, opening_of

@@ -10,14 +10,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from time import monotonic
 
-from headstart.arithmetic import Arithmetic, Tuning
 from headstart.caches.entry import Entry
 from headstart.caches.store import Store
 from headstart.engine.model import ModelError
 from headstart.engine.process import worker_environment
 from headstart.engine.settling import measure_apart
 from headstart.errors import HeadstartError
-from headstart.messages import EngineSettings
+from headstart.numerics import Arithmetic, Tuning
+from headstart.protocol import EngineSettings
 from headstart.service.caching import Caching
 from headstart.service.fitting import doubted, measured_again
 from headstart.service.model import Say, ServedModel

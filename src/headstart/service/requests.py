@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from headstart.caches.entry import Entry
-from headstart.messages import Sampling, Submit
-from headstart.prompt.messages import Variables
-from headstart.prompt.parts import Parser, PlainText
+from headstart.prompt.answer_parts import Parser, PlainText
+from headstart.prompt.chat import Variables
+from headstart.protocol import Sampling, Submit
 from headstart.service.automatic import Unnamed
 from headstart.service.calling import Calling
 from headstart.service.conversations import Saving

@@ -11,14 +11,14 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, Struct
 
-from headstart.caches.entered import RECORD
+from headstart.caches.cache_file.entry_checks import RECORD
 from headstart.caches.entry import Entry, Terms
-from headstart.config import Settings
+from headstart.config.settings import Settings
 from headstart.contents import arguments_of
 from headstart.errors import CacheNotFound, HeadstartError, ResponseNotFound
+from headstart.json_scan import depth
 from headstart.limits import MAX_DEPTH
-from headstart.nesting import depth
-from headstart.prompt.exchange import Text
+from headstart.prompt.process.protocol import Text
 from headstart.service.automatic import Automatic
 from headstart.service.chats import Chat
 from headstart.service.choices import Choice

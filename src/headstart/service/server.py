@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from headstart.caches.store import Store
-from headstart.config import Settings
+from headstart.config.settings import Settings
 from headstart.errors import ModelNotFound
 from headstart.service.automatic import Automatic
 from headstart.service.caching import Caching

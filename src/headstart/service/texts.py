@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from headstart.errors import BadRequest
-from headstart.prompt import exchange
-from headstart.prompt.asking import Prompts
+from headstart.prompt.process import protocol
+from headstart.prompt.process.requests import Prompts
 from headstart.prompt.vocabulary import Vocabulary
 from headstart.service.model import ServedModel
 
@@ -49,11 +49,11 @@ class Text:
         """The tokens of all that the model reads. Raises BadRequest."""
         if self.tokens is None:
             whole = self.whole(prompts.client.vocabulary, cached)
-            return await prompts.one(exchange.Text(whole))
+            return await prompts.one(protocol.Text(whole))
         if self.suffix:
             raise BadRequest("suffix goes with a prompt that is a text, not token ids.", param="suffix")
         check_tokens(prompts.client.vocabulary, self.tokens, param="prompt")
-        opening = await prompts.one(exchange.Text(cached)) if cached else []
+        opening = await prompts.one(protocol.Text(cached)) if cached else []
         return [*opening, *self.tokens]
 
 

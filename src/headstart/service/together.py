@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import msgspec
 
-from headstart.messages import Stats
+from headstart.protocol import Stats
 from headstart.service.choices import Delta, Ended
 from headstart.service.generation import Result
 

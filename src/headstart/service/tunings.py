@@ -16,8 +16,8 @@ from time import time
 import msgspec
 from msgspec import Struct
 
-from headstart.arithmetic import Arithmetic, Tuning
 from headstart.machine import available_cpus, cpu_model
+from headstart.numerics import Arithmetic, Tuning
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from headstart.caches.entry import Entry, MissReason
-from headstart.caches.strays import Stray
+from headstart.caches.scan import Stray
 
 # Its states may be used; a hash or the length is wrong, or it can't be read at all; its states were computed
 # by or for something else; the file is named after another cache or can't be opened.

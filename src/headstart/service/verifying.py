@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 
+from headstart.caches.cache_file.format import Corrupt
 from headstart.caches.entry import Entry
-from headstart.caches.file import Corrupt
-from headstart.caches.strays import Stray, set_aside, strays
+from headstart.caches.scan import Stray, set_aside, strays
 from headstart.errors import CacheNotFound, HeadstartError, ModelLoading
 from headstart.names import NAME, SHELF
 from headstart.service.caching import Caching

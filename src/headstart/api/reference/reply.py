@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from headstart.caches.entry import MissReason
-from headstart.messages import Source
+from headstart.protocol import Source
 
 
 class Reply(BaseModel):

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import llama_cpp as lib
 
-from headstart.arithmetic import Weights
 from headstart.engine.converted import found, obtain
 from headstart.engine.llama.gguf import metadata, open_model
 from headstart.engine.model import ModelError
 from headstart.machine import available_cpus, memory_bytes
-from headstart.messages import EngineSettings
+from headstart.numerics import Weights
+from headstart.protocol import EngineSettings
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from headstart.engine.llama.vocabulary import vocabulary
 from headstart.engine.logprobs import Logprobs, log_softmax
 from headstart.engine.model import LEAST_STEP_TOKENS, ModelError, Piece, Sampler, TooLarge
 from headstart.machine import available_bytes, available_cpus, memory_bytes
-from headstart.messages import EngineSettings, ModelInfo, Sampling
+from headstart.protocol import EngineSettings, ModelInfo, Sampling
 
 DEFAULT_CTX = 8192
 DEFAULT_SLOTS = 4

@@ -14,7 +14,7 @@ import numpy as np
 
 from headstart.engine.grammar import Matcher, Tokens
 from headstart.engine.llama.context import LlamaContext
-from headstart.messages import Sampling
+from headstart.protocol import Sampling
 
 Scores = np.ndarray[Any, np.dtype[np.float32]]
 CANDIDATE = np.dtype(lib.llama_token_data)

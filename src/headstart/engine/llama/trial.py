@@ -9,14 +9,14 @@ from typing import Any
 
 import llama_cpp as lib
 
-from headstart.arithmetic import Weights
 from headstart.engine.llama.context import LlamaContext, Shape
 from headstart.engine.llama.conversion import weights_to_try
 from headstart.engine.llama.gguf import attends_to_everything, open_model
 from headstart.engine.model import ModelError, Piece
 from headstart.engine.trials import Span, TrialShape
 from headstart.engine.watching import Watch
-from headstart.messages import EngineSettings
+from headstart.numerics import Weights
+from headstart.protocol import EngineSettings
 
 SEED = 1
 # llama.cpp gives sequences whole blocks of cells.

@@ -18,7 +18,7 @@ import msgspec
 from headstart.engine.model import ModelError
 from headstart.engine.rkllm.layouts import LAYOUTS, VERSIONS, layout_of
 from headstart.engine.rkllm.library import opened
-from headstart.regular import opened as opened_file
+from headstart.regular_files import opened as opened_file
 
 VERSION = re.compile(rb"RKLLM SDK \(version: ([0-9A-Za-z.+-]{1,32})")
 DIRECTORIES = (

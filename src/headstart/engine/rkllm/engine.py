@@ -29,7 +29,7 @@ from headstart.engine.rkllm import written
 from headstart.engine.rkllm.info import info_of
 from headstart.engine.rkllm.runtime import Runtime, RuntimeLost
 from headstart.engine.rkllm.turn import Turn
-from headstart.messages import (
+from headstart.protocol import (
     Cancel,
     Command,
     Failed,

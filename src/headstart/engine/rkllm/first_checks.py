@@ -22,7 +22,7 @@ from msgspec import Struct
 from headstart.engine.model import ModelError
 from headstart.engine.rkllm.options import RuntimeOptions
 from headstart.engine.rkllm.runtime import Runtime
-from headstart.messages import Sampling
+from headstart.protocol import Sampling
 
 GREEDY = Sampling(temperature=0)
 ANSWER = 16

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from headstart.engine.rkllm.runtime import Runtime
 from headstart.engine.rkllm.sampling import UNSUPPORTED
-from headstart.messages import ModelInfo
+from headstart.protocol import ModelInfo
 
 LACKS = [
     *UNSUPPORTED,

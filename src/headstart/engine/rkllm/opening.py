@@ -8,7 +8,7 @@ from functools import partial
 from headstart.engine.rkllm.engine import RkllmEngine
 from headstart.engine.rkllm.options import LIBRARY, RuntimeOptions
 from headstart.engine.rkllm.runtime import Runtime
-from headstart.messages import EngineSettings
+from headstart.protocol import EngineSettings
 
 DEFAULT_CTX = 4096
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from headstart.engine.model import ModelError
-from headstart.messages import Sampling
+from headstart.protocol import Sampling
 
 MAX_CONTEXT = 16384
 CONTEXT_STEP = 32

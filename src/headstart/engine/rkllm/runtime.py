@@ -30,7 +30,7 @@ from headstart.engine.rkllm.library import Library
 from headstart.engine.rkllm.options import RuntimeOptions, checked
 from headstart.engine.rkllm.running import OnToken, Run, Running
 from headstart.engine.rkllm.sampling import sampling_fields
-from headstart.messages import Sampling
+from headstart.protocol import Sampling
 
 # How long rkllm_run may have returned before FINISH is there.
 FINISH_SECONDS = 30.0

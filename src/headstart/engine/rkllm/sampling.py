@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from headstart.messages import Sampling
+from headstart.protocol import Sampling
 
 # "All tokens" in what the runtime takes for top_k; the thousandth token has no chance worth mentioning.
 MANY = 1000

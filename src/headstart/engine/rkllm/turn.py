@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from time import monotonic
 
 from headstart.engine.rkllm.running import Run
-from headstart.messages import Source, StateRef, Stats, Submit
+from headstart.protocol import Source, StateRef, Stats, Submit
 
 
 @dataclass(eq=False)

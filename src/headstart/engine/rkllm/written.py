@@ -11,8 +11,8 @@ from struct import Struct
 from blake3 import blake3
 
 from headstart.engine.model import ModelError
-from headstart.messages import FailureKind
-from headstart.regular import opened
+from headstart.protocol import FailureKind
+from headstart.regular_files import opened
 
 # The file is llama.cpp's session file or like it: a magic number, a version, the number of tokens, the ids.
 HEAD = Struct("<3I")

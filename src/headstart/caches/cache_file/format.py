@@ -1,0 +1,129 @@
+"""The cache file: safetensors, so that standard tools can open it.
+
+    8 bytes    length of the header, little-endian
+    header     JSON: for each form the tensors `<form>.tokens` (I32) and `<form>.state` (U8), and as
+               `__metadata__`: format, entry (JSON), `blake3 <tensor>` of each, and `blake3` of the header
+    tensors    in the header's order, without gaps
+
+Of a form whose state lies in a file of its own (`beside.py`) there is no tensor `<form>.state`; its size is
+in the metadata as `bytes <form>.state`, its hash as that of others is.
+
+Format 1 (`header.py`). The hash of the header is taken over its bytes, with zeros in the place of the hash
+itself.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+
+import msgspec
+from blake3 import blake3
+
+from headstart.caches.cache_file.header import LENGTH, MAX_HEADER, Corrupt, hashed, header_text, read_header
+from headstart.caches.cache_file.sidecar import CACHE_SUFFIX, state_path
+from headstart.caches.cache_file.sidecar import hashed as hashed_file
+from headstart.caches.entry import Entry, Form, Identity
+from headstart.regular_files import NotAFile, check_written, opened, shown
+
+__all__ = ["LENGTH", "MAX_HEADER", "Corrupt", "hashed", "header_text", "opened", "read_header"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One form that is stored already: its token ids, and where its state is: `size` bytes at `offset` of a
+    file."""
+
+    tokens: list[int]
+    path: Path
+    offset: int
+    size: int
+
+
+def identity_of(stat: os.stat_result) -> Identity:
+    return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+
+def read(path: Path, *, whole: bool = True) -> Entry:
+    """Reads and checks the header, and all that it says. Not `whole`: also of a file that ends before its
+    states do, whose prompt is there all the same. Raises Corrupt, or OSError when it can't be opened."""
+    with _opened(path) as file:
+        header = read_header(file)
+        stat = os.fstat(file.fileno())
+    try:
+        entry = header.entry
+    except Corrupt as error:
+        raise Corrupt(f"{shown(path)}: {error}") from error
+    if whole and header.end != stat.st_size:
+        raise Corrupt(f"{shown(path)}: {stat.st_size} bytes instead of {header.end}")
+    return msgspec.structs.replace(entry, identity=identity_of(stat))
+
+
+def salvaged(path: Path) -> Entry | None:
+    """What a file that lost its end says of itself."""
+    try:
+        entry = read(path, whole=False)
+    except (Corrupt, OSError):
+        return None
+    return entry if (entry.shelf, entry.name + CACHE_SUFFIX) == (path.parent.name, path.name) else None
+
+
+def verify(path: Path, identity: Identity, *, from_disk: bool = False) -> dict[Form, list[int]]:
+    """Checks every hash of the file, which must still be the one with this identity; returns the token ids of
+    each form. `from_disk`: what the disk has is checked, as far as the system can be made to read it again,
+    not what is in memory. Raises Corrupt, or OSError when the file can't be opened."""
+    with _opened(path) as file:
+        if from_disk and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        header = read_header(file)
+        stat = os.fstat(file.fileno())
+        if identity_of(stat) != identity:
+            raise Corrupt(f"{path}: changed while it was being read")
+        if header.end != stat.st_size:
+            raise Corrupt(f"{path}: {stat.st_size} bytes instead of {header.end}")
+        check_written(file)
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapping, memoryview(mapping) as view:
+            tokens: dict[Form, list[int]] = {}
+            for name, tensor in header.tensors.items():
+                begin, end = (header.start + offset for offset in tensor.data_offsets)
+                with view[begin:end] as data:
+                    if hash_of(data) != header.hash_of(name):
+                        raise Corrupt(f"{path}: wrong hash of {name}")
+                    form, _, kind = name.partition(".")
+                    if kind == "tokens":
+                        tokens[form] = data.cast("i").tolist()  # type: ignore[index]
+    for form, size in header.beside.items():
+        state = state_path(path, form)
+        wanted = size, header.hash_of(f"{form}.state")
+        # One that is of another size, a whole disk perhaps, need not be read.
+        if os.lstat(state).st_size != size or hashed_file(state, from_disk=from_disk) != wanted:
+            raise Corrupt(f"{state}: not the state that belongs to {path.name}")
+    return tokens
+
+
+def _opened(path: Path) -> BufferedReader:
+    """Raises Corrupt for what is no file, or OSError."""
+    try:
+        return opened(path)
+    except NotAFile as error:
+        raise Corrupt(f"{shown(path)}: {error.strerror}") from error
+
+
+def hash_of(data: memoryview) -> str:
+    return blake3(data, max_threads=blake3.AUTO).hexdigest()
+
+
+@contextmanager
+def mapped(part: Part) -> Iterator[memoryview]:
+    with (
+        opened(part.path) as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapping,
+        memoryview(mapping) as view,
+        view[part.offset : part.offset + part.size] as state,
+    ):
+        yield state

@@ -1,0 +1,118 @@
+"""Copies of the headers of caches' files, for when a file's own can't be read any more.
+
+    <directory>/<shelf>/<name>.header
+
+A copy is what the file begins with, so it is checked as that is, by the hash in it. It is used only where the
+file's own header can't be read. All copies can be deleted: a start makes them anew.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+from headstart.caches.cache_file import format
+from headstart.caches.cache_file.format import LENGTH, MAX_HEADER, Corrupt
+from headstart.caches.entry import Entry
+
+log = logging.getLogger(__name__)
+
+# No model can have this name, so it is never a model's directory of caches.
+DIRECTORY = ".headers"
+SUFFIX = ".header"
+SCRATCH = ".scratch"
+
+
+class Copies:
+    """Those in the cache directory `directory`. What can't be written is left out, with one warning: a copy
+    is needed only where a file is damaged later."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory / DIRECTORY
+        self._was_told = False
+
+    def _path(self, shelf: str, name: str) -> Path:
+        return self.directory / shelf / (name + SUFFIX)
+
+    def keep(self, shelf: str, name: str, path: Path) -> None:
+        """Copies the header of the file at `path`, unless that was done."""
+        try:
+            self._write(self._path(shelf, name), _header(path))
+        except OSError as error:
+            self._failed(shelf, name, error)
+
+    def put(self, entry: Entry) -> None:
+        """Makes a header that tells all of the entry but its states."""
+        text = format.hashed(format.header_text(entry.without_states(), {}, {}))
+        try:
+            self._write(self._path(entry.shelf, entry.name), LENGTH.pack(len(text)) + text)
+        except OSError as error:
+            self._failed(entry.shelf, entry.name, error)
+
+    def _write(self, copy: Path, header: bytes) -> None:
+        if _holds(copy, header):
+            return
+        for folder in (self.directory, copy.parent):
+            folder.mkdir(mode=0o700, exist_ok=True)
+        # Always the same name: whatever interrupts this, no more than one is left.
+        scratch = copy.with_name(SCRATCH)
+        scratch.unlink(missing_ok=True)
+        try:
+            with os.fdopen(os.open(scratch, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as output:
+                output.write(header)
+            scratch.rename(copy)
+        finally:
+            scratch.unlink(missing_ok=True)
+
+    def _failed(self, shelf: str, name: str, error: OSError) -> None:
+        if not self._was_told:
+            log.warning("headers of caches can't be copied to %s: %s", self.directory, error)
+        self._was_told = True
+        # An older version's must not be taken for this one's.
+        self.delete(shelf, name)
+
+    def read(self, shelf: str, name: str) -> Entry | None:
+        """What the copy tells of the cache; None without one that is as it was written."""
+        try:
+            entry = format.read(self._path(shelf, name), whole=False)
+        except (Corrupt, OSError):
+            return None
+        return entry if (entry.shelf, entry.name) == (shelf, name) else None
+
+    def delete(self, shelf: str, name: str) -> None:
+        _delete(self._path(shelf, name))
+
+    def keep_only(self, caches: Collection[tuple[str, str]]) -> None:
+        """Deletes those of all others, by shelf and name."""
+        if self.directory.is_symlink():
+            # Whatever is there is not ours to delete.
+            return
+        for path in self.directory.glob("*/*"):
+            name = path.name.removesuffix(SUFFIX)
+            if path.name == SCRATCH or (path.suffix == SUFFIX and (path.parent.name, name) not in caches):
+                _delete(path)
+
+
+def _delete(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("the copy of a header is still there: %s", error)
+
+
+def _holds(copy: Path, header: bytes) -> bool:
+    try:
+        with format.opened(copy) as opened:
+            return opened.read(len(header) + 1) == header
+    except OSError:
+        return False
+
+
+def _header(path: Path) -> bytes:
+    """That of a file just found to be in order; whoever reads the copy checks its hash. Raises OSError."""
+    with format.opened(path) as opened:
+        start = opened.read(LENGTH.size)
+        length = LENGTH.unpack(start)[0] if len(start) == LENGTH.size else MAX_HEADER
+        return start + opened.read(min(length, MAX_HEADER))

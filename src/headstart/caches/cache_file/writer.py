@@ -1,0 +1,127 @@
+"""A cache's file while it is being written.
+
+Room for the header is left at the start, so that each state can be on the disk once it was computed; the
+header with the hashes comes last. Till then the file is none that `format.read` accepts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from headstart.caches.cache_file import format
+from headstart.caches.cache_file.format import Part
+from headstart.caches.cache_file.header import BESIDE, LENGTH, NO_HASH, hashed, header_text
+from headstart.caches.cache_file.sidecar import hashed as hashed_file
+from headstart.caches.cache_file.sidecar import state_path, take
+from headstart.caches.entry import Entry, Form
+
+ALIGN = 64
+# Larger than any offset, to see how long a header may become.
+FAR = 10**15
+# Its times may be written longer, and its terms changed later.
+SPARE = 1024
+
+
+class Writer:
+    """Writes into the file at `path`, which must exist and be empty. `entry` and the token ids of each form
+    must be known from the start; `finish` may be given the entry with other times. A state belongs where
+    `place` says: it is put there by `copy`, or by somebody else, who then tells it by `wrote`. Methods raise
+    OSError, with the file in an unknown state.
+
+    `beside`: each state is a file of its own. `end` is where the next state of others belongs."""
+
+    def __init__(
+        self, path: Path, entry: Entry, tokens: Mapping[Form, list[int]], *, beside: bool = False
+    ) -> None:
+        self.path = path
+        self.beside = beside
+        self.tokens = dict(tokens)
+        self._tensors: dict[str, dict[str, Any]] = {}
+        self._hashes: dict[str, str] = {}
+        self._sizes: dict[Form, int] = {}
+        ids = {form: _int32(tokens) for form, tokens in tokens.items()}
+        at = 0
+        for form, data in ids.items():
+            self._tensors[f"{form}.tokens"] = _tensor("I32", len(data) // 4, at, len(data))
+            self._hashes[f"blake3 {form}.tokens"] = blake3(data).hexdigest()
+            at += len(data)
+        self._room = self._header_room(entry)
+        self.end = LENGTH.size + self._room + at
+        self._write(b"".join(ids.values()), LENGTH.size + self._room)
+
+    def _header_room(self, entry: Entry) -> int:
+        far = {f"{form}.state": _tensor("U8", FAR, FAR, FAR) for form in self.tokens}
+        # Longer than the size of one that lies beside.
+        hashes = {f"blake3 {form}.state": NO_HASH for form in self.tokens}
+        return room_for(len(header_text(entry, self._tensors | far, self._hashes | hashes)))
+
+    def place(self, form: Form) -> tuple[Path, int]:
+        """The file that the form's state, the next to come, belongs into, and where in it."""
+        return (state_path(self.path, form), 0) if self.beside else (self.path, self.end)
+
+    @property
+    def size(self) -> int:
+        """Bytes that are taken so far."""
+        return self.end + sum(self._sizes.values())
+
+    def wrote(self, form: Form, size: int, blake3_hex: str) -> None:
+        """`size` bytes with this hash, the form's state, are on the disk in their place."""
+        if self.beside:
+            self._sizes[form] = size
+            self._hashes |= {f"{BESIDE}{form}.state": str(size), f"blake3 {form}.state": blake3_hex}
+            return
+        begin = self.end - LENGTH.size - self._room
+        self._tensors[f"{form}.state"] = _tensor("U8", size, begin, size)
+        self._hashes[f"blake3 {form}.state"] = blake3_hex
+        self.end += size
+
+    def copy(self, form: Form, part: Part) -> None:
+        """Takes the form's state from another file."""
+        if self.beside:
+            place, _ = self.place(form)
+            take(part.path, place)
+            self.wrote(form, *hashed_file(place))
+            return
+        with format.mapped(part) as state:
+            self._write(state, self.end)
+            self.wrote(form, part.size, format.hash_of(state))
+
+    def finish(self, entry: Entry) -> Entry:
+        """Writes the header, once all states are there, and syncs; the entry with its forms and identity
+        filled in."""
+        text = header_text(entry, self._tensors, self._hashes)
+        assert len(text) <= self._room
+        text = hashed(text + b" " * (self._room - len(text)))
+        self._write(LENGTH.pack(len(text)) + text, 0)
+        with self.path.open("rb") as whole:
+            os.fsync(whole.fileno())
+        return format.read(self.path)
+
+    def _write(self, data: bytes | memoryview, at: int) -> None:
+        with os.fdopen(os.open(self.path, os.O_WRONLY | os.O_NOFOLLOW), "wb") as output:
+            output.seek(at)
+            output.write(data)
+
+
+def expected_size(entry: Entry, n_tokens: int) -> int:
+    """At least as many bytes as the file of this cache has, with `n_tokens` ids, but without its states."""
+    return room_for(len(header_text(entry, {}, {}))) + SPARE + 4 * n_tokens
+
+
+def room_for(length: int) -> int:
+    """The bytes to be kept for a header of this length, so that what follows is aligned."""
+    room = length + SPARE
+    return room + -(LENGTH.size + room) % ALIGN
+
+
+def _tensor(dtype: str, n: int, at: int, size: int) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": [n], "data_offsets": [at, at + size]}
+
+
+def _int32(tokens: list[int]) -> bytes:
+    return b"".join(token.to_bytes(4, "little", signed=True) for token in tokens)

@@ -1,0 +1,132 @@
+"""Which caches there are: what the header of each one's file says.
+
+A file's header, which is hashed, is the truth about its cache. Only where it can't be read is the copy of it
+(`copies.py`) taken, which is said, and only until the file can be read again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from msgspec.structs import replace
+
+from headstart.caches.cache_file import format
+from headstart.caches.cache_file.format import Corrupt, identity_of
+from headstart.caches.cache_file.header_copies import Copies
+from headstart.caches.cache_file.sidecar import CACHE_SUFFIX
+from headstart.caches.entry import Entry, Identity
+from headstart.caches.files import identity_at
+from headstart.names import NAME, SHELF
+
+log = logging.getLogger(__name__)
+
+# Shelf and name.
+Key = tuple[str, str]
+
+
+class Catalog:
+    """Of the cache directory `directory`."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.copies = Copies(directory)
+        self._entries: dict[Key, Entry] = {}
+        self._from_copies: set[Key] = set()
+
+    def path(self, shelf: str, name: str) -> Path:
+        assert SHELF.fullmatch(shelf), shelf
+        assert NAME.fullmatch(name), name
+        return self.directory / shelf / (name + CACHE_SUFFIX)
+
+    def on_disk(self) -> Iterator[Key]:
+        """Where there is a file that may be a cache's."""
+        for path in self.directory.glob(f"*/*{CACHE_SUFFIX}"):
+            key = (path.parent.name, path.name.removesuffix(CACHE_SUFFIX))
+            if SHELF.fullmatch(key[0]) and NAME.fullmatch(key[1]):
+                yield key
+
+    def caches(self) -> set[Key]:
+        return set(self._entries)
+
+    def get(self, key: Key) -> Entry | None:
+        """As it was last seen."""
+        return self._entries.get(key)
+
+    def all(self) -> Iterable[Entry]:
+        """As they were last seen."""
+        return self._entries.values()
+
+    def is_from_copy(self, key: Key) -> bool:
+        """Whether the file's header could not be read, so that all that is known is from the copy of it."""
+        return key in self._from_copies
+
+    def look(self, key: Key) -> Entry | None:
+        """The entry as the disk has it now, None without one. A damaged file keeps the entry that its header
+        has, or had when it was last read, so that its state can be computed again; verification will refuse
+        it."""
+        path, known = self.path(*key), self._entries.get(key)
+        try:
+            identity = identity_of(path.lstat())
+        except (FileNotFoundError, NotADirectoryError):
+            self.forget(key)
+            return None
+        except OSError as error:
+            log.warning("%s can't be looked at: %s", path, error)
+            return known
+        if known and known.identity == identity and key not in self._from_copies:
+            return known
+        try:
+            entry = format.read(path)
+        except (Corrupt, OSError) as error:
+            log.warning("damaged cache file: %s", error)
+            if salvaged := format.salvaged(path):
+                self.remember(salvaged)
+            return salvaged or known or self._recall(key, identity)
+        if (entry.shelf, entry.name) != key:
+            log.warning("%s holds the cache %s of %s: ignored", path, entry.name, entry.shelf)
+            self.forget(key)
+            return None
+        self.remember(entry)
+        return entry
+
+    def _recall(self, key: Key, identity: Identity) -> Entry | None:
+        if not (entry := self.copies.read(*key)):
+            return None
+        log.warning("%s: its text is from the copy of its header, unverified", self.path(*key))
+        self._from_copies.add(key)
+        self._entries[key] = entry = replace(entry, identity=identity)
+        return entry
+
+    def remember(self, entry: Entry) -> None:
+        """Of an entry that was read from its file, or written to it."""
+        key = (entry.shelf, entry.name)
+        self._from_copies.discard(key)
+        self._entries[key] = entry
+        self.copies.keep(*key, self.path(*key))
+
+    def forget(self, key: Key) -> None:
+        self._from_copies.discard(key)
+        if self._entries.pop(key, None):
+            self.copies.delete(*key)
+
+    def take_over(self, earlier: Iterable[Entry]) -> None:
+        """Makes copies of what an earlier release's index says of caches whose files can't be read."""
+        for entry in earlier:
+            key = (entry.shelf, entry.name)
+            named = SHELF.fullmatch(entry.shelf) and NAME.fullmatch(entry.name)
+            if named and key not in self._entries and identity_at(self.path(*key)):
+                log.warning("%s: its text is unverified, from an earlier release's index", self.path(*key))
+                self.copies.put(entry)
+                self.look(key)
+
+
+def is_same(entry: Entry | None, other: Entry) -> bool:
+    """Whether they are the same cache, however its file was damaged in between."""
+    return entry is not None and _lasting(entry) == _lasting(other)
+
+
+def _lasting(entry: Entry) -> Entry:
+    """All that damage leaves as it is."""
+    return replace(entry, identity=(0, 0, 0, 0), forms={}, evicted=[])

@@ -1,0 +1,1 @@
+"""Usage figures and hashes of weights, in SQLite."""

@@ -1,0 +1,203 @@
+"""The index: how often caches were used, and hashes of weights files.
+
+All of it is in memory while it is open. A thread writes what changes to `index.sqlite`, so that nobody waits
+for the disk or for another process's lock on it; what can't be written now is written later. No cache's text
+is in it.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta, Struct
+
+from headstart.caches.entry import Entry, Identity
+from headstart.caches.index.records import RecordKey, Records, is_damage
+from headstart.caches.index.usage import USAGE, Usage, usage_key
+
+log = logging.getLogger(__name__)
+
+WEIGHTS = "weights"
+UNUSED = Usage()
+
+
+class Weights(Struct, frozen=True):
+    """The SHA-256 that a model file had, and what file that was."""
+
+    identity: Identity
+    sha256: Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+
+
+Record = Usage | Weights
+TYPES: dict[str, type[Record]] = {USAGE: Usage, WEIGHTS: Weights}
+
+
+class Index:
+    """Used from one thread. `earlier`: the entries that an index of an earlier release had, unchecked."""
+
+    def __init__(self, path: Path) -> None:
+        self.earlier: list[Entry] = []
+        self._path = path
+        self._records = Records(path)
+        self._known: dict[RecordKey, Record] = {}
+        # What is to be written; None: to be deleted.
+        self._changes: dict[RecordKey, Record | None] = {}
+        # Held for changes in memory only.
+        self._guard = Lock()
+        self._was_open = False
+        self._was_told = False
+        self._is_due = False
+        self._is_closed = False
+        self._write()
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="index")
+
+    def close(self) -> None:
+        """Writes what is still to be written, if that can be now."""
+        self.save()
+        self._is_closed = True
+        self._writer.shutdown()
+        self._records.close()
+
+    def save(self) -> None:
+        """Has everything written that changed; doesn't wait for it."""
+        is_wanted = self._changes or self._records.must_wipe or not self._was_open
+        if is_wanted and not (self._is_due or self._is_closed):
+            self._is_due = True
+            self._writer.submit(self._write)
+
+    def settle(self) -> None:
+        """Returns when what changed before was written, or could not be."""
+        self._writer.submit(self._write).result()
+
+    def _write(self) -> None:
+        self._is_due = False
+        try:
+            try:
+                self._write_changes()
+            except sqlite3.DatabaseError as error:
+                if not is_damage(error):
+                    raise
+                # Somebody has changed or replaced it under a running server.
+                log.warning("the index %s is damaged (%s)", self._path, error)
+                self._records.close()
+                self._write_changes()
+        except (sqlite3.Error, OSError) as error:
+            if not self._was_told:
+                log.warning("the index %s can't be used (%s): usage is not remembered", self._path, error)
+            self._was_told = True
+        else:
+            if self._was_told:
+                log.info("the index %s can be used again", self._path)
+            self._was_told = False
+
+    def _write_changes(self) -> None:
+        if not self._records.is_open:
+            self._open()
+        with self._guard:
+            changes, self._changes = self._changes, {}
+        try:
+            self._records.write({key: _encoded(record) for key, record in changes.items()})
+        except BaseException:
+            with self._guard:
+                self._changes = changes | self._changes
+            raise
+
+    def _open(self) -> None:
+        """What it holds is added to what was counted since the start; but not if it was known already."""
+        # Only a start has use for an earlier release's entries.
+        earlier = self._records.open(migrate=not self._was_told)
+        try:
+            found = {} if self._was_open else self._read()
+        except sqlite3.Error:
+            self._records.close()
+            raise
+        self.earlier = self.earlier or earlier
+        with self._guard:
+            if self._was_open:
+                self._changes = {**self._known, **self._changes}
+            for key, record in found.items():
+                self._merge(key, record)
+            self._was_open = True
+
+    def _read(self) -> dict[RecordKey, Record]:
+        found: dict[RecordKey, Record] = {}
+        for kind, key, value in self._records.all():
+            try:
+                found[kind, key] = msgspec.json.decode(value, type=TYPES[kind])
+            except (KeyError, msgspec.MsgspecError) as error:
+                log.warning("a record of the index is left out: %s", error)
+        return found
+
+    def _merge(self, key: RecordKey, record: Record) -> None:
+        since = self._known.get(key)
+        if isinstance(since, Usage) and isinstance(record, Usage):
+            self._known[key] = self._changes[key] = record.plus(since)
+        elif since is None and key not in self._changes:
+            self._known[key] = record
+
+    def _put(self, key: RecordKey, record: Record) -> None:
+        self._known[key] = self._changes[key] = record
+
+    def usage(self, shelf: str, name: str) -> Usage:
+        found = self._known.get(usage_key(shelf, name))
+        return found if isinstance(found, Usage) else UNUSED
+
+    def used(self, shelf: str, name: str, when: float, tokens: int, seconds: float) -> None:
+        """Counts a hit."""
+        with self._guard:
+            hit = Usage(1, when, tokens, seconds)
+            self._put(usage_key(shelf, name), self.usage(shelf, name).plus(hit))
+        self.save()
+
+    def touch(self, shelf: str, name: str, when: float) -> None:
+        """Notes a use that is no hit."""
+        with self._guard:
+            self._put(usage_key(shelf, name), self.usage(shelf, name).plus(Usage(last_used=when)))
+        self.save()
+
+    def delete(self, shelf: str, name: str) -> None:
+        """Forgets how the cache was used."""
+        key = usage_key(shelf, name)
+        with self._guard:
+            # Also one that is not known yet, because the database could not be opened.
+            if self._known.pop(key, None) or not self._was_open:
+                self._changes[key] = None
+        self.save()
+
+    def keep_only(self, caches: Collection[tuple[str, str]]) -> None:
+        """Forgets how all but these, by shelf and name, were used."""
+        kept = {usage_key(*cache) for cache in caches}
+        for key in [key for key in self._known if key[0] == USAGE and key not in kept]:
+            shelf, _, name = key[1].partition("/")
+            self.delete(shelf, name)
+
+    def ends(self, entry: Entry) -> float | None:
+        """When it ends, in seconds since 1970; None: never. Of an automatic one time counts from its last
+        use."""
+        if entry.expires is None or entry.origin != "automatic":
+            return entry.expires
+        last = self.usage(entry.shelf, entry.name).last_used or 0.0
+        return entry.expires + max(last - entry.updated, 0.0)
+
+    def is_over(self, entry: Entry, now: float) -> bool:
+        return (ends := self.ends(entry)) is not None and ends <= now
+
+    def weights_hash(self, path: str, identity: Identity) -> str | None:
+        known = self._known.get((WEIGHTS, path))
+        return known.sha256 if isinstance(known, Weights) and known.identity == identity else None
+
+    def put_weights_hash(self, path: str, identity: Identity, sha256: str) -> None:
+        with self._guard:
+            self._put((WEIGHTS, path), Weights(identity, sha256))
+        self.save()
+
+
+def _encoded(record: Record | None) -> bytes | None:
+    return None if record is None else msgspec.json.encode(record)

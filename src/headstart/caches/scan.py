@@ -1,0 +1,102 @@
+"""Files among the caches that hold none: damaged beyond reading, or named after another cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from os.path import lexists
+from pathlib import Path
+
+from headstart.caches.cache_file import format, sidecar
+from headstart.caches.cache_file.format import Corrupt
+from headstart.caches.cache_file.sidecar import CACHE_SUFFIX
+from headstart.caches.entry import Entry
+from headstart.caches.store import SCRATCH
+from headstart.names import NAME, SHELF
+from headstart.regular_files import shown
+
+ASIDE = ".damaged"
+
+
+@dataclass(frozen=True)
+class Stray:
+    """`why` it holds no cache. `damaged`: nothing can be read from it, its prompt neither."""
+
+    path: Path
+    why: str
+    damaged: bool
+
+    @property
+    def shelf(self) -> str:
+        return shown(self.path.parent.name)
+
+    @property
+    def model(self) -> str:
+        return self.shelf.partition("@")[0]
+
+    @property
+    def name(self) -> str:
+        return shown(self.path.name.removesuffix(CACHE_SUFFIX))
+
+
+def contents(directory: Path, *, whole: bool = False) -> Iterator[tuple[Path, Entry | Stray]]:
+    """Each file with the cache it holds, or why it holds none, by its header alone: the states of a cache may
+    be damaged, or, unless only `whole` files count, cut off."""
+    for path in sorted(directory.glob(f"*/*{CACHE_SUFFIX}")):
+        try:
+            entry = format.read(path, whole=whole)
+        except FileNotFoundError:
+            continue
+        except Corrupt as error:
+            yield path, Stray(path, str(error), damaged=True)
+        except OSError as error:
+            yield path, Stray(path, f"{shown(path)} can't be read: {error.strerror}", damaged=False)
+        else:
+            why = _misplaced(path, entry)
+            yield path, Stray(path, f"{shown(path)}: {why}", damaged=False) if why else entry
+    for path in sorted(directory.glob(f"*/*{sidecar.SUFFIX}")):
+        if not (path.name.startswith(SCRATCH) or lexists(sidecar.cache_path(path))):
+            yield path, Stray(path, f"{shown(path)}: holds a state whose cache is gone", damaged=True)
+
+
+def _misplaced(path: Path, entry: Entry) -> str | None:
+    """Why what the file holds is no cache where it lies."""
+    shelf, name = path.parent.name, path.name.removesuffix(CACHE_SUFFIX)
+    if (entry.shelf, entry.name) != (shelf, name):
+        return f"holds the cache {shown(entry.name)} of {shown(entry.model)}, so it is ignored"
+    return None if SHELF.fullmatch(shelf) and NAME.fullmatch(name) else "no cache can have this name"
+
+
+def strays(directory: Path) -> list[Stray]:
+    return [found for _, found in contents(directory) if isinstance(found, Stray)]
+
+
+def set_aside(path: Path) -> Path:
+    """Renames the file so that it is taken for no cache; its new path, which was free. Raises OSError."""
+    number = 0
+    while lexists(aside := path.with_name(path.name + ASIDE + (f"-{number}" if number else ""))):
+        number += 1
+    path.rename(aside)
+    if path.name.endswith(CACHE_SUFFIX):
+        # Whatever lies beside it belongs to nothing any more.
+        sidecar.keep_only(path)
+    return aside
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Caches by model, and what is wrong with the files that hold none. Only headers are read: states that
+    were changed in place are found when they are used."""
+
+    entries: dict[str, list[Entry]] = field(default_factory=dict)
+    damaged: list[str] = field(default_factory=list)
+
+
+def survey(directory: Path) -> Survey:
+    found = Survey()
+    for _, what in contents(directory, whole=True):
+        if isinstance(what, Stray):
+            found.damaged.append(what.why)
+        else:
+            found.entries.setdefault(what.model, []).append(what)
+    return found

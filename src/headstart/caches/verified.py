@@ -1,0 +1,45 @@
+"""Which states' hashes were checked since the start, by what the files were then."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from headstart.caches.cache_file.sidecar import state_path
+from headstart.caches.entry import Entry, Form, Identity
+from headstart.caches.files import identity_at
+
+Tokens = list[int]
+Key = tuple[str, str]
+# Of a cache's file, and of the states beside it; None where there is no file.
+Identities = dict[Form | None, Identity | None]
+
+
+def identities(path: Path, entry: Entry) -> Identities:
+    """Of the files of a cache, its own being at `path`, as they are now."""
+    found: Identities = {None: identity_at(path)}
+    found |= {form: identity_at(state_path(path, form)) for form in entry.beside}
+    return found
+
+
+class Checked:
+    """By shelf and name."""
+
+    def __init__(self) -> None:
+        self._known: dict[Key, tuple[Identities, dict[Form, Tokens]]] = {}
+
+    def put(self, key: Key, files: Identities, tokens: dict[Form, Tokens]) -> None:
+        self._known[key] = files, tokens
+
+    def get(self, key: Key, files: Identities) -> dict[Form, Tokens] | None:
+        """The token ids that were found in these very files."""
+        known, tokens = self._known.get(key, (None, {}))
+        return tokens if known == files else None
+
+    def forget(self, key: Key) -> None:
+        self._known.pop(key, None)
+
+    def tokens(self, shelf: str, form: Form) -> Iterator[Tokens]:
+        for key, (_, tokens) in self._known.items():
+            if key[0] == shelf and form in tokens:
+                yield tokens[form]

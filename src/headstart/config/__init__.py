@@ -1,0 +1,1 @@
+"""Settings, their sources, and the tables of a configuration file."""

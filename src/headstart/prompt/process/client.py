@@ -1,0 +1,302 @@
+"""The server's side of a prompt process: starts it, asks it in turn, starts it again when it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+
+import msgspec
+
+from headstart.channel import HEADER
+from headstart.errors import BadRequest, ModelLoading, Overloaded, PromptsDied, StartupError, Unavailable
+from headstart.prompt.process.protocol import Facts, Load, Refused, Reply, Request
+from headstart.prompt.process.turns import Turns
+from headstart.prompt.vocabulary import Vocabulary
+
+log = logging.getLogger(__name__)
+
+RESTART_SECONDS = (0.0, 0.2, 1.0, 2.0)
+# Nothing that a prompt process has to say is as long.
+MOST_BYTES = 256 << 20
+MOST_WAITING = 1024
+END_SECONDS = 5.0
+# By the clock, for what is stuck; the process itself ends when it has computed for half as long.
+LOAD_SECONDS = 120.0
+# llama.cpp would start a debugger to tell where it fails.
+ENVIRONMENT = {"GGML_NO_BACKTRACE": "1", "TOKENIZERS_PARALLELISM": "false"}
+# Signals that end a process from outside, whatever it was doing.
+FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
+
+
+class Ended(Exception):
+    """A process has ended, or was; the message says why. `at_fault`: what it was asked for may be why."""
+
+    def __init__(self, reason: str, *, at_fault: bool = True) -> None:
+        super().__init__(reason)
+        self.at_fault = at_fault
+
+
+class Link:
+    """One process and the socket to it. Use `asked` by one task at a time."""
+
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        self.process, self.reader, self.writer = process, reader, writer
+        self.decoder: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+
+    @classmethod
+    async def opened(cls) -> Link:
+        """Raises Ended where no process can be started."""
+        ours, theirs = socket.socketpair()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                # -P: what lies in the current folder is no part of the program.
+                *(sys.executable, "-P", "-m", "headstart.prompt.process.worker", str(theirs.fileno())),
+                pass_fds=[theirs.fileno()],
+                stdin=asyncio.subprocess.DEVNULL,
+                env=os.environ | ENVIRONMENT,
+            )
+        except BaseException as error:
+            ours.close()
+            if isinstance(error, OSError):
+                raise Ended(f"it can't be started: {error}", at_fault=False) from error
+            raise
+        finally:
+            theirs.close()
+        return cls(process, *await asyncio.open_connection(sock=ours))
+
+    @property
+    def has_ended(self) -> bool:
+        return self.reader.at_eof() or self.writer.is_closing() or self.process.returncode is not None
+
+    async def asked(self, data: bytes, seconds: float) -> Reply:
+        """The reply to a request. Raises Ended, after which there is no process any more."""
+        try:
+            async with asyncio.timeout(seconds):
+                self.writer.write(data)
+                await self.writer.drain()
+                (size,) = HEADER.unpack(await self.reader.readexactly(HEADER.size))
+                if size > MOST_BYTES:
+                    raise msgspec.DecodeError(f"a reply of {size} bytes")
+                return self.decoder.decode(await self.reader.readexactly(size))
+        except TimeoutError as error:
+            await self.close()
+            raise Ended(f"it had not answered after {seconds:g} seconds") from error
+        except msgspec.DecodeError as error:
+            await self.close()
+            raise Ended(f"it answered with nonsense: {error}") from error
+        except (asyncio.IncompleteReadError, OSError, RuntimeError) as error:
+            # uvloop says RuntimeError of a socket that it has closed.
+            raise _explained(await self._code()) from error
+
+    async def _code(self) -> int:
+        with suppress(TimeoutError):
+            return await asyncio.wait_for(asyncio.shield(self.process.wait()), END_SECONDS)
+        await self.close()
+        return await self.process.wait()
+
+    async def close(self) -> None:
+        self.writer.close()
+        with suppress(ProcessLookupError):
+            self.process.kill()
+        await self.process.wait()
+
+
+@dataclass(frozen=True)
+class Job:
+    data: bytes
+    reply: asyncio.Future[Reply]
+
+    def fail(self, error: Exception) -> None:
+        if not self.reply.done():
+            self.reply.set_exception(error)
+
+
+class PromptClient:
+    """The prompt process of the model of this `name`. A request that is not answered within `seconds` ends
+    it."""
+
+    def __init__(self, name: str, seconds: float) -> None:
+        self.name, self.seconds = name, seconds
+        self._vocabulary: Vocabulary | None = None
+        self._load = b""
+        self._turns: Turns[Job] = Turns()
+        self._asking: Job | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._link: Link
+        self._failures = 0
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Raises ModelLoading until it is known; once it is, it stays so."""
+        if self._vocabulary is None:
+            raise ModelLoading(f"Model {self.name!r} is still loading.")
+        return self._vocabulary
+
+    async def start(self, load: Load) -> None:
+        """Runs a process from now on, until `close`. Raises StartupError with the reason why it can't."""
+        await self.close()
+        self._load = _frame(load)
+        try:
+            link, facts = await self._opened()
+        except Ended as error:
+            reason = f"the process that reads its tokenizer and template failed: {error}"
+            raise StartupError(f"{load.path} can't be read: {reason}") from error
+        self._vocabulary = Vocabulary(facts)
+        self._task = asyncio.create_task(self._work(link), name=f"prompts {self.name}")
+
+    async def close(self) -> None:
+        """Ends the process; requests that wait fail. It can be started again."""
+        task, self._task = self._task, None
+        if task:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+    async def ask(self, owner: str, request: Request) -> Reply:
+        """Raises BadRequest for what is refused, and Unavailable where it is the model that is wrong or there
+        is no process."""
+        if self._task is None or self._task.done():
+            raise ModelLoading(f"Model {self.name!r} is still loading.")
+        if len(self._turns) >= MOST_WAITING:
+            raise Overloaded(f"{len(self._turns)} prompts wait to be tokenised already.")
+        try:
+            job = Job(_frame(request), asyncio.get_running_loop().create_future())
+        except (RecursionError, OverflowError, ValueError) as error:
+            raise BadRequest(
+                f"Messages or tools can't be written as JSON: {error}", param="messages"
+            ) from error
+        self._turns.put(owner, job)
+        reply = await job.reply
+        match reply:
+            case Refused(message=message, always=True):
+                raise unfit(self.name, message)
+            case Refused(message=message, param=param):
+                raise BadRequest(message, param=param)
+        return reply
+
+    async def _opened(self) -> tuple[Link, Facts]:
+        """A process that has loaded the model. Raises StartupError or Ended."""
+        link = await Link.opened()
+        try:
+            reply = await link.asked(self._load, LOAD_SECONDS)
+            if isinstance(reply, Facts):
+                return link, reply
+        except BaseException:
+            await link.close()
+            raise
+        await link.close()
+        raise StartupError(reply.message if isinstance(reply, Refused) else "it was told nonsense")
+
+    async def _work(self, link: Link) -> None:
+        self._link, self._failures = link, 0
+        try:
+            while True:
+                job = self._asking = await self._turns.next()
+                if job.reply.done():
+                    # Who asked has gone.
+                    continue
+                try:
+                    reply = await self._reply(job)
+                    if not job.reply.done():
+                        job.reply.set_result(reply)
+                except (Ended, StartupError) as error:
+                    log.error("prompt process of %s: %s", self.name, error)
+                    job.fail(self._told(error))
+                    with suppress(Ended, StartupError):
+                        await self._restart()
+        finally:
+            self._fail_all()
+            await self._link.close()
+
+    async def _reply(self, job: Job) -> Reply:
+        """A process that was ended from outside is asked a second time. Raises Ended or StartupError."""
+        try:
+            return await self._asked(job)
+        except Ended as error:
+            if error.at_fault:
+                raise
+            log.warning("prompt process of %s: %s", self.name, error)
+            return await self._asked(job)
+
+    async def _asked(self, job: Job) -> Reply:
+        if self._link.has_ended:
+            await self._restart()
+        reply = await self._link.asked(job.data, self.seconds)
+        self._failures = 0
+        return reply
+
+    async def _restart(self) -> None:
+        """The longer after, the more often it has ended at once. Raises Ended or StartupError."""
+        await asyncio.sleep(RESTART_SECONDS[min(self._failures, len(RESTART_SECONDS) - 1)])
+        self._failures += 1
+        self._link = await self._again()
+
+    async def _again(self) -> Link:
+        """Raises Ended or StartupError."""
+        link, facts = await self._opened()
+        if self._vocabulary and facts != self._vocabulary.facts:
+            await link.close()
+            raise StartupError("its file is another than was loaded: unload the model, then load it again")
+        return link
+
+    def _told(self, error: Ended | StartupError) -> Unavailable:
+        if isinstance(error, StartupError):
+            return unfit(self.name, str(error))
+        died = PromptsDied(
+            f"The process that makes prompts for model {self.name!r} ended while it read this one, and is "
+            f"started again: {error}."
+        )
+        died.retryable = not error.at_fault
+        return died
+
+    def _fail_all(self) -> None:
+        jobs = [self._asking] if self._asking else []
+        self._asking = None
+        while len(self._turns):
+            jobs.append(self._turns.pop())
+        for job in jobs:
+            job.fail(ModelLoading(f"Model {self.name!r} was unloaded."))
+
+
+def _frame(request: Request) -> bytes:
+    body = msgspec.json.encode(request)
+    return HEADER.pack(len(body)) + body
+
+
+def unfit(name: str, reason: str) -> Unavailable:
+    """Said of a model that no request can use."""
+    error = Unavailable(f"Model {name!r} can't run: {reason}")
+    error.retryable = False
+    return error
+
+
+def _explained(code: int) -> Ended:
+    if code >= 0:
+        return Ended(f"it ended with status {code}")
+    name = signal.Signals(-code).name
+    if -code in FROM_OUTSIDE:
+        return Ended(f"it was ended by {name}", at_fault=False)
+    if -code == signal.SIGVTALRM:
+        return Ended("it took too much of the processor's time")
+    return Ended(f"it crashed ({name}); the log has its last words, if any")
+
+
+async def facts_of(path: str, template: str | None) -> Facts:
+    """What a model's file says, found out by a process that ends thereafter. Raises StartupError."""
+    client = PromptClient("", LOAD_SECONDS)
+    try:
+        await client.start(Load(path, template))
+        return client.vocabulary.facts
+    finally:
+        await client.close()

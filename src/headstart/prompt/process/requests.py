@@ -1,0 +1,100 @@
+"""What the service asks of a model's prompts: tokens of chats and texts, and rendered chats."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from headstart.errors import TextTooLong
+from headstart.prompt.chat import MOST_CHARACTERS
+from headstart.prompt.process.client import PromptClient
+from headstart.prompt.process.protocol import (
+    Chat,
+    ChatOpening,
+    Plain,
+    Render,
+    Rendered,
+    TextOpening,
+    Tokenise,
+    Tokens,
+    Wanted,
+)
+
+Json = dict[str, Any]
+
+# Characters of texts that are tokenised in one turn, unless one alone has more.
+TURN_CHARACTERS = 1 << 18
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Those of one model, for one owner, who takes turns with others. `can_cut`: a state may be used in part.
+    All of it raises BadRequest for what can't be rendered or is too long, and Unavailable."""
+
+    client: PromptClient
+    owner: str
+    can_cut: bool
+
+    async def tokens(self, *wanted: Wanted) -> list[list[int]]:
+        """Of each, in one turn."""
+        return (await self._asked(Tokenise(list(wanted), self.can_cut))).lists
+
+    async def with_opening(
+        self, wanted: Wanted, opening: ChatOpening | TextOpening
+    ) -> tuple[list[int], list[int] | None]:
+        """And the tokens of the opening; None where the template refuses it."""
+        reply = await self._asked(Tokenise([wanted], self.can_cut, opening))
+        return reply.lists[0], reply.opening
+
+    async def _asked(self, request: Tokenise) -> Tokens:
+        _check_length(request.wanted)
+        reply = await self.client.ask(self.owner, request)
+        assert isinstance(reply, Tokens)
+        return reply
+
+    async def one(self, wanted: Wanted) -> list[int]:
+        (tokens,) = await self.tokens(wanted)
+        return tokens
+
+    async def plain(
+        self, texts: Sequence[str], *, first: bool = True, special: bool = True
+    ) -> list[list[int]]:
+        """The tokens of each text by itself, in as many turns as others shouldn't wait for."""
+        tokens: list[list[int]] = []
+        for part in _parts(texts):
+            tokens += await self.tokens(*(Plain(text, first, special) for text in part))
+        return tokens
+
+    async def rendered(self, messages: list[Json], tools: list[Json]) -> str:
+        reply = await self.client.ask(self.owner, Render(messages, tools))
+        assert isinstance(reply, Rendered)
+        return reply.text
+
+
+def _parts(texts: Sequence[str]) -> Iterable[list[str]]:
+    part: list[str] = []
+    n_characters = 0
+    for text in texts:
+        if part and n_characters + len(text) > TURN_CHARACTERS:
+            yield part
+            part, n_characters = [], 0
+        part.append(text)
+        n_characters += len(text)
+    if part:
+        yield part
+
+
+def _check_length(wanted: Iterable[Wanted]) -> None:
+    """Raises TextTooLong."""
+    for each in wanted:
+        if isinstance(each, Chat | ChatOpening):
+            texts = [message.get("content") for message in each.messages]
+            n, param = sum(len(text) for text in texts if isinstance(text, str)), "messages"
+        else:
+            n, param = len(each.text), "prompt"
+        if n > MOST_CHARACTERS:
+            raise TextTooLong(
+                f"{n} characters are more than any context holds; {MOST_CHARACTERS} are the most.",
+                param=param,
+            )

@@ -1,0 +1,142 @@
+"""The prompt process of one model: `python -m headstart.prompt.process.worker FD`.
+
+It runs what must not run in the server, since files decide what it does: the tokenizer, which is native code,
+and the chat template. It answers one request after another, and lives as long as its socket.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import struct
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+
+import msgspec
+
+from headstart.channel import HEADER, frame
+from headstart.errors import BadRequest, StartupError
+from headstart.prompt.load import load_prompts
+from headstart.prompt.process import limits
+from headstart.prompt.process.protocol import (
+    Chat,
+    ChatOpening,
+    Facts,
+    Load,
+    Plain,
+    Refused,
+    Render,
+    Rendered,
+    Reply,
+    Request,
+    Text,
+    TextOpening,
+    Tokenise,
+    Tokens,
+    Wanted,
+)
+from headstart.prompt.prompts import Prompts
+from headstart.prompt.template import TemplateFails
+
+log = logging.getLogger(__name__)
+
+
+class PromptProcess:
+    prompts: Prompts
+
+    def __init__(self) -> None:
+        self.template_time = limits.TemplateTime()
+        self.decoder = msgspec.json.Decoder(Request)
+
+    def answer(self, data: bytes) -> Reply:
+        """What goes wrong with the request is its Refused; what native code does wrong ends the process."""
+        limits.end_after(limits.REQUEST_SECONDS + limits.SECONDS_PER_BYTE * len(data))
+        self.template_time.renew()
+        try:
+            return self._reply(self.decoder.decode(data))
+        except BadRequest as error:
+            return Refused(error.message, error.param)
+        except TemplateFails as error:
+            return Refused(f"its chat template fails, whatever the messages: {error}", always=True)
+        except (RecursionError, MemoryError) as error:
+            return Refused(f"The prompt is too large or nested too deeply: {error or 'no memory'}")
+        finally:
+            limits.end_after(0)
+
+    def _reply(self, request: Request) -> Reply:
+        match request:
+            case Load():
+                limits.end_after(limits.LOAD_SECONDS)
+                return self._load(request)
+            case Tokenise(wanted=wanted, can_cut=can_cut, opening=opening):
+                self.prompts.can_cut = can_cut
+                lists = [self._tokens(each) for each in wanted]
+                return Tokens(lists, self._tokens_if_any(opening) if opening else None)
+            case Render(messages=messages, tools=tools):
+                return Rendered(self.prompts.template.render(messages, tools))
+
+    def _load(self, load: Load) -> Facts | Refused:
+        try:
+            self.prompts = load_prompts(load.path, load.template, self.template_time)
+            facts = self.prompts.facts()
+            limits.end_after(limits.REQUEST_SECONDS)
+            self.prompts.template.check()
+            return facts
+        except StartupError as error:
+            return Refused(str(error), always=True)
+        except Exception as error:
+            # A file may be wrong in as many ways as there are.
+            log.warning("%s can't be read", load.path, exc_info=True)
+            return Refused(f"{load.path} can't be read: {type(error).__name__}: {error}", always=True)
+
+    def _tokens_if_any(self, opening: ChatOpening | TextOpening) -> list[int] | None:
+        try:
+            return self._tokens(opening)
+        except BadRequest:
+            return None
+
+    def _tokens(self, wanted: Wanted) -> list[int]:
+        prompts = self.prompts
+        match wanted:
+            case Chat(messages=messages, tools=tools, variables=variables):
+                return prompts.chat(messages, tools, variables)
+            case ChatOpening(messages=messages, tools=tools):
+                return prompts.chat_opening(messages, tools)
+            case Text(text=text):
+                return prompts.text(text)
+            case TextOpening(text=text):
+                return prompts.text_opening(text)
+            case Plain(text=text, first=first, special=special):
+                return prompts.tokenizer.encode(text, first, parse_special=special)
+
+
+def received(channel: socket.socket) -> Iterator[bytes]:
+    """The bodies of requests, until the server closes the socket."""
+    with channel.makefile("rb") as stream:
+        while len(header := stream.read(HEADER.size)) == HEADER.size:
+            (size,) = struct.unpack("<I", header)
+            if len(body := stream.read(size)) < size:
+                return
+            yield body
+
+
+def main() -> None:
+    # The server decides when to stop: a Ctrl-C reaches the whole group, but requests are drained first.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    logging.basicConfig(level=os.environ.get("HEADSTART_LOG_LEVEL", "WARNING").upper())
+    limits.limit_memory()
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    process = PromptProcess()
+    with suppress(BrokenPipeError, ConnectionResetError):
+        for body in received(channel):
+            channel.sendall(frame(process.answer(body)))
+    # Native destructors have nothing left to save, and crash now and then.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

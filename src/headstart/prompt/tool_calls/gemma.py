@@ -1,0 +1,123 @@
+"""Calls as Google's guide to function calling has Gemma write them, in one of two ways.
+
+    [look(where="up"), listen()]
+    {"name": "look", "parameters": {"where": "up"}}
+
+Either may stand in a block of code, of the language tool_code or json. Calls in Python are read when they are
+complete.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import warnings
+from typing import Any
+
+from headstart.prompt.answer_parts import Part
+from headstart.prompt.tool_calls.llama import LlamaParser
+from headstart.prompt.tool_calls.scanner import BracketEnd, CallHead, encoded
+
+FENCE, CODE, JSON = "```", "```tool_code", "```json"
+# What a list of calls begins with, as far as it goes.
+LIST = re.compile(r"\s*\[\s*(?:([A-Za-z_]\w*)\s*(\(?))?")
+
+
+class PythonEnd(BracketEnd):
+    opening, closing, quotes = "{[(", "}])", "\"'"
+
+
+class GemmaParser(LlamaParser):
+    markers = (CODE, JSON)
+    fenced = False
+
+    def read_start(self) -> list[Part] | None:
+        if not self.held.lstrip().startswith("["):
+            return super().read_start()
+        self.end_of_brackets = PythonEnd()
+        self.n_scanned = 0
+        self.state = self.read_list
+        return []
+
+    def read_list(self) -> list[Part] | None:
+        if not self._may_be_list():
+            return self.give_back()
+        size = self.end_of_brackets.find(self.held[self.n_scanned :])
+        if size is None:
+            self.n_scanned = len(self.held)
+            return self.give_back() if self.ending else None
+        return self._calls(self.n_scanned + size, self.n_scanned + size)
+
+    def _may_be_list(self) -> bool:
+        found = LIST.match(self.held)
+        if not found:
+            return False
+        name, bracket = found.groups()
+        if bracket:
+            return name in self.names
+        ends = found.end() == len(self.held)
+        return ends and any(known.startswith(name or "") for known in self.names)
+
+    def begin_call(self) -> None:
+        self.fenced = self.opening.endswith(JSON)
+        if self.fenced:
+            self.begin_object()
+        else:
+            self.state = self.read_code
+
+    def read_code(self) -> list[Part] | None:
+        """Up to the end of the block, or the answer's."""
+        size = self.held.find(FENCE)
+        if size < 0 and not self.ending:
+            return None
+        return self._calls(size, size + len(FENCE)) if size >= 0 else self._calls(len(self.held), None)
+
+    def _calls(self, size: int, end: int | None) -> list[Part]:
+        """Those that the first `size` characters say, which end with the block at `end`."""
+        try:
+            heads = _read_python(self.held[:size])
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return self.give_back()
+        room = len(heads) if self.most is None else self.most - self.n_calls
+        if not heads or len(heads) > room or any(head.name not in self.names for head in heads):
+            return self.give_back()
+        self.held = self.held[end:] if end is not None else ""
+        return [part for head in heads for part in self.announce(head)] + self.end_call()
+
+    def after_object(self) -> list[Part] | None:
+        if not self.fenced:
+            return super().after_object()
+        return None if self.skip(FENCE) is None else self.end_call()
+
+
+def _read_python(text: str) -> list[CallHead]:
+    """Calls as statements or in lists. Raises SyntaxError, ValueError and what a parser raises when it has no
+    room."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        statements = ast.parse(text.strip()).body
+    heads = []
+    for statement in statements:
+        if not isinstance(statement, ast.Expr):
+            raise ValueError("no call")
+        value = statement.value
+        heads += [_read_call(each) for each in (value.elts if isinstance(value, ast.List) else [value])]
+    return heads
+
+
+def _read_call(node: ast.expr) -> CallHead:
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.args:
+        raise ValueError("no call with named arguments")
+    arguments: dict[str, Any] = {}
+    for keyword in node.keywords:
+        if keyword.arg is None:
+            raise ValueError("no call with named arguments")
+        arguments[keyword.arg] = _literal(keyword.value)
+    return CallHead(node.func.id, 0, encoded(arguments))
+
+
+def _literal(node: ast.expr) -> Any:
+    """Its value; JSON's names of values are understood as well."""
+    if isinstance(node, ast.Name) and node.id in ("true", "false", "null"):
+        return {"true": True, "false": False, "null": None}[node.id]
+    return ast.literal_eval(node)

@@ -1,0 +1,51 @@
+"""Calls as Llama 3 writes them, an object that is all of the answer, and several with semicolons between.
+
+    {"name": "look", "parameters": {"where": "up"}}
+
+Built-in tools come after a token of their own, <|python_tag|>, which may precede an object, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from headstart.prompt.answer_parts import Part
+from headstart.prompt.tool_calls.grammar import Function, Literal, objects
+from headstart.prompt.tool_calls.parser import CallParser
+
+TAG = "<|python_tag|>"
+MARKERS = (TAG,)
+
+
+class LlamaParser(CallParser):
+    markers: tuple[str, ...] = (TAG,)
+
+    def __init__(self, names: Collection[str], most: int | None = None) -> None:
+        super().__init__(names, most)
+        self.state = self.read_start
+
+    def read_start(self) -> list[Part] | None:
+        start = self.held.lstrip()
+        if not start and not self.ending:
+            return None
+        if start.startswith("{"):
+            self.begin_object()
+        else:
+            self.state = self.read_text
+        return []
+
+    def after_object(self) -> list[Part] | None:
+        rest = self.held.lstrip()
+        if not rest:
+            return None
+        if rest[0] not in ";{":
+            return self.end_call()
+        self.opening = ";" if rest[0] == ";" else ""
+        self.held = rest.removeprefix(";")
+        self.begin_object()
+        return []
+
+
+def grammar(functions: list[Function], literal: Literal, *, several: bool) -> str:
+    """One call: these models are not made for several."""
+    return "calls: object\n" + objects(functions, "parameters")

@@ -1,0 +1,82 @@
+"""Calls as Mistral's models write them, the earlier ones as a list, the later ones each with its name.
+
+[TOOL_CALLS][{"name": "look", "arguments": {"where": "up"}}]
+[TOOL_CALLS]look[ARGS]{"where": "up"}
+"""
+
+from __future__ import annotations
+
+import secrets
+
+from headstart.prompt.answer_parts import Part
+from headstart.prompt.tool_calls.grammar import Function, Literal, arguments, objects, quoted
+from headstart.prompt.tool_calls.parser import ID_CHARACTERS, CallParser
+from headstart.prompt.tool_calls.scanner import CallHead
+
+OPEN, ARGS, ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
+MARKERS = (OPEN, ARGS, ID)
+
+
+class MistralParser(CallParser):
+    markers = (OPEN,)
+
+    def new_id(self) -> str:
+        """Their templates take ids of nine letters and digits only."""
+        return "".join(secrets.choice(ID_CHARACTERS) for _ in range(9))
+
+    def begin_call(self) -> None:
+        self.state = self.read_kind
+
+    def read_kind(self) -> list[Part] | None:
+        start = self.held.lstrip()
+        if not start:
+            return self.give_back() if self.ending else None
+        if start[0] == "[":
+            space = self.held[: len(self.held) - len(start)]
+            self.opening += space + "["
+            self.held = start[1:]
+            self.begin_object()
+        else:
+            self.state = self.read_name
+        return []
+
+    def read_name(self) -> list[Part] | None:
+        """Up to the arguments' first bracket."""
+        before, bracket, _ = self.held.partition("{")
+        if not bracket:
+            return None if not self.ending and self._may_be_name(before) else self.give_back()
+        name = before.strip().removesuffix(ARGS).partition(ID)[0].strip()
+        if name not in self.names:
+            return self.give_back()
+        self.held = self.held[len(before) :]
+        self.after_arguments = self.end_call
+        return self.announce(CallHead(name, len(before)))
+
+    def _may_be_name(self, text: str) -> bool:
+        start = text.strip()
+        return any(name.startswith(start) or start.startswith(name) for name in self.names)
+
+    def after_object(self) -> list[Part] | None:
+        rest = self.held.lstrip()
+        if not rest:
+            return None
+        if rest[0] != ",":
+            self.held = rest.removeprefix("]")
+            return self.end_call()
+        self.opening = ","
+        self.held = rest[1:]
+        self.begin_object()
+        return []
+
+
+def list_grammar(functions: list[Function], literal: Literal, *, several: bool) -> str:
+    more = '(", " object)*' if several else ""
+    return f'calls: {literal(OPEN)} "[" object {more} "]"\n{objects(functions, "arguments")}'
+
+
+def named_grammar(functions: list[Function], literal: Literal, *, several: bool) -> str:
+    each = " | ".join(
+        f"{quoted(name)} {literal(ARGS)} arguments_{i}" for i, (name, _) in enumerate(functions)
+    )
+    more = "+" if several else ""
+    return f"calls: named{more}\nnamed: {literal(OPEN)} ({each})\n{arguments(functions)}"

@@ -1,0 +1,196 @@
+"""What the parsers of all forms of calls have in common.
+
+Text is read by states, methods that take what they can from `held` and say what it is, or None where they
+need more. Each decides at the first character that lets it, so how a text was cut makes no difference.
+Before the arguments begin a call that can't be read is given back as text. From there on it is a call: what
+the model writes up to where its brackets close are the arguments, be they JSON or not.
+"""
+
+from __future__ import annotations
+
+import secrets
+import string
+from collections.abc import Callable, Collection
+
+from headstart.prompt.answer_parts import CallDelta, Part
+from headstart.prompt.tool_calls.scanner import BracketEnd, CallHead, ObjectReader
+
+State = Callable[[], "list[Part] | None"]
+ID_CHARACTERS = string.ascii_letters + string.digits
+
+
+def new_id() -> str:
+    return "call_" + "".join(secrets.choice(ID_CHARACTERS) for _ in range(24))
+
+
+class CallParser:
+    """`names`: the functions there are; a call of another one is text. `most`: so many calls are read, the
+    rest is text. `markers` is what a call begins with; white space beside calls is dropped."""
+
+    markers: tuple[str, ...] = ()
+
+    def __init__(self, names: Collection[str], most: int | None = None) -> None:
+        self.names = names
+        self.most = most
+        self.n_calls = 0
+        self.held = ""
+        # No text will follow.
+        self.ending = False
+        # What is to be given back if it is no call after all.
+        self.opening = ""
+        self.after_call = False
+        self.object = ObjectReader()
+        self.end_of_brackets = BracketEnd()
+        self.n_scanned = 0
+        self.state: State = self.read_text
+        self.after_arguments: State = self.rest_of_object
+
+    def add(self, text: str) -> list[Part]:
+        self.held += text
+        return self._read()
+
+    def end(self) -> list[Part]:
+        self.ending = True
+        return self._read()
+
+    def _read(self) -> list[Part]:
+        parts: list[Part] = []
+        while (read := self.state()) is not None:
+            parts += read
+        return parts
+
+    # States
+
+    def read_text(self) -> list[Part] | None:
+        if self.after_call:
+            self.held = self.held.lstrip()
+            self.after_call = not self.held
+        places = [(at, marker) for marker in self.markers if (at := self.held.find(marker)) >= 0]
+        if places and not self.full:
+            at, marker = min(places)
+            before = self.held[:at]
+            text = before.rstrip()
+            self.opening = before[len(text) :] + marker
+            self.held = self.held[at + len(marker) :]
+            self.begin_call()
+            return said(text)
+        size = len(self.held) if self.ending or self.full else self._told_apart()
+        text, self.held = self.held[:size], self.held[size:]
+        return said(text) if text else None
+
+    def read_arguments(self) -> list[Part] | None:
+        if not self.held:
+            return None
+        size = self.end_of_brackets.find(self.held)
+        if size is None:
+            size = len(self.held)
+        else:
+            self.state = self.after_arguments
+        fragment, self.held = self.held[:size], self.held[size:]
+        return [Part(call=CallDelta(self.n_calls - 1, arguments=fragment))]
+
+    def read_head(self) -> list[Part] | None:
+        """The object that calls a function, up to its arguments."""
+        try:
+            head = self.object.read(self.held)
+        except ValueError:
+            return self.give_back()
+        if head is None:
+            return self.give_back() if self.ending else None
+        if head.name not in self.names or self.full:
+            return self.give_back()
+        self.held = self.held[head.size :]
+        return self.announce(head)
+
+    def rest_of_object(self) -> list[Part] | None:
+        """After the arguments. A missing bracket is forgiven."""
+        rest = self.held.lstrip()
+        if not rest:
+            return None
+        if rest[0] == ",":
+            self.end_of_brackets = BracketEnd(depth=1)
+            self.n_scanned = 0
+            self.state = self.other_keys
+            return []
+        self.held = rest.removeprefix("}")
+        self.state = self.after_object
+        return []
+
+    def other_keys(self) -> list[Part] | None:
+        """What the object has besides says nothing, if it ends."""
+        size = self.end_of_brackets.find(self.held[self.n_scanned :])
+        if size is None:
+            self.n_scanned = len(self.held)
+            return self.end_call() if self.ending else None
+        self.held = self.held[self.n_scanned + size :]
+        self.state = self.after_object
+        return []
+
+    # For the forms
+
+    @property
+    def full(self) -> bool:
+        return self.most is not None and self.n_calls >= self.most
+
+    def begin_call(self) -> None:
+        """A marker was found, and taken from `held`."""
+        self.begin_object()
+
+    def after_object(self) -> list[Part] | None:
+        """A state: an object that called a function has ended."""
+        return self.end_call()
+
+    def begin_object(self) -> None:
+        self.object = ObjectReader()
+        self.after_arguments = self.rest_of_object
+        self.state = self.read_head
+
+    def announce(self, head: CallHead) -> list[Part]:
+        """The first delta of a call; what follows is its arguments, or what comes after them."""
+        call = CallDelta(self.n_calls, self.new_id(), head.name, head.arguments or "")
+        self.n_calls += 1
+        self.opening = ""
+        self.end_of_brackets = BracketEnd()
+        self.state = self.read_arguments if head.arguments is None else self.after_object
+        return [Part(call=call)]
+
+    def new_id(self) -> str:
+        return new_id()
+
+    def give_back(self) -> list[Part]:
+        """It is no call: what began it is text, and what follows may be anything."""
+        text, self.opening = self.opening, ""
+        self.state = self.read_text
+        return said(text)
+
+    def end_call(self) -> list[Part]:
+        self.after_call = True
+        self.state = self.read_text
+        return []
+
+    def skip(self, text: str) -> bool | None:
+        """Takes `text` and white space before it from `held`: whether it is there, None if that can't be told
+        yet. What the end cut off counts as there."""
+        rest = self.held.lstrip()
+        if rest.startswith(text):
+            self.held = rest[len(text) :]
+            return True
+        if not text.startswith(rest):
+            return False
+        if self.ending:
+            self.held = ""
+        return True if self.ending else None
+
+    def _told_apart(self) -> int:
+        """How much of `held` is text whatever follows."""
+        overlap = max((_overlap(self.held, marker) for marker in self.markers), default=0)
+        size = len(self.held) - overlap
+        return len(self.held[:size].rstrip())
+
+
+def said(text: str) -> list[Part]:
+    return [Part(text=text)] if text else []
+
+
+def _overlap(text: str, marker: str) -> int:
+    return next((n for n in range(min(len(text), len(marker) - 1), 0, -1) if text.endswith(marker[:n])), 0)
