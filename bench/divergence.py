@@ -17,7 +17,7 @@ import llama_cpp as lib
 import numpy as np
 
 from headstart.config.settings import embedded_model
-from headstart.engine.converted import conversions_of
+from headstart.engine.converted_weights import conversions_of
 from headstart.engine.llama.context import LlamaContext, Shape
 from headstart.engine.llama.conversion import weights_path
 from headstart.engine.llama.gguf import open_model

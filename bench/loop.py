@@ -17,9 +17,9 @@ from time import perf_counter
 
 from headstart.caches.cache_file.format import identity_of
 from headstart.config.settings import embedded_model
-from headstart.engine.cuts import Cuts
-from headstart.engine.loading import load
-from headstart.engine.loop import Engine
+from headstart.engine.core.chunking import Cuts
+from headstart.engine.core.engine import Engine
+from headstart.engine.kinds import load
 from headstart.engine.model import Piece
 from headstart.numerics import DEFAULT
 from headstart.protocol import EngineSettings, Finished, Sampling, SaveTo, StateRef, Submit

@@ -14,9 +14,9 @@ from statistics import median
 from time import perf_counter
 
 from headstart.config.settings import embedded_model
-from headstart.engine.cuts import Cuts
-from headstart.engine.loading import load
-from headstart.engine.loop import Engine
+from headstart.engine.core.chunking import Cuts
+from headstart.engine.core.engine import Engine
+from headstart.engine.kinds import load
 from headstart.numerics import DEFAULT
 from headstart.prompt.tokenizer import load_tokenizer
 from headstart.protocol import EngineSettings, Finished, Sampling, Submit

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from bench.client import BenchFailed
-from headstart.engine.state_file import resident_pages
+from headstart.engine.core.state_file import resident_pages
 
 SUFFIXES = {".headstart", ".bin", ".gguf"}
 # What asking for it may bring back.

@@ -17,8 +17,8 @@ from typing import Protocol
 from bench.client import CHAT, BenchFailed, Connection, Json, Reply
 from bench.process import ServerProcess, free_port
 from bench.texts import Prompt, messages
-from headstart.engine.converted import DIRECTORY
-from headstart.engine.settling import DEFAULT_CHUNK
+from headstart.engine.converted_weights import DIRECTORY
+from headstart.engine.tuning.resolve import DEFAULT_CHUNK
 from headstart.numerics import DEFAULT
 from headstart.service.tunings import Tunings
 

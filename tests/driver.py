@@ -7,9 +7,9 @@ from queue import SimpleQueue
 from typing import Any
 
 from headstart.caches.cache_file.format import identity_of
-from headstart.engine.cuts import Cuts
-from headstart.engine.loading import load
-from headstart.engine.loop import Engine
+from headstart.engine.core.chunking import Cuts
+from headstart.engine.core.engine import Engine
+from headstart.engine.kinds import load
 from headstart.engine.model import Model
 from headstart.numerics import DEFAULT
 from headstart.protocol import (

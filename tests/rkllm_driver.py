@@ -10,8 +10,8 @@ from blake3 import blake3
 
 from driver import GREEDY
 from headstart.caches.cache_file.format import identity_of
+from headstart.engine.rkllm.build import opened
 from headstart.engine.rkllm.engine import RkllmEngine
-from headstart.engine.rkllm.opening import opened
 from headstart.prompt.hf_tokenizer import HfTokenizer
 from headstart.protocol import (
     EngineSettings,

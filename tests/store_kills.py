@@ -24,7 +24,7 @@ from headstart.caches.cache_file import format
 from headstart.caches.cache_file.writer import Writer
 from headstart.caches.entry import Entry, Fingerprint
 from headstart.caches.store import Store
-from headstart.engine import state_file
+from headstart.engine.core import state_file
 from headstart.protocol import SaveTo
 from ledger import NAMES, Ledger
 

@@ -15,7 +15,7 @@ import pytest
 from conftest import StartServer
 from headstart.caches.store import Store
 from headstart.config.settings import embedded_model
-from headstart.engine.converted import DIRECTORY, SCRATCH, conversions_of, discard, found, obtain
+from headstart.engine.converted_weights import DIRECTORY, SCRATCH, conversions_of, discard, found, obtain
 from headstart.engine.llama.conversion import Format, weights_path, weights_to_try
 from headstart.engine.llama.model import LlamaModel
 from headstart.engine.model import ModelError, Piece

@@ -19,11 +19,11 @@ from typer.testing import CliRunner
 from headstart.caches.entry import Content
 from headstart.cli.main import app
 from headstart.config.settings import load_settings
-from headstart.engine import watching
-from headstart.engine.settling import TOY, settled
 from headstart.engine.trials import TrialShape
-from headstart.engine.tuning import measure
-from headstart.engine.watching import Spent, Watch
+from headstart.engine.tuning import machine_load
+from headstart.engine.tuning.machine_load import Spent, Watch
+from headstart.engine.tuning.measure import measure
+from headstart.engine.tuning.resolve import TOY, settled
 from headstart.numerics import DEFAULT, MOST_TRIES, Arithmetic, Tuning, preferred
 from headstart.protocol import EngineSettings
 from headstart.service.server import Service
@@ -101,8 +101,8 @@ def test_what_else_the_machine_did_is_told_in_words(now: Spent, doubt: str) -> N
 
 
 def test_a_machine_that_tells_nothing_is_no_doubt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watching, "STATISTICS", tmp_path / "none")
-    monkeypatch.setattr(watching, "PRESSURE", tmp_path / "none")
+    monkeypatch.setattr(machine_load, "STATISTICS", tmp_path / "none")
+    monkeypatch.setattr(machine_load, "PRESSURE", tmp_path / "none")
     watch = Watch()
     watch._begun = watch._begun._replace(clock=watch._begun.clock - 10)
     assert watch.doubt() == ""

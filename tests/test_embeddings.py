@@ -19,8 +19,8 @@ import pytest
 from openai import OpenAI
 
 from conftest import StartServer
-from headstart.engine.cuts import Cuts
-from headstart.engine.embedding import Embeddings
+from headstart.engine.core.chunking import Cuts
+from headstart.engine.core.embeddings import Embeddings
 from headstart.engine.model import ModelError, TooLarge
 from headstart.engine.toy import ToyEmbedder, ToyModel
 from headstart.protocol import Embed, Embedded, EngineSettings, Failed, RequestEvent, Vector

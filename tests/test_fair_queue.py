@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from headstart.engine.round_robin import RoundRobin
 from headstart.errors import Overloaded
+from headstart.round_robin import RoundRobin
 from headstart.service.fair_queue import FairQueue
 from sweeps import rounds
 

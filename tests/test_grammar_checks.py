@@ -60,7 +60,7 @@ def checking(server: RunningServer) -> list[psutil.Process]:
     found = []
     for process in psutil.Process(server.process.pid).children(recursive=True):
         with suppress(psutil.NoSuchProcess):
-            if "headstart.engine.checking" in process.cmdline():
+            if "headstart.engine.grammar_check" in process.cmdline():
                 found.append(process)
     return found
 

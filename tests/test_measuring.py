@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from headstart.engine import tuning as module
-from headstart.engine.bench import in_turn
-from headstart.engine.costs import Sample, fit
 from headstart.engine.model import ModelError
-from headstart.engine.settling import settled
 from headstart.engine.trials import TrialShape
-from headstart.engine.tuning import MARGIN, break_even, measure, thread_counts
+from headstart.engine.tuning import measure as module
+from headstart.engine.tuning.bench import in_turn
+from headstart.engine.tuning.costs import Sample, fit
+from headstart.engine.tuning.measure import MARGIN, break_even, measure, thread_counts
+from headstart.engine.tuning.resolve import settled
 from headstart.numerics import DEFAULT, Arithmetic
 from headstart.protocol import EngineSettings
 from trials import Cost, FakeTrials

@@ -10,7 +10,7 @@ import pytest
 
 from driver import CHUNK, OTHER, PROMPT, Driver, small_model
 from headstart.config.settings import embedded_model
-from headstart.engine.cuts import Cuts
+from headstart.engine.core.chunking import Cuts
 from headstart.engine.model import Model
 from headstart.protocol import Cancel, StateRef
 

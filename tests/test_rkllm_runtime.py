@@ -18,7 +18,7 @@ from headstart.engine.model import ModelError
 from headstart.engine.rkllm import options as checks
 from headstart.engine.rkllm import runtime as runtimes
 from headstart.engine.rkllm.options import RuntimeOptions, checked
-from headstart.engine.rkllm.running import Run
+from headstart.engine.rkllm.run import Run
 from headstart.engine.rkllm.runtime import Runtime, RuntimeLost
 from headstart.protocol import Sampling
 from rkllm_standin import RELEASES, standin, standin_model, standin_tokens

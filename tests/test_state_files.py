@@ -10,7 +10,7 @@ import pytest
 
 from driver import PROMPT, Driver, small_model
 from headstart.caches.cache_file.format import identity_of
-from headstart.engine import state_file
+from headstart.engine.core import state_file
 from headstart.protocol import Cancel, StateRef
 
 PREFIX, SUFFIX = PROMPT[:70], PROMPT[70:]

@@ -339,9 +339,9 @@ def test_a_client_that_leaves_while_its_grammar_is_compiled_harms_no_other(toy: 
 def test_without_a_grammar_there_is_no_process_for_checking(start_server: Any) -> None:
     server = start_server("--model", "toy=toy:")
     server.chat("Hello")
-    assert server.processes("headstart.engine.checking") == []
+    assert server.processes("headstart.engine.grammar_check") == []
     server.chat("Hello", response_format={"type": "json_object"})
-    assert len(server.processes("headstart.engine.checking")) == 1
+    assert len(server.processes("headstart.engine.grammar_check")) == 1
     processes = server.processes()
     server.stop()
     eventually(lambda: not any(process.is_running() for process in processes))

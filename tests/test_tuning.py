@@ -19,9 +19,9 @@ from conftest import StartServer
 from headstart.caches.entry import Content, Entry, Fingerprint
 from headstart.cli.main import app
 from headstart.config.settings import embedded_model, load_settings
-from headstart.engine.loading import engine_version, load
-from headstart.engine.settling import TOY, find_tuning
-from headstart.engine.tuning import measure
+from headstart.engine.kinds import engine_version, load
+from headstart.engine.tuning.measure import measure
+from headstart.engine.tuning.resolve import TOY, find_tuning
 from headstart.numerics import DEFAULT, Arithmetic
 from headstart.protocol import EngineSettings
 from headstart.service.fitting import arithmetic_of

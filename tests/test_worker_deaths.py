@@ -28,7 +28,7 @@ from headstart.api.streaming import EventStream, begun
 from headstart.channel import HEADER, MOST_BYTES, frame
 from headstart.config.settings import load_settings
 from headstart.engine import client as module
-from headstart.engine import launching
+from headstart.engine import launcher
 from headstart.engine.client import EngineClient
 from headstart.errors import BadRequest, EngineDied, ModelNotFound, StartupError, Unavailable
 from headstart.prompt.process.client import PromptClient
@@ -312,8 +312,8 @@ async def test_a_worker_that_sends_rubbish_is_ended_and_never_counts_as_loading_
 ) -> None:
     first = frame(Ready(INFO)) + frame(Step([])) if ready else b""
     stays = what not in ("cut", "nothing")
-    genuine = launching.started
-    monkeypatch.setattr(launching, "started", _says(first + RUBBISH[what], stays=stays))
+    genuine = launcher.started
+    monkeypatch.setattr(launcher, "started", _says(first + RUBBISH[what], stays=stays))
     client = EngineClient("toy", EngineSettings("toy:", 4, 0), 64)
     client.start()
     if not ready:
@@ -324,7 +324,7 @@ async def test_a_worker_that_sends_rubbish_is_ended_and_never_counts_as_loading_
             client.submit(REQUEST)
     else:
         await client.wait_ready()
-        monkeypatch.setattr(launching, "started", genuine)
+        monkeypatch.setattr(launcher, "started", genuine)
         while client.info == INFO or client.state != "ready":
             assert client.state in ("ready", "loading")
             await asyncio.sleep(0.01)

@@ -8,7 +8,7 @@ from typing import Any
 
 from headstart.engine.model import ModelError
 from headstart.engine.trials import Span, TrialShape
-from headstart.engine.watching import Spent, Watch
+from headstart.engine.tuning.machine_load import Spent, Watch
 from headstart.numerics import Weights
 from headstart.protocol import EngineSettings
 

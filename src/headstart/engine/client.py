@@ -11,8 +11,8 @@ from typing import Literal
 import msgspec
 
 from headstart.channel import Garbled, Unsendable, frame
-from headstart.engine.launching import Launcher
-from headstart.engine.process import connected, ended, explain_exit, kill, messages
+from headstart.engine.launcher import Launcher
+from headstart.engine.worker_process import connected, ended, explain_exit, kill, messages
 from headstart.errors import (
     BadRequest,
     EngineDied,

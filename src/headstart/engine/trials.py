@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from headstart.engine.watching import Watch
+from headstart.engine.tuning.machine_load import Watch
 from headstart.numerics import Arithmetic, Weights
 
 

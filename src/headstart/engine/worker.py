@@ -18,11 +18,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from headstart.channel import Frames, frame
-from headstart.engine.cuts import Cuts
-from headstart.engine.loading import load, prepare
-from headstart.engine.loop import Engine
+from headstart.engine.core.chunking import Cuts
+from headstart.engine.core.engine import Engine
+from headstart.engine.kinds import load, prepare
 from headstart.engine.model import ModelError, TooLarge
-from headstart.engine.settling import find_tuning, settled
+from headstart.engine.tuning.resolve import find_tuning, settled
 from headstart.model_files import is_rkllm
 from headstart.protocol import Begin, Command, EngineSettings, LoadFailed, Ready, Step, WorkerMessage
 
@@ -91,7 +91,7 @@ def _llama(settings: EngineSettings, wake: Wake, channel: socket.socket) -> tupl
 
 def _npu(settings: EngineSettings, wake: Wake, _: socket.socket) -> tuple[RkllmEngine, Ready]:
     """Raises ModelError."""
-    from headstart.engine.rkllm.opening import opened
+    from headstart.engine.rkllm.build import opened
 
     engine = opened(settings, wake)
     return engine, Ready(engine.info)

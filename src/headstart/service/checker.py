@@ -1,4 +1,4 @@
-"""The server's side of a process that compiles grammars (`headstart.engine.checking`)."""
+"""The server's side of a process that compiles grammars (`headstart.engine.grammar_check`)."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Checker:
 async def _started() -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
         # -P: what lies in the current folder is no part of the program.
-        *(sys.executable, "-P", "-m", "headstart.engine.checking"),
+        *(sys.executable, "-P", "-m", "headstart.engine.grammar_check"),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         # It forks, so it is to have no threads; numpy's would be of no use.

@@ -12,8 +12,8 @@ from msgspec import Struct
 from headstart import machine
 from headstart.caches.scan import Survey, survey
 from headstart.config.settings import Settings, origin
-from headstart.engine.converted import found as found_conversions
-from headstart.engine.loading import engine_version
+from headstart.engine.converted_weights import found as found_conversions
+from headstart.engine.kinds import engine_version
 from headstart.errors import StartupError
 from headstart.model_files import is_rkllm
 from headstart.numerics import Tuning
@@ -136,7 +136,7 @@ def measure_again(settings: Settings, say: Say, *, agree: bool) -> None:
 def _features() -> tuple[list[str], list[str]]:
     """And problems."""
     try:
-        from headstart.engine.llama.system import build_features
+        from headstart.engine.llama.gguf import build_features
 
         return build_features(), []
     except (ImportError, OSError, RuntimeError) as error:

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from headstart.engine.round_robin import RoundRobin
 from headstart.errors import Overloaded
+from headstart.round_robin import RoundRobin
 
 Turn = asyncio.Future[None]
 

@@ -16,8 +16,8 @@ from msgspec import Struct
 
 from headstart import __version__
 from headstart.config.settings import Settings
+from headstart.engine.rkllm.build import options_of
 from headstart.engine.rkllm.first_checks import STEPS, Task
-from headstart.engine.rkllm.opening import options_of
 from headstart.errors import StartupError
 from headstart.model_files import is_rkllm
 from headstart.prompt.process.client import PromptClient

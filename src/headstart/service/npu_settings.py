@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from headstart.config.settings import Settings
 from headstart.engine.model import ModelError
-from headstart.engine.rkllm.opening import options_of
+from headstart.engine.rkllm.build import options_of
 from headstart.engine.rkllm.options import checked
 from headstart.errors import StartupError
 from headstart.service.plan import engine_settings

@@ -12,8 +12,8 @@ from headstart.caches.entry import Entry, Fingerprint
 from headstart.caches.files import sha256_of
 from headstart.config.settings import Settings
 from headstart.engine.model import ModelError
-from headstart.engine.process import worker_environment
-from headstart.engine.settling import measure_apart, settled
+from headstart.engine.tuning.resolve import measure_apart, settled
+from headstart.engine.worker_process import worker_environment
 from headstart.errors import StartupError
 from headstart.model_files import is_rkllm
 from headstart.numerics import Arithmetic

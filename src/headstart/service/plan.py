@@ -11,8 +11,8 @@ from msgspec.structs import replace
 
 from headstart.caches.entry import Entry
 from headstart.config.settings import Settings
-from headstart.engine.converted import conversions_of
-from headstart.engine.loading import engine_version
+from headstart.engine.converted_weights import conversions_of
+from headstart.engine.kinds import engine_version
 from headstart.model_files import is_rkllm
 from headstart.numerics import DEFAULT, Arithmetic, Tuning
 from headstart.protocol import EngineSettings, RkllmSettings, Sampling

@@ -13,8 +13,8 @@ from time import monotonic
 from headstart.caches.entry import Entry
 from headstart.caches.store import Store
 from headstart.engine.model import ModelError
-from headstart.engine.process import worker_environment
-from headstart.engine.settling import measure_apart
+from headstart.engine.tuning.resolve import measure_apart
+from headstart.engine.worker_process import worker_environment
 from headstart.errors import HeadstartError
 from headstart.numerics import Arithmetic, Tuning
 from headstart.protocol import EngineSettings

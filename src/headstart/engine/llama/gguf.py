@@ -63,3 +63,11 @@ def attends_to_everything(model: Any) -> bool:
         or lib.llama_model_is_hybrid(model)
         or lib.llama_model_n_swa(model) > 0
     )
+
+
+def build_features() -> list[str]:
+    """As in "AVX2", those that the build has and this CPU too."""
+    lib.llama_backend_init()
+    info = lib.llama_print_system_info().decode(errors="replace")
+    pairs = (part.rpartition(":")[2].partition("=") for part in info.split("|"))
+    return [name.strip() for name, _, value in pairs if value.strip() == "1"]

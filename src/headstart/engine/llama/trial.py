@@ -14,7 +14,7 @@ from headstart.engine.llama.conversion import weights_to_try
 from headstart.engine.llama.gguf import attends_to_everything, open_model
 from headstart.engine.model import ModelError, Piece
 from headstart.engine.trials import Span, TrialShape
-from headstart.engine.watching import Watch
+from headstart.engine.tuning.machine_load import Watch
 from headstart.numerics import Weights
 from headstart.protocol import EngineSettings
 

@@ -22,10 +22,10 @@ from time import monotonic
 
 from msgspec.structs import replace
 
-from headstart.engine import state_file
-from headstart.engine.draining import drained
+from headstart.engine.core import state_file
+from headstart.engine.core.state_io import drained
 from headstart.engine.model import ModelError
-from headstart.engine.rkllm import written
+from headstart.engine.rkllm import saved_state
 from headstart.engine.rkllm.info import info_of
 from headstart.engine.rkllm.runtime import Runtime, RuntimeLost
 from headstart.engine.rkllm.turn import Turn
@@ -130,7 +130,7 @@ class RkllmEngine:
             # Nothing but another process helps; the server starts one.
             log.critical("%s", error)
             os._exit(LOST_STATUS)
-        except written.NotWritten as error:
+        except saved_state.NotWritten as error:
             end = Failed(turn.request.id, error.kind, str(error))
         except ModelError as error:
             self._drop()
@@ -248,7 +248,7 @@ class RkllmEngine:
                 path.unlink(missing_ok=True)
                 return Finished(request.id, "cancelled", turn.stats())
             computed = turn.stats()
-            saved = written.check(path, len(request.tokens))
+            saved = saved_state.check(path, len(request.tokens))
             self._try(path, runtime)
         except BaseException:
             path.unlink(missing_ok=True)
@@ -264,7 +264,7 @@ class RkllmEngine:
             runtime.load_cache(str(path))
             runtime.release_cache()
         except ModelError as error:
-            raise written.not_written(
+            raise saved_state.not_written(
                 path, f"the NPU runtime can't read the state that it saved: {error}"
             ) from error
 

@@ -28,7 +28,7 @@ from headstart.engine.rkllm.layouts import (
 )
 from headstart.engine.rkllm.library import Library
 from headstart.engine.rkllm.options import RuntimeOptions, checked
-from headstart.engine.rkllm.running import OnToken, Run, Running
+from headstart.engine.rkllm.run import OnToken, Run, Running
 from headstart.engine.rkllm.sampling import sampling_fields
 from headstart.protocol import Sampling
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from time import monotonic
 
-from headstart.engine.rkllm.running import Run
+from headstart.engine.rkllm.run import Run
 from headstart.protocol import Source, StateRef, Stats, Submit
 
 

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from headstart.engine.cuts import Cuts
+from headstart.engine.core.chunking import Cuts
 from headstart.engine.model import Embedder, Model, ModelError, TooLarge
 from headstart.protocol import Embed, Embedded, Failed, FailureKind, RequestEvent, Vector
 

@@ -1,5 +1,6 @@
-"""Measures what a model is run with on this machine: `python -m headstart.engine.tuning SETTINGS` writes a
-Tuning as JSON.
+"""Measures what a model is run with on this machine.
+
+`python -m headstart.engine.tuning.measure SETTINGS` writes a Tuning as JSON.
 
 Alternatives are timed in turn, so that a noisy moment hurts all of them, and compared by their shortest
 times: other work on the machine only ever adds to one. Each is timed in two groups, apart in time; a figure
@@ -20,11 +21,11 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from headstart.engine.bench import Bench, disagreement, in_groups
-from headstart.engine.converted import discard
-from headstart.engine.costs import Sample, fit
+from headstart.engine.converted_weights import discard
 from headstart.engine.model import ModelError
 from headstart.engine.trials import Trials, TrialShape
+from headstart.engine.tuning.bench import Bench, disagreement, in_groups
+from headstart.engine.tuning.costs import Sample, fit
 from headstart.machine import available_cpus, physical_cores
 from headstart.numerics import DEFAULT, Arithmetic, Tuning, preferred
 from headstart.protocol import EngineSettings

@@ -6,19 +6,18 @@ import logging
 from collections.abc import Callable
 from time import monotonic
 
-from headstart.engine import state_file
-from headstart.engine.accounts import stats, told
-from headstart.engine.actions import Action, Drop, Fill, Move, Start
-from headstart.engine.compiling import Compiler
-from headstart.engine.cuts import Cuts
-from headstart.engine.embedding import Embeddings
+from headstart.engine.core import state_file
+from headstart.engine.core.actions import Action, Drop, Fill, Move, Start
+from headstart.engine.core.chunking import Cuts
+from headstart.engine.core.embeddings import Embeddings
+from headstart.engine.core.grammar_compiler import Compiler
+from headstart.engine.core.scheduler import Scheduler, Work
+from headstart.engine.core.sequence import Sequence, Slot
+from headstart.engine.core.state_io import Reader, Writer
+from headstart.engine.core.stats import stats, told
 from headstart.engine.grammar import GrammarError
 from headstart.engine.logprobs import Logprobs
 from headstart.engine.model import Model, ModelError
-from headstart.engine.reading import Reader
-from headstart.engine.saving import Writer
-from headstart.engine.scheduler import Scheduler, Work
-from headstart.engine.sequence import Sequence, Slot
 from headstart.protocol import (
     Cancel,
     Command,

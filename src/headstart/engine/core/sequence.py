@@ -7,7 +7,7 @@ from dataclasses import replace as copied
 
 from msgspec.structs import replace
 
-from headstart.engine.cuts import Cuts
+from headstart.engine.core.chunking import Cuts
 from headstart.engine.grammar import Matcher
 from headstart.engine.model import Piece, Sampler
 from headstart.protocol import Source, Submit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 
-from headstart.engine.process import ended, started
+from headstart.engine.worker_process import ended, started
 
 # A process that loads no model until it is told to begin, and this side's end of its socket.
 Launched = tuple[asyncio.subprocess.Process, socket.socket]

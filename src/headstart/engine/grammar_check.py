@@ -1,4 +1,4 @@
-"""A process that says whether grammars compile: `python -m headstart.engine.checking`.
+"""A process that says whether grammars compile: `python -m headstart.engine.grammar_check`.
 
 Reads questions from its standard input, `[grammar, seconds]` in JSON on a line, and answers each with a line:
 the reason why the grammar can't be used, "" for none, or the number of the signal that ended the check.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from time import monotonic
 
+from headstart.engine.core.sequence import Sequence
 from headstart.engine.logprobs import Logprobs, likeliest
-from headstart.engine.sequence import Sequence
 from headstart.protocol import Stats, Token
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headstart.engine.sequence import Sequence, Slot
+from headstart.engine.core.sequence import Sequence, Slot
 from headstart.protocol import StateRef
 
 # Where a slot's first tokens come from: a file, another slot, or (None) what it holds already.

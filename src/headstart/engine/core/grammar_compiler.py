@@ -6,10 +6,10 @@ import threading
 from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 
-from headstart.engine.draining import drained
+from headstart.engine.core.sequence import Sequence
+from headstart.engine.core.state_io import drained
 from headstart.engine.grammar import STACK_BYTES, GrammarError, Grammars
-from headstart.engine.round_robin import RoundRobin
-from headstart.engine.sequence import Sequence
+from headstart.round_robin import RoundRobin
 
 
 class Compiler:

@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 
-from headstart.engine.actions import Action, Drop, Move, Origin, Start
-from headstart.engine.cuts import Cuts
+from headstart.engine.core.actions import Action, Drop, Move, Origin, Start
+from headstart.engine.core.chunking import Cuts
+from headstart.engine.core.pool import ANSWER_CELLS, Pool, gather, gathers, join, refill
+from headstart.engine.core.sequence import Sequence, Slot, may_share, reusable
 from headstart.engine.model import Piece
-from headstart.engine.pool import ANSWER_CELLS, Pool
-from headstart.engine.seating import gather, gathers, join, refill
-from headstart.engine.sequence import Sequence, Slot, may_share, reusable
 from headstart.protocol import StateRef, Submit
 
 Work = list[tuple[Sequence, Piece]]

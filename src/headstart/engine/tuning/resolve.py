@@ -12,7 +12,7 @@ from typing import get_args
 
 import msgspec
 
-from headstart.engine.loading import only_embeds
+from headstart.engine.kinds import only_embeds
 from headstart.engine.model import ModelError
 from headstart.machine import available_cpus
 from headstart.numerics import DEFAULT, Arithmetic, Tuning, Weights, preferred
@@ -81,7 +81,13 @@ def measure_apart(
         return msgspec.structs.replace(TOY, arithmetic=chosen, threads=available_cpus())
     process = subprocess.Popen(
         # -P: what lies in the current folder is no part of the program.
-        [sys.executable, "-P", "-m", "headstart.engine.tuning", msgspec.json.encode(settings).decode()],
+        [
+            sys.executable,
+            "-P",
+            "-m",
+            "headstart.engine.tuning.measure",
+            msgspec.json.encode(settings).decode(),
+        ],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         env=env,

@@ -1,0 +1,1 @@
+"""The engine loop: scheduling, sequences, state, independent of what evaluates tokens."""
