@@ -20,7 +20,7 @@ from headstart.engine.kinds import load
 from headstart.numerics import DEFAULT
 from headstart.prompt.tokenizer import load_tokenizer
 from headstart.protocol import EngineSettings, Finished, Sampling, Submit
-from headstart.service.structure import OBJECT, json_grammar, regex_grammar
+from headstart.service.generation.grammars import OBJECT, json_grammar, regex_grammar
 
 ANSWER = 96
 CHUNK, CTX = 64, 1024

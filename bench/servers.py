@@ -20,7 +20,7 @@ from bench.texts import Prompt, messages
 from headstart.engine.converted_weights import DIRECTORY
 from headstart.engine.tuning.resolve import DEFAULT_CHUNK
 from headstart.numerics import DEFAULT
-from headstart.service.tunings import Tunings
+from headstart.service.models.tuning_store import Tunings
 
 MODEL = "bench"
 

@@ -9,8 +9,8 @@ import pytest
 
 from conftest import StartServer
 from forkserver import headstart
-from headstart.service import seen
-from headstart.service.seen import Seen
+from headstart.service.origins import automatic as seen
+from headstart.service.origins.automatic import Seen
 from servers import Json, RunningServer, eventually, said
 
 KEEPER = "You keep the lighthouse. " * 20

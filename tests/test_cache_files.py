@@ -22,8 +22,8 @@ from headstart.caches.entry import Entry, Fingerprint, Form
 from headstart.caches.files import storage_errors
 from headstart.caches.store import Store
 from headstart.errors import CacheNotFound, StartupError, StorageError, StorageFull
-from headstart.service.model import ServedModel
-from headstart.service.shelves import Shelves
+from headstart.service.caching.catalog import Shelves
+from headstart.service.models.model import ServedModel
 
 FINGERPRINT = Fingerprint("w", "e", {"a": "b"}, "t")
 ENTRY = Entry("toy", "one", "the prompt: ünï", 1, 10.0, 20.0, FINGERPRINT, {}, 1.0, 2.0)

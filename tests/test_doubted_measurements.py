@@ -26,8 +26,8 @@ from headstart.engine.tuning.measure import measure
 from headstart.engine.tuning.resolve import TOY, settled
 from headstart.numerics import DEFAULT, MOST_TRIES, Arithmetic, Tuning, preferred
 from headstart.protocol import EngineSettings
-from headstart.service.server import Service
-from headstart.service.tunings import Key, Tunings
+from headstart.service.models.tuning_store import Key, Tunings
+from headstart.service.service import Service
 from servers import RunningServer, running_server
 from trials import Calm, Cost, FakeTrials
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from conftest import StartServer
-from headstart.service.explanation import longest_match
+from headstart.service.generation.explain import longest_match
 from servers import Json, RunningServer, events
 
 PROMPT = "You keep the lighthouse of Fastnet. " + "Each evening you light the lamp. " * 12

@@ -9,7 +9,7 @@ import pytest
 
 from headstart.errors import Overloaded
 from headstart.round_robin import RoundRobin
-from headstart.service.fair_queue import FairQueue
+from headstart.service.generation.fair_queue import FairQueue
 from sweeps import rounds
 
 

@@ -14,10 +14,9 @@ import pytest
 
 from conftest import StartServer
 from headstart.errors import BadRequest, Overloaded
-from headstart.service import grammars as module
-from headstart.service.checker import Checker, TookTooLong
-from headstart.service.grammars import MOST_SECONDS, QUICK_SECONDS, Grammars
-from headstart.service.structure import lark_grammar
+from headstart.service.generation import grammars as module
+from headstart.service.generation.grammar_checker import Checker, TookTooLong
+from headstart.service.generation.grammars import MOST_SECONDS, QUICK_SECONDS, Grammars, lark_grammar
 from servers import Json, RunningServer, eventually
 
 HONEST = {"type": "json_schema", "json_schema": {"schema": {"enum": ["yes", "no"]}}}

@@ -15,7 +15,7 @@ from anthropic import Anthropic
 from conftest import StartServer
 from headstart.caches.entry import Content
 from headstart.caches.store import Store
-from headstart.service.marks import Marked, Placed
+from headstart.service.origins.breakpoints import Marked, Placed
 from servers import Json, RunningServer, eventually, said
 
 MARK: Any = {"type": "ephemeral"}

@@ -11,8 +11,8 @@ import pytest
 from headstart.api.message_events import Message
 from headstart.prompt.answer_parts import CallDelta
 from headstart.protocol import Stats
-from headstart.service.choices import Delta, Ended
-from headstart.service.generation import Result
+from headstart.service.generation.generate import Result
+from headstart.service.interface.answer import Delta, Ended
 
 STATS = Stats(20, 8, 12, 9, "slot", 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0)
 ANSWER: list[Delta | Ended] = [

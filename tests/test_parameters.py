@@ -20,8 +20,8 @@ from headstart.prompt.template import CHATML, FOLD, ChatTemplate
 from headstart.prompt.tokenizer import ToyTokenizer
 from headstart.prompt.vocabulary import Vocabulary
 from headstart.protocol import Token
-from headstart.service.answering import Answering
-from headstart.service.choices import Choice
+from headstart.service.generation.answering import Answering
+from headstart.service.interface.answer import Choice
 from headstart.toyspec import BOS, END, EOS
 from servers import Json, RunningServer, events, running_server, said
 

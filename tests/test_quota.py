@@ -19,7 +19,7 @@ from headstart.caches.store import Store
 from headstart.config.settings import embedded_model
 from headstart.engine.model import Piece
 from headstart.errors import CacheNotFound, QuotaExceeded
-from headstart.service.quota import Quota
+from headstart.service.caching.quota import Quota
 from servers import Json, RunningServer, eventually, said
 
 DAY = 86400.0

@@ -19,9 +19,9 @@ from conftest import StartServer
 from headstart.api.response_events import Writer
 from headstart.prompt.answer_parts import CallDelta
 from headstart.protocol import Stats
-from headstart.service.choices import Choice, Delta, Ended
-from headstart.service.generation import Result
-from headstart.service.responses import spoken
+from headstart.service.generation.generate import Result
+from headstart.service.interface.answer import Choice, Delta, Ended
+from headstart.service.origins.responses import spoken
 from servers import Json, RunningServer, eventually, running_server, said
 
 PATH = "/v1/responses"

@@ -11,10 +11,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from headstart.cli.main import app
+from headstart.doctor import board as boards
+from headstart.doctor.board import examine_board, has_npu
 from headstart.engine.rkllm.first_checks import STEPS
 from headstart.protocol import RkllmSettings
-from headstart.service import board as boards
-from headstart.service.board import examine_board, has_npu
 from rkllm_models import tokenizer_files
 from rkllm_standin import RELEASES, standin, standin_model
 

@@ -17,8 +17,8 @@ from headstart.api.answers import Chat, Completion, Events, stream
 from headstart.api.streaming import COMMENT, EventStream, as_event
 from headstart.errors import EngineDied
 from headstart.protocol import Stats
-from headstart.service.choices import Delta, Ended
-from headstart.service.generation import Result
+from headstart.service.generation.generate import Result
+from headstart.service.interface.answer import Delta, Ended
 
 STATS = Stats(5, 0, 5, 3, "none", 0, 0, 0.0, 0.0, 1.0, 1.0, 1.0)
 RESULT = Result(3, STATS)

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from headstart.errors import BadRequest
-from headstart.service.structure import written_grammar
+from headstart.service.generation.grammars import written_grammar
 from servers import Json, RunningServer, events, eventually, said
 
 PERSON: Json = {

@@ -19,7 +19,8 @@ from headstart.prompt.template import ChatTemplate
 from headstart.prompt.tokenizer import ToyTokenizer
 from headstart.prompt.tool_calls.plain_text import written_out
 from headstart.prompt.vocabulary import Vocabulary
-from headstart.service.calling import Calling, reading
+from headstart.service.generation.tool_calls import reading
+from headstart.service.interface.options import Calling
 from servers import Json, RunningServer, events, running_server
 
 QUESTION = {"role": "user", "content": "What is out there?"}

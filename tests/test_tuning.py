@@ -24,9 +24,9 @@ from headstart.engine.tuning.measure import measure
 from headstart.engine.tuning.resolve import TOY, find_tuning
 from headstart.numerics import DEFAULT, Arithmetic
 from headstart.protocol import EngineSettings
-from headstart.service.fitting import arithmetic_of
-from headstart.service.server import Service
-from headstart.service.tunings import Key, Tunings
+from headstart.service.models.cache_fit import arithmetic_of
+from headstart.service.models.tuning_store import Key, Tunings
+from headstart.service.service import Service
 
 PROMPT = "You keep the lighthouse. " * 20
 TUNED = {"HEADSTART_TUNE": "true"}

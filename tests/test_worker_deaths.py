@@ -33,7 +33,7 @@ from headstart.engine.client import EngineClient
 from headstart.errors import BadRequest, EngineDied, ModelNotFound, StartupError, Unavailable
 from headstart.prompt.process.client import PromptClient
 from headstart.protocol import EngineSettings, ModelInfo, Ready, Step, Submit
-from headstart.service.server import Service
+from headstart.service.service import Service
 from servers import RunningServer, eventually
 from sweeps import rounds
 

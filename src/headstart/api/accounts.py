@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from headstart.service.generation import Result
+from headstart.service.generation.generate import Result
 
 Json = dict[str, Any]
 

@@ -12,8 +12,8 @@ import msgspec
 
 from headstart.api.accounts import ending, usage
 from headstart.api.streaming import as_event
-from headstart.service.choices import Call, Choice, Delta, Ended, TokenLogprob
-from headstart.service.generation import Result
+from headstart.service.generation.generate import Result
+from headstart.service.interface.answer import Call, Choice, Delta, Ended, TokenLogprob
 
 Json = dict[str, Any]
 Events = AsyncGenerator[Delta | Ended | Result, None]

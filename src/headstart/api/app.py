@@ -24,7 +24,7 @@ from headstart.api.middleware import Faults, PlainPaths, RequestIds
 from headstart.api.reference import document as reference
 from headstart.api.routes import Routes
 from headstart.config.settings import Settings
-from headstart.service.server import Service
+from headstart.service.service import Service
 
 DESCRIPTION = """An OpenAI-compatible server that never prefills the same prompt twice. Name a prompt once
 with `POST /v1/cache/{model}`, and let chats and completions begin with it by `use_cache`. Unknown fields are

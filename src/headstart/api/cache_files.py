@@ -17,8 +17,8 @@ from headstart.api.caches import made
 from headstart.api.keys import check_admin, seen
 from headstart.api.streaming import ClientLeft
 from headstart.names import check_name
-from headstart.service.files import Exported
-from headstart.service.server import Service
+from headstart.service.caching.transfer import Exported
+from headstart.service.service import Service
 
 router = APIRouter(prefix="/v1/cache")
 

@@ -17,9 +17,9 @@ from headstart.api.streaming import BEGIN_SECONDS, EventStream, as_event, begun,
 from headstart.api.terms import CreateRequest, EditRequest, iso_time, shown
 from headstart.caches.entry import Entry
 from headstart.errors import ModelLoading
-from headstart.service.model import ServedModel
-from headstart.service.opening import miss_reason
-from headstart.service.server import Service
+from headstart.service.caching.lookup import miss_reason
+from headstart.service.models.model import ServedModel
+from headstart.service.service import Service
 
 router = APIRouter(prefix="/v1/cache")
 

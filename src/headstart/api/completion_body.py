@@ -10,8 +10,8 @@ from headstart.api.schemas import MOST_ANSWERS, GenerationRequest
 from headstart.api.text import Many, Utf8
 from headstart.api.token_fields import LegacyLogprobs, TokenId
 from headstart.errors import BadRequest
-from headstart.service.requests import Options
-from headstart.service.texts import Text
+from headstart.service.interface.options import Options
+from headstart.service.interface.text import Text
 
 COMPLETION_MAX_TOKENS = 16
 MOST_PROMPTS = 128

@@ -14,9 +14,9 @@ from headstart.api.routes import addressed
 from headstart.api.schemas import ChatRequest, GenerationRequest
 from headstart.api.shaping import explaining, shaped, while_preparing
 from headstart.api.streaming import BEGIN_SECONDS, EventStream, begun, while_connected
-from headstart.service.requests import Options
-from headstart.service.server import Service
-from headstart.service.together import together
+from headstart.service.generation.batch import together
+from headstart.service.interface.options import Options
+from headstart.service.service import Service
 
 router = APIRouter(prefix="/v1")
 

@@ -18,9 +18,9 @@ from headstart.api.schemas import Body
 from headstart.api.streaming import while_connected
 from headstart.api.text import Utf8
 from headstart.errors import BadRequest
-from headstart.service.embedding import Input, check_dimensions, embed, input_tokens
-from headstart.service.model import ServedModel
-from headstart.service.server import Service
+from headstart.service.generation.embeddings import Input, check_dimensions, embed, input_tokens
+from headstart.service.models.model import ServedModel
+from headstart.service.service import Service
 
 router = APIRouter(prefix="/v1")
 

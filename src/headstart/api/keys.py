@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from headstart.api import errors
 from headstart.config.settings import Settings
 from headstart.errors import AdminRequired, StartupError, Unauthorized
-from headstart.service.model import ServedModel
+from headstart.service.models.model import ServedModel
 
 # What anybody may ask: the description of the API tells nothing about this server.
 PAGES = "/docs/files"

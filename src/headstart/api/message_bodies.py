@@ -16,10 +16,8 @@ from headstart.api.tools import JsonObject
 from headstart.errors import BadRequest
 from headstart.limits import MAX_MESSAGES, MAX_TOOLS
 from headstart.protocol import Sampling
-from headstart.service.calling import Calling
-from headstart.service.marks import Mark
-from headstart.service.requests import Options
-from headstart.service.structure import json_grammar
+from headstart.service.generation.grammars import json_grammar
+from headstart.service.interface.options import Calling, Mark, Options
 
 Json = dict[str, Any]
 Name = Annotated[Utf8, StringConstraints(min_length=1, max_length=256)]

@@ -14,9 +14,9 @@ from headstart.api.errors import anthropic_body
 from headstart.api.streaming import as_named_event
 from headstart.errors import HeadstartError
 from headstart.json_scan import check_json
-from headstart.service.choices import Delta, Ended
-from headstart.service.generation import Result
-from headstart.service.marks import Marked
+from headstart.service.generation.generate import Result
+from headstart.service.interface.answer import Delta, Ended
+from headstart.service.origins.breakpoints import Marked
 
 Json = dict[str, Any]
 Events = AsyncGenerator[Delta | Ended | Result, None]

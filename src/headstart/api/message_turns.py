@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from headstart.service.marks import Mark
+from headstart.service.interface.options import Mark
 
 # Blocks are paragraphs.
 BETWEEN = "\n\n"

@@ -11,8 +11,8 @@ from headstart.api.message_events import Message, failed_event
 from headstart.api.routes import addressed
 from headstart.api.shaping import shaped, while_preparing
 from headstart.api.streaming import BEGIN_SECONDS, EventStream, begun, while_connected
-from headstart.service.requests import Options
-from headstart.service.server import Service
+from headstart.service.interface.options import Options
+from headstart.service.service import Service
 
 router = APIRouter(prefix="/v1/messages")
 

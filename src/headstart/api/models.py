@@ -12,9 +12,9 @@ from headstart.api.schemas import Body
 from headstart.api.streaming import while_connected
 from headstart.api.text import Utf8
 from headstart.errors import HeadstartError, ModelLoading, Unavailable
-from headstart.service.model import ServedModel
-from headstart.service.routes import choices
-from headstart.service.server import Service
+from headstart.service.models.model import ServedModel
+from headstart.service.models.model_names import choices
+from headstart.service.service import Service
 
 router = APIRouter()
 

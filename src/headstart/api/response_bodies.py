@@ -14,8 +14,8 @@ from headstart.api.text import Many, Utf8
 from headstart.api.tools import JsonObject, Tool, ToolChoice, calling
 from headstart.errors import BadRequest
 from headstart.limits import MAX_TOOLS
-from headstart.service.requests import Options
-from headstart.service.structure import OBJECT, json_grammar
+from headstart.service.generation.grammars import OBJECT, json_grammar
+from headstart.service.interface.options import Options
 
 Json = dict[str, Any]
 Key = Annotated[Utf8, StringConstraints(min_length=1, max_length=64)]

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 from headstart.api import accounts
 from headstart.errors import HeadstartError
-from headstart.service.choices import Delta, Ended
-from headstart.service.generation import Result
+from headstart.service.generation.generate import Result
+from headstart.service.interface.answer import Delta, Ended
 
 Json = dict[str, Any]
 PREFIX = "resp_"

@@ -10,7 +10,7 @@ from headstart.api.schemas import Body
 from headstart.api.text import Many, Utf8
 from headstart.api.tools import check_arguments
 from headstart.limits import MAX_MESSAGES
-from headstart.service.responses import called
+from headstart.service.origins.responses import called
 
 Json = dict[str, Any]
 

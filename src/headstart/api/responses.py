@@ -19,12 +19,13 @@ from headstart.api.routes import addressed
 from headstart.api.shaping import explaining, shaped, while_preparing
 from headstart.api.streaming import BEGIN_SECONDS, EventStream, as_named_event, begun, while_connected
 from headstart.errors import BadRequest, HeadstartError, PreviousNotFound
-from headstart.service.choices import Choice, Delta, Ended
-from headstart.service.generation import Result
-from headstart.service.model import ServedModel
-from headstart.service.requests import Options, Prepared
-from headstart.service.responses import Kept, Record, instructing, n_tokens
-from headstart.service.server import Service
+from headstart.service.generation.generate import Result
+from headstart.service.generation.prepared import Prepared
+from headstart.service.interface.answer import Choice, Delta, Ended
+from headstart.service.interface.options import Options
+from headstart.service.models.model import ServedModel
+from headstart.service.origins.responses import Kept, Record, instructing, n_tokens
+from headstart.service.service import Service
 
 router = APIRouter(prefix="/v1/responses")
 

@@ -9,8 +9,8 @@ from fastapi import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from headstart.api.keys import seen
-from headstart.service.model import ServedModel
-from headstart.service.server import Service
+from headstart.service.models.model import ServedModel
+from headstart.service.service import Service
 
 # What a route may be put before.
 API = b"/v1/"

@@ -25,7 +25,7 @@ from headstart.contents import ChatMessage, Open
 from headstart.errors import BadRequest
 from headstart.limits import MAX_MESSAGES, MAX_UNKNOWN
 from headstart.protocol import Sampling
-from headstart.service.requests import Options
+from headstart.service.interface.options import Options
 
 MOST_ANSWERS = 128
 

@@ -12,8 +12,9 @@ from msgspec import structs
 from headstart.api.keys import owner
 from headstart.api.streaming import while_connected
 from headstart.api.structure import Wanted
-from headstart.service.requests import Options, Prepared
-from headstart.service.server import Service
+from headstart.service.generation.prepared import Prepared
+from headstart.service.interface.options import Options
+from headstart.service.service import Service
 
 EXPLAIN_HEADER = "x-headstart-explain"
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 
 from headstart.api.text import Utf8
 from headstart.errors import BadRequest
-from headstart.service.structure import (
+from headstart.service.generation.grammars import (
     OBJECT,
     choice_grammar,
     json_grammar,

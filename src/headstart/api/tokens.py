@@ -14,10 +14,10 @@ from headstart.api.schemas import Body, Messages
 from headstart.api.text import Utf8
 from headstart.api.tools import Tools
 from headstart.errors import BadRequest
-from headstart.service.model import ServedModel
-from headstart.service.server import Service
-from headstart.service.texts import check_tokens
-from headstart.service.tokenising import pieces, tokenised, worked_out
+from headstart.service.generation.tokenize import pieces, tokenised, worked_out
+from headstart.service.interface.text import check_tokens
+from headstart.service.models.model import ServedModel
+from headstart.service.service import Service
 
 router = APIRouter()
 

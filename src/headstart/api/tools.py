@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field
 from headstart.api.text import Many
 from headstart.contents import JsonObject, Tool, ToolCall, is_json
 from headstart.limits import MAX_TOOLS, MAX_VALUES
-from headstart.service.calling import Calling
+from headstart.service.interface.options import Calling
 
 __all__ = [
     "JsonObject",

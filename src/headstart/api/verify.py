@@ -17,9 +17,8 @@ from headstart.api.keys import owner, rank
 from headstart.api.schemas import Body
 from headstart.api.streaming import BEGIN_SECONDS, EventStream, as_event, begun, while_connected
 from headstart.api.text import Utf8
-from headstart.service.server import Service
-from headstart.service.verdict import Verdict
-from headstart.service.verifying import Wish
+from headstart.service.caching.verify import Verdict, Wish
+from headstart.service.service import Service
 
 router = APIRouter(prefix="/v1")
 

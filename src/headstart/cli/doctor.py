@@ -7,10 +7,10 @@ from msgspec import Struct
 from rich.console import Console
 from rich.table import Table
 
+from headstart.doctor.board import Board
+from headstart.doctor.report import ModelReport, Report
 from headstart.numerics import Tuning
-from headstart.service.board import Board
-from headstart.service.doctor import ModelReport, Report
-from headstart.service.fitting import in_words
+from headstart.service.models.cache_fit import in_words
 
 out = Console(highlight=False, markup=False, soft_wrap=True)
 

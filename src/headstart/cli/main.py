@@ -142,7 +142,7 @@ def doctor(
     attention.
     """
     from headstart.cli.doctor import show, show_json
-    from headstart.service.doctor import examine, measure_again
+    from headstart.doctor.report import examine, measure_again
 
     flags = {
         "models": pairs(model or [], "NAME=PATH"),
@@ -173,7 +173,7 @@ def doctor(
 
 def _check_npu(model: str, settings: Settings) -> None:
     from headstart.cli.doctor import show_json
-    from headstart.service.npu_checks import check_npu
+    from headstart.doctor.npu_checks import check_npu
 
     checks = check_npu(model, settings, lambda text: errors.print(text, markup=False))
     show_json(checks)

@@ -15,7 +15,7 @@ from headstart.api.app import create_app
 from headstart.api.http_server import HttpConfig, HttpServer
 from headstart.config.settings import Settings
 from headstart.errors import StartupError
-from headstart.service.server import Service
+from headstart.service.service import Service
 
 log = logging.getLogger(__name__)
 

@@ -39,8 +39,8 @@ def look(name: str | None, model: str | None, cache_dir: Path | None, config: Pa
     """Verifies without a server; whether something is wrong. Raises CacheNotFound or StartupError."""
     import msgspec
 
-    from headstart.service.inspection import inspect
-    from headstart.service.verifying import Wish
+    from headstart.doctor.offline_verify import inspect
+    from headstart.service.caching.verify import Wish
 
     settings = load_settings(config, cache_dir=cache_dir)
     if not settings.cache_dir.is_dir():

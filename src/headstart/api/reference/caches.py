@@ -8,7 +8,7 @@ from pydantic import Field, RootModel
 
 from headstart.api.reference.reply import Reply
 from headstart.caches.entry import Form, MissReason, Origin
-from headstart.service.verdict import Action, State
+from headstart.service.caching.verify import Action, State
 
 Time = Field(description="ISO 8601, in UTC.")
 

@@ -1,0 +1,1 @@
+"""What `headstart doctor` and the offline commands look at; never used by a running server."""

@@ -1,0 +1,123 @@
+"""The first checks of a model on a real board: steps that each run in a process of their own, and a report
+of what came of them that somebody can send."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from headstart import __version__
+from headstart.config.settings import Settings
+from headstart.doctor.board import Board, examine_board, npu_settings
+from headstart.engine.rkllm.build import options_of
+from headstart.engine.rkllm.first_checks import STEPS, Task
+from headstart.errors import StartupError
+from headstart.model_files import is_rkllm
+from headstart.prompt.process.client import PromptClient
+from headstart.prompt.process.protocol import Chat, ChatOpening, Load
+from headstart.prompt.process.requests import Prompts
+from headstart.service.models.model import Say, model_path, template_of
+from headstart.service.models.plan import engine_settings
+
+STEP_SECONDS = 600
+STDERR_LINES = 20
+# A step that tries what Headstart avoids.
+LEFT_ALONE = "loaded_after_abort"
+# About 300 tokens each, so that prefilling them and not doing so differ by more than chance.
+OPENINGS = (
+    "You are an experienced gardener who answers briefly, names one plant and says when to water it. " * 15,
+    "You are a patient teacher of arithmetic who shows each step and ends with the result alone. " * 15,
+)
+QUESTION = "What should I begin with?"
+# A text, and how many tokens it has.
+Counted = tuple[str, int]
+
+
+class Step(Struct, frozen=True):
+    """`found` is None where the step failed: by `signal`, when the runtime crashed, or with `error`. `log`:
+    the last lines that it wrote."""
+
+    name: str
+    about: str
+    found: dict[str, Any] | None = None
+    error: str | None = None
+    signal: str | None = None
+    log: list[str] = []
+
+
+class Checks(Struct, frozen=True):
+    headstart: str
+    model: str
+    model_bytes: int
+    board: Board
+    steps: list[Step]
+
+    @property
+    def failed(self) -> bool:
+        """Whether Headstart can't work here; what it doesn't do may crash."""
+        needed = [step for step in self.steps if step.name != LEFT_ALONE]
+        return not needed or any(step.found is None for step in needed)
+
+
+def check_npu(name: str, settings: Settings, say: Say) -> Checks:
+    """Of a model by its name. Takes minutes. Raises StartupError where nothing can be tried."""
+    path = model_path(settings.model_paths.get(name, name))
+    if not is_rkllm(path):
+        raise StartupError(f"{name!r} is neither a .rkllm file nor the name of a model that is one.")
+    npu_settings(path, settings)
+    asked = engine_settings(path, settings)
+    openings, question = asyncio.run(_texts(path, settings, name))
+    task = Task("", path, options_of(asked), openings, question)
+    board = examine_board(asked.rkllm)
+    steps = list(_run_all(task, say)) if board.runtime else []
+    return Checks(__version__, Path(path).name, Path(path).stat().st_size, board, steps)
+
+
+def _run_all(task: Task, say: Say) -> Iterator[Step]:
+    for number, name in enumerate(STEPS, 1):
+        say(f"Step {number} of {len(STEPS)}: {_about(name)}")
+        yield _run(name, msgspec.structs.replace(task, step=name))
+
+
+def _run(name: str, task: Task) -> Step:
+    command = [sys.executable, "-m", "headstart.engine.rkllm.first_checks"]
+    try:
+        done = subprocess.run(
+            command, input=msgspec.json.encode(task), capture_output=True, timeout=STEP_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return Step(name, _about(name), error=f"not done after {STEP_SECONDS} seconds")
+    log = done.stderr.decode(errors="replace").splitlines()[-STDERR_LINES:]
+    if done.returncode < 0:
+        return Step(name, _about(name), signal=signal.Signals(-done.returncode).name, log=log)
+    if done.returncode:
+        return Step(name, _about(name), error=log[-1] if log else f"status {done.returncode}", log=log)
+    # The runtime may write to the output, too.
+    return Step(name, _about(name), found=msgspec.json.decode(done.stdout.splitlines()[-1]), log=log)
+
+
+def _about(name: str) -> str:
+    return " ".join((STEPS[name].__doc__ or "").split())
+
+
+async def _texts(path: str, settings: Settings, name: str) -> tuple[tuple[Counted, Counted], Counted]:
+    """The openings and the question that follows the first of them. Raises StartupError."""
+    client = PromptClient(name, settings.prompt_timeout)
+    try:
+        await client.start(Load(path, template_of(name, settings)))
+        prompts = Prompts(client, "", can_cut=True)
+        one, other = [ChatOpening([{"role": "system", "content": text}]) for text in OPENINGS]
+        chat = Chat([*one.messages, {"role": "user", "content": QUESTION}])
+        first, second, whole = await prompts.tokens(one, other, chat)
+    finally:
+        await client.close()
+    said = [(client.vocabulary.text(tokens), len(tokens)) for tokens in (first, second, whole[len(first) :])]
+    return (said[0], said[1]), said[2]

@@ -1,0 +1,96 @@
+"""A model as it would be served, looked at without loading its weights."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+from msgspec.structs import replace
+
+from headstart.caches.entry import Entry, Fingerprint
+from headstart.caches.files import sha256_of
+from headstart.config.settings import Settings
+from headstart.engine.model import ModelError
+from headstart.engine.tuning.resolve import measure_apart, settled
+from headstart.engine.worker_process import worker_environment
+from headstart.errors import StartupError
+from headstart.model_files import is_rkllm
+from headstart.numerics import Arithmetic
+from headstart.protocol import EngineSettings
+from headstart.service.models.cache_fit import doubted, kept_back, misfits, warnings
+from headstart.service.models.model import Say, facts, model_path, toy_weights
+from headstart.service.models.plan import make_plan
+from headstart.service.models.tuning_store import Tunings
+from headstart.toyspec import ToySpec
+
+
+class Patient:
+    """Raises StartupError when the model couldn't be served."""
+
+    def __init__(
+        self, name: str, path: str, settings: Settings, tunings: Tunings, entries: Sequence[Entry]
+    ) -> None:
+        self.name, self.tunings, self.entries = name, tunings, entries
+        self.path = model_path(path)
+        self.weights = _weights(self.path)
+        self.template = asyncio.run(facts(self.path, settings, name)).template_hash
+        self.plan = make_plan(self.path, self.weights, settings, tunings, entries)
+
+    @property
+    def in_force(self) -> EngineSettings:
+        return settled(self.plan.settings, self.plan.settings.tuning)
+
+    def misfits(self, arithmetic: Arithmetic) -> dict[str, list[str]]:
+        """Names of caches that don't fit with it, by reason. It is all of a state's settings that can be
+        set."""
+        found: dict[str, list[str]] = {}
+        for entry in self.entries:
+            for reason, names in misfits([entry], self.fingerprint(entry, arithmetic)).items():
+                found.setdefault(reason, []).extend(names)
+        return found
+
+    def fingerprint(self, entry: Entry, arithmetic: Arithmetic) -> Fingerprint:
+        """What states computed with it would have, taking from the entry's what only the engine could say."""
+        if is_rkllm(self.path):
+            # Which release computes, and with what context, only its library can say.
+            return replace(entry.fingerprint, weights=self.weights, template=self.template)
+        others = {k: v for k, v in entry.fingerprint.settings.items() if k not in arithmetic.shown()}
+        return Fingerprint(self.weights, self.plan.key.engine, others | arithmetic.kept(), self.template)
+
+    def measure(self, say: Say, *, agree: bool) -> None:
+        """Measures again; says which caches don't fit what was found, then remembers it. The arithmetic that
+        caches have is kept unless `agree`. Raises StartupError."""
+        if is_rkllm(self.path):
+            say(f"{self.name} runs on the NPU: there is nothing to measure.")
+            return
+        asked = replace(self.plan.settings, tuning=None, tried=self.tunings.doubted(self.plan.key))
+        if agree:
+            asked = replace(asked, arithmetic=self.plan.given)
+        try:
+            tuning = measure_apart(asked, env=worker_environment())
+        except ModelError as error:
+            raise StartupError(f"Measuring {self.name} failed: {error}") from error
+        if not tuning.counts:
+            say(doubted(self.name, tuning))
+            self.tunings.put(self.plan.key, tuning)
+            return
+        preferred = self.plan.kept_back(tuning)
+        if preferred:
+            say(kept_back(self.name, tuning.arithmetic, preferred))
+            for warning in warnings(self.name, self.misfits(preferred)):
+                say(f"If it were changed: {warning}")
+        for warning in warnings(self.name, self.misfits(tuning.arithmetic)):
+            say(warning)
+        self.tunings.put(self.plan.key, tuning, agreed=agree and not self.plan.given.is_whole)
+
+
+def _weights(path: str) -> str:
+    if ToySpec.matches(path):
+        return toy_weights(path)
+    if not Path(path).is_file():
+        raise StartupError(f"{path} can't be read: there is no such file")
+    try:
+        return sha256_of(Path(path))
+    except OSError as error:
+        raise StartupError(f"{path} can't be read: {error.strerror}") from error

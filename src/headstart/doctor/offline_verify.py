@@ -1,0 +1,65 @@
+"""Looks at the caches of a directory without a server, and without owning it: nothing is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from headstart.caches.cache_file import format
+from headstart.caches.cache_file.format import Corrupt
+from headstart.caches.entry import Entry
+from headstart.caches.scan import Stray, contents
+from headstart.config.settings import Settings
+from headstart.doctor.offline_model import Patient
+from headstart.errors import CacheNotFound, StartupError
+from headstart.service.caching.verify import Verdict, Wish, judged, judged_stray
+from headstart.service.models.tuning_store import Tunings
+
+
+def inspect(settings: Settings, wish: Wish) -> Iterator[Verdict]:
+    """As a server with these settings would judge, as far as that can be told without loading models. Raises
+    CacheNotFound when a cache is named that isn't there."""
+    found = list(contents(settings.cache_dir))
+    inspector = _Inspector(settings, [entry for _, entry in found if isinstance(entry, Entry)])
+    n_verdicts = 0
+    for path, what in found:
+        if wish.covers(what.shelf, what.name):
+            n_verdicts += 1
+            verdict = judged_stray(what) if isinstance(what, Stray) else inspector.judge(path, what)
+            yield verdict.of(what.shelf)
+    if wish.name is not None and not n_verdicts:
+        raise CacheNotFound(f"There is no cache {wish.name!r} in {settings.cache_dir}.")
+
+
+class _Inspector:
+    def __init__(self, settings: Settings, entries: list[Entry]) -> None:
+        self.settings = settings
+        self.entries = entries
+        self._patients: dict[str, Patient | str] = {}
+
+    def judge(self, path: Path, entry: Entry) -> Verdict:
+        try:
+            format.verify(path, entry.identity, from_disk=True)
+        except (Corrupt, OSError) as error:
+            return judged(entry, "corrupt", str(error))
+        if entry.model not in self._patients:
+            self._patients[entry.model] = self._patient(entry.model)
+        patient = self._patients[entry.model]
+        if isinstance(patient, str):
+            return Verdict(entry.name, entry.model, "ok", detail=patient)
+        now = patient.fingerprint(entry, patient.in_force.arithmetic)
+        miss = now.changed_since(entry.fingerprint)
+        if miss is None and not entry.forms:
+            miss = "too_short"
+        return judged(entry, miss, now.differences(entry.fingerprint))
+
+    def _patient(self, model: str) -> Patient | str:
+        """Or why there is none."""
+        path = self.settings.model_paths.get(model)
+        if path is None:
+            return "the settings name no such model, so nobody can say whether it would hit"
+        entries = [entry for entry in self.entries if entry.model == model]
+        try:
+            return Patient(model, path, self.settings, Tunings(self.settings.cache_dir), entries)
+        except StartupError as error:
+            return f"nobody can say whether it would hit: {error}"

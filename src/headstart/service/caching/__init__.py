@@ -1,0 +1,1 @@
+"""Named caches: lookup, building, quota, expiry, transfer, verification."""

@@ -1,0 +1,298 @@
+"""Decides whether a request may start from a cache, and which caches are built when."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from msgspec.structs import replace
+
+from headstart.caches.entry import DEFAULT_TERMS, KEEPS_STATE, Content, Entry, Form, Origin, Terms
+from headstart.caches.store import Store
+from headstart.errors import BadRequest, CacheConflict, CacheNotFound
+from headstart.names import check_name, shelves
+from headstart.protocol import Stats
+from headstart.service.caching.builder import Build, Builder, OnProgress
+from headstart.service.caching.builds import Asked, Joint, Promises
+from headstart.service.caching.catalog import Shelves
+from headstart.service.caching.derived import check_own_name, composed
+from headstart.service.caching.lookup import Opening, opened
+from headstart.service.caching.quota import Quota
+from headstart.service.models.model import ServedModel
+
+log = logging.getLogger(__name__)
+
+
+class Caching:
+    """Used from the event loop. At most one build of a name runs at a time."""
+
+    def __init__(self, store: Store, quota: Quota | None = None) -> None:
+        self.store = store
+        self.builder = Builder(store, quota or Quota(store))
+        self.promises = Promises()
+        self.shelves = Shelves(store)
+        self._builds: dict[tuple[str, str], asyncio.Task[Entry]] = {}
+        self._joints: dict[tuple[str, str], Joint] = {}
+
+    async def close(self) -> None:
+        for build in list(self._builds.values()):
+            build.cancel()
+        await asyncio.gather(*self._builds.values(), return_exceptions=True)
+
+    async def find(self, model: ServedModel, name: str) -> Entry:
+        """The named cache, the owner's or everyone's, waiting for it where its first build is running or it
+        was promised. Raises CacheNotFound, or why a promise was not kept."""
+        check_name(name, param="use_cache")
+        for shelf in shelves(model.shelf):
+            await self.promises.settled((shelf, name))
+            if (build := self._builds.get((shelf, name))) and not self.shelves.at(shelf, name):
+                await asyncio.wait([build])
+            if entry := self.shelves.at(shelf, name):
+                return entry
+        return self.store.find(model.shelf, name)
+
+    async def unnamed(
+        self, model: ServedModel, opening: Content, tokens: list[int], wanted: list[int] | None = None
+    ) -> tuple[Entry, Opening] | None:
+        """The cache whose chats begin with just these messages and tools, and what it does for a request of
+        `tokens` that doesn't name it; no build is waited for. `wanted` is as in `opened`."""
+        for entry in self.shelves.known(model, "chat"):
+            if entry.tools == opening.tools and entry.content.opening == opening.messages:
+                return entry, await opened(self.store, model, entry, "chat", tokens, wanted=wanted)
+        return None
+
+    def count_hit(self, entry: Entry, boundary: int, stats: Stats) -> None:
+        """Of a request that began with `boundary` tokens of the cache. A write to the disk: for after the
+        answer's end."""
+        self.store.used(entry, min(stats.cached_tokens, boundary), stats.restore_ms)
+
+    def touch(self, entry: Entry) -> None:
+        """Notes a use that is no hit."""
+        self.store.touch(entry)
+
+    def is_building_for(self, model: str) -> bool:
+        """Whether a cache of the model is being built."""
+        return any(shelf.partition("@")[0] == model for shelf, _ in self._builds)
+
+    def is_building(self, entry: Entry) -> bool:
+        return (entry.shelf, entry.name) in self._builds
+
+    def building(self, owner: str | None, model: str | None = None) -> list[tuple[str, str]]:
+        """Model and name of what `visible` would list and is being built or is to be; `owner` None: of what
+        is anybody's."""
+        keys = {(*shelf.partition("@")[::2], name) for shelf, name in (*self._builds, *self.promises.open())}
+        return sorted(
+            (one, name)
+            for one, whose, name in keys
+            if owner in (None, whose) or not whose
+            if model in (None, one)
+        )
+
+    async def open(
+        self, model: ServedModel, entry: Entry, form: Form, tokens: list[int], wanted: list[int] | None = None
+    ) -> Opening | None:
+        """How a request whose prompt is `tokens` starts from the cache; None when the cache was replaced or
+        built again meanwhile, so that the request has to look at it anew. `wanted` is as in `opened`."""
+        model = model.seen_by(entry.owner)
+        key = (entry.shelf, entry.name)
+        # A build that ends while the old state is looked at is one that had begun before.
+        build = self._builds.get(key)
+        opening = await opened(self.store, model, entry, form, tokens, self._head(model, entry), wanted)
+        if opening.miss is None or opening.miss in KEEPS_STATE:
+            return opening
+        if build := build or self._builds.get(key):
+            await asyncio.wait([build])
+            return None
+        return opening if self._is_latest(model, entry) else None
+
+    async def create(
+        self,
+        model: ServedModel,
+        name: str,
+        content: Content,
+        *,
+        forms: Sequence[Form] | None = None,
+        terms: Terms | None = None,
+        origin: Origin = "client",
+        overwrite: bool = True,
+        on_progress: OnProgress | None = None,
+        head: Entry | None = None,
+    ) -> Entry:
+        """Computes and stores the states of `content`, in all forms unless some are named; version 1 of the
+        entry means that the name was new. Without `terms` it keeps those that it had. `head` is as in Build.
+
+        Callers that ask for the same at the same time get the result of one build; when the last of them is
+        cancelled, so is the build. Raises BadRequest, CacheConflict (also while something else is built under
+        this name), StorageError or what the engine raises; then nothing has changed."""
+        check_own_name(name, param="cache_name")
+        if not content.opening:
+            raise BadRequest("The prompt is empty: there is nothing to keep.", param="prompt")
+        if origin != "declared":
+            self.check_not_declared(model, name, param="cache_name")
+        kept = terms or self.terms(model, name)
+        asked = Asked.of(content, content.forms if forms is None else forms, kept, origin)
+        joint = await self._joint(model, name, asked)
+        previous = self.shelves.own(model, name)
+        if previous and not overwrite:
+            raise CacheConflict(f"There is a cache {name!r} already.", param="cache_name")
+        if joint:
+            return await joint.join(on_progress)
+        version = previous.version + 1 if previous else 1
+        wanted = content.forms if forms is None else forms
+        joint = Joint(asked)
+        build = Build(
+            model, name, content, wanted, version, kept, origin, previous, on_progress=joint.tell, head=head
+        )
+        joint.task = self._start(build)
+        self._joints[model.shelf, name] = joint
+        return await joint.join(on_progress)
+
+    async def _joint(self, model: ServedModel, name: str, asked: Asked) -> Joint | None:
+        """The running build of the same; None once there is none of this name. One that everybody has left,
+        or that only makes the same content's states anew, is waited for. Raises CacheConflict."""
+        key = (model.shelf, name)
+        while task := self._builds.get(key):
+            joint = self._joints.get(key)
+            if joint and joint.asked == asked and not joint.abandoned:
+                return joint
+            if not (joint.abandoned if joint else self._holds(model, name, asked.content)):
+                self.check_not_building(model, name)
+            await asyncio.wait([task])
+        return None
+
+    def _holds(self, model: ServedModel, name: str, content: Content) -> bool:
+        entry = self.shelves.own(model, name)
+        return entry is not None and entry.content == content
+
+    def terms(self, model: ServedModel, name: str) -> Terms:
+        """How the named cache is kept, or would be by default if it were new. Raises InvalidName."""
+        previous = self.shelves.own(model, check_name(name, param="cache_name"))
+        return previous.terms if previous else DEFAULT_TERMS
+
+    async def edit(self, model: ServedModel, name: str, given: Mapping[str, Any]) -> Entry:
+        """Changes the `given` ones of a cache's terms, and nothing else; waits for a build of it. Its time
+        begins anew where `ttl_seconds` is given. Raises BadRequest, CacheNotFound or StorageError."""
+        check_name(name, param="name")
+        while True:
+            if build := self._builds.get((model.shelf, name)):
+                await asyncio.wait([build])
+            entry = self.store.find(model.shelf, name, param="name")
+            if entry.origin == "response" and "metadata" in given:
+                raise BadRequest("The metadata of a response can't be edited.", param="metadata")
+            updated = self.store.clock() if "ttl_seconds" in given else entry.updated
+            changed = replace(entry, terms=replace(entry.terms, **given), updated=updated)
+            if amended := await self.store.amend(entry, changed):
+                return amended
+
+    def delete(self, model: ServedModel, name: str) -> None:
+        """Raises CacheNotFound, or CacheConflict while the name is being built or where it is declared."""
+        check_name(name, param="name")
+        self.check_not_declared(model, name, param="name")
+        self.check_not_building(model, name)
+        self.store.delete(model.shelf, name)
+
+    def rebuild(self, model: ServedModel, entry: Entry) -> None:
+        """Starts computing the states of `entry` again, unless that is being done or it was replaced;
+        requests for it wait."""
+        model = model.seen_by(entry.owner)
+        if (entry.shelf, entry.name) in self._builds or not self._is_latest(model, entry):
+            return
+        build = Build(
+            model,
+            entry.name,
+            entry.content,
+            (*entry.forms, *entry.evicted) or entry.content.forms,
+            max(entry.version, 1),
+            entry.terms,
+            entry.origin,
+            previous=entry,
+            keep_states=False,
+            head=self._head(model, entry),
+            parts=entry.parts,
+        )
+        if entry.parts:
+            self.run((entry.shelf, entry.name), self._derive(build))
+        else:
+            self._start(build)
+
+    def heal(self, model: ServedModel, entry: Entry) -> None:
+        """Rebuilds what a request has missed. A response's state is not worth it: what goes on from it is
+        kept with a state of its own."""
+        if entry.origin != "response":
+            self.rebuild(model, entry)
+
+    def derived(self, model: ServedModel, parts: Sequence[Entry], form: Form) -> Entry:
+        """The cache composed of these, which has version 0 as long as it isn't built. Raises BadRequest."""
+        entry = composed(model, parts, form)
+        return self.shelves.own(model, entry.name) or entry
+
+    def _head(self, model: ServedModel, entry: Entry) -> Entry | None:
+        """The cache that a derived one begins like."""
+        return self.shelves.seen(model, entry.parts[0]) if entry.parts else None
+
+    async def _derive(self, build: Build) -> Entry:
+        """A derived cache is not kept if one of its parts was replaced or deleted while it was built."""
+        entry = await self.builder.build(build)
+        parts = [part for name in entry.parts if (part := self.shelves.seen(build.model, name))]
+        whole = len(parts) == len(entry.parts)
+        if not (whole and composed(build.model, parts, build.forms[0]).name == entry.name):
+            with suppress(CacheNotFound):
+                self.store.delete(entry.shelf, entry.name)
+        return entry
+
+    async def rebuilt(self, model: ServedModel, entry: Entry) -> Entry:
+        """The entry with its states computed again, once that is done. Raises StorageError or what the
+        engine raises."""
+        self.rebuild(model, entry)
+        if build := self._builds.get((entry.shelf, entry.name)):
+            return await asyncio.shield(build)
+        return self.store.find(entry.shelf, entry.name, param="name")
+
+    def is_declared(self, model: ServedModel, name: str) -> bool:
+        return (model.shelf, name) in self.promises
+
+    def check_not_declared(self, model: ServedModel, name: str, *, param: str) -> None:
+        """Raises CacheConflict."""
+        if self.is_declared(model, name):
+            raise CacheConflict(
+                f"The cache {name!r} is declared in the server's configuration; change it there.", param=param
+            )
+
+    def check_not_building(self, model: ServedModel, name: str) -> None:
+        """Raises CacheConflict."""
+        if (model.shelf, name) in self._builds:
+            raise CacheConflict(f"The cache {name!r} is being built.", param="cache_name")
+
+    def _is_latest(self, model: ServedModel, entry: Entry) -> bool:
+        """Whether the entry is the cache of its name; one of version 0 is as long as there is none."""
+        return self.shelves.own(model, entry.name) == (entry if entry.version else None)
+
+    def build_of(self, model: ServedModel, name: str) -> asyncio.Task[Entry] | None:
+        """The running build of this name."""
+        return self.build_at(model.shelf, name)
+
+    def build_at(self, shelf: str, name: str) -> asyncio.Task[Entry] | None:
+        return self._builds.get((shelf, name))
+
+    def _start(self, build: Build) -> asyncio.Task[Entry]:
+        return self.run((build.model.shelf, build.name), self.builder.build(build))
+
+    def run(self, key: tuple[str, str], work: Coroutine[Any, Any, Entry]) -> asyncio.Task[Entry]:
+        """Starts what makes the cache of this shelf and name, on which requests for it wait. If another build
+        of it is running, `work` has to wait for that."""
+        task = asyncio.create_task(work)
+        self._builds[key] = task
+        self.store.held.add(key)
+        task.add_done_callback(lambda done: self._ended(key, done))
+        return task
+
+    def _ended(self, key: tuple[str, str], task: asyncio.Task[Entry]) -> None:
+        if self._builds.get(key) is task:
+            del self._builds[key]
+            self.store.held.discard(key)
+            self._joints.pop(key, None)
+        if not task.cancelled() and (error := task.exception()):
+            log.warning("building cache %s of %s failed: %s", key[1], key[0], error)

@@ -1,0 +1,67 @@
+"""What caches there are for whom: those of an API key, and everyone's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from headstart.caches.entry import Entry, Form
+from headstart.caches.store import Store
+from headstart.errors import CacheNotFound
+from headstart.names import check_name, shelves
+from headstart.service.models.model import ServedModel
+
+
+class Shelves:
+    """Looks only; nothing is waited for."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def look_up(self, model: ServedModel, name: str, *, param: str) -> Entry:
+        """The named cache, the owner's or everyone's, as it is now. Raises InvalidName or CacheNotFound."""
+        check_name(name, param=param)
+        return self.seen(model, name) or self.store.find(model.shelf, name, param=param)
+
+    def only_shared(self, model: ServedModel, name: str, *, param: str) -> ServedModel | None:
+        """The model as everyone sees it, where the named cache is everyone's and the owner has none of this
+        name. Raises InvalidName."""
+        check_name(name, param=param)
+        if not model.owner or self.own(model, name) or not self.at(model.name, name):
+            return None
+        return model.seen_by("")
+
+    def seen(self, model: ServedModel, name: str) -> Entry | None:
+        """The named cache, the owner's or everyone's."""
+        entries = (self.at(shelf, name) for shelf in shelves(model.shelf))
+        return next((entry for entry in entries if entry), None)
+
+    def known(self, model: ServedModel, form: Form) -> Iterator[Entry]:
+        """The caches of a form, the owner's first and then everyone's, whether or not they have a state now:
+        requests are cut where a cache ends, so that the answer is the same."""
+        entries = (entry for shelf in shelves(model.shelf) for entry in self.store.known(shelf))
+        return (entry for entry in entries if form in entry.forms or form in entry.evicted)
+
+    def visible(self, owner: str, model: str | None = None) -> list[Entry]:
+        """The owner's caches and everyone's, by model and name; of two with the same name the owner's.
+        Responses are left out."""
+        wanted = [e for e in self.store.entries() if e.owner in ("", owner) and model in (None, e.model)]
+        named = [e for e in wanted if e.origin != "response"]
+        by_name = {(e.model, e.name): e for e in sorted(named, key=lambda entry: entry.owner)}
+        return [by_name[key] for key in sorted(by_name)]
+
+    def known_opening(self, model: ServedModel, text: str) -> str:
+        """The longest cached completion prompt that `text` begins with; "" for none."""
+        known = self.known(model, "completion")
+        begun = [entry for entry in known if entry.prompt and text.startswith(entry.prompt)]
+        fitting = (entry.prompt for entry in begun if self.at(entry.shelf, entry.name) == entry)
+        return max(fitting, key=len, default="")
+
+    def own(self, model: ServedModel, name: str) -> Entry | None:
+        """The model's own cache of this name."""
+        return self.at(model.shelf, name)
+
+    def at(self, shelf: str, name: str) -> Entry | None:
+        try:
+            return self.store.find(shelf, name)
+        except CacheNotFound:
+            return None

@@ -1,0 +1,52 @@
+"""Where a prompt can start whose own state isn't there: in that of another cache it begins like."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from headstart.caches.cache_file.format import Corrupt
+from headstart.caches.entry import Content, Entry, Form
+from headstart.caches.store import Store
+from headstart.prompt.process.protocol import ChatOpening, TextOpening
+from headstart.protocol import StateRef
+from headstart.service.models.model import ServedModel
+from headstart.tokens import common_prefix
+
+
+@dataclass(frozen=True)
+class Head:
+    """A verified state, and how many tokens it has in common with the prompt."""
+
+    restore: StateRef | None = None
+    shared: int | None = None
+
+
+NOTHING = Head()
+
+
+async def head_of(
+    store: Store, model: ServedModel, entry: Entry | None, form: Form, tokens: list[int]
+) -> Head:
+    """What a prompt of these tokens can take from the cache; NOTHING also where its state is damaged, which
+    those find out who ask for it by name."""
+    if entry is None or form not in entry.forms or not model.info.can_cut:
+        return NOTHING
+    if model.fingerprint.changed_since(entry.fingerprint):
+        return NOTHING
+    try:
+        state = await store.verified(entry, form)
+    except Corrupt:
+        return NOTHING
+    shared = common_prefix(state.tokens, tokens)
+    return Head(state.ref, shared) if shared else NOTHING
+
+
+def opening_of(form: Form, content: Content) -> ChatOpening | TextOpening:
+    if form == "completion":
+        return TextOpening(content.prompt)
+    return ChatOpening(content.opening, content.tools)
+
+
+async def opening_tokens(model: ServedModel, form: Form, content: Content) -> list[int]:
+    """The tokens of a form's state, as they would be computed now."""
+    return await model.prompts.one(opening_of(form, content))

@@ -1,0 +1,186 @@
+"""Caches' files on their way out and in."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from msgspec.structs import replace
+
+from headstart.caches.cache_file import format
+from headstart.caches.cache_file.format import Corrupt
+from headstart.caches.cache_file.header import HASH, read_header
+from headstart.caches.cache_file.rewrite import rewrite
+from headstart.caches.cache_file.validate import inspect
+from headstart.caches.entry import Entry
+from headstart.caches.store import Store
+from headstart.errors import (
+    BadRequest,
+    CacheConflict,
+    CacheMismatch,
+    CacheNotFound,
+    DamagedFile,
+    StorageError,
+    StorageFull,
+)
+from headstart.names import check_name
+from headstart.service.caching.caching import Caching
+from headstart.service.caching.derived import check_own_name
+from headstart.service.caching.prefix import opening_tokens
+from headstart.service.caching.quota import Quota
+from headstart.service.models.model import ServedModel
+
+WRITE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A cache's file, open: it stays as it is whatever becomes of the cache. `digest`: the hash of its
+    header, hence, since this has those of all else, of the whole. Whoever gets it closes it."""
+
+    entry: Entry
+    opened: BinaryIO
+    size: int
+    digest: str
+
+
+class Files:
+    def __init__(self, store: Store, caching: Caching, quota: Quota) -> None:
+        self.store = store
+        self.caching = caching
+        self.quota = quota
+
+    async def export(self, model: ServedModel, name: str) -> Exported:
+        """Raises CacheNotFound, BadRequest where states aren't in the cache's file, or StorageError for one
+        whose header is damaged."""
+        entry = self.store.find(model.shelf, check_name(name, param="name"), param="name")
+        if entry.beside:
+            raise BadRequest(
+                f"The states of cache {name!r} are files of the NPU's runtime, which fit nowhere else; make "
+                "the cache there from its prompt.",
+                param="name",
+            )
+        try:
+            return await asyncio.to_thread(_open, self.store.path(model.shelf, name), entry)
+        except FileNotFoundError:
+            raise CacheNotFound(f"The cache {name!r} was deleted.", param="name") from None
+        except (Corrupt, OSError) as error:
+            raise StorageError(f"The file of cache {name!r} can't be read: {error}") from error
+
+    async def take(
+        self,
+        model: ServedModel,
+        name: str,
+        chunks: AsyncIterator[bytes],
+        *,
+        size: int | None = None,
+        overwrite: bool = True,
+        rebuild: bool = False,
+    ) -> Entry:
+        """Makes a file that comes in `chunks`, of `size` bytes if that is known, the cache of this name.
+        `rebuild`: only what it is the cache of is taken, and its states are computed here.
+
+        Raises DamagedFile, CacheMismatch, CacheConflict, QuotaExceeded or StorageError, or what `chunks` or a
+        build raises; then nothing has changed but for what was evicted."""
+        check_own_name(name, param="name")
+        self.caching.check_not_declared(model, name, param="name")
+        self._check_free(model, name, overwrite)
+        with self.store.scratch(model.shelf) as scratch:
+            self._check_room(model.shelf, size or 0)
+            await self._receive(model.shelf, chunks, scratch)
+            try:
+                entry = await asyncio.to_thread(inspect, scratch)
+            except Corrupt as error:
+                reason = str(error).removeprefix(f"{scratch}: ")
+                raise DamagedFile(f"This is not a cache's file as it was written: {reason}.") from error
+            if not rebuild:
+                _check_fits(model, entry)
+                await _check_renders(model, entry)
+                self._check_free(model, name, overwrite)
+                work = self.caching.run((model.shelf, name), self._place(model, name, scratch, entry))
+                try:
+                    return await asyncio.shield(work)
+                finally:
+                    work.cancel()
+        forms = (*entry.forms, *entry.evicted) or None
+        return await self.caching.create(
+            model, name, entry.content, forms=forms, terms=entry.terms, overwrite=overwrite
+        )
+
+    def _check_free(self, model: ServedModel, name: str, overwrite: bool) -> None:
+        self.caching.check_not_building(model, name)
+        if not overwrite and self.caching.shelves.own(model, name):
+            raise CacheConflict(f"There is a cache {name!r} already.", param="name")
+
+    def _check_room(self, shelf: str, size: int) -> None:
+        self.quota.check_possible(shelf, size)
+        if size > shutil.disk_usage(self.store.directory).free:
+            raise StorageFull(f"The disk has no room for {size / 1e6:.2f} MB.")
+
+    async def _receive(self, shelf: str, chunks: AsyncIterator[bytes], scratch: Path) -> None:
+        waiting, size = bytearray(), 0
+        with scratch.open("wb") as output:
+            async for chunk in chunks:
+                size += len(chunk)
+                self.quota.check_possible(shelf, size)
+                waiting += chunk
+                if len(waiting) >= WRITE_BYTES:
+                    await asyncio.to_thread(output.write, bytes(waiting))
+                    waiting.clear()
+            await asyncio.to_thread(output.write, bytes(waiting))
+
+    async def _place(self, model: ServedModel, name: str, scratch: Path, entry: Entry) -> Entry:
+        previous = self.caching.shelves.own(model, name)
+        now = self.store.clock()
+        placed = replace(
+            entry,
+            model=model.name,
+            name=name,
+            owner=model.owner,
+            version=previous.version + 1 if previous else 1,
+            created=previous.created if previous else now,
+            updated=now,
+            origin="client",
+            parts=[],
+        )
+        with self.quota.reserving(model.shelf, name) as room, self.store.scratch(model.shelf) as target:
+            await room.hold(entry.size_bytes)
+            stored = await asyncio.to_thread(rewrite, scratch, target, placed)
+            await room.hold(stored.size_bytes)
+            await self.store.adopt(target, stored)
+        return stored
+
+
+def _open(path: Path, entry: Entry) -> Exported:
+    opened = format.opened(path)
+    try:
+        header = read_header(opened)
+        size = os.fstat(opened.fileno()).st_size
+        opened.seek(0)
+    except BaseException:
+        opened.close()
+        raise
+    return Exported(entry, opened, size, header.metadata[HASH])
+
+
+async def _check_renders(model: ServedModel, entry: Entry) -> None:
+    """Raises BadRequest, as creating the cache would, where the model can't be given its text."""
+    for form in entry.content.forms:
+        tokens = await opening_tokens(model, form, entry.content)
+        model.check_fits(len(tokens) + 1, param="prompt" if entry.prompt else "messages")
+
+
+def _check_fits(model: ServedModel, entry: Entry) -> None:
+    """Raises CacheMismatch."""
+    if reason := model.fingerprint.changed_since(entry.fingerprint):
+        raise CacheMismatch(
+            f"These states were not computed as {model.name!r} is run here: "
+            f"{model.fingerprint.differences(entry.fingerprint)}. Send the file with ?rebuild=true to have "
+            "its text computed here.",
+            reason=reason,
+        )

@@ -1,0 +1,1 @@
+"""From a request to the engine and back to its answer."""

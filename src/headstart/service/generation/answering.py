@@ -1,0 +1,72 @@
+"""One answer of a request: tokens to deltas."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from headstart.prompt.answer_parts import Parser, Part
+from headstart.prompt.detokenizer import AnswerText
+from headstart.prompt.vocabulary import Vocabulary
+from headstart.protocol import FinishReason, Token
+from headstart.service.interface.answer import Delta, Ended, TokenLogprob
+
+
+class Answering:
+    """`said`: all of its text so far. `stopped`: a stop string has come, no more tokens count."""
+
+    def __init__(self, choice: int, vocabulary: Vocabulary, text: AnswerText, parser: Parser) -> None:
+        self.choice = choice
+        self.vocabulary = vocabulary
+        self.text = text
+        self.parser = parser
+        self.said = ""
+        self.n_tokens = 0
+        self.has_called = False
+        self.ended = False
+        self._untold: list[TokenLogprob] = []
+
+    @property
+    def stopped(self) -> bool:
+        return self.text.stopped
+
+    def add(self, token: Token) -> Iterator[Delta]:
+        self.n_tokens += 1
+        if token.logprob is not None:
+            self._untold.append(self._logprob(token, token.logprob))
+        yield from self._deltas(self.text.add(token.token))
+
+    def end(self, reason: FinishReason) -> Iterator[Delta | Ended]:
+        """What was held back, and the end."""
+        text = self.text.end()
+        self.said += text
+        left = [*self.parser.add(text), *self.parser.end()]
+        yield from self._with_logprobs(left, self._told(all_of_them=not self.stopped))
+        self.ended = True
+        if reason == "length" and not self.stopped:
+            yield Ended(self.choice, "length")
+        elif self.has_called:
+            yield Ended(self.choice, "tool_calls")
+        else:
+            yield Ended(self.choice, "stop", self.text.found)
+
+    def _deltas(self, text: str) -> Iterator[Delta]:
+        self.said += text
+        yield from self._with_logprobs(self.parser.add(text), self._told())
+
+    def _with_logprobs(self, parts: list[Part], logprobs: list[TokenLogprob]) -> Iterator[Delta]:
+        for part in parts or ([Part()] if logprobs else []):
+            self.has_called = self.has_called or part.call is not None
+            yield Delta(self.choice, part.text, part.reasoning, part.call, logprobs)
+            logprobs = []
+
+    def _told(self, *, all_of_them: bool = False) -> list[TokenLogprob]:
+        """The logprobs of tokens whose text has been said; a stop string's are never told."""
+        n = len(self.said)
+        told = [each for each in self._untold if all_of_them or each.offset < n]
+        self._untold = self._untold[len(told) :]
+        return told
+
+    def _logprob(self, token: Token, logprob: float) -> TokenLogprob:
+        written = self.vocabulary.written
+        top = [(written(other), p) for other, p in token.top]
+        return TokenLogprob(written(token.token), logprob, top, self.text.n_characters)

@@ -1,0 +1,49 @@
+"""Embeddings: texts, or what they were tokenised to, through the engine to vectors."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+
+from headstart.errors import BadRequest, InputTooLong
+from headstart.protocol import Embed, Vector
+from headstart.service.generation.tokenize import tokenised
+from headstart.service.interface.text import check_tokens
+from headstart.service.models.model import ServedModel
+
+Input = str | list[int]
+
+
+async def input_tokens(model: ServedModel, inputs: Sequence[Input]) -> list[list[int]]:
+    """The tokens of each input. Raises BadRequest, naming the first input that can't be embedded, and
+    ModelLoading."""
+    texts = iter(await tokenised(model, [text for text in inputs if isinstance(text, str)]))
+    tokens = [next(texts) if isinstance(given, str) else given for given in inputs]
+    most = model.info.embedding_tokens
+    for index, of_input in enumerate(tokens):
+        if not of_input or not inputs[index]:
+            raise BadRequest(f"Input {index} is empty.", param="input")
+        if len(of_input) > most:
+            raise InputTooLong(len(of_input), most, index=index)
+        check_tokens(model.vocabulary, of_input, param="input")
+    return tokens
+
+
+def check_dimensions(model: ServedModel, dimensions: int | None) -> None:
+    """Raises BadRequest for embeddings that the model doesn't have, and ModelLoading."""
+    size = model.info.embedding_size
+    if not size:
+        raise BadRequest(f"Model {model.name!r} ranks texts; it makes no embeddings.", param="model")
+    if dimensions not in (None, size):
+        raise BadRequest(
+            f"The embeddings of {model.name!r} have {size} dimensions; leave dimensions out.",
+            param="dimensions",
+        )
+
+
+async def embed(model: ServedModel, inputs: list[list[int]]) -> AsyncGenerator[bytes, None]:
+    """The vector of each input, in their order: float32, little-endian, of length 1. Closing it early ends
+    the work. Raises Unavailable or EngineError."""
+    with model.engine.submit(Embed(0, inputs)) as running:
+        async for event in running:
+            if isinstance(event, Vector):
+                yield event.values

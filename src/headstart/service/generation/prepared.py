@@ -1,0 +1,40 @@
+"""What a request asks for, and what the engine is to be sent for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from headstart.caches.entry import Entry
+from headstart.prompt.answer_parts import Parser, PlainText
+from headstart.protocol import Submit
+from headstart.service.caching.lookup import Opening
+from headstart.service.generation.explain import Closest
+from headstart.service.models.model import ServedModel
+from headstart.service.origins.automatic import Unnamed
+from headstart.service.origins.breakpoints import Marked
+from headstart.service.origins.conversations import Saving
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request ready for the engine. `names`: the caches it names, of which `entry` is made. `unnamed`: what
+    it begins with, where it is a chat that names none. `parser` makes what reads one of its answers, whose
+    tokens stand for what `piece` says; None: for their text. `warning`: how it is answered otherwise than
+    asked."""
+
+    model: ServedModel
+    submit: Submit
+    stop: Sequence[str]
+    entry: Entry | None = None
+    opening: Opening = field(default_factory=lambda: Opening(0))
+    names: Sequence[str] = ()
+    unnamed: Unnamed | None = None
+    saving: Saving | None = None
+    matched: int = 0
+    explain: bool = False
+    closest: Closest | None = None
+    parser: Callable[[], Parser] = PlainText
+    piece: Callable[[int], bytes] | None = None
+    marked: Marked | None = None
+    warning: str = ""

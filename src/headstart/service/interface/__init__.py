@@ -1,0 +1,1 @@
+"""The types that an API hands to the service and gets back."""

@@ -1,0 +1,65 @@
+"""What completions continue: texts, tokens as they are, gaps in texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from headstart.errors import BadRequest
+from headstart.prompt.process import protocol
+from headstart.prompt.process.requests import Prompts
+from headstart.prompt.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class Text:
+    """`tokens`, where they are there, instead of a text; a `suffix` is what comes after the answer."""
+
+    text: str
+    tokens: Sequence[int] | None = None
+    suffix: str = ""
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.text or self.tokens or self.suffix)
+
+    def said(self, vocabulary: Vocabulary) -> str:
+        """The prompt as it was sent; of tokens, the text that they were made from."""
+        if self.tokens is None:
+            return self.text
+        return b"".join(map(vocabulary.written, self.tokens)).decode(errors="replace")
+
+    def whole(self, vocabulary: Vocabulary, cached: str = "") -> str:
+        """All that the model reads, with the cached text before it: a prompt that is a gap in a text is
+        written as the model was trained to fill it. Raises BadRequest if it was not."""
+        said = cached + self.said(vocabulary)
+        if not self.suffix:
+            return said.removeprefix(vocabulary.bos_text) if self.tokens else said
+        if vocabulary.gap is None:
+            raise BadRequest(
+                "The model has no tokens for filling a gap: leave suffix out, or use a model for code that "
+                "has them.",
+                param="suffix",
+            )
+        before, after, between = vocabulary.gap
+        return f"{before}{said.removeprefix(before)}{after}{self.suffix}{between}"
+
+    async def read(self, prompts: Prompts, cached: str = "") -> list[int]:
+        """The tokens of all that the model reads. Raises BadRequest."""
+        if self.tokens is None:
+            whole = self.whole(prompts.client.vocabulary, cached)
+            return await prompts.one(protocol.Text(whole))
+        if self.suffix:
+            raise BadRequest("suffix goes with a prompt that is a text, not token ids.", param="suffix")
+        check_tokens(prompts.client.vocabulary, self.tokens, param="prompt")
+        opening = await prompts.one(protocol.Text(cached)) if cached else []
+        return [*opening, *self.tokens]
+
+
+def check_tokens(vocabulary: Vocabulary, tokens: Sequence[int], *, param: str) -> None:
+    """Raises BadRequest for one that the model doesn't have."""
+    if unknown := [token for token in tokens if not 0 <= token < vocabulary.n_vocab]:
+        raise BadRequest(
+            f"The model has no token {unknown[0]}: its tokens are 0 to {vocabulary.n_vocab - 1}.",
+            param=param,
+        )

@@ -1,0 +1,1 @@
+"""Models: loading, unloading, their settings and tuning."""

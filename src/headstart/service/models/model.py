@@ -1,0 +1,203 @@
+"""A model being served: its prompts, its engine, and what its states depend on."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import hashlib
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from time import time
+
+import msgspec
+
+from headstart.caches.entry import Entry, Fingerprint
+from headstart.caches.store import Store
+from headstart.config.settings import Settings
+from headstart.engine.client import EngineClient, State
+from headstart.errors import BadRequest, ContextLengthExceeded, ModelLoading, StartupError
+from headstart.names import shelf_name
+from headstart.prompt.process.client import PromptClient, facts_of
+from headstart.prompt.process.protocol import Facts, Load
+from headstart.prompt.process.requests import Prompts
+from headstart.prompt.vocabulary import Vocabulary
+from headstart.protocol import ModelInfo
+from headstart.regular_files import read_text
+from headstart.service.models.cache_fit import doubted, kept_back, misfits, warnings
+from headstart.service.models.plan import Plan, engine_settings, make_plan
+from headstart.service.models.tuning_store import Tunings
+from headstart.toyspec import ToySpec
+
+Say = Callable[[str], None]
+
+
+class ServedModel:
+    """`owner`: the API key for whom it is seen, which says what caches it has; "" for everyone."""
+
+    owner = ""
+
+    def __init__(self, name: str, path: str, settings: Settings) -> None:
+        self.name = name
+        self.settings = settings
+        self.path = model_path(path)
+        self.created = int(time())
+        self.engine = EngineClient(name, engine_settings(self.path, settings), settings.max_waiting)
+        self._prompts = PromptClient(name, settings.prompt_timeout)
+        self._weights = ""
+        self._begins = False
+
+    async def begin(self, store: Store) -> None:
+        """Has the prompt process read the model's file, which may hang or crash it or take its memory, before
+        anything else does. Raises StartupError."""
+        await self.close()
+        self._begins = True
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self.engine.launcher.prepare())
+                tasks.create_task(self._prompts.start(Load(self.path, template_of(self.name, self.settings))))
+                weights = tasks.create_task(_weights_hash(self.path, store))
+            self._weights = weights.result()
+        except ExceptionGroup as group:
+            await self.close()
+            error = group.exceptions[0]
+            self.engine.fail(str(error))
+            raise StartupError(str(error)) if isinstance(error, OSError) else error from group
+        finally:
+            self._begins = False
+
+    async def close(self) -> None:
+        """Ends both processes; it can be loaded again. The engine counts as closed at once."""
+        try:
+            await self.engine.close()
+        finally:
+            await self._prompts.close()
+
+    async def give_up(self) -> None:
+        """Ends what `begin` has begun, where loading goes no further; why it failed stays known."""
+        if self.engine.state == "failed":
+            await asyncio.gather(self.engine.launcher.discard(), self._prompts.close())
+        else:
+            await self.close()
+
+    @property
+    def state(self) -> State:
+        return "loading" if self._begins else self.engine.state
+
+    async def load(
+        self, store: Store, say: Say, measuring: asyncio.Lock, *, within_memory: bool = False
+    ) -> None:
+        """After `begin`: returns when the model answers requests. Raises StartupError, or OutOfMemory where
+        no more memory is to be taken than is available. Models are measured one at a time; what takes the
+        user's time, or will, is said."""
+        tunings = Tunings(store.directory)
+        plan = self.plan(store)
+        self.engine.settings = msgspec.structs.replace(plan.settings, within_memory=within_memory)
+        async with measuring if plan.measures else nullcontext():
+            if plan.measures and not ToySpec.matches(self.path):
+                say(f"Measuring what is fastest for {self.name} here (once per model and machine) ...")
+            self.engine.start()
+            await self.engine.wait_ready()
+        tuning = self.engine.settings.tuning
+        if plan.measures and tuning:
+            tunings.put(plan.key, tuning)
+            preferred = plan.kept_back(tuning)
+            if preferred and tuning.counts:
+                say(kept_back(self.name, tuning.arithmetic, preferred))
+        suspect = tuning if plan.measures and tuning and not tuning.counts else plan.doubted
+        if suspect:
+            say(doubted(self.name, suspect))
+        for warning in warnings(self.name, misfits(self.entries(store), self.fingerprint)):
+            say(warning)
+
+    def plan(self, store: Store) -> Plan:
+        """With what it is to be run as things are now; its weights must have been hashed."""
+        tunings = Tunings(store.directory)
+        return make_plan(self.path, self._weights, self.settings, tunings, self.entries(store))
+
+    @property
+    def shelf(self) -> str:
+        """Where its caches are."""
+        return shelf_name(self.name, self.owner)
+
+    def seen_by(self, owner: str) -> ServedModel:
+        """The same model and engine with the caches of `owner`; to be made anew for each request."""
+        if owner == self.owner:
+            return self
+        view = copy.copy(self)
+        view.owner = owner
+        return view
+
+    def entries(self, store: Store) -> list[Entry]:
+        """Its caches, whomever they belong to."""
+        return [entry for entry in store.entries() if entry.model == self.name]
+
+    @property
+    def prompts(self) -> Prompts:
+        """Raises ModelLoading until the engine has been ready once."""
+        return Prompts(self._prompts, self.owner, self.info.can_cut)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Raises ModelLoading until it is known."""
+        return self._prompts.vocabulary
+
+    @property
+    def info(self) -> ModelInfo:
+        """Raises ModelLoading until the engine has been ready once."""
+        if self.engine.info is None or not self._weights:
+            raise ModelLoading(f"Model {self.name!r} is still loading.")
+        return self.engine.info
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        return Fingerprint(self._weights, self.info.engine, self.info.settings, self.vocabulary.template_hash)
+
+    def text(self, tokens: Sequence[int], *, param: str) -> str:
+        """What an engine that takes text is to be given for these tokens; "" for others. Raises BadRequest
+        for what its text would end at."""
+        text = self.vocabulary.text(tokens) if self.info.takes_text else ""
+        if "\0" in text:
+            raise BadRequest("The NPU's runtime takes no text with a NUL character.", param=param)
+        return text
+
+    def check_fits(self, n_tokens: int, *, param: str) -> None:
+        """Raises ContextLengthExceeded unless a prompt of `n_tokens` leaves room for an answer."""
+        if n_tokens >= self.info.n_ctx:
+            raise ContextLengthExceeded(n_tokens, self.info.n_ctx, param=param)
+
+
+def template_of(name: str, settings: Settings) -> str | None:
+    """The source of the template that is configured for the model, if any. Raises StartupError."""
+    template = settings.templates.get(name)
+    if template is None:
+        return None
+    try:
+        return read_text(template, follow=True)
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartupError(f"The chat template {template} can't be read: {error}") from error
+
+
+async def facts(path: str, settings: Settings, name: str) -> Facts:
+    """What the file of the model of this name says, without loading the model. Raises StartupError."""
+    return await facts_of(path, template_of(name, settings))
+
+
+def model_path(path: str) -> str:
+    return path if ToySpec.matches(path) else str(Path(path).expanduser().absolute())
+
+
+def toy_weights(path: str) -> str:
+    """What stands for the SHA-256 of a toy model's weights. Raises StartupError."""
+    try:
+        return hashlib.sha256(ToySpec.parse(path).weights.encode()).hexdigest()
+    except ValueError as error:
+        raise StartupError(str(error)) from error
+
+
+async def _weights_hash(path: str, store: Store) -> str:
+    if ToySpec.matches(path):
+        return toy_weights(path)
+    if not Path(path).is_file():
+        raise StartupError(f"{path} can't be read: there is no such file")
+    return await store.weights_hash(Path(path))

@@ -1,0 +1,125 @@
+"""With what a model is run: what is set, what is remembered, what its caches were computed with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from msgspec.structs import replace
+
+from headstart.caches.entry import Entry
+from headstart.config.settings import Settings
+from headstart.engine.converted_weights import conversions_of
+from headstart.engine.kinds import engine_version
+from headstart.model_files import is_rkllm
+from headstart.numerics import DEFAULT, Arithmetic, Tuning
+from headstart.protocol import EngineSettings, RkllmSettings, Sampling
+from headstart.service.models.cache_fit import arithmetic_of
+from headstart.service.models.tuning_store import Key, Tunings
+
+# Why it is computed as it is: that was set; its caches were computed so; the user agreed to it though they
+# weren't; it was measured as the fastest, or will be; or nothing is measured.
+Why = Literal["set", "caches", "agreed", "measured", "default"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`settings.tuning` is None where the worker is to measure, measuring is turned off, or what was measured
+    is `doubted`: not to be relied on. `given`: what is set of the arithmetic. `why`: of each of its parts, by
+    the setting's name. `again`: how another try is to be made; None where nothing is to be gained by one.
+    `overrides`: caches are to have what was measured at last, whatever they were computed with."""
+
+    key: Key
+    settings: EngineSettings
+    given: Arithmetic
+    why: Mapping[str, Why]
+    doubted: Tuning | None = None
+    again: EngineSettings | None = None
+    overrides: bool = False
+
+    @property
+    def measures(self) -> bool:
+        return self.settings.tune and self.settings.tuning is None
+
+    def kept_back(self, tuning: Tuning) -> Arithmetic | None:
+        """What measuring prefers but existing caches wouldn't fit; None where nothing is kept back."""
+        preferred = tuning.best(self.given)
+        return preferred if "caches" in self.why.values() and preferred != tuning.arithmetic else None
+
+
+def make_plan(
+    path: str, weights: str, settings: Settings, tunings: Tunings, entries: Sequence[Entry]
+) -> Plan:
+    """Never flips the arithmetic that a model's caches have, unless the user wants it."""
+    if is_rkllm(path):
+        key = Key.here(weights, engine_version(path), settings.threads)
+        return Plan(key, engine_settings(path, settings), Arithmetic(), {})
+    key = Key.here(weights, engine_version(path), settings.threads)
+    given = Arithmetic(settings.flash_attention, settings.weights)
+    agreed = tunings.agreed(key) if settings.tune else None
+    overriding = tunings.overriding(key) if settings.tune else None
+    # What another measurement may not change, and what it may.
+    fixed: list[tuple[Why, Arithmetic]] = [("set", given), ("agreed", agreed or Arithmetic())]
+    sources: list[tuple[Why, Arithmetic]] = [
+        *fixed,
+        ("measured", overriding or Arithmetic()),
+        ("caches", arithmetic_of(entries, weights)),
+    ]
+    wanted = _joined(sources)
+    tuning = tunings.find(key, wanted) if settings.tune else None
+    doubted = tunings.doubted(key) if settings.tune and tuning is None else None
+    otherwise: Why = "measured" if settings.tune and not doubted else "default"
+    why = {
+        part: next((why for why, source in sources if getattr(source, part) is not None), otherwise)
+        for part in Arithmetic.__struct_fields__
+    }
+    asked = replace(
+        engine_settings(path, settings),
+        arithmetic=wanted,
+        tuning=tuning,
+        tune=settings.tune and doubted is None,
+        conversions=conversions_of(weights, settings.cache_dir),
+    )
+    again = None
+    if doubted or (tuning and not tuning.is_final):
+        kept = wanted.or_else(DEFAULT) if "caches" in why.values() else Arithmetic()
+        tried = tunings.doubted(key)
+        again = replace(asked, tune=True, tuning=None, arithmetic=_joined(fixed), kept=kept, tried=tried)
+    return Plan(key, asked, given, why, doubted, again, overrides=overriding is not None)
+
+
+def _joined(sources: Sequence[tuple[Why, Arithmetic]]) -> Arithmetic:
+    """What each leaves open is as the next says."""
+    joined = Arithmetic()
+    for _, source in sources:
+        joined = joined.or_else(source)
+    return joined
+
+
+def engine_settings(path: str, settings: Settings) -> EngineSettings:
+    """As far as they don't depend on what is known of the model."""
+    return EngineSettings(
+        path=path,
+        slots=settings.slots,
+        ctx=settings.ctx,
+        threads=settings.threads,
+        prefill_chunk=settings.prefill_chunk,
+        max_step_ms=settings.max_step_ms,
+        share_from=settings.share_from,
+        tune=settings.tune and not is_rkllm(path),
+        rkllm=rkllm_settings(settings),
+    )
+
+
+def rkllm_settings(settings: Settings) -> RkllmSettings:
+    return RkllmSettings(
+        library=str(Path(settings.rkllm_library).expanduser().absolute()) if settings.rkllm_library else "",
+        abi=settings.rkllm_abi,
+        cpus=settings.rkllm_cpus,
+        cpu_mask=settings.rkllm_cpu_mask,
+        embed_flash=settings.rkllm_embed_flash,
+        log_level=settings.rkllm_log_level,
+        sampling=Sampling(**settings.rkllm_sampling.model_dump()),
+    )

@@ -1,0 +1,249 @@
+"""The models of a server: each is loaded when it is first asked for, and unloaded when room is needed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from time import monotonic
+
+from headstart.caches.store import Store
+from headstart.config.settings import Settings
+from headstart.errors import ModelBusy, ModelLoading, ModelNotFound, OutOfMemory, StartupError
+from headstart.model_files import models_in
+from headstart.prompt.process.client import unfit
+from headstart.service.models.model import Say, ServedModel
+
+log = logging.getLogger(__name__)
+
+IDLE_CHECK_SECONDS = 1.0
+
+
+class Models:
+    """Used from the event loop. `on_loaded` is told of each model when it was loaded for the first time;
+    `is_building`: whether a cache of the model is being built. Raises StartupError when there is no model."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        say: Say,
+        on_loaded: Callable[[ServedModel], None],
+        is_building: Callable[[str], bool],
+    ) -> None:
+        self.settings = settings
+        self.store = store
+        self.say = say
+        self.all = {name: ServedModel(name, path, settings) for name, path in settings.model_paths.items()}
+        self._on_loaded = on_loaded
+        self._is_building = is_building
+        self._told: set[str] = set()
+        self._users: Counter[str] = Counter()
+        self._last_used: dict[str, float] = {}
+        self._loads: dict[str, asyncio.Task[None]] = {}
+        # A model is loaded or unloaded, not both at once; and room is made for one at a time.
+        self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._making_room = asyncio.Lock()
+        self._measuring = asyncio.Lock()
+        self._idle_check: asyncio.Task[None] | None = None
+        # Set whenever somebody begins to use a model.
+        self.used = asyncio.Event()
+        if not self.all:
+            raise StartupError(f"There is no model in {settings.models_dir}: no file named *.gguf.")
+        # Without these the server is not ready.
+        self.first = self._first()
+        self._starting = set(self.first)
+
+    def rescan(self) -> None:
+        """Looks what the folder of models has now. What is configured by name stays as it is."""
+        if self.settings.models_dir is None:
+            return
+        found = models_in(self.settings.models_dir)
+        gone = self.all.keys() - found.keys() - self.settings.models.keys()
+        for name in gone:
+            if not self.is_loaded(name) and not self.is_busy(name):
+                del self.all[name]
+        for name, path in found.items():
+            if name not in self.all:
+                self.all[name] = ServedModel(name, path, self.settings)
+
+    def find(self, name: str) -> ServedModel | None:
+        if name not in self.all:
+            self.rescan()
+        return self.all.get(name)
+
+    def _first(self) -> list[str]:
+        """Those to be loaded at the start. Declared caches need theirs."""
+        names = list(self.all)
+        wanted = {"first": names[:1], "all": names, "none": []}[self.settings.preload]
+        declared = [cache.model or names[0] for cache in self.settings.caches.values()]
+        return [name for name in names if name in (*wanted, *declared)]
+
+    async def load_first(self) -> None:
+        """Returns when those to be loaded at the start answer. Raises StartupError."""
+        self._idle_check = asyncio.create_task(self._unload_idle())
+        await asyncio.gather(*(self._load_at_start(self.all[name]) for name in self.first))
+
+    async def _load_at_start(self, model: ServedModel) -> None:
+        async with self._turns[model.name]:
+            await model.begin(self.store)
+            await model.load(self.store, self.say, self._measuring)
+        self._starting.discard(model.name)
+        self._tell(model)
+
+    async def close(self) -> None:
+        tasks = [*self._loads.values(), *filter(None, [self._idle_check])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(model.close() for model in self.all.values()))
+
+    @asynccontextmanager
+    async def use(self, model: ServedModel) -> AsyncIterator[ServedModel]:
+        """The model, loaded, as it was seen; it is not unloaded within. Raises Unavailable, or ModelNotFound
+        where its file has gone since it was seen."""
+        name = model.name
+        self._users[name] += 1
+        self.used.set()
+        try:
+            if name not in self.all:
+                raise ModelNotFound(f"There is no model {name!r} any more.", param="model")
+            await self._be_ready(name)
+            yield self.all[name].seen_by(model.owner)
+        finally:
+            self._users[name] -= 1
+            self._last_used[name] = monotonic()
+
+    async def _be_ready(self, name: str) -> None:
+        engine = self.all[name].engine
+        starting = name in self._starting or (name not in self._loads and engine.state == "loading")
+        if starting or engine.state == "ready":
+            # What is loaded at the start or started anew after a crash is not waited for.
+            return
+        if name not in self._loads:
+            self._loads[name] = asyncio.create_task(self._load(self.all[name]))
+            self._loads[name].add_done_callback(lambda load: self._ended(name, load))
+        load = self._loads[name]
+        await asyncio.wait({load}, timeout=self.settings.load_timeout)
+        if not load.done() or load.cancelled():
+            raise ModelLoading(f"Model {name!r} is still loading.")
+        load.result()
+
+    def _ended(self, name: str, load: asyncio.Task[None]) -> None:
+        del self._loads[name]
+        if not load.cancelled() and (error := load.exception()):
+            log.warning("model %s was not loaded: %s", name, error)
+
+    async def _load(self, model: ServedModel) -> None:
+        """Raises Unavailable."""
+        async with self._turns[model.name]:
+            try:
+                # Other models are loaded meanwhile, however long a file takes to be read.
+                await model.begin(self.store)
+            except StartupError as error:
+                raise unfit(model.name, str(error)) from error
+            try:
+                async with self._making_room:
+                    await self._keep_within(self.settings.max_loaded, model.name)
+                    while not await self._fits(model):
+                        pass
+            except BaseException:
+                await model.give_up()
+                raise
+        self._tell(model)
+
+    async def _keep_within(self, most: int, wanted: str) -> None:
+        """Leaves room for one more where only so many may be loaded. Raises OutOfMemory."""
+        while most and len(self._loaded(but=wanted)) >= most:
+            if not await self._unload_another(wanted):
+                raise OutOfMemory(
+                    f"Model {wanted!r} can't be loaded: no more than {most} may be, and all are in use."
+                )
+
+    async def _fits(self, model: ServedModel) -> bool:
+        """Whether the model is loaded; otherwise another one was unloaded for it. Raises Unavailable."""
+        try:
+            # A model alone may take what there is, and more.
+            within_memory = bool(self._loaded(but=model.name))
+            await model.load(self.store, self.say, self._measuring, within_memory=within_memory)
+        except OutOfMemory as error:
+            await model.engine.close()
+            if await self._unload_another(model.name):
+                return False
+            raise OutOfMemory(f"Model {model.name!r} can't be loaded: {error.message}.") from error
+        except StartupError as error:
+            raise unfit(model.name, str(error)) from error
+        return True
+
+    async def _unload_another(self, wanted: str) -> bool:
+        """Unloads the idle model that was not used for longest; whether there was one."""
+        idle = [name for name in self._loaded(but=wanted) if not self.is_busy(name)]
+        if idle:
+            await self._stop(min(idle, key=lambda name: self._last_used.get(name, 0.0)))
+        return bool(idle)
+
+    async def unload(self, model: ServedModel, *, force: bool = False) -> bool:
+        """Ends the model's worker; whether there was one. Raises ModelBusy while it is in use; with `force`
+        its requests fail."""
+        if self.is_busy(model.name) and not force:
+            raise ModelBusy(f'Model {model.name!r} is in use; "force": true unloads it all the same.')
+        was_loaded = self.is_loaded(model.name)
+        await self._stop(model.name)
+        return was_loaded
+
+    async def reload(self, model: ServedModel) -> None:
+        """Starts an idle model's worker anew, as is planned now; one that isn't idle, or not loaded, stays as
+        it is. Requests that come meanwhile wait. Raises Unavailable."""
+        if not self.is_busy(model.name) and self.is_loaded(model.name):
+            await self._stop(model.name)
+            async with self.use(model):
+                pass
+
+    @property
+    def is_idle(self) -> bool:
+        return not any(map(self.is_busy, self.all))
+
+    async def _stop(self, name: str) -> None:
+        # Nothing is waited for before the engine counts as closed: who asks for it from then on loads it.
+        async with self._turns[name]:
+            await self.all[name].close()
+        log.info("model %s was unloaded", name)
+
+    def is_busy(self, name: str) -> bool:
+        waited_for = self._users[name] or name in self._loads or name in self._starting
+        return bool(waited_for or self.all[name].engine.n_requests or self._is_building(name))
+
+    def is_loaded(self, name: str) -> bool:
+        return self.all[name].engine.state != "available"
+
+    def _loaded(self, *, but: str = "") -> list[str]:
+        return [name for name in self.all if name != but and self.is_loaded(name)]
+
+    def _tell(self, model: ServedModel) -> None:
+        self._last_used[model.name] = monotonic()
+        if model.name not in self._told:
+            self._told.add(model.name)
+            self._on_loaded(model)
+
+    async def _unload_idle(self) -> None:
+        while seconds := self.settings.idle_unload_seconds:
+            await asyncio.sleep(min(IDLE_CHECK_SECONDS, seconds))
+            try:
+                await self._unload_unused(seconds)
+            except Exception:
+                # The next look must come all the same.
+                log.exception("models that are not used can't be unloaded")
+
+    async def _unload_unused(self, seconds: float) -> None:
+        for name in self._loaded():
+            last = self._last_used.get(name, monotonic())
+            if monotonic() - last >= seconds and not self.is_busy(name):
+                await self._stop(name)
+
+    @property
+    def ready(self) -> bool:
+        """Whether those loaded at the start answer, or were unloaded since and would be loaded again."""
+        states = [self.all[name].engine.state for name in self.first if name not in self._loads]
+        return not self._starting and all(state in ("ready", "available") for state in states)

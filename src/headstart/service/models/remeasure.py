@@ -1,0 +1,166 @@
+"""Measures again, when the server is idle, what was measured while the machine did other work."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from time import monotonic
+
+from headstart.caches.entry import Entry
+from headstart.caches.store import Store
+from headstart.engine.model import ModelError
+from headstart.engine.tuning.resolve import measure_apart
+from headstart.engine.worker_process import worker_environment
+from headstart.errors import HeadstartError
+from headstart.numerics import Arithmetic, Tuning
+from headstart.protocol import EngineSettings
+from headstart.service.caching.caching import Caching
+from headstart.service.models.cache_fit import doubted, measured_again
+from headstart.service.models.model import Say, ServedModel
+from headstart.service.models.plan import Plan
+from headstart.service.models.registry import Models
+from headstart.service.models.tuning_store import Tunings
+
+log = logging.getLogger(__name__)
+
+# Each try waits so many times longer than the one before, the first one for as long as the setting says.
+BACK_OFF = 6
+MOST_BACK_OFF = BACK_OFF**3
+LOOK_SECONDS = 0.25
+
+Measure = Callable[[EngineSettings, socket.socket, dict[str, str]], Tuning]
+
+
+class Remeasuring:
+    """Used from the event loop. What it starts ends as soon as a request comes. `idle_seconds`: how long no
+    request must have run before; 0: it never measures."""
+
+    def __init__(
+        self,
+        store: Store,
+        models: Models,
+        caching: Caching,
+        say: Say,
+        idle_seconds: float,
+        measure: Measure = measure_apart,
+    ) -> None:
+        self.store = store
+        self.models = models
+        self.caching = caching
+        self.say = say
+        self.idle_seconds = idle_seconds
+        self.measure = measure
+        self._tunings = Tunings(store.directory)
+        self._attempts: Counter[str] = Counter()
+        self._not_before: dict[str, float] = {}
+        # Whose caches were looked at since the start.
+        self._fitted: set[str] = set()
+        self._running: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        if self.idle_seconds:
+            self._running = asyncio.create_task(self._run())
+
+    async def close(self) -> None:
+        if self._running:
+            self._running.cancel()
+            await asyncio.wait([self._running])
+
+    async def _run(self) -> None:
+        idle_since = monotonic()
+        while True:
+            await asyncio.sleep(min(LOOK_SECONDS, self.idle_seconds))
+            if self.models.used.is_set() or not self.models.is_idle:
+                self.models.used.clear()
+                idle_since = monotonic()
+            elif monotonic() - idle_since >= self.idle_seconds:
+                for model in self._ready():
+                    await self._look_at(model)
+
+    def _ready(self) -> list[ServedModel]:
+        return [model for model in self.models.all.values() if model.engine.state == "ready"]
+
+    async def _look_at(self, model: ServedModel) -> None:
+        """A fault here is no reason to leave the other models alone."""
+        try:
+            plan = model.plan(self.store)
+            if plan.again and monotonic() >= self._not_before.get(model.name, 0.0):
+                await self._try_again(model, plan, plan.again)
+            elif model.name not in self._fitted and plan.overrides:
+                await self._fit(model)
+        except Exception:
+            self._wait_longer(model.name)
+            log.exception("%s could not be measured again", model.name)
+
+    def _wait_longer(self, name: str) -> None:
+        seconds = self.idle_seconds * min(BACK_OFF ** self._attempts[name], MOST_BACK_OFF)
+        self._attempts[name] += 1
+        self._not_before[name] = monotonic() + seconds
+
+    async def _try_again(self, model: ServedModel, plan: Plan, asked: EngineSettings) -> None:
+        log.info("measuring %s again", model.name)
+        self._wait_longer(model.name)
+        tuning = await self._measured(asked)
+        if tuning is None:
+            return
+        changes = asked.kept.is_whole and tuning.counts and tuning.arithmetic != asked.kept
+        self._tunings.put(plan.key, tuning, overrides=changes)
+        if not tuning.counts:
+            log.warning(doubted(model.name, tuning))
+            return
+        self._fitted.discard(model.name)
+        n_caches = len(self._unfit(model, tuning.arithmetic)) if changes else 0
+        self.say(measured_again(model.name, tuning, n_caches))
+        try:
+            await self.models.reload(model)
+        except HeadstartError as error:
+            log.warning("%s can't be run as was measured: %s", model.name, error.message)
+            self._tunings.forget(plan.key)
+
+    async def _measured(self, asked: EngineSettings) -> Tuning | None:
+        """None where that failed, or something came between."""
+        ours, theirs = socket.socketpair()
+        self.models.used.clear()
+        used = asyncio.create_task(self.models.used.wait())
+        work = asyncio.create_task(asyncio.to_thread(self.measure, asked, theirs, worker_environment()))
+        try:
+            while not (work.done() or used.done()) and self.models.is_idle:
+                await asyncio.wait([work, used], timeout=LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            # Ends the measuring process, if there still is one.
+            ours.close()
+            used.cancel()
+            await asyncio.wait([work])
+            theirs.close()
+        try:
+            return work.result()
+        except EOFError:
+            return None
+        except ModelError as error:
+            log.warning("measuring again failed: %s", error)
+            return None
+
+    async def _fit(self, model: ServedModel) -> None:
+        """Computes caches again that have other arithmetic than their model, one at a time, while nobody uses
+        it. One that can't be is computed again when it is next used."""
+        self._fitted.add(model.name)
+        for entry in self._unfit(model, Arithmetic.of(model.info.settings)):
+            while not self.models.is_idle:
+                await asyncio.sleep(LOOK_SECONDS)
+            with suppress(HeadstartError):
+                async with self.models.use(model) as used:
+                    await self.caching.rebuilt(used.seen_by(entry.owner), entry)
+
+    def _unfit(self, model: ServedModel, arithmetic: Arithmetic) -> list[Entry]:
+        """Those with states that are worth computing again, which a response's aren't."""
+        return [
+            entry
+            for entry in model.entries(self.store)
+            if entry.forms
+            and entry.origin != "response"
+            and Arithmetic.of(entry.fingerprint.settings) != arithmetic
+        ]

@@ -1,0 +1,1 @@
+"""Caches that no client created by name: one module for each origin."""

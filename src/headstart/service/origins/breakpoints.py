@@ -1,0 +1,126 @@
+"""Places in a chat up to which its client wants its state kept, so that later ones start from there.
+
+What is kept is an automatic cache whose time begins anew with each use. It is made after the answer, from
+what is in memory then, and found by later chats as any cache is that they begin with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from headstart.caches.entry import Content, Entry, Terms
+from headstart.errors import HeadstartError
+from headstart.service.caching.builder import opening_if_any
+from headstart.service.caching.caching import Caching
+from headstart.service.interface.chat import Chat
+from headstart.service.interface.options import Mark
+from headstart.service.models.model import ServedModel
+from headstart.service.origins.automatic import Automatic
+from headstart.tokens import common_prefix
+
+# How long the end of the server waits for what it said it would keep.
+CLOSING_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A mark in a prompt: the state of its first `boundary` tokens is that of `content`. `is_new`: it isn't
+    kept yet."""
+
+    content: Content
+    boundary: int
+    ttl_seconds: float
+    is_new: bool = True
+
+
+@dataclass(frozen=True)
+class Marked:
+    """The marks of a prompt that are to be kept, the longest last. `head`: what the request started from
+    where there was no state of the longest yet."""
+
+    places: Sequence[Placed] = ()
+    head: Entry | None = None
+
+    def written(self, cached_tokens: int) -> dict[float, int]:
+        """How many of the tokens that had to be evaluated are written to new states, by the seconds these
+        are kept."""
+        written: dict[float, int] = {}
+        at = cached_tokens
+        for place in filter(lambda place: place.is_new, self.places):
+            written[place.ttl_seconds] = written.get(place.ttl_seconds, 0) + max(place.boundary - at, 0)
+            at = max(at, place.boundary)
+        return written
+
+
+class Marks:
+    """Used from the event loop."""
+
+    def __init__(self, caching: Caching, automatic: Automatic) -> None:
+        self.caching = caching
+        self.automatic = automatic
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def close(self) -> None:
+        if self._tasks:
+            _, late = await asyncio.wait(self._tasks, timeout=CLOSING_SECONDS)
+            for task in late:
+                task.cancel()
+
+    async def place(
+        self, model: ServedModel, chat: Chat, marks: Sequence[Mark], tokens: list[int]
+    ) -> list[Placed]:
+        """Where the marks are among the chat's tokens, the last one last; without those that are too short to
+        be kept, or too large."""
+        found: dict[int, Placed] = {}
+        for mark in marks:
+            content = chat.up_to(mark.messages, mark.characters)
+            wanted = await opening_if_any(model, "chat", content)
+            boundary = min(common_prefix(wanted, tokens), len(tokens) - 1)
+            if self.automatic.is_worth_keeping(content, boundary):
+                longest = max(mark.ttl_seconds, found[boundary].ttl_seconds if boundary in found else 0)
+                found[boundary] = Placed(content, boundary, longest, self._kept(model, content) is None)
+        return [found[boundary] for boundary in sorted(found)]
+
+    def answered(self, model: ServedModel, marked: Marked) -> None:
+        """To be told once the answer's end has been sent: keeps what isn't kept yet, and notes a use of what
+        is."""
+        missing = []
+        for place in reversed(marked.places):
+            entry = self._kept(model, place.content)
+            if entry is None or _ends_early(entry, place):
+                missing.append(place)
+            if entry:
+                self.caching.touch(entry)
+        if marked.head:
+            self.caching.touch(marked.head)
+        if missing:
+            task = asyncio.create_task(self._keep(model, missing, marked.head))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _keep(self, model: ServedModel, missing: Sequence[Placed], head: Entry | None) -> None:
+        """The longest first, whose tokens are in memory as they are; the others begin as it does."""
+        for place in missing:
+            if entry := self._kept(model, place.content):
+                with suppress(HeadstartError):
+                    given = {"ttl_seconds": place.ttl_seconds}
+                    head = await self.caching.edit(model.seen_by(entry.owner), entry.name, given)
+            else:
+                terms = Terms(ttl_seconds=place.ttl_seconds)
+                head = await self.automatic.make(model, place.content, terms, head) or head
+
+    def _kept(self, model: ServedModel, content: Content) -> Entry | None:
+        """The cache of just this."""
+        known = self.caching.shelves.known(model, "chat")
+        return next(
+            (e for e in known if e.tools == content.tools and e.content.opening == content.messages), None
+        )
+
+
+def _ends_early(entry: Entry, place: Placed) -> bool:
+    """Whether the cache was made by a mark that wanted less."""
+    ttl = entry.terms.ttl_seconds
+    return entry.origin == "automatic" and ttl is not None and ttl < place.ttl_seconds

@@ -1,0 +1,158 @@
+"""Keeps conversations as caches, each turn under the name of the one before it if so asked.
+
+A turn is saved after its answer was sent, so the next one may come before that. It waits; and where saving
+failed it is told so, because the cache is then a turn behind, and the answer would be one to something else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+from headstart.caches.entry import DEFAULT_TERMS, Content, Entry, Form, Origin, Terms
+from headstart.errors import BadRequest, CacheConflict, CacheNotFound, HeadstartError, StorageError
+from headstart.service.caching.builder import Build
+from headstart.service.caching.caching import Caching
+from headstart.service.caching.derived import check_own_name
+from headstart.service.interface.chat import Chat
+from headstart.service.models.model import ServedModel
+
+# How long the end of the server waits for conversations to be saved.
+CLOSING_SECONDS = 10.0
+CHAT: tuple[Form, ...] = ("chat",)
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What is to become of a chat once it is answered. `overwrite` None: it may replace a conversation, but
+    no cache of another kind. `head`: the name of the cache that it started from. `terms` None: as what it
+    replaces is kept. Without `states` only its text is kept."""
+
+    model: ServedModel
+    name: str
+    overwrite: bool | None
+    chat: Chat
+    head: str | None = None
+    origin: Origin = "conversation"
+    terms: Terms | None = None
+    states: bool = True
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.model.shelf, self.name
+
+
+class Conversations:
+    """Used from the event loop."""
+
+    def __init__(self, caching: Caching) -> None:
+        self.caching = caching
+        self._saving: dict[tuple[str, str], asyncio.Task[Entry]] = {}
+        # With what is there instead.
+        self._failed: dict[tuple[str, str], tuple[HeadstartError, Entry | None]] = {}
+
+    async def close(self) -> None:
+        if self._saving:
+            await asyncio.wait(self._saving.values(), timeout=CLOSING_SECONDS)
+
+    def check(self, model: ServedModel, name: str, overwrite: bool | None) -> None:
+        """Raises InvalidName, or CacheConflict if a conversation may not be saved under this name."""
+        check_own_name(name, param="save_as")
+        self.caching.check_not_declared(model, name, param="save_as")
+        build = self.caching.build_of(model, name)
+        is_other = build is not self._saving.get((model.shelf, name))
+        if build and not overwrite and (is_other or overwrite is False):
+            raise CacheConflict(f"The cache {name!r} is being built.", param="save_as")
+        _check_replaceable(self._current(model, name), overwrite)
+
+    def save(self, saving: Saving, answer: str) -> asyncio.Task[Entry]:
+        """Begins to save the chat with its answer; whoever asks for the name from now on waits for it."""
+        return self.keep(replace(saving, chat=saving.chat.answered(answer)))
+
+    def keep(self, saving: Saving) -> asyncio.Task[Entry]:
+        """The same for a chat that has its answer."""
+        before = self.caching.build_of(saving.model, saving.name)
+        task = self.caching.run(saving.key, self._save(saving, before))
+        self._saving[saving.key] = task
+        task.add_done_callback(lambda done: self._ended(saving.key, done))
+        return task
+
+    def being_saved(self, owner: str, name: str) -> asyncio.Task[Entry] | None:
+        """What saves a conversation of this name on one of the owner's shelves."""
+        saved = (task for (shelf, of), task in self._saving.items() if of == name and _owner(shelf) == owner)
+        return next(saved, None)
+
+    async def settled(self, model: ServedModel, name: str) -> None:
+        """Returns when no conversation is being saved under this name. Raises StorageError if the last one
+        could not be, or BadRequest if it is more than a cache may hold."""
+        key = (model.shelf, name)
+        while task := self._saving.get(key):
+            await asyncio.wait([task])
+        error, instead = self._failed.get(key, (None, None))
+        if error and self._current(model, name) == instead:
+            message = f"The last turn of {name!r} was not saved: {error.message}"
+            raise type(error)(message, param="use_cache")
+
+    async def _save(self, saving: Saving, before: asyncio.Task[Entry] | None) -> Entry:
+        if before:
+            await asyncio.wait([before])
+        previous = self._current(saving.model, saving.name)
+        _check_replaceable(previous, saving.overwrite)
+        try:
+            entry = await self._build(saving, previous)
+        except (BadRequest, StorageError) as error:
+            # Nothing that is a turn behind has a response's name.
+            if saving.origin == "conversation":
+                self._failed[saving.key] = (error, previous)
+            raise
+        self._failed.pop(saving.key, None)
+        return entry
+
+    async def _build(self, saving: Saving, previous: Entry | None) -> Entry:
+        """What the engine can't compute now is kept without its state, and so is a response for whose state
+        there is no room."""
+        content = Content(messages=saving.chat.messages, tools=saving.chat.tools)
+        kept = previous.terms if previous else DEFAULT_TERMS
+        head = self._current(saving.model, saving.head) if saving.head else previous
+        build = Build(
+            saving.model,
+            saving.name,
+            content,
+            CHAT,
+            previous.version + 1 if previous else 1,
+            saving.terms or kept,
+            saving.origin,
+            previous,
+            head=head,
+        )
+        without = replace(build, forms=(), evicted=CHAT)
+        try:
+            return await self.caching.builder.build(build if saving.states else without)
+        except HeadstartError as error:
+            if isinstance(error, StorageError) and saving.origin == "conversation":
+                raise
+            return await self.caching.builder.build(without)
+
+    def _ended(self, key: tuple[str, str], task: asyncio.Task[Entry]) -> None:
+        if self._saving.get(key) is task:
+            del self._saving[key]
+
+    def _current(self, model: ServedModel, name: str) -> Entry | None:
+        with suppress(CacheNotFound):
+            return self.caching.store.find(model.shelf, name)
+        return None
+
+
+def _owner(shelf: str) -> str:
+    return shelf.partition("@")[2]
+
+
+def _check_replaceable(entry: Entry | None, overwrite: bool | None) -> None:
+    """Raises CacheConflict."""
+    if entry is None or overwrite or (overwrite is None and entry.origin == "conversation"):
+        return
+    kind = "conversation" if entry.origin == "conversation" else "cache"
+    raise CacheConflict(
+        f'There is a {kind} {entry.name!r} already; "allow_overwrite": true replaces it.', param="save_as"
+    )

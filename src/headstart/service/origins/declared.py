@@ -1,0 +1,168 @@
+"""Caches that the configuration declares: brought about after a start, in the background."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from headstart.caches.entry import Content, Entry, Fingerprint, Form, Terms
+from headstart.config.settings import Settings
+from headstart.errors import CacheNotFound, EngineDied, HeadstartError, ModelLoading, Overloaded, Unavailable
+from headstart.service.caching.caching import Caching
+from headstart.service.models.model import Say, ServedModel
+
+log = logging.getLogger(__name__)
+
+# How often a build is begun whose worker dies: the text may be what kills it.
+ATTEMPTS = 3
+WAIT_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Declaration:
+    model: str
+    name: str
+    content: Content
+    forms: tuple[Form, ...]
+    terms: Terms
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Shelf and name: what is declared is everyone's."""
+        return self.model, self.name
+
+    def is_met_by(self, entry: Entry, fingerprint: Fingerprint) -> bool:
+        """Whether nothing is to be computed or written. States given up for others are left so."""
+        return (
+            (entry.origin, entry.content, entry.terms) == ("declared", self.content, self.terms)
+            and {*entry.forms, *entry.evicted} == set(self.forms)
+            and entry.fingerprint == fingerprint
+        )
+
+
+def declarations(settings: Settings) -> list[Declaration]:
+    """Raises StartupError for a text that can't be read."""
+    first = next(iter(settings.model_paths), "")
+    return [
+        Declaration(
+            cache.model or first,
+            name,
+            Content(cache.text(name, settings.folder)),
+            cast("tuple[Form, ...]", tuple(dict.fromkeys(cache.forms))),
+            Terms(cache.ttl_seconds, cache.pinned, cache.description),
+        )
+        for name, cache in settings.caches.items()
+    ]
+
+
+class Declared:
+    """From its making on, requests that name a declared cache wait until it is as declared. A build that
+    fails is told to them; it is tried again at the next start."""
+
+    def __init__(self, settings: Settings, caching: Caching, say: Say) -> None:
+        self.declarations = declarations(settings)
+        self.prune = settings.prune_declared
+        self.caching = caching
+        self.say = say
+        self._tasks: list[asyncio.Task[None]] = []
+        for declaration in self.declarations:
+            caching.promises.make(declaration.key)
+
+    def start(self, model: ServedModel) -> None:
+        """Brings about the model's caches, one after the other; it must have been loaded."""
+        self._tasks.append(asyncio.create_task(self._reconcile(model)))
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _reconcile(self, model: ServedModel) -> None:
+        declared = [one for one in self.declarations if one.model == model.name]
+        try:
+            await self._bring_about(model, declared)
+        except Exception as error:
+            log.exception("the declared caches of %s were not looked at", model.name)
+            self._settle_others(declared, _as_known(error))
+        except asyncio.CancelledError:
+            self._settle_others(declared, Unavailable("The server is being stopped."))
+            raise
+
+    def _settle_others(self, declared: Sequence[Declaration], error: HeadstartError) -> None:
+        """Whoever waits for those that are still open would do so for ever."""
+        promised = set(self.caching.promises.open())
+        for one in declared:
+            if one.key in promised:
+                self.caching.promises.settle(one.key, error)
+
+    async def _bring_about(self, model: ServedModel, declared: Sequence[Declaration]) -> None:
+        missing = [one for one in declared if not self._is_met(model, one)]
+        # Those that are there already wait for no build.
+        for one in declared:
+            if one not in missing:
+                self.caching.promises.settle(one.key)
+        if self.prune:
+            self._prune(model, {one.name for one in declared})
+        for number, one in enumerate(missing, 1):
+            self.say(f"Building cache {one.name} of {model.name} ({number} of {len(missing)}) ...")
+            self.caching.promises.settle(one.key, await self._failure(model, one))
+
+    def _is_met(self, model: ServedModel, declaration: Declaration) -> bool:
+        try:
+            entry = self.caching.store.find(model.shelf, declaration.name)
+        except CacheNotFound:
+            return False
+        return declaration.is_met_by(entry, model.fingerprint)
+
+    def _prune(self, model: ServedModel, declared: set[str]) -> None:
+        for entry in self.caching.store.entries(model.shelf):
+            if entry.origin == "declared" and entry.name not in declared:
+                try:
+                    self.caching.delete(model, entry.name)
+                    self.say(f"Deleted cache {entry.name} of {model.name}: it is declared no more")
+                except HeadstartError as error:
+                    log.warning("cache %s of %s is declared no more, but %s", entry.name, model.name, error)
+
+    async def _failure(self, model: ServedModel, declaration: Declaration) -> HeadstartError | None:
+        """Builds it; why that failed."""
+        try:
+            entry = await self._build(model, declaration)
+        except HeadstartError as error:
+            failure = error
+        except Exception as error:
+            log.exception("building cache %s of %s failed", declaration.name, model.name)
+            failure = _as_known(error)
+        else:
+            self.say(f"Built cache {entry.name} of {model.name}: {entry.n_tokens} tokens")
+            return None
+        self.say(f"Cache {declaration.name} of {model.name} can't be built: {failure.message}")
+        return failure
+
+    async def _build(self, model: ServedModel, declaration: Declaration) -> Entry:
+        """Comes back after what passes: a full queue, a worker that died."""
+        deaths = 0
+        while True:
+            try:
+                return await self.caching.create(
+                    model,
+                    declaration.name,
+                    declaration.content,
+                    forms=declaration.forms,
+                    terms=declaration.terms,
+                    origin="declared",
+                )
+            except EngineDied:
+                if (deaths := deaths + 1) == ATTEMPTS:
+                    raise
+            except (ModelLoading, Overloaded):
+                pass
+            await asyncio.sleep(WAIT_SECONDS)
+
+
+def _as_known(error: Exception) -> HeadstartError:
+    if isinstance(error, HeadstartError):
+        return error
+    return HeadstartError("Something went wrong inside the server; its log says what.")

@@ -1,0 +1,190 @@
+"""Responses that are kept, so that others can go on from them: caches named by the responses' ids."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct
+
+from headstart.caches.cache_file.entry_checks import RECORD
+from headstart.caches.entry import Entry, Terms
+from headstart.config.settings import Settings
+from headstart.contents import arguments_of
+from headstart.errors import CacheNotFound, HeadstartError, ResponseNotFound
+from headstart.json_scan import depth
+from headstart.limits import MAX_DEPTH
+from headstart.prompt.process.protocol import Text
+from headstart.service.caching.quota import Quota
+from headstart.service.interface.answer import Choice
+from headstart.service.interface.chat import Chat
+from headstart.service.interface.options import Options
+from headstart.service.models.model import ServedModel
+from headstart.service.origins.automatic import Automatic
+from headstart.service.origins.conversations import Conversations, Saving
+
+log = logging.getLogger(__name__)
+
+Json = dict[str, Any]
+
+
+class Record(Struct, frozen=True):
+    """A response as it was answered. Its chat begins with `opening` messages of the `caches` that it named,
+    then come its instructions, if they are none of those, and then what is carried on."""
+
+    body: Json
+    opening: Annotated[int, Meta(ge=0)] = 0
+    caches: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.body.get("instructions"), str | None):
+            raise ValueError("instructions are a text")
+        # Of a request's tools and schemas, some levels further in.
+        if depth(self.body) > 2 * MAX_DEPTH:
+            raise ValueError("it is nested too deeply")
+
+
+@dataclass(frozen=True)
+class Kept:
+    entry: Entry
+    record: Record
+
+
+class Responses:
+    """Used from the event loop."""
+
+    def __init__(
+        self, settings: Settings, conversations: Conversations, automatic: Automatic, quota: Quota
+    ) -> None:
+        self.settings = settings
+        self.conversations = conversations
+        self.automatic = automatic
+        self.quota = quota
+        self.store = quota.store
+        self._keeping: set[asyncio.Task[None]] = set()
+
+    async def close(self) -> None:
+        for task in self._keeping:
+            task.cancel()
+        await asyncio.gather(*self._keeping, return_exceptions=True)
+
+    def of(self, owner: str) -> list[Entry]:
+        """The owner's, the oldest first."""
+        known = (entry for entry in self.store.known() if entry.origin == "response")
+        return sorted((entry for entry in known if entry.owner == owner), key=lambda entry: entry.updated)
+
+    async def find(
+        self, owner: str, name: str, *, param: str, error: type[ResponseNotFound] = ResponseNotFound
+    ) -> Kept:
+        """The owner's response of this id, waiting for it while it is being saved. Raises `error`."""
+        if saving := self.conversations.being_saved(owner, name):
+            await asyncio.wait([saving])
+        for entry in [entry for entry in self.of(owner) if entry.name == name]:
+            # It may have ended meanwhile, or have been deleted from the disk.
+            if kept := self._read(entry.shelf, name):
+                return kept
+        raise error(
+            f"There is no response {name[:80]!r}: it was not stored, was deleted or has ended. "
+            "Send the whole conversation as input.",
+            param=param,
+        )
+
+    def _read(self, shelf: str, name: str) -> Kept | None:
+        try:
+            entry = self.store.find(shelf, name)
+            return Kept(entry, msgspec.json.decode(entry.terms.metadata[RECORD], type=Record))
+        except (CacheNotFound, KeyError, msgspec.MsgspecError, RecursionError):
+            return None
+
+    async def delete(self, owner: str, name: str) -> None:
+        """Raises ResponseNotFound or StorageError."""
+        while True:
+            entry = (await self.find(owner, name, param="response_id")).entry
+            build = self.conversations.caching.build_at(entry.shelf, entry.name)
+            if build is None:
+                return self.store.delete(entry.shelf, entry.name)
+            await asyncio.wait([build])
+
+    def continued(self, kept: Kept, instructions: str | None, said: Sequence[Json]) -> list[Json]:
+        """The messages of a chat that goes on from the response with what is `said`. Its instructions are not
+        carried on: those given now take their place."""
+        opening, rest = kept.entry.messages[: kept.record.opening], kept.entry.messages[kept.record.opening :]
+        own = instructing(kept.record.body.get("instructions"))
+        # The configured system message is for chats that have none.
+        replaced = own or (self.automatic.default if instructions and not opening else [])
+        if replaced and rest[:1] == replaced:
+            rest = rest[1:]
+        messages = [*opening, *instructing(instructions), *rest, *said]
+        return messages if opening else self.automatic.with_default(messages)
+
+    def options(self, options: Options, kept: Kept, model: ServedModel) -> Options:
+        """The same for a request that goes on from the response, whose state is of use to its own model."""
+        own = kept.entry.shelf == model.shelf
+        return replace(options, use_cache=(kept.entry.name,) if own else None, whole=True)
+
+    def keep(self, saving: Saving, answer: Choice, record: Record) -> None:
+        """Begins to keep what was answered; see Conversations.keep."""
+        chat = Chat([*saving.chat.messages, spoken(answer)], saving.chat.tools)
+        saving = replace(
+            saving,
+            chat=chat,
+            origin="response",
+            terms=Terms(self.settings.responses_ttl_seconds, metadata={RECORD: _written(record)}),
+            states=self.settings.responses_quota_mb > 0,
+        )
+        task = asyncio.create_task(self._kept(self.conversations.keep(saving), saving.model.owner))
+        self._keeping.add(task)
+        task.add_done_callback(self._keeping.discard)
+
+    async def _kept(self, saving: asyncio.Task[Entry], owner: str) -> None:
+        """Makes room again once it is kept, so that responses never take much more than they may."""
+        await asyncio.wait([saving])
+        try:
+            for entry in self._movable(self.of(owner))[: -self.settings.responses_kept]:
+                self.store.delete(entry.shelf, entry.name)
+            await self._trim()
+        except HeadstartError as error:
+            log.warning("old responses are still there: %s", error.message)
+
+    async def _trim(self) -> None:
+        with_states = [entry for entry in self.store.known() if entry.origin == "response" and entry.forms]
+        excess = sum(entry.tensor_bytes for entry in with_states) - 1e6 * self.settings.responses_quota_mb
+        for entry in sorted(self._movable(with_states), key=lambda entry: entry.updated):
+            if excess <= 0:
+                break
+            excess -= await self.quota.give_up(entry)
+
+    def _movable(self, entries: Sequence[Entry]) -> list[Entry]:
+        held = self.store.held
+        return [each for each in entries if not each.terms.pinned and (each.shelf, each.name) not in held]
+
+
+def instructing(instructions: str | None) -> list[Json]:
+    """Instructions as the messages that a chat begins with."""
+    return [{"role": "system", "content": instructions}] if instructions else []
+
+
+def spoken(answer: Choice) -> Json:
+    """The answer as a message of the chat; templates leave earlier turns' reasoning out."""
+    calls = [called(call.id, call.name, call.arguments) for call in answer.calls]
+    message: Json = {"role": "assistant", "content": answer.text}
+    return message | ({"tool_calls": calls} if calls else {})
+
+
+def called(call_id: str, name: str, arguments: str) -> Json:
+    """A call as templates want it."""
+    function = {"name": name, "arguments": arguments_of(arguments)}
+    return {"id": call_id, "type": "function", "function": function}
+
+
+async def n_tokens(model: ServedModel, text: str) -> int:
+    """How many tokens a part of an answer has, if it is tokenised alone."""
+    return len(await model.prompts.one(Text(text))) if text else 0
+
+
+def _written(record: Record) -> str:
+    return msgspec.json.encode(record).decode()
