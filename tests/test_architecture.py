@@ -10,17 +10,15 @@ from fastapi.routing import APIRoute
 
 import headstart
 from headstart import errors
-from headstart.api import (
-    cache_files,
-    caches,
-    completions,
-    embeddings,
-    messages,
-    models,
-    responses,
-    tokens,
-    verify,
-)
+from headstart.api.anthropic import routes as messages
+from headstart.api.caches import files as cache_files
+from headstart.api.caches import routes as caches
+from headstart.api.caches import verify
+from headstart.api.completions import routes as completions
+from headstart.api.models import routes as models
+from headstart.api.responses import routes as responses
+from headstart.api.tokens import embeddings
+from headstart.api.tokens import tokenize as tokens
 from headstart.config.settings import Settings
 
 ROOT = Path(headstart.__file__).parent

@@ -22,11 +22,11 @@ from openai.types.responses.response_create_params import ResponseCreateParamsBa
 from pydantic import BaseModel
 
 import headstart
-from headstart.api.completion_body import CompletionRequest
-from headstart.api.embeddings import EmbeddingRequest
-from headstart.api.message_bodies import MessagesRequest
-from headstart.api.response_bodies import REFUSED, ResponseRequest
-from headstart.api.schemas import HARMLESS, ChatMessage, ChatRequest
+from headstart.api.anthropic.request import MessagesRequest
+from headstart.api.completions.request import ChatRequest, CompletionRequest
+from headstart.api.fields.generation import HARMLESS, ChatMessage
+from headstart.api.responses.request import REFUSED, ResponseRequest
+from headstart.api.tokens.embeddings import EmbeddingRequest
 from servers import Json, RunningServer
 
 DOCUMENT = (Path(headstart.__file__).parents[2] / "docs" / "compatibility.md").read_text()

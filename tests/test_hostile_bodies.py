@@ -10,17 +10,15 @@ from typing import Any
 import pytest
 from fastapi.routing import APIRoute
 
-from headstart.api import (
-    cache_files,
-    caches,
-    completions,
-    embeddings,
-    messages,
-    models,
-    responses,
-    tokens,
-    verify,
-)
+from headstart.api.anthropic import routes as messages
+from headstart.api.caches import files as cache_files
+from headstart.api.caches import routes as caches
+from headstart.api.caches import verify
+from headstart.api.completions import routes as completions
+from headstart.api.models import routes as models
+from headstart.api.responses import routes as responses
+from headstart.api.tokens import embeddings
+from headstart.api.tokens import tokenize as tokens
 from headstart.json_scan import JsonScan
 from headstart.limits import MAX_DEPTH
 from headstart.prompt.tool_calls.scanner import ObjectReader

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from headstart.api.message_events import Message
+from headstart.api.anthropic.response import Message
 from headstart.prompt.answer_parts import CallDelta
 from headstart.protocol import Stats
 from headstart.service.generation.generate import Result

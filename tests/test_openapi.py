@@ -14,8 +14,8 @@ import httpx
 import pytest
 from jsonschema import Draft202012Validator
 
-from headstart.api.reference.examples import EXAMPLES
-from headstart.api.reference.routes import ANSWERS
+from headstart.api.openapi.answers import ANSWERS
+from headstart.api.openapi.examples import EXAMPLES
 from servers import Json, RunningServer, events
 
 HOOKS = Path(__file__).parent / "schemathesis" / "hooks.py"

@@ -16,7 +16,7 @@ from openai.lib.streaming.responses._responses import ResponseStreamState
 from openai.types.responses import ResponseStreamEvent
 
 from conftest import StartServer
-from headstart.api.response_events import Writer
+from headstart.api.responses.response import Writer
 from headstart.prompt.answer_parts import CallDelta
 from headstart.protocol import Stats
 from headstart.service.generation.generate import Result

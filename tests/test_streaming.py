@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.types import Message
 
-from headstart.api import streaming
-from headstart.api.answers import Chat, Completion, Events, stream
-from headstart.api.streaming import COMMENT, EventStream, as_event
+from headstart.api import sse
+from headstart.api.completions.response import Chat, Completion, Events, stream
+from headstart.api.sse import COMMENT, EventStream, as_event
 from headstart.errors import EngineDied
 from headstart.protocol import Stats
 from headstart.service.generation.generate import Result
@@ -94,7 +94,7 @@ class Connection:
 
 
 async def test_a_silent_stream_is_kept_alive_by_comments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "KEEP_ALIVE_SECONDS", 0.01)
+    monkeypatch.setattr(sse, "KEEP_ALIVE_SECONDS", 0.01)
     connection = Connection()
 
     async def events() -> AsyncGenerator[bytes, None]:

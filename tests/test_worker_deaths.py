@@ -24,7 +24,7 @@ import pytest
 import uvloop
 
 from conftest import Report, StartServer
-from headstart.api.streaming import EventStream, begun
+from headstart.api.sse import EventStream, begun
 from headstart.channel import HEADER, MOST_BYTES, frame
 from headstart.config.settings import load_settings
 from headstart.engine import client as module

@@ -6,23 +6,20 @@ from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
 from headstart import __version__
-from headstart.api import (
-    cache_files,
-    caches,
-    completions,
-    embeddings,
-    errors,
-    messages,
-    models,
-    responses,
-    tokens,
-    verify,
-)
-from headstart.api.bodies import BodyMemory, JsonBodies
-from headstart.api.keys import PAGES, Keyring, Keys
-from headstart.api.middleware import Faults, PlainPaths, RequestIds
-from headstart.api.reference import document as reference
-from headstart.api.routes import Routes
+from headstart.api import errors
+from headstart.api.anthropic import routes as messages
+from headstart.api.auth import PAGES, Keyring, Keys
+from headstart.api.caches import files as cache_files
+from headstart.api.caches import routes as caches
+from headstart.api.caches import verify
+from headstart.api.completions import routes as completions
+from headstart.api.http.bodies import BodyMemory, JsonBodies
+from headstart.api.middleware import Faults, PlainPaths, RequestIds, Routes
+from headstart.api.models import routes as models
+from headstart.api.openapi import document as reference
+from headstart.api.responses import routes as responses
+from headstart.api.tokens import embeddings
+from headstart.api.tokens import tokenize as tokens
 from headstart.config.settings import Settings
 from headstart.service.service import Service
 

@@ -14,18 +14,8 @@ from starlette.responses import Response
 from starlette.routing import Match, Route
 from starlette.types import Receive, Scope, Send
 
-from headstart.errors import BadRequest, ContextLengthExceeded, HeadstartError, MethodNotAllowed, NotFound
-
-# Anthropic's types of errors, by status; other statuses below 500 are of the first kind.
-ANTHROPIC_TYPES = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    503: "overloaded_error",
-}
+from headstart.api.anthropic.errors import anthropic_body, is_anthropic
+from headstart.errors import BadRequest, HeadstartError, MethodNotAllowed, NotFound
 
 
 def body(error: HeadstartError) -> dict[str, Any]:
@@ -38,22 +28,6 @@ def body(error: HeadstartError) -> dict[str, Any]:
             **error.details,
         }
     }
-
-
-def anthropic_body(error: HeadstartError, request_id: str | None = None) -> dict[str, Any]:
-    otherwise = "api_error" if error.status >= 500 else "invalid_request_error"
-    message = error.message
-    if isinstance(error, ContextLengthExceeded):
-        # Agents know by these words that they have to shorten the conversation.
-        message = "prompt is too long: {n_prompt_tokens} tokens > {n_ctx} maximum. ".format(**error.details)
-        message += error.message
-    told = {"type": ANTHROPIC_TYPES.get(error.status, otherwise), "message": message}
-    return {"type": "error", "error": told, "request_id": request_id}
-
-
-def is_anthropic(path: str) -> bool:
-    """Whether what is asked is Anthropic's API, at its own address or behind a route's prefix."""
-    return f"/{path.partition('/v1/')[2]}/".startswith("/messages/")
 
 
 class ErrorResponse(Response):

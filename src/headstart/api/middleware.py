@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
+from collections.abc import Mapping
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from headstart.api import errors
+from headstart.api.anthropic.errors import is_anthropic
 from headstart.errors import HeadstartError, InvalidName, ShuttingDown
 
 log = logging.getLogger(__name__)
@@ -33,7 +35,7 @@ class RequestIds:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
-                if errors.is_anthropic(scope["path"]):
+                if is_anthropic(scope["path"]):
                     headers["request-id"] = request_id
             await send(message)
 
@@ -86,4 +88,28 @@ class PlainPaths:
             error = InvalidName("The address has characters that can't be printed.", param="name")
             await errors.response(error)(scope, receive, send)
             return
+        await self.app(scope, receive, send)
+
+
+# What a route may be put before.
+API = b"/v1/"
+
+
+class Routes:
+    """`table`: prefixes, each with a cache. /prefix/v1/... is answered as /v1/... is, from this cache."""
+
+    def __init__(self, app: ASGIApp, table: Mapping[str, str]) -> None:
+        self.app = app
+        # The longest first: one may begin as another does.
+        self.table = sorted(table.items(), key=lambda route: -len(route[0]))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            path = scope["path"]
+            for prefix, cache in self.table:
+                if path.startswith(prefix + "/v1/"):
+                    scope["path"] = path[len(prefix) :]
+                    scope["raw_path"] = API + scope["raw_path"].partition(API)[2]
+                    scope.setdefault("state", {})["cache"] = cache
+                    break
         await self.app(scope, receive, send)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from ipaddress import ip_address
 
 from headstart.api.app import create_app
-from headstart.api.http_server import HttpConfig, HttpServer
+from headstart.api.http.server import HttpConfig, HttpServer
 from headstart.config.settings import Settings
 from headstart.errors import StartupError
 from headstart.service.service import Service

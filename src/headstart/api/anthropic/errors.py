@@ -1,0 +1,34 @@
+"""The shape of errors in Anthropic's API: {"type": "error", "error": {"type", "message"}, "request_id"}."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from headstart.errors import ContextLengthExceeded, HeadstartError
+
+# Anthropic's types of errors, by status; other statuses below 500 are of the first kind.
+ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+def anthropic_body(error: HeadstartError, request_id: str | None = None) -> dict[str, Any]:
+    otherwise = "api_error" if error.status >= 500 else "invalid_request_error"
+    message = error.message
+    if isinstance(error, ContextLengthExceeded):
+        # Agents know by these words that they have to shorten the conversation.
+        message = "prompt is too long: {n_prompt_tokens} tokens > {n_ctx} maximum. ".format(**error.details)
+        message += error.message
+    told = {"type": ANTHROPIC_TYPES.get(error.status, otherwise), "message": message}
+    return {"type": "error", "error": told, "request_id": request_id}
+
+
+def is_anthropic(path: str) -> bool:
+    """Whether what is asked is Anthropic's API, at its own address or behind a route's prefix."""
+    return f"/{path.partition('/v1/')[2]}/".startswith("/messages/")

@@ -1,0 +1,159 @@
+"""Answers as Anthropic's Messages API writes them: whole, and in named events."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+
+from headstart.api.anthropic.errors import anthropic_body
+from headstart.api.fields.usage import ending, usage
+from headstart.api.sse import as_named_event
+from headstart.errors import HeadstartError
+from headstart.json_scan import check_json
+from headstart.service.generation.generate import Result
+from headstart.service.interface.answer import Delta, Ended
+from headstart.service.origins.breakpoints import Marked
+
+Json = dict[str, Any]
+Events = AsyncGenerator[Delta | Ended | Result, None]
+STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+DELTAS = {"text": "text_delta", "thinking": "thinking_delta", "tool_use": "input_json_delta"}
+FIELDS = {"text": "text", "thinking": "thinking", "tool_use": "partial_json"}
+
+
+def failed_event(error: HeadstartError) -> bytes:
+    return as_named_event(anthropic_body(error))
+
+
+class Blocks:
+    """The content of an answer, as it grows. `with_reasoning`: reasoning is shown, as a block."""
+
+    def __init__(self, *, with_reasoning: bool) -> None:
+        self.with_reasoning = with_reasoning
+        self.content: list[Json] = []
+        # The kind of the open block, and of a call its number.
+        self._open: tuple[str, int] | None = None
+        self._arguments = ""
+
+    def add(self, delta: Delta) -> Iterator[Json]:
+        """What it grows by, as events."""
+        if delta.reasoning and self.with_reasoning:
+            yield from self._grow(("thinking", 0), {"thinking": "", "signature": ""}, delta.reasoning)
+        if delta.text:
+            yield from self._grow(("text", 0), {"text": ""}, delta.text)
+        if call := delta.call:
+            opening = {"id": call.id, "name": call.name, "input": {}}
+            yield from self._grow(("tool_use", call.index), opening, call.arguments)
+
+    def close(self) -> Iterator[Json]:
+        """The end of the open block, if there is one."""
+        if self._open is None:
+            return
+        if self._open[0] == "tool_use":
+            self.content[-1]["input"] = _arguments(self._arguments)
+        self._open, self._arguments = None, ""
+        yield {"type": "content_block_stop", "index": len(self.content) - 1}
+
+    def _grow(self, block: tuple[str, int], opening: Json, piece: str) -> Iterator[Json]:
+        kind = block[0]
+        if block != self._open:
+            yield from self.close()
+            self._open = block
+            self.content.append({"type": kind, **opening})
+            index = len(self.content) - 1
+            yield {"type": "content_block_start", "index": index, "content_block": {"type": kind, **opening}}
+        if not piece:
+            return
+        if kind == "tool_use":
+            self._arguments += piece
+        else:
+            self.content[-1][kind] += piece
+        delta = {"type": DELTAS[kind], FIELDS[kind]: piece}
+        yield {"type": "content_block_delta", "index": len(self.content) - 1, "delta": delta}
+
+
+def _arguments(text: str) -> Json:
+    """Nothing where the answer was cut off within them, or they have too much in them."""
+    try:
+        check_json(text)
+        arguments = msgspec.json.decode(text)
+    except ValueError:
+        return {}
+    return arguments if isinstance(arguments, dict) else {}
+
+
+class Message:
+    """One answer. `prompt_tokens` is what is known of its usage when it begins; `marked`: what of it
+    is to be kept."""
+
+    def __init__(
+        self, model: str, prompt_tokens: int, marked: Marked | None, *, with_reasoning: bool
+    ) -> None:
+        self.head = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "model": model}
+        self.prompt_tokens = prompt_tokens
+        self.marked = marked or Marked()
+        self.blocks = Blocks(with_reasoning=with_reasoning)
+        self._stop: Json = {"stop_reason": None, "stop_sequence": None}
+
+    async def whole(self, events: Events) -> Json:
+        async with aclosing(events):
+            async for event in events:
+                if isinstance(event, Result):
+                    return {**self._message(), "usage": self._usage(event), **ending(event)}
+                for _ in self._grow(event):
+                    pass
+        raise AssertionError("an answer ends with its result")
+
+    async def stream(self, events: Events) -> AsyncGenerator[bytes, None]:
+        """The answer's events, together where they are sent together."""
+        # Sent with the first event, which is there when the stream begins, or late anyway.
+        waiting = b"".join(map(as_named_event, self._opening()))
+        async with aclosing(events):
+            async for event in events:
+                told = self._closing(event) if isinstance(event, Result) else self._grow(event)
+                if data := b"".join(map(as_named_event, told)):
+                    yield waiting + data
+                    waiting = b""
+
+    def _message(self) -> Json:
+        return {**self.head, "content": self.blocks.content, **self._stop}
+
+    def _opening(self) -> Iterator[Json]:
+        begun = {"input_tokens": self.prompt_tokens, "output_tokens": 0}
+        yield {"type": "message_start", "message": {**self._message(), "usage": begun}}
+        yield {"type": "ping"}
+
+    def _grow(self, event: Delta | Ended) -> Iterator[Json]:
+        if isinstance(event, Delta):
+            yield from self.blocks.add(event)
+            return
+        reason = "stop_sequence" if event.stop is not None else STOP_REASONS[event.finish_reason]
+        self._stop = {"stop_reason": reason, "stop_sequence": event.stop}
+        yield from self.blocks.close()
+
+    def _closing(self, result: Result) -> Iterator[Json]:
+        account = {"usage": self._usage(result), **ending(result)}
+        yield {"type": "message_delta", "delta": self._stop, **account}
+        yield {"type": "message_stop"}
+
+    def _usage(self, result: Result) -> Json:
+        """Every token of the prompt is counted once: as read, as written, or as neither."""
+        stats = result.stats
+        written = self.marked.written(stats.cached_tokens)
+        n_written = sum(written.values())
+        ours = {k: v for k, v in usage(result).items() if k.startswith("cache")}
+        return {
+            "input_tokens": stats.evaluated_tokens - n_written,
+            "cache_creation_input_tokens": n_written,
+            "cache_read_input_tokens": stats.cached_tokens,
+            "cache_creation": {
+                "ephemeral_5m_input_tokens": written.get(300.0, 0),
+                "ephemeral_1h_input_tokens": written.get(3600.0, 0),
+            },
+            "output_tokens": result.n_tokens,
+            **ours,
+        }

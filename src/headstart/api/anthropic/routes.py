@@ -1,0 +1,49 @@
+"""POST /v1/messages and /v1/messages/count_tokens: Anthropic's API."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+from starlette.responses import Response
+
+from headstart.api.anthropic.request import CountRequest, MessagesRequest
+from headstart.api.anthropic.response import Message, failed_event
+from headstart.api.context import addressed
+from headstart.api.fields.answer_format import shaped, while_preparing
+from headstart.api.sse import BEGIN_SECONDS, EventStream, begun, while_connected
+from headstart.service.interface.options import Options
+from headstart.service.service import Service
+
+router = APIRouter(prefix="/v1/messages")
+
+
+@router.post("")
+async def messages(request: Request, body: MessagesRequest) -> Response:
+    """Answers a chat; what `cache_control` marks is kept, and later requests start from it."""
+    service: Service = request.app.state.service
+    chat, tools, marks = body.chat()
+    async with service.models.use(addressed(request, body)) as model:
+        options = await shaped(request, body.options(marks), body.wanted())
+        preparing = service.preparation.chat(model, chat, options, tools)
+        prepared = await while_preparing(request, tools, preparing)
+        message = Message(
+            body.model,
+            len(prepared.submit.tokens),
+            prepared.marked,
+            with_reasoning=body.shows_reasoning,
+        )
+        events = service.generation.run(prepared)
+        if body.stream:
+            started = await begun(request, events, BEGIN_SECONDS)
+            return EventStream(message.stream(started), done=b"", failed=failed_event, source=started)
+        return JSONResponse(await while_connected(request, message.whole(events)))
+
+
+@router.post("/count_tokens")
+async def count_tokens(request: Request, body: CountRequest) -> dict[str, int]:
+    """How many tokens the prompt has; nothing is computed."""
+    service: Service = request.app.state.service
+    chat, tools, _ = body.chat()
+    async with service.models.use(addressed(request, body)) as model:
+        options = Options(use_cache=body.names)
+        return {"input_tokens": await service.preparation.count(model, chat, options, tools)}

@@ -1,0 +1,1 @@
+"""Named caches over HTTP."""

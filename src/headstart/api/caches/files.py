@@ -1,0 +1,100 @@
+"""/v1/cache/{model}/{name}/file: a cache as one file, to be taken elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import closing
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+from fastapi import APIRouter, Request
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from headstart.api.auth import check_admin
+from headstart.api.caches.routes import made
+from headstart.api.context import seen
+from headstart.api.sse import ClientLeft
+from headstart.names import check_name
+from headstart.service.caching.transfer import Exported
+from headstart.service.service import Service
+
+router = APIRouter(prefix="/v1/cache")
+
+READ_BYTES = 1 << 20
+MEDIA_TYPE = "application/octet-stream"
+
+
+@router.get("/{model}/{name}/file")
+async def export(request: Request, model: str, name: str) -> Response:
+    """The whole file, as it is now."""
+    service: Service = request.app.state.service
+    exported = await service.files.export(seen(request, service.model(model)), _name(request, name))
+    tag = f'"{exported.digest}"'
+    if tag in request.headers.get("if-none-match", ""):
+        exported.opened.close()
+        return Response(status_code=304, headers={"etag": tag})
+    headers = {
+        "content-length": str(exported.size),
+        "content-disposition": f'attachment; filename="{name}.headstart"',
+        "etag": tag,
+        "cache-control": "no-cache",
+    }
+    return Sent(exported, headers)
+
+
+class Sent(StreamingResponse):
+    """An open file, which is closed at the end, also where the client left before the first byte."""
+
+    def __init__(self, exported: Exported, headers: dict[str, str]) -> None:
+        super().__init__(_pieces(exported), headers=headers, media_type=MEDIA_TYPE)
+        self.opened = exported.opened
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with closing(self.opened):
+            await super().__call__(scope, receive, send)
+
+
+async def _pieces(exported: Exported) -> AsyncGenerator[bytes, None]:
+    while piece := await asyncio.to_thread(exported.opened.read, READ_BYTES):
+        yield piece
+
+
+@router.put("/{model}/{name}/file")
+async def take(
+    request: Request, model: str, name: str, rebuild: bool = False, allow_overwrite: bool = True
+) -> dict[str, Any]:
+    """Takes a file that was exported, here or elsewhere."""
+    service: Service = request.app.state.service
+    if not rebuild:
+        # The engine loads states as they are: a made-up one may crash it, with everybody's requests.
+        check_admin(request, "Importing states (a cache's text alone is imported with ?rebuild=true)")
+    declared = request.headers.get("content-length", "")
+    async with service.models.use(seen(request, service.model(model))) as served:
+        served.engine.check_available()
+        entry = await service.files.take(
+            served,
+            _name(request, name),
+            _body(request),
+            size=int(declared) if declared.isdecimal() else None,
+            overwrite=allow_overwrite,
+            rebuild=rebuild,
+        )
+    return made(entry)
+
+
+async def _body(request: Request) -> AsyncIterator[bytes]:
+    """Raises ClientLeft."""
+    try:
+        async for chunk in request.stream():
+            yield chunk
+    except ClientDisconnect:
+        raise ClientLeft("The client left.") from None
+
+
+def _name(request: Request, name: str) -> str:
+    """Raises InvalidName also for an encoded slash: `x%2Ffile` is the name "x/file", which is none."""
+    last = request.scope.get("raw_path", b"").rpartition(b"/")[2]
+    return check_name(name if unquote_to_bytes(last) == b"file" else f"{name}/file", param="name")

@@ -1,0 +1,231 @@
+"""/v1/cache: create, list, show and delete named caches."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import suppress
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+from msgspec.structs import replace
+from starlette.responses import Response
+
+from headstart.api.auth import check_admin, rank
+from headstart.api.caches.request import CreateRequest, EditRequest, iso_time, shown
+from headstart.api.context import owner, seen
+from headstart.api.sse import BEGIN_SECONDS, EventStream, as_event, begun, while_connected
+from headstart.caches.entry import Entry
+from headstart.errors import ModelLoading
+from headstart.service.caching.lookup import miss_reason
+from headstart.service.models.model import ServedModel
+from headstart.service.service import Service
+
+router = APIRouter(prefix="/v1/cache")
+
+SHORT_PROMPT_TOKENS = 100
+
+Json = dict[str, Any]
+
+
+@router.post("/{model}")
+async def create(request: Request, model: str, body: CreateRequest) -> Response:
+    """Computes the states of a prompt and keeps them under a name."""
+    service: Service = request.app.state.service
+    async with service.models.use(seen(request, service.model(model))) as served:
+        served.engine.check_available()
+        if body.stream:
+            return EventStream(await begun(request, _progress(service, served, body), BEGIN_SECONDS))
+        return JSONResponse(await while_connected(request, _create(service, served, body)))
+
+
+async def _create(service: Service, model: ServedModel, body: CreateRequest, on_progress: Any = None) -> Json:
+    entry = await service.caching.create(
+        model,
+        body.cache_name,
+        body.content(),
+        forms=body.wanted(),
+        terms=replace(service.caching.terms(model, body.cache_name), **body.given()),
+        overwrite=body.allow_overwrite,
+        on_progress=on_progress,
+    )
+    return made(entry)
+
+
+def made(entry: Entry) -> Json:
+    """What is answered about a cache that was created or replaced."""
+    created = entry.version == 1
+    answer = {
+        "object": "cache.created" if created else "cache.updated",
+        "cache_name": entry.name,
+        "model": entry.model,
+        "version": entry.version,
+        "size_mb": _megabytes(entry),
+        "ttft_ms": round(entry.ttft_ms, 1),
+        "build_ms": round(entry.build_ms, 1),
+        "tokens": entry.n_tokens,
+        "forms": _forms(entry),
+        "expires": iso_time(entry.expires),
+        "message": "Binary cache generated successfully",
+    }
+    if entry.n_tokens < SHORT_PROMPT_TOKENS:
+        answer["warning"] = (
+            f"The prompt has only {entry.n_tokens} tokens: computing it takes hardly longer than loading it."
+        )
+    return answer
+
+
+async def _progress(service: Service, model: ServedModel, body: CreateRequest) -> AsyncGenerator[bytes, None]:
+    reports: asyncio.Queue[Json | None] = asyncio.Queue()
+
+    def report(computed: int, total: int) -> None:
+        reports.put_nowait({"object": "cache.progress", "computed": computed, "total": total})
+
+    creation = asyncio.ensure_future(_create(service, model, body, report))
+    creation.add_done_callback(lambda _: reports.put_nowait(None))
+    try:
+        while progress := await reports.get():
+            yield as_event(progress)
+        yield as_event(creation.result())
+    finally:
+        creation.cancel()
+        with suppress(asyncio.CancelledError):
+            await asyncio.wait([creation])
+
+
+@router.get("")
+async def list_all(request: Request) -> Json:
+    """The caches of all models."""
+    service: Service = request.app.state.service
+    quota, whose = service.quota, owner(request)
+    totals = {
+        "used_bytes": quota.used(whose or None),
+        "quota_bytes": quota.limit_of(whose) or None,
+        "evictions": quota.evictions.total() if rank(request) == "admin" else quota.evictions[whose],
+    }
+    kept = len(service.responses.of(whose))
+    return _listed(request, None) | totals | {"responses": kept}
+
+
+@router.get("/{model}")
+async def list_of_model(request: Request, model: str) -> Json:
+    """The caches of one model."""
+    service: Service = request.app.state.service
+    return _listed(request, service.model(model).name)
+
+
+@router.get("/{model}/{name:path}")
+async def show(request: Request, model: str, name: str) -> Json:
+    """One cache, with what it holds."""
+    service: Service = request.app.state.service
+    served = seen(request, service.model(model))
+    entry = service.shelves.look_up(served, name, param="name")
+    return _described(request, entry) | _content(entry) | await _prospect(service, served, entry)
+
+
+@router.patch("/{model}/{name:path}")
+async def edit(request: Request, model: str, name: str, body: EditRequest) -> Json:
+    """Changes how a cache is kept; its version and states stay."""
+    service: Service = request.app.state.service
+    changing = service.caching.edit(_changed(request, model, name), name, body.given())
+    return _described(request, await while_connected(request, changing))
+
+
+@router.delete("/{model}/{name:path}")
+async def delete(request: Request, model: str, name: str) -> Json:
+    """Forgets a cache. Requests that have begun with it end with it."""
+    service: Service = request.app.state.service
+    served = _changed(request, model, name)
+    service.caching.delete(served, name)
+    return {"object": "cache.deleted", "cache_name": name, "model": served.name, "deleted": True}
+
+
+def _changed(request: Request, model: str, name: str) -> ServedModel:
+    """The model as it is seen by those to whom the named cache belongs, which is to be changed: the request's
+    key or, where that has none of the name, everyone. Raises AdminRequired, ModelNotFound or InvalidName."""
+    service: Service = request.app.state.service
+    served = seen(request, service.model(model))
+    shared = service.shelves.only_shared(served, name, param="name")
+    if shared is None:
+        return served
+    # What is declared not even an admin can delete.
+    if not service.caching.is_declared(shared, name) or request.method != "DELETE":
+        check_admin(request, f"Changing the cache {name!r}, which is everyone's,")
+    return shared
+
+
+async def _prospect(service: Service, model: ServedModel, entry: Entry) -> Json:
+    """Whether a request would start from the cache's state now; null while the model loads."""
+    try:
+        miss = await miss_reason(service.store, model, entry)
+    except ModelLoading:
+        return {"would_hit": None, "miss_reason": None}
+    return {"would_hit": miss is None, "miss_reason": miss}
+
+
+def _listed(request: Request, model: str | None) -> Json:
+    service: Service = request.app.state.service
+    whose = owner(request)
+    building = service.caching.building(whose, model)
+    return {
+        "object": "list",
+        "data": [_described(request, entry) for entry in service.shelves.visible(whose, model)],
+        "building": [{"cache_name": name, "model": model} for model, name in building],
+    }
+
+
+def _described(request: Request, entry: Entry) -> Json:
+    service: Service = request.app.state.service
+    return {
+        "object": "cache",
+        "cache_name": entry.name,
+        "model": entry.model,
+        "origin": entry.origin,
+        "owner": entry.owner or None,
+        "version": entry.version,
+        "size_mb": _megabytes(entry),
+        "tokens": entry.n_tokens,
+        "forms": _forms(entry),
+        "evicted": entry.evicted,
+        "created": iso_time(entry.created),
+        "updated": iso_time(entry.updated),
+        **shown(entry, service.store.index.ends(entry)),
+        "build_ms": round(entry.build_ms, 1),
+        **_usage(request, entry),
+    }
+
+
+def _usage(request: Request, entry: Entry) -> Json:
+    """How it was used; nulls where that would tell a key what others do."""
+    if rank(request) != "admin" and entry.owner != owner(request):
+        return dict.fromkeys(("hits", "last_used", "tokens_saved", "seconds_saved"))
+    service: Service = request.app.state.service
+    usage = service.store.usage(entry)
+    return {
+        "hits": usage.hits,
+        "last_used": iso_time(usage.last_used),
+        "tokens_saved": usage.tokens_saved,
+        "seconds_saved": round(usage.seconds_saved, 3),
+        "unverified": service.store.is_from_copy(entry),
+    }
+
+
+def _content(entry: Entry) -> Json:
+    """What the cache holds the state of, and of a derived one, what it is composed of."""
+    content: Json = {"origin": entry.origin}
+    content |= (
+        {"messages": entry.messages, "tools": entry.tools} if entry.messages else {"prompt": entry.prompt}
+    )
+    return content | ({"parts": entry.parts} if entry.parts else {})
+
+
+def _forms(entry: Entry) -> Json:
+    return {
+        name: {"tokens": form.n_tokens, "size_mb": round(form.state_bytes / 1e6, 2)}
+        for name, form in entry.forms.items()
+    }
+
+
+def _megabytes(entry: Entry) -> float:
+    return round(entry.size_bytes / 1e6, 2)

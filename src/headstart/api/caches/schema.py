@@ -1,0 +1,137 @@
+"""Answers of /v1/cache and /v1/verify."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, RootModel
+
+from headstart.api.fields.reply import Reply
+from headstart.caches.entry import Form, MissReason, Origin
+from headstart.service.caching.verify import Action, State
+
+Time = Field(description="ISO 8601, in UTC.")
+
+
+class CacheForm(Reply):
+    tokens: int
+    size_mb: float = Field(description="Millions of bytes.")
+
+
+class CacheMade(Reply):
+    object: Literal["cache.created", "cache.updated"]
+    cache_name: str
+    model: str
+    version: int
+    size_mb: float
+    ttft_ms: float = Field(description="What a chat without the cache would wait.")
+    build_ms: float
+    tokens: int
+    forms: dict[Form, CacheForm]
+    expires: str | None = Time
+    message: str
+    warning: str | None = Field(None, description="Only of a short prompt.")
+
+
+class Cache(Reply):
+    object: Literal["cache"]
+    cache_name: str
+    model: str
+    origin: Origin
+    owner: str | None
+    version: int
+    size_mb: float
+    tokens: int
+    forms: dict[Form, CacheForm]
+    evicted: list[Form]
+    created: str = Time
+    updated: str = Time
+    ttl_seconds: float | None
+    expires: str | None = Time
+    pinned: bool
+    description: str | None
+    metadata: dict[str, str]
+    build_ms: float
+    unverified: bool = Field(description="Its file can't be read: all this is from a copy of its header.")
+    hits: int | None = Field(description="This and what follows: null to others than admins if it is shared.")
+    last_used: str | None = Time
+    tokens_saved: int | None
+    seconds_saved: float | None
+
+
+class CacheDetails(Cache):
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+    parts: list[str] | None = Field(None, description="The caches that a derived one is made of.")
+    would_hit: bool | None = Field(description="Null while the model loads.")
+    miss_reason: MissReason | None
+
+
+class Building(Reply):
+    cache_name: str
+    model: str
+
+
+class CacheList(Reply):
+    object: Literal["list"]
+    data: list[Cache]
+    building: list[Building]
+
+
+class AllCaches(CacheList):
+    used_bytes: int
+    quota_bytes: int | None
+    evictions: int
+    responses: int = Field(description="Stored responses, which are not listed.")
+
+
+class CacheDeleted(Reply):
+    object: Literal["cache.deleted"]
+    cache_name: str
+    model: str
+    deleted: Literal[True]
+
+
+class Verdict(Reply):
+    cache_name: str
+    model: str
+    owner: str | None
+    state: State
+    would_hit: bool | None
+    miss_reason: MissReason | None
+    detail: str
+    action: Action | None
+
+
+class CacheProgress(Reply):
+    object: Literal["cache.progress"]
+    computed: int
+    total: int
+
+
+class CacheEvent(RootModel[CacheProgress | CacheMade]):
+    """Progress, and the answer as the last one."""
+
+
+class CacheVerdict(Verdict):
+    object: Literal["cache.verdict"]
+
+
+class Summary(Reply):
+    object: Literal["cache.verification"]
+    checked: int
+    ok: int
+    damaged: int
+    unfit: int
+    stray: int
+    repaired: int
+    wrong: int
+
+
+class Verification(Summary):
+    data: list[Verdict]
+
+
+class VerificationEvent(RootModel[CacheVerdict | Summary]):
+    """A verdict for each cache, and the sums as the last one."""

@@ -1,0 +1,76 @@
+"""POST /v1/verify: checks caches, and repairs them if asked to."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+from pydantic import Field
+from starlette.responses import Response
+
+from headstart.api.auth import rank
+from headstart.api.context import owner
+from headstart.api.fields.generation import Body
+from headstart.api.fields.values import Utf8
+from headstart.api.sse import BEGIN_SECONDS, EventStream, as_event, begun, while_connected
+from headstart.service.caching.verify import Verdict, Wish
+from headstart.service.service import Service
+
+router = APIRouter(prefix="/v1")
+
+Json = dict[str, Any]
+
+
+class VerifyRequest(Body):
+    model: Utf8 | None = Field(None, description="Only this model's caches.")
+    cache_name: Utf8 | None = Field(None, description="Only caches of this name.")
+    repair: bool = Field(False, description="Compute those damaged or unfit again from their prompts.")
+    remove_unreadable: bool = Field(
+        False,
+        description="With `repair`: delete files whose prompt can't be read, rather than set them aside.",
+    )
+    stream: bool = Field(False, description="Tell each cache's verdict as a server-sent event.")
+
+
+@router.post("/verify")
+async def verify(request: Request, body: VerifyRequest) -> Response:
+    """Checks the files' hashes as the disk has them, and what requests would make of each cache; a key's own
+    ones, and all where there are no keys or the key is an admin's."""
+    service: Service = request.app.state.service
+    model = None if body.model is None else service.settings.aliases.get(body.model, body.model)
+    whose = "" if rank(request) == "admin" else owner(request)
+    wish = Wish(model, body.cache_name, body.repair, body.remove_unreadable, whose)
+    verdicts = service.verifier.verify(wish)
+    if body.stream:
+        return EventStream(await begun(request, _events(verdicts), BEGIN_SECONDS))
+    return JSONResponse(await while_connected(request, _whole(verdicts)))
+
+
+async def _events(verdicts: AsyncGenerator[Verdict, None]) -> AsyncGenerator[bytes, None]:
+    known = []
+    async with aclosing(verdicts):
+        async for verdict in verdicts:
+            known.append(verdict)
+            yield as_event({"object": "cache.verdict", **msgspec.structs.asdict(verdict)})
+    yield as_event(_summary(known))
+
+
+async def _whole(verdicts: AsyncGenerator[Verdict, None]) -> Json:
+    known = [verdict async for verdict in verdicts]
+    return _summary(known) | {"data": [msgspec.structs.asdict(verdict) for verdict in known]}
+
+
+def _summary(verdicts: list[Verdict]) -> Json:
+    states = Counter(verdict.state for verdict in verdicts)
+    return {
+        "object": "cache.verification",
+        "checked": len(verdicts),
+        **{state: states[state] for state in ("ok", "damaged", "unfit", "stray")},
+        "repaired": sum(verdict.action == "rebuilt" for verdict in verdicts),
+        "wrong": sum(verdict.is_wrong for verdict in verdicts),
+    }

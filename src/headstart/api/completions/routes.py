@@ -1,0 +1,66 @@
+"""POST /v1/chat/completions and /v1/completions."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+from starlette.responses import Response
+
+from headstart.api.completions.request import COMPLETION_MAX_TOKENS, ChatRequest, CompletionRequest
+from headstart.api.completions.response import Chat, Completion, Events, stream, whole
+from headstart.api.context import addressed, explaining
+from headstart.api.fields.answer_format import shaped, while_preparing
+from headstart.api.fields.generation import GenerationRequest
+from headstart.api.sse import BEGIN_SECONDS, EventStream, begun, while_connected
+from headstart.service.generation.batch import together
+from headstart.service.interface.options import Options
+from headstart.service.service import Service
+
+router = APIRouter(prefix="/v1")
+
+
+@router.post("/chat/completions")
+async def chat_completions(request: Request, body: ChatRequest) -> Response:
+    """Answers a chat; with `use_cache` it begins as the named caches do."""
+    service: Service = request.app.state.service
+    limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    messages = [message.plain() for message in body.messages]
+    async with service.models.use(addressed(request, body)) as model:
+        options = await _options(request, body, limit)
+        preparing = service.preparation.chat(model, messages, options, body.tools)
+        prepared = await while_preparing(request, body.tools, preparing)
+        events = service.generation.run(prepared)
+        return await _answer(request, body, events, Chat(body.model), options.n)
+
+
+@router.post("/completions")
+async def completions(request: Request, body: CompletionRequest) -> Response:
+    """Continues a text; with `use_cache` the named prompt goes before it."""
+    service: Service = request.app.state.service
+    limit = COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    async with service.models.use(addressed(request, body)) as model:
+        options = await _options(request, body, limit)
+        texts = body.texts()
+        prepared = [await service.preparation.text(model, text, options) for text in texts]
+        runs = [service.generation.run(each) for each in prepared]
+        events = runs[0] if len(runs) == 1 else together(runs, options.n)
+        echoed = texts if body.echo else []
+        echoes = [text.said(model.vocabulary) for text in echoed for _ in range(options.n)]
+        return await _answer(request, body, events, Completion(body.model, echoes), len(texts) * options.n)
+
+
+async def _options(request: Request, body: GenerationRequest, max_tokens: int | None) -> Options:
+    # Long grammars take a third of a second to be translated.
+    wanted = await asyncio.to_thread(body.wanted) if body.has_form else None
+    options = await shaped(request, body.options(max_tokens), wanted)
+    return explaining(request, options)
+
+
+async def _answer(request: Request, body: GenerationRequest, events: Events, shape: Chat, n: int) -> Response:
+    """`n`: of how many choices."""
+    if body.stream:
+        started = await begun(request, events, BEGIN_SECONDS)
+        return EventStream(stream(started, shape, n, body.include_usage), source=started)
+    return JSONResponse(await while_connected(request, whole(events, shape, n)))

@@ -1,0 +1,150 @@
+"""What requests say about the form of answers: OpenAI's `response_format` and, besides, llama-server's
+`grammar` and vLLM's `structured_outputs`."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine, Iterator
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
+
+from fastapi import Request
+from msgspec import structs
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from headstart.api.context import owner
+from headstart.api.fields.values import Utf8
+from headstart.api.sse import while_connected
+from headstart.errors import BadRequest
+from headstart.service.generation.grammars import (
+    OBJECT,
+    choice_grammar,
+    json_grammar,
+    lark_grammar,
+    regex_grammar,
+    written_grammar,
+)
+from headstart.service.generation.prepared import Prepared
+from headstart.service.interface.options import Options
+from headstart.service.service import Service
+
+Schema = dict[str, Any]
+Written = Annotated[Utf8, StringConstraints(min_length=1, max_length=65536)]
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="allow", populate_by_name=True)
+
+
+class JsonSchema(Part):
+    name: Utf8 | None = Field(None, description="Of the schema; changes nothing.")
+    schema_: Schema = Field(alias="schema", description="What the answer must match.")
+    strict: bool | None = Field(None, description="Makes no difference: the schema is always enforced.")
+
+
+class ResponseFormat(Part):
+    type: Literal["text", "json_object", "json_schema", "regex", "lark"] = Field(
+        description="Of what kind the form is; `text` is none."
+    )
+    json_schema: JsonSchema | None = Field(None, description="With `json_schema`.")
+    schema_: Schema | None = Field(None, alias="schema", description="With `json_object`.")
+    regex: Written | None = Field(None, description="With `regex`: what the whole answer matches.")
+    lark: Written | None = Field(None, description="With `lark`: a grammar in llguidance's syntax.")
+
+    @model_validator(mode="after")
+    def _has_what_its_type_names(self) -> ResponseFormat:
+        if self.type in ("json_schema", "regex", "lark") and getattr(self, self.type) is None:
+            raise ValueError(f"{self.type} is missing")
+        return self
+
+    def grammars(self, param: str) -> Iterator[str]:
+        if self.type == "json_object":
+            yield json_grammar(self.schema_ or OBJECT, param)
+        elif self.type == "json_schema" and self.json_schema:
+            yield json_grammar(self.json_schema.schema_, param)
+        elif self.type == "regex" and self.regex:
+            yield regex_grammar(self.regex)
+        elif self.type == "lark" and self.lark:
+            yield lark_grammar(self.lark)
+
+
+class StructuredOutputs(Part):
+    json_: Schema | None = Field(None, alias="json", description="JSON of this schema.")
+    json_object: bool | None = Field(None, description="True: any JSON object.")
+    regex: Written | None = Field(None, description="What the whole answer matches.")
+    choice: Annotated[list[Utf8], Field(min_length=1)] | None = Field(None, description="One of these texts.")
+    grammar: Written | None = Field(None, description="A grammar in Lark or GBNF.")
+
+    def grammars(self, param: str) -> Iterator[str]:
+        if self.json_ is not None:
+            yield json_grammar(self.json_, param)
+        if self.json_object:
+            yield json_grammar(OBJECT, param)
+        if self.regex is not None:
+            yield regex_grammar(self.regex)
+        if self.choice is not None:
+            yield choice_grammar(self.choice)
+        if self.grammar is not None:
+            yield written_grammar(self.grammar, param)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the answer must match, and the field that says so."""
+
+    grammar: str
+    param: str
+
+
+class StructuredRequest(BaseModel):
+    response_format: ResponseFormat | None = Field(None, description="What the answer is to look like.")
+    written_grammar: Written | None = Field(
+        None, alias="grammar", description="A grammar for the answer, in Lark or GBNF."
+    )
+    structured_outputs: StructuredOutputs | None = Field(
+        None, description="As `response_format`, in vLLM's words."
+    )
+
+    @property
+    def has_form(self) -> bool:
+        forms = (self.response_format, self.written_grammar, self.structured_outputs)
+        return any(form is not None for form in forms)
+
+    def wanted(self) -> Wanted | None:
+        """Raises BadRequest for what is no grammar, or for several."""
+        found = list(self._wanted())
+        if len(found) > 1:
+            raise BadRequest("The answer can have one form only; leave the others out.", param=found[1].param)
+        return found[0] if found else None
+
+    def _wanted(self) -> Iterator[Wanted]:
+        if self.response_format is not None:
+            for grammar in self.response_format.grammars("response_format"):
+                yield Wanted(grammar, "response_format")
+        if self.written_grammar is not None:
+            yield Wanted(written_grammar(self.written_grammar, "grammar"), "grammar")
+        if self.structured_outputs is not None:
+            for grammar in self.structured_outputs.grammars("structured_outputs"):
+                yield Wanted(grammar, "structured_outputs")
+
+
+async def while_preparing(
+    request: Request, tools: object, preparing: Coroutine[Any, Any, Prepared]
+) -> Prepared:
+    """What is prepared. Tools may have a grammar that has to be checked, which can take long: it is given up
+    when the client leaves."""
+    return await (while_connected(request, preparing) if tools else preparing)
+
+
+async def shaped(request: Request, options: Options, wanted: Wanted | None) -> Options:
+    """Raises BadRequest for a form that can't be enforced, or Unavailable."""
+    if wanted is None:
+        return options
+    service: Service = request.app.state.service
+    checking = service.grammars.check(wanted.grammar, wanted.param, owner(request))
+    await while_connected(request, checking)
+    calling = options.calling
+    if calling.choice != "required":
+        # Nothing but its form is in the answer, even where the prompt has opened the reasoning.
+        calling = replace(calling, reasoning=False)
+    sampling = structs.replace(options.sampling, grammar=wanted.grammar)
+    return replace(options, sampling=sampling, calling=calling)

@@ -1,0 +1,198 @@
+"""Request bodies. Unknown fields are accepted; those that would change the answer in a way this server can't
+are refused unless they ask for nothing."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Self
+
+from msgspec import structs
+from pydantic import BaseModel, BeforeValidator, Field, StringConstraints, model_validator
+
+from headstart.api.fields.answer_format import StructuredRequest
+from headstart.api.fields.tools import (
+    with_modest_calls,
+)
+from headstart.api.fields.values import LogitBias, Many, Utf8
+from headstart.contents import ChatMessage, Open
+from headstart.errors import BadRequest
+from headstart.limits import MAX_MESSAGES, MAX_UNKNOWN
+from headstart.protocol import Sampling
+from headstart.service.interface.options import Options
+
+MOST_ANSWERS = 128
+
+
+StopString = Annotated[Utf8, StringConstraints(min_length=1, max_length=1000)]
+
+
+Body = Open
+
+
+class StreamOptions(Body):
+    include_usage: bool = Field(False, description="Send a last chunk with `usage`.")
+
+
+class CachedRequest(Body):
+    """What begins like a cache."""
+
+    model: Utf8 = Field(description="A model, an alias, or `model@cache`.")
+    use_cache: Utf8 | Many[Utf8] | None = Field(
+        None, description="Name of the cache to start from, or several names."
+    )
+
+    @model_validator(mode="after")
+    def _knows_most_fields(self) -> Self:
+        if len(self.model_extra or {}) > MAX_UNKNOWN:
+            raise ValueError(f"The body has more than {MAX_UNKNOWN} fields that are not known here")
+        return self
+
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        """The caches to start from."""
+        if isinstance(self.use_cache, list):
+            return tuple(self.use_cache)
+        return None if self.use_cache is None else (self.use_cache,)
+
+
+class SampledRequest(CachedRequest):
+    """What is answered by sampling."""
+
+    cache_prompt: bool = Field(
+        True, description="False: evaluate every prompt token, taking nothing from caches or slots."
+    )
+    explain_cache: bool = Field(False, description="Tell why the request started from a cache, or didn't.")
+    temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy.")
+    top_p: float | None = Field(None, ge=0, le=1, description="Likeliest tokens with so much probability.")
+    top_k: int | None = Field(None, ge=-1, lt=1 << 31, description="So many likeliest tokens; 0 or -1: all.")
+    min_p: float | None = Field(None, ge=0, le=1, description="Tokens so likely against the likeliest.")
+    presence_penalty: float | None = Field(None, ge=-2, le=2, description="For tokens that came already.")
+    frequency_penalty: float | None = Field(None, ge=-2, le=2, description="As often as tokens came.")
+    repeat_penalty: float | None = Field(None, gt=0, le=10, description="Divides logits of such tokens.")
+    repeat_last_n: int | None = Field(None, ge=0, le=4096, description="Tokens that penalties look at.")
+    seed: int | None = Field(
+        None, ge=-(1 << 63), lt=1 << 63, description="The same seed makes the same answer; else a new one."
+    )
+    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = Field(
+        None, description="Texts that end an answer and are no part of it."
+    )
+
+    @property
+    def sampling(self) -> Sampling:
+        """But for logprobs, which each endpoint asks for in its own way."""
+        given = {
+            name: value
+            for name in Sampling.__struct_fields__
+            if name in type(self).model_fields and (value := getattr(self, name)) is not None
+        }
+        return Sampling(**given | {"logprobs": None})
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+
+class GenerationRequest(SampledRequest, StructuredRequest):
+    """What chat and text completions have in common."""
+
+    max_tokens: int | None = Field(None, ge=0, description="The most tokens that an answer may have.")
+    n: int | None = Field(
+        None, ge=1, le=MOST_ANSWERS, description="How many answers; no more than the model has slots."
+    )
+    logit_bias: LogitBias | None = Field(None, description="By token id: what is added to its logit.")
+    ignore_eos: bool | None = Field(None, description="True: the model can't end its answer by itself.")
+    stream: bool | None = Field(False, description="Send the answer as server-sent events.")
+    stream_options: StreamOptions | None = Field(None, description="With `stream` only.")
+
+    def options(self, max_tokens: int | None) -> Options:
+        """Raises BadRequest for a parameter that can't be honoured."""
+        self._check_supported()
+        return Options(
+            max_tokens=max_tokens,
+            sampling=structs.replace(self.sampling, logprobs=self.n_logprobs),
+            stop=self.stops,
+            use_cache=self.names,
+            reuse=self.cache_prompt,
+            explain=self.explain_cache,
+            n=self.n or 1,
+            given=asked(self),
+        )
+
+    @property
+    def n_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are told with each; None: not even its own probability."""
+        return None
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def _check_supported(self) -> None:
+        extra: dict[str, Any] = self.model_extra or {}
+        for name, harmless in HARMLESS.items():
+            if name in extra and extra[name] not in harmless:
+                instead = INSTEAD.get(name, "leave it out")
+                raise BadRequest(
+                    f"{name} = {extra[name]!r} is not supported by this server; {instead}.", param=name
+                )
+
+
+# Parameters of the OpenAI API that this server, or the endpoint, doesn't have, with the values that ask for
+# nothing.
+HARMLESS: dict[str, tuple[object, ...]] = {
+    "best_of": (None, 1),
+    "top_logprobs": (None, 0),
+    "echo": (None, False),
+    "suffix": (None, ""),
+    "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "functions": (None, []),
+    "function_call": (None, "none", "auto"),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "guided_choice": (None,),
+    "guided_grammar": (None,),
+    "json_schema": (None, {}),
+    "modalities": (None, ["text"]),
+    "audio": (None,),
+    "web_search_options": (None,),
+    "moderation": (None,),
+    "save_as": (None,),
+}
+INSTEAD = {"functions": "send tools instead", "function_call": "send tools and tool_choice instead"}
+
+
+Messages = Annotated[Many[ChatMessage], Field(max_length=MAX_MESSAGES), BeforeValidator(with_modest_calls)]
+
+
+# What clients send though they want nothing by it, besides null.
+NOTHING: dict[str, tuple[object, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "logit_bias": ({},),
+    "response_format": ({"type": "text"},),
+    "tool_choice": ("none", "auto"),
+    "min_p": (0.0,),
+    "grammar": ("",),
+    "ignore_eos": (False,),
+}
+
+
+def asked(body: BaseModel) -> frozenset[str]:
+    """Their names."""
+    fields = type(body).model_fields
+    return frozenset(
+        (name in fields and fields[name].alias) or name
+        for name in body.model_fields_set
+        if _asks(name, getattr(body, name))
+    )
+
+
+def _asks(name: str, value: object) -> bool:
+    if isinstance(value, BaseModel):
+        value = value.model_dump(exclude_unset=True)
+    # 0 == False, but a number of logprobs is no flag.
+    return value is not None and not any(
+        value == nothing and type(value) is type(nothing) for nothing in NOTHING.get(name, ())
+    )

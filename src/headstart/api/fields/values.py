@@ -1,0 +1,32 @@
+"""Text in request bodies, and lists that may be long."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field, StrictInt
+
+from headstart.contents import Many, Utf8
+
+__all__ = ["Many", "Utf8"]
+
+
+# A third of what a model of 150,000 tokens has would be a wish for a grammar.
+MOST_BIASED = 1024
+MOST_LOGPROBS = 20
+
+TokenId = Annotated[StrictInt, Field(ge=0, lt=1 << 31)]
+BiasedId = Annotated[int, Field(ge=0, lt=1 << 31)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+LogitBias = Annotated[dict[BiasedId, Bias], Field(max_length=MOST_BIASED)]
+TopLogprobs = Annotated[int, Field(ge=0, le=MOST_LOGPROBS)]
+
+
+def _count(value: object) -> object:
+    """False asks for nothing, as null does. Raises ValueError for true, which is what chats say."""
+    if value is True:
+        raise ValueError("Input should be the number of likeliest tokens to tell")
+    return None if value is False else value
+
+
+LegacyLogprobs = Annotated[TopLogprobs | None, BeforeValidator(_count)]

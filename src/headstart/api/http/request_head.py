@@ -1,0 +1,70 @@
+"""The beginning of a request, up to the end of its headers, as it comes."""
+
+from __future__ import annotations
+
+import urllib.parse
+from typing import Any
+
+import httptools
+
+from headstart.api.http import limits
+from headstart.errors import AddressTooLong, BadRequest, HeadersTooLarge
+
+
+class RequestHead:
+    """Refuses what is too large, as soon as it is. A parser tells of a part only when it is complete, so the
+    bytes that come are counted, too."""
+
+    def __init__(self) -> None:
+        self.url = b""
+        self.headers: list[tuple[bytes, bytes]] = []
+        self._come = 0
+        self._told = 0
+
+    @property
+    def path(self) -> str:
+        """What is known of it, for the shape of a refusal."""
+        return self.url.decode("latin-1").partition("?")[0]
+
+    @property
+    def has_body(self) -> bool:
+        return any(name in (b"content-length", b"transfer-encoding") for name, _ in self.headers)
+
+    def came(self, size: int) -> None:
+        """So many bytes, and it isn't complete. Raises HeadersTooLarge."""
+        self._come += size
+        _check(self._come)
+
+    def add_url(self, url: bytes) -> None:
+        """Raises AddressTooLong."""
+        self.url += url
+        if len(self.url) > limits.MAX_ADDRESS_BYTES:
+            raise AddressTooLong(f"The address is longer than {limits.MAX_ADDRESS_BYTES} bytes.")
+
+    def add_header(self, name: bytes, value: bytes) -> None:
+        """Raises HeadersTooLarge."""
+        self.headers.append((name.lower(), value))
+        self._told += len(name) + len(value)
+        _check(self._told)
+        if len(self.headers) > limits.MAX_HEADERS:
+            raise HeadersTooLarge(f"The request has more than {limits.MAX_HEADERS} headers.")
+
+    def target(self) -> dict[str, Any]:
+        """What the address says, as a scope has it. Raises BadRequest."""
+        try:
+            parsed = httptools.parse_url(self.url)
+            path = (parsed.path or b"").decode("ascii")
+        except (httptools.HttpParserInvalidURLError, UnicodeDecodeError):
+            path = ""
+        if not path.startswith("/"):
+            raise BadRequest("The address has no path.")
+        return {
+            "path": urllib.parse.unquote(path),
+            "raw_path": parsed.path,
+            "query_string": parsed.query or b"",
+        }
+
+
+def _check(size: int) -> None:
+    if size > limits.MAX_HEAD_BYTES:
+        raise HeadersTooLarge(f"The request's headers have more than {limits.MAX_HEAD_BYTES} bytes.")

@@ -1,0 +1,125 @@
+"""/v1/models and /health: what there is, what is loaded, and loading and unloading it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from pydantic import Field
+
+from headstart.api.auth import check_admin, rank
+from headstart.api.context import owner, seen
+from headstart.api.fields.generation import Body
+from headstart.api.fields.values import Utf8
+from headstart.api.sse import while_connected
+from headstart.errors import HeadstartError, ModelLoading, Unavailable
+from headstart.service.models.model import ServedModel
+from headstart.service.models.model_names import choices
+from headstart.service.service import Service
+
+router = APIRouter()
+
+Json = dict[str, Any]
+
+
+class LoadRequest(Body):
+    model: Utf8 = Field(description="A model of this server.")
+
+
+class UnloadRequest(LoadRequest):
+    force: bool = Field(False, description="Also while it answers requests, which fail.")
+
+
+@router.get("/health")
+async def health(request: Request) -> Json:
+    """200 when every model to be loaded at the start answers; 503 while one loads or can't run. Where there
+    are API keys, more is told to those who send one."""
+    service: Service = request.app.state.service
+    who = rank(request)
+    states = {name: model.state for name, model in service.models.all.items()}
+    told: Json = {} if who == "stranger" else {"models": states}
+    if not service.models.ready:
+        first = (service.models.all[name].engine.failure for name in service.models.first)
+        failed = [failure for failure in first if failure]
+        error: HeadstartError = ModelLoading("A model is loading.")
+        if failed:
+            error = Unavailable("A model can't run." if who == "stranger" else failed[0])
+        error.details = told
+        raise error
+    if who != "stranger":
+        whose = None if who == "admin" else owner(request)
+        told["caches_building"] = len(service.caching.building(whose))
+    return {"status": "ok", **told}
+
+
+@router.get("/v1/models")
+async def list_models(request: Request) -> Json:
+    """Models, aliases, and `model@cache` for each cache."""
+    service: Service = request.app.state.service
+    service.models.rescan()
+    visible = service.shelves.visible(owner(request))
+    caches = [entry for entry in visible if entry.model in service.models.all]
+    names = [*service.names(), *choices(caches)]
+    return {"object": "list", "data": [_described(service, name) for name in names]}
+
+
+@router.get("/v1/models/available")
+async def available(request: Request) -> Json:
+    """The models that can be loaded, and those that are."""
+    service: Service = request.app.state.service
+    service.models.rescan()
+    return {"object": "list", "data": [_described(service, name) for name in service.models.all]}
+
+
+@router.get("/v1/models/loaded")
+async def loaded(request: Request) -> Json:
+    """The models that answer at once."""
+    service: Service = request.app.state.service
+    ready = [name for name, model in service.models.all.items() if model.state == "ready"]
+    return {"object": "list", "data": [_described(service, name) for name in ready]}
+
+
+@router.post("/v1/models/load")
+async def load(request: Request, body: LoadRequest) -> Json:
+    """Loads a model before it is first used; answers when it is loaded."""
+    service: Service = request.app.state.service
+    await while_connected(request, _load(service, service.model(body.model)))
+    return _described(service, body.model)
+
+
+async def _load(service: Service, model: ServedModel) -> None:
+    async with service.models.use(model) as used:
+        used.engine.check_available()
+
+
+@router.post("/v1/models/unload")
+async def unload(request: Request, body: UnloadRequest) -> Json:
+    """Frees a model's memory. Its caches stay; the next request loads it again."""
+    check_admin(request, "Unloading a model, which others may be using,")
+    service: Service = request.app.state.service
+    was_loaded = await service.models.unload(service.model(body.model), force=body.force)
+    return _described(service, body.model) | {"unloaded": was_loaded}
+
+
+@router.get("/v1/models/{name:path}")
+async def show_model(request: Request, name: str) -> Json:
+    """One of those that are listed."""
+    service: Service = request.app.state.service
+    model, cache = service.target(name)
+    if "@" in name and cache is not None:
+        service.shelves.look_up(seen(request, model), cache, param="model")
+    return _described(service, name)
+
+
+def _described(service: Service, name: str) -> Json:
+    model, _ = service.target(name)
+    answer: Json = {
+        "id": name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "headstart",
+        "state": model.state,
+    }
+    if info := model.engine.info:
+        answer |= {"n_ctx": info.n_ctx, "slots": info.slots}
+    return answer

@@ -1,0 +1,45 @@
+"""Answers of /v1/embeddings, /tokenize, /detokenize and /apply-template."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from headstart.api.fields.reply import Reply
+
+
+class Embedding(Reply):
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str = Field(description="Numbers, or base64 of float32, little-endian.")
+
+
+class EmbeddingUsage(Reply):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embeddings(Reply):
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+
+class Piece(Reply):
+    id: int
+    piece: str | list[int] = Field(description="Its text, or its bytes where they are no text alone.")
+
+
+class Tokens(Reply):
+    tokens: list[int] | list[Piece]
+    n: int
+
+
+class Detokenized(Reply):
+    content: str
+
+
+class Prompt(Reply):
+    prompt: str
