@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -23,34 +24,39 @@ from headstart.config.settings import Settings
 
 ROOT = Path(headstart.__file__).parent
 # What each part may import of the others; a part is a package or a module of the top level.
-BOTTOM = {"arithmetic", "errors", "config", "messages", "names", "tokens", "toyspec", "machine", "headstart"}
-BOTTOM |= {"channel", "folder", "tables", "contents", "json_scan", "limits", "nesting", "regular"}
+BOTTOM = {"numerics", "errors", "config", "protocol", "names", "tokens", "toyspec", "machine", "headstart"}
+BOTTOM |= {"channel", "model_files", "contents", "json_scan", "limits", "regular_files", "round_robin"}
 ALLOWED = {
     "errors": set(),
     "names": {"errors"},
     "tokens": set(),
     "channel": set(),
     "machine": set(),
-    "folder": set(),
+    "model_files": set(),
     "toyspec": set(),
-    "arithmetic": set(),
-    "messages": {"arithmetic"},
-    "contents": {"limits", "nesting"},
+    "numerics": set(),
+    "protocol": {"numerics"},
+    "contents": {"limits", "json_scan"},
     "limits": set(),
     "json_scan": {"limits"},
-    "nesting": set(),
-    "regular": set(),
-    "tables": {"contents", "errors", "names", "regular"},
-    "config": {"arithmetic", "contents", "errors", "folder", "names", "tables"},
+    "regular_files": set(),
+    "round_robin": set(),
+    "config": {"numerics", "contents", "errors", "model_files", "names", "regular_files"},
     "engine": BOTTOM,
     "prompt": BOTTOM,
     "caches": BOTTOM,
     "service": BOTTOM | {"engine", "prompt", "caches"},
+    "doctor": BOTTOM | {"service", "engine", "prompt", "caches"},
     "api": BOTTOM | {"service", "caches"},
-    "cli": BOTTOM | {"service", "api"},
+    "cli": BOTTOM | {"service", "doctor", "api"},
     "__init__": set(),
     "__main__": {"cli"},
 }
+# Folders of the service from the bottom up: each may import those before it.
+SERVICE_FLOORS = (("models", "interface"), ("caching",), ("origins",), ("generation",), ("service",))
+# Folders of the API that stand side by side, and what they may share.
+DIALECTS = {"completions", "responses", "anthropic", "caches", "models", "tokens"}
+MOST_MODULES = 14
 
 
 def _imports(path: Path) -> set[str]:
@@ -71,6 +77,33 @@ def test_lower_layers_never_import_higher_ones(path: Path) -> None:
     part = path.relative_to(ROOT).parts[0].removesuffix(".py")
     wanted = {name.split(".")[1] for name in _imports(path) if name.startswith("headstart.")}
     assert wanted - {part} <= ALLOWED[part]
+
+
+def _folders(path: Path, package: str) -> set[str]:
+    """The folders or modules of a package that the module imports."""
+    prefix = f"headstart.{package}."
+    return {name.removeprefix(prefix).split(".")[0] for name in _imports(path) if name.startswith(prefix)}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "service").rglob("*.py")), ids=lambda path: path.stem)
+def test_floors_of_the_service_import_downwards_only(path: Path) -> None:
+    floor = path.relative_to(ROOT / "service").parts[0].removesuffix(".py")
+    if floor == "__init__":
+        return
+    (number,) = [i for i, floors in enumerate(SERVICE_FLOORS) if floor in floors]
+    below = {name for floors in SERVICE_FLOORS[:number] for name in floors}
+    assert _folders(path, "service") - {floor} <= below
+
+
+@pytest.mark.parametrize("dialect", sorted(DIALECTS))
+def test_dialects_never_import_each_other(dialect: str) -> None:
+    for path in (ROOT / "api" / dialect).glob("*.py"):
+        assert _folders(path, "api") & DIALECTS <= {dialect}, path
+
+
+def test_no_folder_has_more_modules_than_one_sees_at_once() -> None:
+    counts = Counter(path.parent for path in MODULES if path.name not in ("__init__.py", "__main__.py"))
+    assert {str(folder): n for folder, n in counts.items() if n > MOST_MODULES} == {}
 
 
 def test_llama_cpp_is_imported_in_two_files_only() -> None:

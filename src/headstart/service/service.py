@@ -10,6 +10,7 @@ from headstart.errors import ModelNotFound
 from headstart.service.caching.caching import Caching
 from headstart.service.caching.expiry import Lifecycle
 from headstart.service.caching.quota import Quota
+from headstart.service.caching.remeasure import Remeasuring
 from headstart.service.caching.transfer import Files
 from headstart.service.caching.verify import Verifier
 from headstart.service.generation.generate import Generation
@@ -18,7 +19,6 @@ from headstart.service.generation.prepare import Preparation
 from headstart.service.models.model import Say, ServedModel
 from headstart.service.models.model_names import split
 from headstart.service.models.registry import Models
-from headstart.service.models.remeasure import Remeasuring
 from headstart.service.origins.automatic import Automatic
 from headstart.service.origins.breakpoints import Marks
 from headstart.service.origins.conversations import Conversations

@@ -1,6 +1,5 @@
-"""Measures what a model is run with on this machine.
-
-`python -m headstart.engine.tuning.measure SETTINGS` writes a Tuning as JSON.
+"""Measures what is fastest on this machine: `python -m headstart.engine.tuning.measure SETTINGS` writes a
+Tuning as JSON.
 
 Alternatives are timed in turn, so that a noisy moment hurts all of them, and compared by their shortest
 times: other work on the machine only ever adds to one. Each is timed in two groups, apart in time; a figure

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict, deque
 from typing import Generic, TypeVar
+
+from headstart.round_robin import RoundRobin
 
 T = TypeVar("T")
 
 
 class Turns(Generic[T]):
-    """What one owner has put in comes out in its order, and between it what others have."""
+    """Items of several owners: an owner's come out in their order, and between them those of others."""
 
     def __init__(self) -> None:
-        self._waiting: OrderedDict[str, deque[T]] = OrderedDict()
+        self._waiting: RoundRobin[T] = RoundRobin()
         self._there = asyncio.Event()
 
     def __len__(self) -> int:
-        return sum(map(len, self._waiting.values()))
+        return len(self._waiting)
 
     def put(self, owner: str, item: T) -> None:
-        self._waiting.setdefault(owner, deque()).append(item)
+        self._waiting.put(owner, item)
         self._there.set()
 
     async def next(self) -> T:
@@ -30,9 +31,5 @@ class Turns(Generic[T]):
         return self.pop()
 
     def pop(self) -> T:
-        """Raises KeyError where nothing waits."""
-        owner, items = self._waiting.popitem(last=False)
-        item = items.popleft()
-        if items:
-            self._waiting[owner] = items
-        return item
+        """Raises StopIteration where nothing waits."""
+        return self._waiting.take()

@@ -1,0 +1,112 @@
+"""One prompt process and the socket to it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from contextlib import suppress
+
+import msgspec
+
+from headstart.channel import HEADER
+from headstart.prompt.process.protocol import Reply
+
+# Nothing that a prompt process has to say is as long.
+MOST_BYTES = 256 << 20
+END_SECONDS = 5.0
+# llama.cpp would start a debugger to tell where it fails.
+ENVIRONMENT = {"GGML_NO_BACKTRACE": "1", "TOKENIZERS_PARALLELISM": "false"}
+# Signals that end a process from outside, whatever it was doing.
+FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
+
+
+class Ended(Exception):
+    """A process has ended, or was; the message says why. `at_fault`: what it was asked for may be why."""
+
+    def __init__(self, reason: str, *, at_fault: bool = True) -> None:
+        super().__init__(reason)
+        self.at_fault = at_fault
+
+
+class Link:
+    """One process and the socket to it. Use `asked` by one task at a time."""
+
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        self.process, self.reader, self.writer = process, reader, writer
+        self.decoder: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+
+    @classmethod
+    async def opened(cls) -> Link:
+        """Raises Ended where no process can be started."""
+        ours, theirs = socket.socketpair()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                # -P: what lies in the current folder is no part of the program.
+                *(sys.executable, "-P", "-m", "headstart.prompt.process.worker", str(theirs.fileno())),
+                pass_fds=[theirs.fileno()],
+                stdin=asyncio.subprocess.DEVNULL,
+                env=os.environ | ENVIRONMENT,
+            )
+        except BaseException as error:
+            ours.close()
+            if isinstance(error, OSError):
+                raise Ended(f"it can't be started: {error}", at_fault=False) from error
+            raise
+        finally:
+            theirs.close()
+        return cls(process, *await asyncio.open_connection(sock=ours))
+
+    @property
+    def has_ended(self) -> bool:
+        return self.reader.at_eof() or self.writer.is_closing() or self.process.returncode is not None
+
+    async def asked(self, data: bytes, seconds: float) -> Reply:
+        """The reply to a request. Raises Ended, after which there is no process any more."""
+        try:
+            async with asyncio.timeout(seconds):
+                self.writer.write(data)
+                await self.writer.drain()
+                (size,) = HEADER.unpack(await self.reader.readexactly(HEADER.size))
+                if size > MOST_BYTES:
+                    raise msgspec.DecodeError(f"a reply of {size} bytes")
+                return self.decoder.decode(await self.reader.readexactly(size))
+        except TimeoutError as error:
+            await self.close()
+            raise Ended(f"it had not answered after {seconds:g} seconds") from error
+        except msgspec.DecodeError as error:
+            await self.close()
+            raise Ended(f"it answered with nonsense: {error}") from error
+        except (asyncio.IncompleteReadError, OSError, RuntimeError) as error:
+            # uvloop says RuntimeError of a socket that it has closed.
+            raise _explained(await self._code()) from error
+
+    async def _code(self) -> int:
+        with suppress(TimeoutError):
+            return await asyncio.wait_for(asyncio.shield(self.process.wait()), END_SECONDS)
+        await self.close()
+        return await self.process.wait()
+
+    async def close(self) -> None:
+        self.writer.close()
+        with suppress(ProcessLookupError):
+            self.process.kill()
+        await self.process.wait()
+
+
+def _explained(code: int) -> Ended:
+    if code >= 0:
+        return Ended(f"it ended with status {code}")
+    name = signal.Signals(-code).name
+    if -code in FROM_OUTSIDE:
+        return Ended(f"it was ended by {name}", at_fault=False)
+    if -code == signal.SIGVTALRM:
+        return Ended("it took too much of the processor's time")
+    return Ended(f"it crashed ({name}); the log has its last words, if any")
