@@ -39,7 +39,7 @@ sweep: .venv/installed-dev ## run every case of the sweeps, of which `make test`
 	@HEADSTART_SWEEP=all $(VENV_PYTHON) -m pytest -m sweep --timeout 3600 $(ARGS)
 
 fuzz: .venv/installed-dev ## attack servers for 10 minutes, keep what does harm (ARGS="--minutes 2")
-	@PYTHONPATH=tests $(VENV_PYTHON) -m fuzz $(ARGS)
+	@PYTHONPATH=tests:tests/helpers $(VENV_PYTHON) -m fuzz $(ARGS)
 
 bench: .venv/installed-bench bench-peer ## compare with llama-server, about 10 minutes (ARGS="--arms b,c")
 	@$(VENV_PYTHON) -m bench $(ARGS)

@@ -30,6 +30,6 @@ CC=aarch64-linux-gnu-gcc PYTHONHOME="$work/root/usr" PYTHONPATH="$work/site:$PWD
 import platform, sys, pytest
 assert platform.machine() == "aarch64"
 sys.executable = "$work/python"
-tests = ["$PWD/tests/test_rkllm_abi.py", "$PWD/tests/test_rkllm_runtime.py"]
+tests = ["$PWD/tests/engine/test_rkllm_abi.py", "$PWD/tests/engine/test_rkllm_runtime.py"]
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir", "$work", "--noconftest", *tests]))
 END
