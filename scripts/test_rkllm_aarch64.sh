@@ -26,7 +26,7 @@ for wheel in "$work"/wheels/*.whl; do python3 -m zipfile -e "$wheel" "$work/site
 
 printf '#!/bin/sh\nexec qemu-aarch64 -L %q %q "$@"\n' "$work/root" "$work/root/usr/bin/python$python" >"$work/python"
 chmod +x "$work/python"
-CC=aarch64-linux-gnu-gcc PYTHONHOME="$work/root/usr" PYTHONPATH="$work/site:$PWD/src:$PWD/tests" "$work/python" - <<END
+CC=aarch64-linux-gnu-gcc PYTHONHOME="$work/root/usr" PYTHONPATH="$work/site:$PWD/src:$PWD/tests/helpers" "$work/python" - <<END
 import platform, sys, pytest
 assert platform.machine() == "aarch64"
 sys.executable = "$work/python"

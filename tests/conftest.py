@@ -9,7 +9,7 @@ import pytest
 
 from servers import RunningServer, running_server
 
-# Measuring takes seconds: servers do without, but for the tests about it (tests/test_tuning.py).
+# Measuring takes seconds: servers do without, but for the tests about it (tests/engine/test_tuning.py).
 os.environ["HEADSTART_TUNE"] = "false"
 # Engines in the tests' own process wait as those in workers do: spinning threads stand still beside others.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
