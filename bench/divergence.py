@@ -23,13 +23,13 @@ from headstart.engine.llama.conversion import weights_path
 from headstart.engine.llama.gguf import open_model
 from headstart.engine.model import Piece
 from headstart.machine import available_cpus
-from headstart.numerics import DEFAULT, Arithmetic
+from headstart.numerics import DEFAULT, Numerics
 from headstart.prompt.tokenizer import load_tokenizer
 from headstart.protocol import EngineSettings
 
 N_TOKENS = 1024
 CHUNK = 64
-OTHERS = (Arithmetic(True, "file"), Arithmetic(False, "q8_0"), Arithmetic(True, "q8_0"))
+OTHERS = (Numerics(True, "file"), Numerics(False, "q8_0"), Numerics(True, "q8_0"))
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -45,7 +45,7 @@ def main() -> None:
             report(arithmetic, log_probabilities(arithmetic, tokens, Path(directory)), base, tokens)
 
 
-def log_probabilities(arithmetic: Arithmetic, tokens: list[int], directory: Path) -> Array:
+def log_probabilities(arithmetic: Numerics, tokens: list[int], directory: Path) -> Array:
     """Of the whole vocabulary after each token."""
     settings = EngineSettings(
         embedded_model(), 1, 0, arithmetic=arithmetic, conversions=conversions_of("source", directory)
@@ -75,7 +75,7 @@ def logits(context: LlamaContext, tokens: list[int], start: int) -> Array:
     return np.array([np.ctypeslib.as_array(row, (context.n_vocab,)) for row in rows], dtype=np.float64)
 
 
-def report(arithmetic: Arithmetic, found: Array, base: Array, tokens: list[int]) -> None:
+def report(arithmetic: Numerics, found: Array, base: Array, tokens: list[int]) -> None:
     divergence = (np.exp(base) * (base - found)).sum(axis=1).mean()
     same = (found.argmax(axis=1) == base.argmax(axis=1)).mean()
     perplexity = np.exp(-found[np.arange(len(tokens) - 1), tokens[1:]].mean())

@@ -17,7 +17,7 @@ from time import perf_counter
 
 from headstart.caches.cache_file.format import identity_of
 from headstart.config.settings import embedded_model
-from headstart.engine.core.chunking import Cuts
+from headstart.engine.core.chunking import Chunking
 from headstart.engine.core.engine import Engine
 from headstart.engine.kinds import load
 from headstart.engine.model import Piece
@@ -33,7 +33,7 @@ class Bench:
     def __init__(self, model: str, threads: int, directory: Path) -> None:
         settings = EngineSettings(model, SEQUENCES, CTX, threads, CHUNK, arithmetic=DEFAULT, share_from=256)
         self.model = load(settings)
-        self.engine = Engine(self.model, Cuts(CHUNK), lambda: None, share_from=256)
+        self.engine = Engine(self.model, Chunking(CHUNK), lambda: None, share_from=256)
         self.random = random.Random(1)
         self.prefix = self._tokens(PREFIX)
         self.state = self._saved(directory / "state")

@@ -14,7 +14,7 @@ from statistics import median
 from time import perf_counter
 
 from headstart.config.settings import embedded_model
-from headstart.engine.core.chunking import Cuts
+from headstart.engine.core.chunking import Chunking
 from headstart.engine.core.engine import Engine
 from headstart.engine.kinds import load
 from headstart.numerics import DEFAULT
@@ -48,7 +48,7 @@ GRAMMARS = {
 class Bench:
     def __init__(self, model: str, threads: int) -> None:
         settings = EngineSettings(model, 1, CTX, threads, CHUNK, arithmetic=DEFAULT)
-        self.engine = Engine(load(settings), Cuts(CHUNK), lambda: None)
+        self.engine = Engine(load(settings), Chunking(CHUNK), lambda: None)
         self.prompt = load_tokenizer(model).encode(PROMPT)
 
     def round(self, temperature: float) -> dict[str, list[float]]:

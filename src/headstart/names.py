@@ -8,14 +8,14 @@ from headstart.errors import InvalidName
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 # A folder of caches: a model's, or what one API key has of it (model@key).
-SHELF = re.compile(rf"{NAME.pattern}(@{NAME.pattern})?", re.ASCII)
+NAMESPACE = re.compile(rf"{NAME.pattern}(@{NAME.pattern})?", re.ASCII)
 
 
-def shelf_name(model: str, owner: str) -> str:
+def namespace_name(model: str, owner: str) -> str:
     return f"{model}@{owner}" if owner else model
 
 
-def shelves(own: str) -> list[str]:
+def namespaces(own: str) -> list[str]:
     """Those whose caches may be used where one's own are on the shelf `own`: that one, then everyone's."""
     return list(dict.fromkeys((own, own.partition("@")[0])))
 

@@ -11,14 +11,14 @@ from msgspec import Meta, Struct
 Weights = Literal["file", "q8_0"]
 
 
-class Arithmetic(Struct, frozen=True):
+class Numerics(Struct, frozen=True):
     """`None` leaves a part open: that is how it is asked for. What is computed with has no open part."""
 
     flash_attention: bool | None = None
     weights: Weights | None = None
 
     @classmethod
-    def of(cls, kept: Mapping[str, str]) -> Arithmetic:
+    def of(cls, kept: Mapping[str, str]) -> Numerics:
         """What a state was computed with, from the settings in its fingerprint."""
         flash_attention = {"on": True, "off": False}.get(kept.get("flash_attention", ""))
         named = kept.get("weights", "file")
@@ -26,12 +26,12 @@ class Arithmetic(Struct, frozen=True):
             flash_attention, next((weights for weights in get_args(Weights) if weights == named), None)
         )
 
-    def allows(self, other: Arithmetic) -> bool:
+    def allows(self, other: Numerics) -> bool:
         return self.or_else(other) == other
 
-    def or_else(self, other: Arithmetic) -> Arithmetic:
+    def or_else(self, other: Numerics) -> Numerics:
         """What is open here is as there."""
-        return Arithmetic(
+        return Numerics(
             other.flash_attention if self.flash_attention is None else self.flash_attention,
             other.weights if self.weights is None else self.weights,
         )
@@ -50,7 +50,7 @@ class Arithmetic(Struct, frozen=True):
         return {name: value for name, value in self.shown().items() if value != "file"}
 
 
-DEFAULT = Arithmetic(flash_attention=False, weights="file")
+DEFAULT = Numerics(flash_attention=False, weights="file")
 
 
 # Milliseconds, within what a sane file says.
@@ -61,7 +61,7 @@ MOST_TRIES = 5
 GAIN = 0.10
 
 
-def preferred(hits: Mapping[Arithmetic, float], allowed: Arithmetic, kept: Arithmetic) -> Arithmetic:
+def preferred(hits: Mapping[Numerics, float], allowed: Numerics, kept: Numerics) -> Numerics:
     """The first of what was tried, best first with what a hit took, that is allowed; but `kept`, which caches
     have, where that saves less than a tenth."""
     best = next(tried for tried in hits if allowed.allows(tried))
@@ -85,14 +85,14 @@ class Tuning(Struct, frozen=True):
     that can't be relied on, why. Where there are some, figures are the best of all tries. `depth`: how many
     tokens were held where figures say so; another try holds as many, or more."""
 
-    arithmetic: Arithmetic
+    arithmetic: Numerics
     threads: Annotated[int, Meta(ge=1, le=4096)]
     ubatch: Annotated[int, Meta(ge=1, le=4096)]
     pass_ms: Ms
     token_ms: Ms
     attend_ms: Ms
     share_from: Annotated[int, Meta(ge=0, le=1 << 24)]
-    ranking: Annotated[list[Arithmetic], Meta(max_length=16)]
+    ranking: Annotated[list[Numerics], Meta(max_length=16)]
     measured: dict[str, Ms]
     hits: Annotated[list[Ms], Meta(max_length=16)] = []
     tries: Annotated[int, Meta(ge=0, le=1000)] = 0
@@ -118,6 +118,6 @@ class Tuning(Struct, frozen=True):
         """The first of its doubts, for people; "" where there are none."""
         return next((f"{name}: {why}" for name, why in self.doubts.items()), "")
 
-    def best(self, allowed: Arithmetic) -> Arithmetic | None:
+    def best(self, allowed: Numerics) -> Numerics | None:
         """What measuring would choose; None where nothing that is allowed was tried."""
         return next((tried for tried in self.ranking if allowed.allows(tried)), None)

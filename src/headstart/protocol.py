@@ -12,7 +12,7 @@ from typing import Literal
 
 from msgspec import Struct
 
-from headstart.numerics import Arithmetic, Tuning
+from headstart.numerics import Numerics, Tuning
 
 FinishReason = Literal["stop", "length", "saved", "cancelled"]
 Source = Literal["none", "slot", "file"]
@@ -71,7 +71,7 @@ class EngineSettings(Struct, frozen=True):
     ctx: int
     threads: int = 0
     prefill_chunk: int = 0
-    arithmetic: Arithmetic = Arithmetic()
+    arithmetic: Numerics = Numerics()
     max_step_ms: float = 300
     share_from: int | None = None
     tune: bool = False
@@ -79,7 +79,7 @@ class EngineSettings(Struct, frozen=True):
     conversions: str = ""
     within_memory: bool = False
     tried: Tuning | None = None
-    kept: Arithmetic = Arithmetic()
+    kept: Numerics = Numerics()
     rkllm: RkllmSettings = RkllmSettings()
 
 

@@ -20,7 +20,7 @@ from openai import OpenAI
 from servers import Json, RunningServer, events, eventually, running_server
 
 from conftest import StartServer
-from headstart.engine.core.chunking import Cuts
+from headstart.engine.core.chunking import Chunking
 from headstart.engine.core.embeddings import Embeddings
 from headstart.engine.model import ModelError, TooLarge
 from headstart.engine.toy import ToyEmbedder, ToyModel
@@ -277,7 +277,7 @@ def ends(engine: Embeddings) -> list[tuple[int, str]]:
 
 
 def test_a_request_that_fails_ends_once_and_leaves_the_others_alone() -> None:
-    engine = Embeddings(Model(EngineSettings("toy:", 1, 256)), Cuts(4))
+    engine = Embeddings(Model(EngineSettings("toy:", 1, 256)), Chunking(4))
     engine.add(Embed(1, [[1]]))
     assert ends(engine) == [(1, "memory")]
     long = list(range(10, 30))
@@ -287,7 +287,7 @@ def test_a_request_that_fails_ends_once_and_leaves_the_others_alone() -> None:
 
 
 def test_what_a_cancelled_request_had_begun_is_no_part_of_the_next() -> None:
-    engine = Embeddings(Model(EngineSettings("toy:", 1, 256)), Cuts(4))
+    engine = Embeddings(Model(EngineSettings("toy:", 1, 256)), Chunking(4))
     engine.model.embedder = lambda: Embedder(0)  # type: ignore[method-assign]
     engine.add(Embed(1, [list(range(10, 30))]))
     engine.step()

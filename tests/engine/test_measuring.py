@@ -14,18 +14,18 @@ from headstart.engine.tuning.bench import in_turn
 from headstart.engine.tuning.costs import Sample, fit
 from headstart.engine.tuning.measure import MARGIN, break_even, measure, thread_counts
 from headstart.engine.tuning.resolve import settled
-from headstart.numerics import DEFAULT, Arithmetic
+from headstart.numerics import DEFAULT, Numerics
 from headstart.protocol import EngineSettings
 
 PASS_MS, TOKEN_MS, ATTEND_MS = 6.0, 4.0, 0.002
 MODEL = EngineSettings("m", 0, 0)
-ATTENTION = Arithmetic(flash_attention=True, weights="file")
-CONVERTED = Arithmetic(flash_attention=False, weights="q8_0")
-BOTH = Arithmetic(flash_attention=True, weights="q8_0")
+ATTENTION = Numerics(flash_attention=True, weights="file")
+CONVERTED = Numerics(flash_attention=False, weights="q8_0")
+BOTH = Numerics(flash_attention=True, weights="q8_0")
 
 
 def asking(**arithmetic: Any) -> EngineSettings:
-    return EngineSettings("m", 0, 0, arithmetic=Arithmetic(**arithmetic))
+    return EngineSettings("m", 0, 0, arithmetic=Numerics(**arithmetic))
 
 
 def linear(shape: TrialShape, threads: int, n: int, depth: int) -> float:
@@ -90,7 +90,7 @@ def test_a_model_that_can_not_do_flash_attention_is_measured_without() -> None:
     assert measure(MODEL, only).arithmetic == ATTENTION
 
 
-def costs_by(factors: dict[Arithmetic, float], **more: Any) -> FakeTrials:
+def costs_by(factors: dict[Numerics, float], **more: Any) -> FakeTrials:
     """Trials of a model with converted weights where each arithmetic takes so many times as long."""
 
     def cost(shape: TrialShape, threads: int, n: int, depth: int) -> float:
@@ -101,7 +101,7 @@ def costs_by(factors: dict[Arithmetic, float], **more: Any) -> FakeTrials:
 
 @pytest.mark.parametrize("best", [DEFAULT, ATTENTION, CONVERTED, BOTH])
 def test_of_weights_and_flash_attention_the_pair_is_taken_that_a_hit_is_fastest_with(
-    best: Arithmetic,
+    best: Numerics,
 ) -> None:
     tuning = measure(MODEL, costs_by({best: 0.8}))
     assert tuning.arithmetic == tuning.ranking[0] == best

@@ -10,7 +10,7 @@ import pytest
 from driver import CHUNK, OTHER, PROMPT, Driver, small_model
 
 from headstart.config.settings import embedded_model
-from headstart.engine.core.chunking import Cuts
+from headstart.engine.core.chunking import Chunking
 from headstart.engine.model import Model
 from headstart.protocol import Cancel, StateRef
 
@@ -227,7 +227,7 @@ def test_a_state_saved_with_some_slots_is_restored_with_others(llama: Model, tmp
 
 
 def test_chunks_shrink_with_depth_and_are_cut_alike_from_any_cut() -> None:
-    cuts = Cuts(64, longest_ms=100, pass_ms=5, token_ms=1, attend_ms=0.005)
+    cuts = Chunking(64, longest_ms=100, pass_ms=5, token_ms=1, attend_ms=0.005)
     whole = [0]
     while whole[-1] < 3000:
         whole.append(cuts.end(whole[-1], 0, 3000))
@@ -238,5 +238,5 @@ def test_chunks_shrink_with_depth_and_are_cut_alike_from_any_cut() -> None:
 
 
 def test_chunks_are_of_one_size_where_nothing_is_known_of_their_cost() -> None:
-    cuts = Cuts(CHUNK)
+    cuts = Chunking(CHUNK)
     assert [cuts.end(at, 20, 60) for at in (0, 16, 20, 36, 52)] == [16, 20, 36, 52, 60]

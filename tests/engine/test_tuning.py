@@ -22,7 +22,7 @@ from headstart.config.settings import embedded_model, load_settings
 from headstart.engine.kinds import engine_version, load
 from headstart.engine.tuning.measure import measure
 from headstart.engine.tuning.resolve import TOY, find_tuning
-from headstart.numerics import DEFAULT, Arithmetic
+from headstart.numerics import DEFAULT, Numerics
 from headstart.protocol import EngineSettings
 from headstart.service.models.cache_fit import arithmetic_of
 from headstart.service.models.tuning_store import Key, Tunings
@@ -30,7 +30,7 @@ from headstart.service.service import Service
 
 PROMPT = "You keep the lighthouse. " * 20
 TUNED = {"HEADSTART_TUNE": "true"}
-CONVERTED = Arithmetic(flash_attention=False, weights="q8_0")
+CONVERTED = Numerics(flash_attention=False, weights="q8_0")
 
 
 @asynccontextmanager
@@ -194,13 +194,13 @@ def test_agreeing_to_one_arithmetic_ends_the_agreement_to_another(tmp_path: Path
 
 def test_what_was_measured_under_a_setting_is_not_taken_for_the_best_without_it(tmp_path: Path) -> None:
     tunings, key = Tunings(tmp_path), Key.here("w", "toy", 0)
-    ranking = [CONVERTED, Arithmetic(True, "q8_0"), Arithmetic(True, "file"), DEFAULT]
+    ranking = [CONVERTED, Numerics(True, "q8_0"), Numerics(True, "file"), DEFAULT]
     best = msgspec.structs.replace(TOY, arithmetic=CONVERTED, ranking=ranking)
     tunings.put(key, best)
     tunings.put(key, msgspec.structs.replace(best, arithmetic=ranking[2]))
-    assert tunings.find(key, Arithmetic()) == best
-    assert tunings.find(key, Arithmetic(flash_attention=True)) is None
-    found = tunings.find(key, Arithmetic(True, "file"))
+    assert tunings.find(key, Numerics()) == best
+    assert tunings.find(key, Numerics(flash_attention=True)) is None
+    found = tunings.find(key, Numerics(True, "file"))
     assert found
     assert found.arithmetic == ranking[2]
 
@@ -243,7 +243,7 @@ def test_most_caches_of_these_weights_decide() -> None:
     others = [entry("x", flash_attention="on")] * 5
     assert arithmetic_of([old, new, new, *others], "w") == CONVERTED
     assert arithmetic_of([new, old, *others], "w") == DEFAULT
-    assert arithmetic_of(others, "w") == Arithmetic()
+    assert arithmetic_of(others, "w") == Numerics()
 
 
 def test_states_of_other_weights_are_built_again_and_the_answer_says_why(start_server: StartServer) -> None:

@@ -7,7 +7,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from headstart.caches.cache_file.format import identity_of
-from headstart.engine.core.chunking import Cuts
+from headstart.engine.core.chunking import Chunking
 from headstart.engine.core.engine import Engine
 from headstart.engine.kinds import load
 from headstart.engine.model import Model
@@ -38,7 +38,7 @@ class Driver:
             model.clear(seq)
         self.model = model
         self.woken: SimpleQueue[None] = SimpleQueue()
-        self.engine = Engine(model, Cuts(CHUNK), lambda: self.woken.put(None), share_from=share_from)
+        self.engine = Engine(model, Chunking(CHUNK), lambda: self.woken.put(None), share_from=share_from)
         self.events: dict[int, list[RequestEvent]] = {}
         self.last_id = 0
 

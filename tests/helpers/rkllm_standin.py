@@ -1,4 +1,4 @@
-"""The stand-in for Rockchip's runtime (tests/helpers/rkllm), compiled: one library a layout. What it proves is how
+"""The stand-in for Rockchip's runtime (tests/helpers/rkllm), compiled: one library a layout. It proves how
 Headstart speaks to the runtime; it has no model and no NPU."""
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from headstart.caches.store import Store
 from headstart.engine.core import state_file
 from headstart.protocol import SaveTo
 
-SHELF = "toy"
+NAMESPACE = "toy"
 # A kill comes after so many reports at most, and so long after the last of them.
 MOST_REPORTS = 24
 LONGEST_SECONDS = 0.004
@@ -39,13 +39,13 @@ def _content(name: str, version: int) -> tuple[Entry, list[int], bytes]:
     seed = blake3(f"{name} {version}".encode())
     state = seed.digest(length=1000 + 40_000 * (version % 4))
     fingerprint = Fingerprint("w", "e", {}, "t")
-    entry = Entry(SHELF, name, f"{name} {version}", version, 1.0, 2.0, fingerprint, {}, 1.0, 2.0)
+    entry = Entry(NAMESPACE, name, f"{name} {version}", version, 1.0, 2.0, fingerprint, {}, 1.0, 2.0)
     return entry, list(seed.digest(length=50)), state
 
 
 async def _write(store: Store, name: str, version: int) -> None:
     entry, tokens, state = _content(name, version)
-    with store.scratch(SHELF) as path:
+    with store.scratch(NAMESPACE) as path:
         writer = Writer(path, entry, {"chat": tokens})
         saved = state_file.write(SaveTo(str(path), writer.end), memoryview(state))
         writer.wrote("chat", len(state), saved)
@@ -53,11 +53,11 @@ async def _write(store: Store, name: str, version: int) -> None:
 
 
 async def _delete(store: Store, name: str, _: int) -> None:
-    store.delete(SHELF, name)
+    store.delete(NAMESPACE, name)
 
 
 async def _evict(store: Store, name: str, _: int) -> None:
-    entry = store.find(SHELF, name)
+    entry = store.find(NAMESPACE, name)
     assert await store.amend(entry, entry.without_states(), with_states=False)
 
 
@@ -119,7 +119,7 @@ def _check(directory: Path, ledger: Ledger) -> None:
     found: dict[str, int | None] = dict.fromkeys(NAMES)
     for entry in store.entries():
         wanted, tokens, state = _content(entry.name, entry.version)
-        path = store.path(SHELF, entry.name)
+        path = store.path(NAMESPACE, entry.name)
         assert entry.prompt == wanted.prompt
         found[entry.name] = entry.version
         if entry.evicted:
@@ -130,8 +130,8 @@ def _check(directory: Path, ledger: Ledger) -> None:
         assert path.read_bytes()[form.state_offset :] == state
     store.close()
     kept = {name for name, version in found.items() if version is not None}
-    assert {path.name for path in directory.glob(f"{SHELF}/*")} == {f"{name}.headstart" for name in kept}
-    assert {path.name for path in directory.glob(f".headers/{SHELF}/*")} == {
+    assert {path.name for path in directory.glob(f"{NAMESPACE}/*")} == {f"{name}.headstart" for name in kept}
+    assert {path.name for path in directory.glob(f".headers/{NAMESPACE}/*")} == {
         f"{name}.header" for name in kept
     }
     ledger.settle(found)

@@ -15,7 +15,7 @@ from conftest import StartServer
 from headstart.caches.cache_file import format
 from headstart.caches.cache_file.format import Part
 from headstart.caches.cache_file.writer import Writer
-from headstart.caches.entry import Entry, Fingerprint, Form, Terms
+from headstart.caches.entry import Entry, Fingerprint, Form, Retention
 from headstart.caches.store import Store
 from headstart.errors import CacheNotFound
 
@@ -267,7 +267,7 @@ async def _stored(store: Store, entry: Entry, state: bytes = b"state") -> Entry:
     source = store.directory / "state"
     source.write_bytes(state)
     forms: dict[Form, Part] = {"chat": Part([1, 2], source, 0, len(state))}
-    with store.scratch(entry.shelf) as path:
+    with store.scratch(entry.namespace) as path:
         writer = Writer(path, entry, {form: part.tokens for form, part in forms.items()})
         for form, part in forms.items():
             writer.copy(form, part)
@@ -277,7 +277,7 @@ async def _stored(store: Store, entry: Entry, state: bytes = b"state") -> Entry:
 async def test_a_clock_that_is_set_back_ends_nothing(tmp_path: Path) -> None:
     clock = Clock()
     store = Store(tmp_path / "cache", clock)
-    await _stored(store, replace(ENTRY, terms=Terms(ttl_seconds=60)))
+    await _stored(store, replace(ENTRY, terms=Retention(ttl_seconds=60)))
     clock.now = -DAY * 365
     store.end_old()
     assert store.find("toy", "one")
@@ -288,7 +288,7 @@ async def test_a_clock_that_is_set_back_ends_nothing(tmp_path: Path) -> None:
 async def test_a_clock_that_is_set_forward_ends_what_is_over(tmp_path: Path) -> None:
     clock = Clock()
     store = Store(tmp_path / "cache", clock)
-    await _stored(store, replace(ENTRY, terms=Terms(ttl_seconds=60)))
+    await _stored(store, replace(ENTRY, terms=Retention(ttl_seconds=60)))
     clock.now += 60
     with pytest.raises(CacheNotFound):
         store.find("toy", "one")
@@ -298,7 +298,7 @@ async def test_a_clock_that_is_set_forward_ends_what_is_over(tmp_path: Path) -> 
 async def test_a_file_is_not_taken_away_from_a_build_that_reads_it(tmp_path: Path) -> None:
     clock = Clock()
     store = Store(tmp_path / "cache", clock)
-    await _stored(store, replace(ENTRY, terms=Terms(ttl_seconds=60)))
+    await _stored(store, replace(ENTRY, terms=Retention(ttl_seconds=60)))
     store.held.add(("toy", "one"))
     clock.now += 60
     store.end_old()
@@ -310,8 +310,8 @@ async def test_a_file_is_not_taken_away_from_a_build_that_reads_it(tmp_path: Pat
 LONG = {f"key-{i}": "long " * 200 for i in range(10)}
 
 
-@pytest.mark.parametrize("terms", [Terms(description="short"), Terms(metadata=LONG)])
-async def test_whoever_reads_the_old_file_goes_on(tmp_path: Path, terms: Terms) -> None:
+@pytest.mark.parametrize("terms", [Retention(description="short"), Retention(metadata=LONG)])
+async def test_whoever_reads_the_old_file_goes_on(tmp_path: Path, terms: Retention) -> None:
     store = Store(tmp_path / "cache")
     state = bytes(range(256)) * 50_000
     entry = await _stored(store, ENTRY, state)
@@ -336,7 +336,7 @@ async def test_damage_to_a_state_is_not_hidden_by_an_edit(tmp_path: Path) -> Non
     damaged[-1] ^= 1
     path.write_bytes(damaged)
     entry = store.find("toy", "one")
-    changed = await store.amend(entry, replace(entry, terms=Terms(pinned=True)))
+    changed = await store.amend(entry, replace(entry, terms=Retention(pinned=True)))
     assert changed
     with pytest.raises(format.Corrupt):
         format.verify(path, changed.identity)
@@ -348,7 +348,7 @@ async def test_an_edit_of_a_file_without_a_readable_header_keeps_the_text(tmp_pa
     path = store.path("toy", "one")
     path.write_bytes(b"rubbish" * 100)
     entry = store.find("toy", "one")
-    changed = await store.amend(entry, replace(entry, terms=Terms(pinned=True)))
+    changed = await store.amend(entry, replace(entry, terms=Retention(pinned=True)))
     assert changed
     assert (changed.prompt, changed.terms.pinned, changed.evicted) == ("text", True, ["chat"])
     assert format.read(path) == changed
@@ -358,5 +358,5 @@ async def test_a_cache_that_was_replaced_meanwhile_is_not_amended(tmp_path: Path
     store = Store(tmp_path / "cache")
     old = await _stored(store, ENTRY)
     new = await _stored(store, replace(ENTRY, prompt="new"))
-    assert await store.amend(old, replace(old, terms=Terms(pinned=True))) is None
+    assert await store.amend(old, replace(old, terms=Retention(pinned=True))) is None
     assert store.find("toy", "one") == new

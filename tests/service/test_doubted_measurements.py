@@ -26,13 +26,13 @@ from headstart.engine.tuning import machine_load
 from headstart.engine.tuning.machine_load import Spent, Watch
 from headstart.engine.tuning.measure import measure
 from headstart.engine.tuning.resolve import TOY, settled
-from headstart.numerics import DEFAULT, MOST_TRIES, Arithmetic, Tuning, preferred
+from headstart.numerics import DEFAULT, MOST_TRIES, Numerics, Tuning, preferred
 from headstart.protocol import EngineSettings
 from headstart.service.models.tuning_store import Key, Tunings
 from headstart.service.service import Service
 
 MODEL = EngineSettings("m", 0, 0)
-ATTENTION = Arithmetic(flash_attention=True, weights="file")
+ATTENTION = Numerics(flash_attention=True, weights="file")
 PROMPT = "You keep the lighthouse. " * 20
 
 
@@ -147,7 +147,7 @@ def test_a_try_that_agrees_with_itself_counts_alone() -> None:
 
 
 @pytest.mark.parametrize(("factor", "chosen"), [(1.05, ATTENTION), (1.2, DEFAULT)])
-def test_caches_keep_their_arithmetic_unless_another_saves_a_tenth(factor: float, chosen: Arithmetic) -> None:
+def test_caches_keep_their_arithmetic_unless_another_saves_a_tenth(factor: float, chosen: Numerics) -> None:
     def slower(shape: TrialShape, threads: int, n: int, depth: int) -> float:
         return (6.0 + n * 4.0) * (factor if shape.arithmetic.flash_attention else 1)
 
@@ -155,7 +155,7 @@ def test_caches_keep_their_arithmetic_unless_another_saves_a_tenth(factor: float
     tuning = measure(asked, FakeTrials(slower))
     assert tuning.arithmetic == chosen
     assert tuning.ranking[0] == DEFAULT
-    assert preferred({DEFAULT: 90.0, ATTENTION: 100.0}, Arithmetic(), ATTENTION) == DEFAULT
+    assert preferred({DEFAULT: 90.0, ATTENTION: 100.0}, Numerics(), ATTENTION) == DEFAULT
 
 
 # tuning.json
@@ -175,18 +175,18 @@ def doubting(tries: int = 1, **changes: Any) -> Tuning:
 
 def test_what_is_in_doubt_is_kept_for_the_next_try_only(tmp_path: Path) -> None:
     tunings = remembered(tmp_path, doubting())
-    assert tunings.find(KEY, Arithmetic()) is None
+    assert tunings.find(KEY, Numerics()) is None
     assert tunings.doubted(KEY) == doubting()
     tunings.put(KEY, doubting(2))
     assert tunings.doubted(KEY) == doubting(2)
     tunings.put(KEY, TOY)
-    assert (tunings.find(KEY, Arithmetic()), tunings.doubted(KEY)) == (TOY, None)
+    assert (tunings.find(KEY, Numerics()), tunings.doubted(KEY)) == (TOY, None)
 
 
 def test_the_fifth_try_counts_and_stays_marked(tmp_path: Path) -> None:
     tunings = remembered(tmp_path, doubting(4))
     tunings.put(KEY, doubting(5))
-    found = tunings.find(KEY, Arithmetic())
+    found = tunings.find(KEY, Numerics())
     assert found
     assert (found.is_sure, found.is_final) == (False, True)
     assert tunings.doubted(KEY) is None
@@ -199,13 +199,13 @@ def test_what_the_last_release_wrote_is_used_and_to_be_measured_again(tmp_path: 
     for name in ("hits", "tries", "doubts"):
         del old["tunings"][0]["tuning"][name]
     (tmp_path / "tuning.json").write_text(json.dumps(old))
-    found = Tunings(tmp_path).find(KEY, Arithmetic())
+    found = Tunings(tmp_path).find(KEY, Numerics())
     assert found
     assert found.counts
     assert not found.is_final
     # Another try that is in doubt doesn't take its place.
     Tunings(tmp_path).put(KEY, doubting())
-    assert Tunings(tmp_path).find(KEY, Arithmetic()) == found
+    assert Tunings(tmp_path).find(KEY, Numerics()) == found
 
 
 HOSTILE: dict[str, Any] = {
@@ -236,9 +236,9 @@ def test_impossible_values_are_damage_that_costs_a_measurement(tmp_path: Path, n
     (tmp_path / "tuning.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match="is damaged"):
         tunings.all()
-    assert tunings.find(KEY, Arithmetic()) is None
+    assert tunings.find(KEY, Numerics()) is None
     tunings.put(KEY, TOY)
-    assert tunings.find(KEY, Arithmetic()) == TOY
+    assert tunings.find(KEY, Numerics()) == TOY
 
 
 def make_pipe(path: Path) -> None:
@@ -264,14 +264,14 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 def test_a_file_that_is_none_never_costs_a_start(tmp_path: Path, what: str) -> None:
     DAMAGES[what](tmp_path / "tuning.json")
     tunings = Tunings(tmp_path)
-    assert tunings.find(KEY, Arithmetic()) is None
+    assert tunings.find(KEY, Numerics()) is None
     assert tunings.doubted(KEY) is None
     tunings.put(KEY, TOY)
 
 
 def test_threads_that_this_machine_does_not_have_are_not_used(tmp_path: Path) -> None:
     tunings = remembered(tmp_path, msgspec.structs.replace(TOY, threads=4096))
-    assert tunings.find(KEY, Arithmetic()) is None
+    assert tunings.find(KEY, Numerics()) is None
 
 
 # A server

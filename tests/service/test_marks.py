@@ -16,7 +16,7 @@ from servers import Json, RunningServer, eventually, said
 from conftest import StartServer
 from headstart.caches.entry import Content
 from headstart.caches.store import Store
-from headstart.service.origins.breakpoints import Marked, Placed
+from headstart.service.origins.breakpoints import BreakpointPlan, PlacedBreakpoint
 
 MARK: Any = {"type": "ephemeral"}
 HOUR: Any = {"type": "ephemeral", "ttl": "1h"}
@@ -285,7 +285,7 @@ def test_a_cache_ends_when_it_isnt_used_for_its_time_and_not_before(
     store = Store(tmp_path / "cache", clock=lambda: now[0])
     (entry,) = store.entries()
     now[0] = entry.updated + 299
-    store.index.touch(entry.shelf, entry.name, now[0])
+    store.index.touch(entry.namespace, entry.name, now[0])
     now[0] += 299
     assert store.entries() == [entry]
     now[0] += 2
@@ -331,13 +331,21 @@ def test_the_configured_system_message_moves_marks_along(start_server: StartServ
 
 
 def test_each_token_is_counted_once() -> None:
-    marked = Marked([Placed(Content(), 100, 300), Placed(Content(), 150, 3600), Placed(Content(), 220, 300)])
+    marked = BreakpointPlan(
+        [
+            PlacedBreakpoint(Content(), 100, 300),
+            PlacedBreakpoint(Content(), 150, 3600),
+            PlacedBreakpoint(Content(), 220, 300),
+        ]
+    )
     assert marked.written(0) == {300: 100 + 70, 3600: 50}
     assert marked.written(120) == {300: 70, 3600: 30}
     assert marked.written(300) == {300: 0, 3600: 0}
-    half = Marked([Placed(Content(), 100, 300, is_new=False), Placed(Content(), 150, 3600)])
+    half = BreakpointPlan(
+        [PlacedBreakpoint(Content(), 100, 300, is_new=False), PlacedBreakpoint(Content(), 150, 3600)]
+    )
     assert half.written(64) == {3600: 86}
-    assert Marked([Placed(Content(), 100, 300, is_new=False)]).written(64) == {}
+    assert BreakpointPlan([PlacedBreakpoint(Content(), 100, 300, is_new=False)]).written(64) == {}
 
 
 @pytest.mark.real_model

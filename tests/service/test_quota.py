@@ -210,14 +210,14 @@ async def _put(store: Store, name: str, size: int = 50_000, model: str = "toy", 
     source = store.directory / "state"
     source.write_bytes(bytes(size))
     form: Form = "chat"
-    with store.scratch(entry.shelf) as path:
+    with store.scratch(entry.namespace) as path:
         writer = Writer(path, entry, {form: [1, 2]})
         writer.copy(form, Part([1, 2], source, 0, size))
         return await store.put(writer, entry)
 
 
-async def _hold(quota: Quota, name: str, size: int, shelf: str = "toy") -> None:
-    with quota.reserving(shelf, name) as room:
+async def _hold(quota: Quota, name: str, size: int, namespace: str = "toy") -> None:
+    with quota.reserving(namespace, name) as room:
         await room.hold(size)
 
 

@@ -22,7 +22,7 @@ from headstart.caches.entry import Entry, Fingerprint, Form
 from headstart.caches.files import storage_errors
 from headstart.caches.store import Store
 from headstart.errors import CacheNotFound, StartupError, StorageError, StorageFull
-from headstart.service.caching.catalog import Shelves
+from headstart.service.caching.catalog import NamespaceCatalog
 from headstart.service.models.model import ServedModel
 
 FINGERPRINT = Fingerprint("w", "e", {"a": "b"}, "t")
@@ -262,12 +262,12 @@ async def test_of_the_caches_a_text_may_begin_with_the_longest_that_is_there_is_
     store.path("toy", "gone").unlink()
     chat_only: dict[Form, Part] = {"chat": _parts(tmp_path)["chat"]}
     await _put(store, replace(ENTRY, name="chat", prompt="You are the keeper o"), chat_only)
-    model = cast(ServedModel, SimpleNamespace(shelf="toy"))
-    shelves = Shelves(store)
-    assert shelves.known_opening(model, "You are the keeper of the light") == "You are the keeper"
-    assert shelves.known_opening(model, "You are not") == "You are"
-    assert shelves.known_opening(model, "Am I?") == ""
-    assert shelves.known_opening(cast(ServedModel, SimpleNamespace(shelf="other")), "You are") == ""
+    model = cast(ServedModel, SimpleNamespace(namespace="toy"))
+    namespaces = NamespaceCatalog(store)
+    assert namespaces.known_opening(model, "You are the keeper of the light") == "You are the keeper"
+    assert namespaces.known_opening(model, "You are not") == "You are"
+    assert namespaces.known_opening(model, "Am I?") == ""
+    assert namespaces.known_opening(cast(ServedModel, SimpleNamespace(namespace="other")), "You are") == ""
 
 
 async def test_only_caches_a_text_begins_with_are_looked_up_on_the_disk(
@@ -282,6 +282,6 @@ async def test_only_caches_a_text_begins_with_are_looked_up_on_the_disk(
         return Store.find(store, model, name)
 
     monkeypatch.setattr(store, "find", find)
-    model = cast(ServedModel, SimpleNamespace(shelf="toy"))
-    assert Shelves(store).known_opening(model, "prompt 3 and more") == "prompt 3"
+    model = cast(ServedModel, SimpleNamespace(namespace="toy"))
+    assert NamespaceCatalog(store).known_opening(model, "prompt 3 and more") == "prompt 3"
     assert found == ["n3"]

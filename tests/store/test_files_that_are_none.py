@@ -89,15 +89,15 @@ def strange(start_server: StartServer) -> RunningServer:
     server.create("good", PROMPT)
     whole = (server.cache_dir / "toy" / "good.headstart").read_bytes()
     server.stop()
-    shelf = server.cache_dir / "toy"
+    namespace = server.cache_dir / "toy"
     for kind, make in KINDS.items():
-        make(shelf / f"{kind}.headstart")
-        make(shelf / f"{kind}.rkllm_cache")
+        make(namespace / f"{kind}.headstart")
+        make(namespace / f"{kind}.rkllm_cache")
         make(server.cache_dir / f"{kind}-shelf")
-    (server.cache_dir / "linked").symlink_to(shelf)
+    (server.cache_dir / "linked").symlink_to(namespace)
     for name in ("with\nline", "\x1b[31mred", "x" * 200, ".hidden", "a b", "-"):
-        (shelf / f"{name}.headstart").write_bytes(with_entry(whole, name=name))
-    (shelf / os.fsdecode(b"latin-\xe9.headstart")).write_bytes(whole)
+        (namespace / f"{name}.headstart").write_bytes(with_entry(whole, name=name))
+    (namespace / os.fsdecode(b"latin-\xe9.headstart")).write_bytes(whole)
     (server.cache_dir / os.fsdecode(b"shelf-\xe9")).mkdir()
     (server.cache_dir / os.fsdecode(b"shelf-\xe9") / "x.headstart").write_bytes(b"rubbish")
     (server.cache_dir / "toy@\x07").mkdir()

@@ -283,7 +283,7 @@ def _old_index(directory: Path, changed: Mapping[str, Any] | None = None) -> Non
         database.executescript(LAST_RELEASE)
         for entry in entries:
             row = {"hits": 3, "last_used": 1.7e9, "tokens_saved": 30, "seconds_saved": 0.5, **(changed or {})}
-            values = (entry.shelf, entry.name, msgspec.json.encode(entry), *row.values())
+            values = (entry.namespace, entry.name, msgspec.json.encode(entry), *row.values())
             database.execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?)", values)
         database.execute(
             "INSERT INTO entries (shelf, name, entry) VALUES ('toy', 'gone', ?)", (SECRET * 300,)
@@ -371,7 +371,7 @@ async def test_figures_that_are_none_are_not_taken_over(tmp_path: Path, wrong: d
     with closing(sqlite3.connect(directory / "index.sqlite", isolation_level=None)) as database:
         database.executescript(loose.replace("last_used REAL", "last_used"))
         row = {"hits": 3, "last_used": 1.7e9, "tokens_saved": 30, "seconds_saved": 0.5, **wrong}
-        values = (entry.shelf, entry.name, msgspec.json.encode(entry), *row.values())
+        values = (entry.namespace, entry.name, msgspec.json.encode(entry), *row.values())
         database.execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?)", values)
     store = Store(directory)
     assert store.usage(entry) == Usage()

@@ -8,7 +8,7 @@ from msgspec import Meta, Struct
 from msgspec.structs import replace
 
 from headstart.caches.index.usage import Time
-from headstart.names import NAME, shelf_name
+from headstart.names import NAME, namespace_name
 
 Form = Literal["chat", "completion"]
 FORMS: tuple[Form, ...] = ("chat", "completion")
@@ -115,7 +115,7 @@ class Content(Struct, frozen=True):
         return [{"role": "system", "content": self.prompt}] if self.prompt else self.messages
 
 
-class Terms(Struct, frozen=True):
+class Retention(Struct, frozen=True):
     """How a cache is kept. It ends `ttl_seconds` after it was last written, unless that is None; a `pinned`
     one is never evicted. `description` and `metadata` are the user's own."""
 
@@ -125,7 +125,7 @@ class Terms(Struct, frozen=True):
     metadata: dict[str, str] = {}
 
 
-DEFAULT_TERMS = Terms()
+DEFAULT_RETENTION = Retention()
 
 
 class Entry(Struct, frozen=True):
@@ -147,7 +147,7 @@ class Entry(Struct, frozen=True):
     identity: Identity = (0, 0, 0, 0)
     messages: list[dict[str, Any]] = []
     tools: list[dict[str, Any]] = []
-    terms: Terms = DEFAULT_TERMS
+    terms: Retention = DEFAULT_RETENTION
     origin: Origin = "client"
     parts: Annotated[list[CacheName], Meta(max_length=MAX_PARTS)] = []
     evicted: Annotated[list[Form], Meta(max_length=len(FORMS))] = []
@@ -159,8 +159,8 @@ class Entry(Struct, frozen=True):
         return Content(self.prompt, self.messages, self.tools)
 
     @property
-    def shelf(self) -> str:
-        return shelf_name(self.model, self.owner)
+    def namespace(self) -> str:
+        return namespace_name(self.model, self.owner)
 
     @property
     def size_bytes(self) -> int:

@@ -18,7 +18,7 @@ from headstart.caches.cache_file.header_copies import Copies
 from headstart.caches.cache_file.sidecar import CACHE_SUFFIX
 from headstart.caches.entry import Entry, Identity
 from headstart.caches.files import identity_at
-from headstart.names import NAME, SHELF
+from headstart.names import NAME, NAMESPACE
 
 log = logging.getLogger(__name__)
 
@@ -35,16 +35,16 @@ class Catalog:
         self._entries: dict[Key, Entry] = {}
         self._from_copies: set[Key] = set()
 
-    def path(self, shelf: str, name: str) -> Path:
-        assert SHELF.fullmatch(shelf), shelf
+    def path(self, namespace: str, name: str) -> Path:
+        assert NAMESPACE.fullmatch(namespace), namespace
         assert NAME.fullmatch(name), name
-        return self.directory / shelf / (name + CACHE_SUFFIX)
+        return self.directory / namespace / (name + CACHE_SUFFIX)
 
     def on_disk(self) -> Iterator[Key]:
         """Where there is a file that may be a cache's."""
         for path in self.directory.glob(f"*/*{CACHE_SUFFIX}"):
             key = (path.parent.name, path.name.removesuffix(CACHE_SUFFIX))
-            if SHELF.fullmatch(key[0]) and NAME.fullmatch(key[1]):
+            if NAMESPACE.fullmatch(key[0]) and NAME.fullmatch(key[1]):
                 yield key
 
     def caches(self) -> set[Key]:
@@ -84,8 +84,8 @@ class Catalog:
             if salvaged := format.salvaged(path):
                 self.remember(salvaged)
             return salvaged or known or self._recall(key, identity)
-        if (entry.shelf, entry.name) != key:
-            log.warning("%s holds the cache %s of %s: ignored", path, entry.name, entry.shelf)
+        if (entry.namespace, entry.name) != key:
+            log.warning("%s holds the cache %s of %s: ignored", path, entry.name, entry.namespace)
             self.forget(key)
             return None
         self.remember(entry)
@@ -101,7 +101,7 @@ class Catalog:
 
     def remember(self, entry: Entry) -> None:
         """Of an entry that was read from its file, or written to it."""
-        key = (entry.shelf, entry.name)
+        key = (entry.namespace, entry.name)
         self._from_copies.discard(key)
         self._entries[key] = entry
         self.copies.keep(*key, self.path(*key))
@@ -114,8 +114,8 @@ class Catalog:
     def take_over(self, earlier: Iterable[Entry]) -> None:
         """Makes copies of what an earlier release's index says of caches whose files can't be read."""
         for entry in earlier:
-            key = (entry.shelf, entry.name)
-            named = SHELF.fullmatch(entry.shelf) and NAME.fullmatch(entry.name)
+            key = (entry.namespace, entry.name)
+            named = NAMESPACE.fullmatch(entry.namespace) and NAME.fullmatch(entry.name)
             if named and key not in self._entries and identity_at(self.path(*key)):
                 log.warning("%s: its text is unverified, from an earlier release's index", self.path(*key))
                 self.copies.put(entry)

@@ -12,14 +12,14 @@ from headstart.caches.cache_file.format import Corrupt
 from headstart.caches.cache_file.sidecar import CACHE_SUFFIX
 from headstart.caches.entry import Entry
 from headstart.caches.store import SCRATCH
-from headstart.names import NAME, SHELF
+from headstart.names import NAME, NAMESPACE
 from headstart.regular_files import shown
 
 ASIDE = ".damaged"
 
 
 @dataclass(frozen=True)
-class Stray:
+class OrphanFile:
     """`why` it holds no cache. `damaged`: nothing can be read from it, its prompt neither."""
 
     path: Path
@@ -27,19 +27,19 @@ class Stray:
     damaged: bool
 
     @property
-    def shelf(self) -> str:
+    def namespace(self) -> str:
         return shown(self.path.parent.name)
 
     @property
     def model(self) -> str:
-        return self.shelf.partition("@")[0]
+        return self.namespace.partition("@")[0]
 
     @property
     def name(self) -> str:
         return shown(self.path.name.removesuffix(CACHE_SUFFIX))
 
 
-def contents(directory: Path, *, whole: bool = False) -> Iterator[tuple[Path, Entry | Stray]]:
+def contents(directory: Path, *, whole: bool = False) -> Iterator[tuple[Path, Entry | OrphanFile]]:
     """Each file with the cache it holds, or why it holds none, by its header alone: the states of a cache may
     be damaged, or, unless only `whole` files count, cut off."""
     for path in sorted(directory.glob(f"*/*{CACHE_SUFFIX}")):
@@ -48,27 +48,27 @@ def contents(directory: Path, *, whole: bool = False) -> Iterator[tuple[Path, En
         except FileNotFoundError:
             continue
         except Corrupt as error:
-            yield path, Stray(path, str(error), damaged=True)
+            yield path, OrphanFile(path, str(error), damaged=True)
         except OSError as error:
-            yield path, Stray(path, f"{shown(path)} can't be read: {error.strerror}", damaged=False)
+            yield path, OrphanFile(path, f"{shown(path)} can't be read: {error.strerror}", damaged=False)
         else:
             why = _misplaced(path, entry)
-            yield path, Stray(path, f"{shown(path)}: {why}", damaged=False) if why else entry
+            yield path, OrphanFile(path, f"{shown(path)}: {why}", damaged=False) if why else entry
     for path in sorted(directory.glob(f"*/*{sidecar.SUFFIX}")):
         if not (path.name.startswith(SCRATCH) or lexists(sidecar.cache_path(path))):
-            yield path, Stray(path, f"{shown(path)}: holds a state whose cache is gone", damaged=True)
+            yield path, OrphanFile(path, f"{shown(path)}: holds a state whose cache is gone", damaged=True)
 
 
 def _misplaced(path: Path, entry: Entry) -> str | None:
     """Why what the file holds is no cache where it lies."""
-    shelf, name = path.parent.name, path.name.removesuffix(CACHE_SUFFIX)
-    if (entry.shelf, entry.name) != (shelf, name):
+    namespace, name = path.parent.name, path.name.removesuffix(CACHE_SUFFIX)
+    if (entry.namespace, entry.name) != (namespace, name):
         return f"holds the cache {shown(entry.name)} of {shown(entry.model)}, so it is ignored"
-    return None if SHELF.fullmatch(shelf) and NAME.fullmatch(name) else "no cache can have this name"
+    return None if NAMESPACE.fullmatch(namespace) and NAME.fullmatch(name) else "no cache can have this name"
 
 
-def strays(directory: Path) -> list[Stray]:
-    return [found for _, found in contents(directory) if isinstance(found, Stray)]
+def orphan_files(directory: Path) -> list[OrphanFile]:
+    return [found for _, found in contents(directory) if isinstance(found, OrphanFile)]
 
 
 def set_aside(path: Path) -> Path:
@@ -84,7 +84,7 @@ def set_aside(path: Path) -> Path:
 
 
 @dataclass(frozen=True)
-class Survey:
+class Scan:
     """Caches by model, and what is wrong with the files that hold none. Only headers are read: states that
     were changed in place are found when they are used."""
 
@@ -92,10 +92,10 @@ class Survey:
     damaged: list[str] = field(default_factory=list)
 
 
-def survey(directory: Path) -> Survey:
-    found = Survey()
+def survey(directory: Path) -> Scan:
+    found = Scan()
     for _, what in contents(directory, whole=True):
-        if isinstance(what, Stray):
+        if isinstance(what, OrphanFile):
             found.damaged.append(what.why)
         else:
             found.entries.setdefault(what.model, []).append(what)

@@ -81,62 +81,62 @@ class Store:
         for key in self._catalog.caches() - on_disk:
             self._forget(*key)
 
-    def _look(self, shelf: str, name: str) -> Entry | None:
+    def _look(self, namespace: str, name: str) -> Entry | None:
         """The entry as the disk has it now (see Catalog.look); None, its file being removed, once its time is
         over."""
-        key = (shelf, name)
+        key = (namespace, name)
         known, entry = self._catalog.get(key), self._catalog.look(key)
         if entry is None and known:
             self._checked.forget(key)
             self.index.delete(*key)
-        if entry and self.index.is_over(entry, self.clock()):
+        if entry and self.index.is_expired(entry, self.clock()):
             self._end(entry)
             return None
         return entry
 
     def is_from_copy(self, entry: Entry) -> bool:
         """Whether the cache's file can't be read, so that the entry is what the copy of its header says."""
-        return self._catalog.is_from_copy((entry.shelf, entry.name))
+        return self._catalog.is_from_copy((entry.namespace, entry.name))
 
-    def _forget(self, shelf: str, name: str) -> None:
-        self._catalog.forget((shelf, name))
-        self._checked.forget((shelf, name))
-        self.index.delete(shelf, name)
+    def _forget(self, namespace: str, name: str) -> None:
+        self._catalog.forget((namespace, name))
+        self._checked.forget((namespace, name))
+        self.index.delete(namespace, name)
 
     def end_old(self) -> None:
         """Removes the files of caches whose time is over."""
         for entry in list(self.known()):
-            if self.index.is_over(entry, self.clock()):
-                self._look(entry.shelf, entry.name)
+            if self.index.is_expired(entry, self.clock()):
+                self._look(entry.namespace, entry.name)
 
     def _end(self, entry: Entry) -> None:
-        if (entry.shelf, entry.name) in self.held:
+        if (entry.namespace, entry.name) in self.held:
             return
-        log.info("cache %s of %s: its time is over", entry.name, entry.shelf)
+        log.info("cache %s of %s: its time is over", entry.name, entry.namespace)
         try:
-            self._remove(entry.shelf, entry.name)
+            self._remove(entry.namespace, entry.name)
         except StorageError as error:
             # It stays hidden, and the next look tries again.
             log.warning("%s", error.message)
 
-    def find(self, shelf: str, name: str, *, param: str = "use_cache") -> Entry:
+    def find(self, namespace: str, name: str, *, param: str = "use_cache") -> Entry:
         """Raises CacheNotFound, about the request's field `param`."""
-        entry = self._look(shelf, name)
+        entry = self._look(namespace, name)
         if entry is None:
-            model = shelf.partition("@")[0]
+            model = namespace.partition("@")[0]
             raise CacheNotFound(
                 f"Model {model!r} has no cache {name!r}. Create it with POST /v1/cache/{model}.",
                 param=param,
             )
         return entry
 
-    def entries(self, shelf: str | None = None) -> list[Entry]:
-        keys = sorted(key for key in self._catalog.caches() if shelf in (None, key[0]))
+    def entries(self, namespace: str | None = None) -> list[Entry]:
+        keys = sorted(key for key in self._catalog.caches() if namespace in (None, key[0]))
         return [entry for key in keys if (entry := self._look(*key))]
 
-    def known(self, shelf: str | None = None) -> Iterator[Entry]:
+    def known(self, namespace: str | None = None) -> Iterator[Entry]:
         """The shelf's caches, or all, as they were last seen, without a look at the disk."""
-        return (entry for entry in self._catalog.all() if shelf in (None, entry.shelf))
+        return (entry for entry in self._catalog.all() if namespace in (None, entry.namespace))
 
     async def weights_hash(self, path: Path) -> str:
         """The SHA-256 of a model file, computed once for each state of the file. Raises StorageError."""
@@ -149,23 +149,23 @@ class Store:
         return known
 
     def usage(self, entry: Entry) -> Usage:
-        return self.index.usage(entry.shelf, entry.name)
+        return self.index.usage(entry.namespace, entry.name)
 
     def used(self, entry: Entry, tokens: int = 0, restore_ms: float = 0.0) -> None:
         """Counts a hit that took `tokens` tokens from the cache, in `restore_ms`."""
         seconds = max(tokens * entry.ms_per_token - restore_ms, 0.0) / 1000
-        if self._catalog.get((entry.shelf, entry.name)):
-            self.index.used(entry.shelf, entry.name, self.clock(), tokens, seconds)
+        if self._catalog.get((entry.namespace, entry.name)):
+            self.index.used(entry.namespace, entry.name, self.clock(), tokens, seconds)
 
     def touch(self, entry: Entry) -> None:
         """Notes a use that is no hit."""
-        if self._catalog.get((entry.shelf, entry.name)):
-            self.index.touch(entry.shelf, entry.name, self.clock())
+        if self._catalog.get((entry.namespace, entry.name)):
+            self.index.touch(entry.namespace, entry.name, self.clock())
 
     async def verified(self, entry: Entry, form: Form) -> VerifiedState:
         """Checks the files' hashes unless these very files were checked before. Raises Corrupt, also when one
         is gone."""
-        path, key = self.path(entry.shelf, entry.name), (entry.shelf, entry.name)
+        path, key = self.path(entry.namespace, entry.name), (entry.namespace, entry.name)
         if self._checked.get(key, identities(path, entry)) is None:
             await self.check(entry)
         files = identities(path, entry)
@@ -182,25 +182,25 @@ class Store:
     async def check(self, entry: Entry, *, from_disk: bool = False) -> dict[Form, Tokens]:
         """Checks the files' hashes, whether or not they were checked before; the tokens of each form. Raises
         Corrupt, also when one is gone."""
-        path = self.path(entry.shelf, entry.name)
+        path = self.path(entry.namespace, entry.name)
         files = identities(path, entry)
-        self._checked.forget((entry.shelf, entry.name))
+        self._checked.forget((entry.namespace, entry.name))
         try:
             tokens = await asyncio.to_thread(format.verify, path, entry.identity, from_disk=from_disk)
         except OSError as error:
             raise Corrupt(str(error)) from error
-        self._checked.put((entry.shelf, entry.name), files, tokens)
+        self._checked.put((entry.namespace, entry.name), files, tokens)
         return tokens
 
-    def remembered(self, shelf: str, form: Form) -> Iterator[Tokens]:
+    def remembered(self, namespace: str, form: Form) -> Iterator[Tokens]:
         """The token ids of the shelf's states that were checked since the start."""
-        return self._checked.tokens(shelf, form)
+        return self._checked.tokens(namespace, form)
 
     @contextmanager
-    def scratch(self, shelf: str) -> Iterator[Path]:
+    def scratch(self, namespace: str) -> Iterator[Path]:
         """A new empty file beside the shelf's caches, gone at the end with its states, unless it was put in
         its place. Raises StorageError, also for OSError from within."""
-        path = self.directory / shelf / f"{SCRATCH}{uuid.uuid4().hex}"
+        path = self.directory / namespace / f"{SCRATCH}{uuid.uuid4().hex}"
         with storage_errors(f"the cache directory {self.directory}"):
             path.parent.mkdir(mode=0o700, exist_ok=True)
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
@@ -214,30 +214,31 @@ class Store:
         """Makes what was written to a scratch file the cache of this entry's name, atomically replacing an
         older one; but what is not the `repaired` one any more is not replaced. Raises CacheConflict for that,
         or OSError, the old one being untouched. Returns the entry as stored."""
-        if repaired and not is_same(self._look(repaired.shelf, repaired.name), repaired):
+        if repaired and not is_same(self._look(repaired.namespace, repaired.name), repaired):
             raise CacheConflict(f"The cache {entry.name!r} is another by now, so it was not repaired.")
         self._tell_of_copy(entry)
         stored, files = await asyncio.to_thread(self._publish, writer, entry)
-        self._checked.put((entry.shelf, entry.name), files, writer.tokens)
+        self._checked.put((entry.namespace, entry.name), files, writer.tokens)
         self._replace(stored)
         return stored
 
     def _tell_of_copy(self, entry: Entry) -> None:
-        known = self._catalog.get((entry.shelf, entry.name))
+        known = self._catalog.get((entry.namespace, entry.name))
         if known and self.is_from_copy(known) and known.content == entry.content:
             log.warning(
-                "%s: written anew with the unverified text of the copy", self.path(entry.shelf, entry.name)
+                "%s: written anew with the unverified text of the copy",
+                self.path(entry.namespace, entry.name),
             )
 
     def _replace(self, stored: Entry) -> None:
-        key = (stored.shelf, stored.name)
+        key = (stored.namespace, stored.name)
         previous = self._catalog.get(key)
         self._catalog.remember(stored)
         if previous and previous.content != stored.content:
             self._delete_derived(*key)
 
     def _publish(self, writer: Writer, entry: Entry) -> tuple[Entry, Identities]:
-        final = self.path(entry.shelf, entry.name)
+        final = self.path(entry.namespace, entry.name)
         stored = writer.finish(entry)
         files = identities(writer.path, stored)
         writer.path.rename(final)
@@ -245,50 +246,50 @@ class Store:
         sync_directory(final.parent)
         return stored, files
 
-    def delete(self, shelf: str, name: str) -> None:
+    def delete(self, namespace: str, name: str) -> None:
         """Raises CacheNotFound. Requests that have the file open go on reading it."""
-        self.find(shelf, name, param="name")
-        self._remove(shelf, name)
+        self.find(namespace, name, param="name")
+        self._remove(namespace, name)
 
     async def amend(self, entry: Entry, changed: Entry, *, with_states: bool = True) -> Entry | None:
         """Replaces the cache by one of the same name with the fields of `changed`, atomically, and with the
         states it has, or none. None, nothing having changed, where the cache is no longer `entry` or is being
         built. Raises StorageError. Returns the entry as stored."""
-        key = (entry.shelf, entry.name)
-        with self.scratch(entry.shelf) as scratch:
+        key = (entry.namespace, entry.name)
+        with self.scratch(entry.namespace) as scratch:
             write = partial(rewrite, self.path(*key)) if with_states else write_stub
             stored = await asyncio.to_thread(write, scratch, changed)
             if key in self.held or self._look(*key) != entry:
                 return None
-            await self.adopt(scratch, stored)
+            await self.publish(scratch, stored)
         return stored
 
-    async def adopt(self, scratch: Path, stored: Entry) -> None:
+    async def publish(self, scratch: Path, stored: Entry) -> None:
         """Makes a scratch file, which was written and synced, the cache that it holds. It is so before
         anything is waited for. Raises OSError."""
         self._tell_of_copy(stored)
-        final = self.path(stored.shelf, stored.name)
+        final = self.path(stored.namespace, stored.name)
         scratch.rename(final)
         sidecar.keep_only(final, stored.beside)
         self._replace(stored)
         await asyncio.to_thread(sync_directory, scratch.parent)
 
-    def _remove(self, shelf: str, name: str) -> None:
-        path = self.path(shelf, name)
+    def _remove(self, namespace: str, name: str) -> None:
+        path = self.path(namespace, name)
         with storage_errors(str(path)):
             sidecar.keep_only(path)
             path.unlink(missing_ok=True)
             sync_directory(path.parent)
-        self._forget(shelf, name)
-        self._delete_derived(shelf, name)
+        self._forget(namespace, name)
+        self._delete_derived(namespace, name)
 
-    def _delete_derived(self, shelf: str, name: str) -> None:
+    def _delete_derived(self, namespace: str, name: str) -> None:
         """Forgets the caches composed of this one and others: they are found by their content, which nobody
         will ask for again. One that can't be deleted takes room and does no harm."""
         # A key's own caches may be composed of everyone's.
-        shelves = (entry for entry in self.known() if shelf in (entry.shelf, entry.model))
-        for entry in [entry for entry in shelves if name in entry.parts]:
+        namespaces = (entry for entry in self.known() if namespace in (entry.namespace, entry.model))
+        for entry in [entry for entry in namespaces if name in entry.parts]:
             try:
-                self.delete(entry.shelf, entry.name)
+                self.delete(entry.namespace, entry.name)
             except (CacheNotFound, StorageError) as error:
                 log.warning("a derived cache was not deleted: %s", error)

@@ -39,7 +39,7 @@ class Checked:
     def forget(self, key: Key) -> None:
         self._known.pop(key, None)
 
-    def tokens(self, shelf: str, form: Form) -> Iterator[Tokens]:
+    def tokens(self, namespace: str, form: Form) -> Iterator[Tokens]:
         for key, (_, tokens) in self._known.items():
-            if key[0] == shelf and form in tokens:
+            if key[0] == namespace and form in tokens:
                 yield tokens[form]

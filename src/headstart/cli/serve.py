@@ -19,7 +19,7 @@ from headstart.service.service import Service
 
 log = logging.getLogger(__name__)
 
-Say = Callable[[str], None]
+Notify = Callable[[str], None]
 
 # Caches, workers and what else is open beside connections.
 OTHER_FILES = 256
@@ -43,7 +43,7 @@ and start every request from it:
 """
 
 
-def serve(settings: Settings, say: Say) -> None:
+def serve(settings: Settings, say: Notify) -> None:
     """Returns when the server was stopped. Raises StartupError when it can't start."""
     check_private(settings)
     # Where llama.cpp aborts, it would start a debugger on itself first, which may hang for ever: in this
@@ -58,7 +58,7 @@ def serve(settings: Settings, say: Say) -> None:
         runner.run(_serve(service, HttpServer(config), listener, say))
 
 
-async def _serve(service: Service, server: HttpServer, listener: socket.socket, say: Say) -> None:
+async def _serve(service: Service, server: HttpServer, listener: socket.socket, say: Notify) -> None:
     _stop_on_signals(server)
     loading = asyncio.create_task(_load(service, server))
     loading.add_done_callback(lambda _: _announce(loading, service, listener, say))
@@ -152,7 +152,7 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _announce(loading: asyncio.Task[None], service: Service, listener: socket.socket, say: Say) -> None:
+def _announce(loading: asyncio.Task[None], service: Service, listener: socket.socket, say: Notify) -> None:
     if loading.cancelled() or loading.exception():
         return
     host, port = listener.getsockname()[:2]

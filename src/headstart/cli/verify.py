@@ -40,14 +40,14 @@ def look(name: str | None, model: str | None, cache_dir: Path | None, config: Pa
     import msgspec
 
     from headstart.doctor.offline_verify import inspect
-    from headstart.service.caching.verify import Wish
+    from headstart.service.caching.verify import VerifyScope
 
     settings = load_settings(config, cache_dir=cache_dir)
     if not settings.cache_dir.is_dir():
         raise StartupError(f"There is no server, and no cache directory {settings.cache_dir} either.")
     verdicts: list[Json] = []
     wrong = False
-    for verdict in inspect(settings, Wish(model, name)):
+    for verdict in inspect(settings, VerifyScope(model, name)):
         wrong = wrong or verdict.is_wrong
         verdicts.append(msgspec.structs.asdict(verdict))
         _tell(verdicts[-1])

@@ -24,7 +24,7 @@ from headstart.model_files import is_rkllm
 from headstart.prompt.process.client import PromptClient
 from headstart.prompt.process.protocol import Chat, ChatOpening, Load
 from headstart.prompt.process.requests import Prompts
-from headstart.service.models.model import Say, model_path, template_of
+from headstart.service.models.model import Notify, model_path, template_of
 from headstart.service.models.plan import engine_settings
 
 STEP_SECONDS = 600
@@ -67,7 +67,7 @@ class Checks(Struct, frozen=True):
         return not needed or any(step.found is None for step in needed)
 
 
-def check_npu(name: str, settings: Settings, say: Say) -> Checks:
+def check_npu(name: str, settings: Settings, say: Notify) -> Checks:
     """Of a model by its name. Takes minutes. Raises StartupError where nothing can be tried."""
     path = model_path(settings.model_paths.get(name, name))
     if not is_rkllm(path):
@@ -81,7 +81,7 @@ def check_npu(name: str, settings: Settings, say: Say) -> Checks:
     return Checks(__version__, Path(path).name, Path(path).stat().st_size, board, steps)
 
 
-def _run_all(task: Task, say: Say) -> Iterator[Step]:
+def _run_all(task: Task, say: Notify) -> Iterator[Step]:
     for number, name in enumerate(STEPS, 1):
         say(f"Step {number} of {len(STEPS)}: {_about(name)}")
         yield _run(name, msgspec.structs.replace(task, step=name))

@@ -16,16 +16,16 @@ from headstart.engine.tuning.resolve import measure_apart, settled
 from headstart.engine.worker_process import worker_environment
 from headstart.errors import StartupError
 from headstart.model_files import is_rkllm
-from headstart.numerics import Arithmetic
+from headstart.numerics import Numerics
 from headstart.protocol import EngineSettings
 from headstart.service.models.cache_fit import doubted, kept_back, misfits, warnings
-from headstart.service.models.model import Say, facts, model_path, toy_weights
+from headstart.service.models.model import Notify, facts, model_path, toy_weights
 from headstart.service.models.plan import make_plan
 from headstart.service.models.tuning_store import Tunings
 from headstart.toyspec import ToySpec
 
 
-class Patient:
+class OfflineModel:
     """Raises StartupError when the model couldn't be served."""
 
     def __init__(
@@ -41,7 +41,7 @@ class Patient:
     def in_force(self) -> EngineSettings:
         return settled(self.plan.settings, self.plan.settings.tuning)
 
-    def misfits(self, arithmetic: Arithmetic) -> dict[str, list[str]]:
+    def misfits(self, arithmetic: Numerics) -> dict[str, list[str]]:
         """Names of caches that don't fit with it, by reason. It is all of a state's settings that can be
         set."""
         found: dict[str, list[str]] = {}
@@ -50,7 +50,7 @@ class Patient:
                 found.setdefault(reason, []).extend(names)
         return found
 
-    def fingerprint(self, entry: Entry, arithmetic: Arithmetic) -> Fingerprint:
+    def fingerprint(self, entry: Entry, arithmetic: Numerics) -> Fingerprint:
         """What states computed with it would have, taking from the entry's what only the engine could say."""
         if is_rkllm(self.path):
             # Which release computes, and with what context, only its library can say.
@@ -58,7 +58,7 @@ class Patient:
         others = {k: v for k, v in entry.fingerprint.settings.items() if k not in arithmetic.shown()}
         return Fingerprint(self.weights, self.plan.key.engine, others | arithmetic.kept(), self.template)
 
-    def measure(self, say: Say, *, agree: bool) -> None:
+    def measure(self, say: Notify, *, agree: bool) -> None:
         """Measures again; says which caches don't fit what was found, then remembers it. The arithmetic that
         caches have is kept unless `agree`. Raises StartupError."""
         if is_rkllm(self.path):

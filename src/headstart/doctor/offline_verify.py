@@ -8,25 +8,25 @@ from pathlib import Path
 from headstart.caches.cache_file import format
 from headstart.caches.cache_file.format import Corrupt
 from headstart.caches.entry import Entry
-from headstart.caches.scan import Stray, contents
+from headstart.caches.scan import OrphanFile, contents
 from headstart.config.settings import Settings
-from headstart.doctor.offline_model import Patient
+from headstart.doctor.offline_model import OfflineModel
 from headstart.errors import CacheNotFound, StartupError
-from headstart.service.caching.verify import Verdict, Wish, judged, judged_stray
+from headstart.service.caching.verify import Verdict, VerifyScope, judged, judged_stray
 from headstart.service.models.tuning_store import Tunings
 
 
-def inspect(settings: Settings, wish: Wish) -> Iterator[Verdict]:
+def inspect(settings: Settings, wish: VerifyScope) -> Iterator[Verdict]:
     """As a server with these settings would judge, as far as that can be told without loading models. Raises
     CacheNotFound when a cache is named that isn't there."""
     found = list(contents(settings.cache_dir))
     inspector = _Inspector(settings, [entry for _, entry in found if isinstance(entry, Entry)])
     n_verdicts = 0
     for path, what in found:
-        if wish.covers(what.shelf, what.name):
+        if wish.covers(what.namespace, what.name):
             n_verdicts += 1
-            verdict = judged_stray(what) if isinstance(what, Stray) else inspector.judge(path, what)
-            yield verdict.of(what.shelf)
+            verdict = judged_stray(what) if isinstance(what, OrphanFile) else inspector.judge(path, what)
+            yield verdict.of(what.namespace)
     if wish.name is not None and not n_verdicts:
         raise CacheNotFound(f"There is no cache {wish.name!r} in {settings.cache_dir}.")
 
@@ -35,7 +35,7 @@ class _Inspector:
     def __init__(self, settings: Settings, entries: list[Entry]) -> None:
         self.settings = settings
         self.entries = entries
-        self._patients: dict[str, Patient | str] = {}
+        self._patients: dict[str, OfflineModel | str] = {}
 
     def judge(self, path: Path, entry: Entry) -> Verdict:
         try:
@@ -53,13 +53,13 @@ class _Inspector:
             miss = "too_short"
         return judged(entry, miss, now.differences(entry.fingerprint))
 
-    def _patient(self, model: str) -> Patient | str:
+    def _patient(self, model: str) -> OfflineModel | str:
         """Or why there is none."""
         path = self.settings.model_paths.get(model)
         if path is None:
             return "the settings name no such model, so nobody can say whether it would hit"
         entries = [entry for entry in self.entries if entry.model == model]
         try:
-            return Patient(model, path, self.settings, Tunings(self.settings.cache_dir), entries)
+            return OfflineModel(model, path, self.settings, Tunings(self.settings.cache_dir), entries)
         except StartupError as error:
             return f"nobody can say whether it would hit: {error}"

@@ -10,10 +10,10 @@ from typing import Any
 from msgspec import Struct
 
 from headstart import machine
-from headstart.caches.scan import Survey, survey
+from headstart.caches.scan import Scan, survey
 from headstart.config.settings import Settings, origin
 from headstart.doctor.board import Board, examine_board, has_npu, npu_settings
-from headstart.doctor.offline_model import Patient
+from headstart.doctor.offline_model import OfflineModel
 from headstart.engine.converted_weights import found as found_conversions
 from headstart.engine.kinds import engine_version
 from headstart.errors import StartupError
@@ -21,7 +21,7 @@ from headstart.model_files import is_rkllm
 from headstart.numerics import Tuning
 from headstart.protocol import EngineSettings
 from headstart.service.models.cache_fit import doubted, kept_back
-from headstart.service.models.model import Say, model_path
+from headstart.service.models.model import Notify, model_path
 from headstart.service.models.plan import Plan, rkllm_settings
 from headstart.service.models.tuning_store import Tunings
 
@@ -118,14 +118,14 @@ def _board(settings: Settings) -> Board | None:
     return examine_board(rkllm_settings(settings)) if wanted else None
 
 
-def measure_again(settings: Settings, say: Say, *, agree: bool) -> None:
+def measure_again(settings: Settings, say: Notify, *, agree: bool) -> None:
     """Measures every model of the settings that can be served. Raises StartupError."""
     found = survey(settings.cache_dir)
     settings.cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     for name, path in settings.model_paths.items():
         try:
             entries = found.entries.get(name, [])
-            patient = Patient(name, path, settings, Tunings(settings.cache_dir), entries)
+            patient = OfflineModel(name, path, settings, Tunings(settings.cache_dir), entries)
         except StartupError:
             continue
         say(f"Measuring what is fastest for {name} here ...")
@@ -143,13 +143,13 @@ def _features() -> tuple[list[str], list[str]]:
 
 
 def _examine_model(
-    name: str, path: str, settings: Settings, flags: Mapping[str, Any], tunings: Tunings, found: Survey
+    name: str, path: str, settings: Settings, flags: Mapping[str, Any], tunings: Tunings, found: Scan
 ) -> ModelReport:
     path = model_path(path)
     entries = found.entries.get(name, [])
     size = Path(path).stat().st_size if Path(path).is_file() else None
     try:
-        patient = Patient(name, path, settings, tunings, entries)
+        patient = OfflineModel(name, path, settings, tunings, entries)
         in_force = _in_force(settings, flags, patient.plan, patient.in_force)
     except StartupError as error:
         return ModelReport(name, path, size, problem=str(error))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from headstart.engine.tuning.machine_load import Watch
-from headstart.numerics import Arithmetic, Weights
+from headstart.numerics import Numerics, Weights
 
 
 class Span(NamedTuple):
@@ -29,7 +29,7 @@ class TrialShape:
     streams: bool
     batch: int
     threads: int
-    arithmetic: Arithmetic
+    arithmetic: Numerics
 
 
 class Trial(Protocol):

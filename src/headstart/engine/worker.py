@@ -18,7 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from headstart.channel import Frames, frame
-from headstart.engine.core.chunking import Cuts
+from headstart.engine.core.chunking import Chunking
 from headstart.engine.core.engine import Engine
 from headstart.engine.kinds import load, prepare
 from headstart.engine.model import ModelError, TooLarge
@@ -97,12 +97,12 @@ def _npu(settings: EngineSettings, wake: Wake, _: socket.socket) -> tuple[RkllmE
     return engine, Ready(engine.info)
 
 
-def _cuts(settings: EngineSettings) -> Cuts:
+def _cuts(settings: EngineSettings) -> Chunking:
     tuning = settings.tuning
     if tuning is None:
-        return Cuts(settings.prefill_chunk, settings.max_step_ms)
+        return Chunking(settings.prefill_chunk, settings.max_step_ms)
     costs = tuning.pass_ms, tuning.token_ms, tuning.attend_ms
-    return Cuts(settings.prefill_chunk, settings.max_step_ms, *costs)
+    return Chunking(settings.prefill_chunk, settings.max_step_ms, *costs)
 
 
 def main() -> None:

@@ -16,11 +16,11 @@ from headstart.service.caching.verify import Verifier
 from headstart.service.generation.generate import Generation
 from headstart.service.generation.grammars import Grammars
 from headstart.service.generation.prepare import Preparation
-from headstart.service.models.model import Say, ServedModel
+from headstart.service.models.model import Notify, ServedModel
 from headstart.service.models.model_names import split
 from headstart.service.models.registry import Models
 from headstart.service.origins.automatic import Automatic
-from headstart.service.origins.breakpoints import Marks
+from headstart.service.origins.breakpoints import Breakpoints
 from headstart.service.origins.conversations import Conversations
 from headstart.service.origins.declared import Declared
 from headstart.service.origins.responses import Responses
@@ -32,20 +32,20 @@ class Service:
     """Made, loaded and closed by whoever runs the server, to whom `say` tells what takes time; till loaded,
     models answer ModelLoading."""
 
-    def __init__(self, settings: Settings, say: Say = log.info) -> None:
+    def __init__(self, settings: Settings, say: Notify = log.info) -> None:
         self.say = say
         self.settings = settings
         self.store = Store(settings.cache_dir)
         self.quota = Quota(self.store, int(settings.quota_mb * 1e6), settings.quotas)
         self.lifecycle = Lifecycle(self.store, self.quota)
         self.caching = Caching(self.store, self.quota)
-        self.shelves = self.caching.shelves
+        self.namespaces = self.caching.namespaces
         self.files = Files(self.store, self.caching, self.quota)
         self.declared = Declared(settings, self.caching, say)
         self.automatic = Automatic(settings, self.caching)
         self.conversations = Conversations(self.caching)
         self.responses = Responses(settings, self.conversations, self.automatic, self.quota)
-        self.marks = Marks(self.caching, self.automatic)
+        self.marks = Breakpoints(self.caching, self.automatic)
         self.grammars = Grammars(settings.max_waiting)
         kept = (self.caching, self.automatic, self.conversations, self.marks)
         self.preparation = Preparation(*kept, self.grammars)

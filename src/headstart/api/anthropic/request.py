@@ -16,7 +16,7 @@ from headstart.errors import BadRequest
 from headstart.limits import MAX_MESSAGES, MAX_TOOLS
 from headstart.protocol import Sampling
 from headstart.service.generation.grammars import json_grammar
-from headstart.service.interface.options import Calling, Mark, Options
+from headstart.service.interface.options import Breakpoint, Calling, Options
 
 Json = dict[str, Any]
 Name = Annotated[Utf8, StringConstraints(min_length=1, max_length=256)]
@@ -219,7 +219,7 @@ class CountRequest(CachedRequest):
     thinking: Thinking | None = Field(None, description="Whether reasoning is shown as a block of its own.")
     cache_control: CacheControl | None = Field(None, description="Marks the last block.")
 
-    def chat(self) -> tuple[list[Json], list[Json], list[Mark]]:
+    def chat(self) -> tuple[list[Json], list[Json], list[Breakpoint]]:
         """Messages and tools as templates take them, and what is marked. Raises BadRequest for a mark too
         many."""
         turns = Turns()
@@ -255,7 +255,7 @@ class MessagesRequest(CountRequest):
     cache_prompt: bool = Field(True, description="False: evaluate every prompt token.")
     explain_cache: bool = Field(False, description="Tell why the request started from a cache, or didn't.")
 
-    def options(self, marks: list[Mark]) -> Options:
+    def options(self, marks: list[Breakpoint]) -> Options:
         """What the request wants, but for the form of its answer. Raises BadRequest."""
         names = ("temperature", "top_p", "top_k")
         given = {name: value for name in names if (value := getattr(self, name)) is not None}

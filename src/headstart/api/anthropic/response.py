@@ -16,7 +16,7 @@ from headstart.errors import HeadstartError
 from headstart.json_scan import check_json
 from headstart.service.generation.generate import Result
 from headstart.service.interface.answer import Delta, Ended
-from headstart.service.origins.breakpoints import Marked
+from headstart.service.origins.breakpoints import BreakpointPlan
 
 Json = dict[str, Any]
 Events = AsyncGenerator[Delta | Ended | Result, None]
@@ -91,11 +91,11 @@ class Message:
     is to be kept."""
 
     def __init__(
-        self, model: str, prompt_tokens: int, marked: Marked | None, *, with_reasoning: bool
+        self, model: str, prompt_tokens: int, marked: BreakpointPlan | None, *, with_reasoning: bool
     ) -> None:
         self.head = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "model": model}
         self.prompt_tokens = prompt_tokens
-        self.marked = marked or Marked()
+        self.marked = marked or BreakpointPlan()
         self.blocks = Blocks(with_reasoning=with_reasoning)
         self._stop: Json = {"stop_reason": None, "stop_sequence": None}
 

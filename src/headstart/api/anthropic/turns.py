@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from headstart.service.interface.options import Mark
+from headstart.service.interface.options import Breakpoint
 
 # Blocks are paragraphs.
 BETWEEN = "\n\n"
@@ -17,7 +17,7 @@ class Turns:
 
     def __init__(self) -> None:
         self.messages: list[dict[str, Any]] = []
-        self.marks: list[Mark] = []
+        self.marks: list[Breakpoint] = []
         self._tools: dict[str, str] = {}
 
     def add_text(self, role: str, text: str) -> None:
@@ -46,8 +46,8 @@ class Turns:
         """Marks what there is so far, unless `ttl_seconds` is None."""
         if ttl_seconds is not None:
             characters = len(self.messages[-1]["content"]) if self.messages else 0
-            self.marks.append(Mark(len(self.messages), characters, ttl_seconds))
+            self.marks.append(Breakpoint(len(self.messages), characters, ttl_seconds))
 
-    def placed(self) -> list[Mark]:
+    def placed(self) -> list[Breakpoint]:
         """The marks, those without any message before them left out."""
         return [mark for mark in self.marks if mark.messages]

@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field
 
 from headstart.api.fields.generation import Body, Messages
 from headstart.api.fields.tools import Tools
-from headstart.caches.entry import FORMS, Content, Entry, Form, Terms
+from headstart.caches.entry import FORMS, Content, Entry, Form, Retention
 from headstart.contents import Description, Metadata, Ttl, Utf8
 from headstart.errors import BadRequest
 
@@ -67,9 +67,9 @@ class TermsBody(Body):
     def given(self) -> dict[str, Any]:
         """The terms that the request names."""
         named = {
-            name: getattr(self, name) for name in Terms.__struct_fields__ if name in self.model_fields_set
+            name: getattr(self, name) for name in Retention.__struct_fields__ if name in self.model_fields_set
         }
-        defaults = {name: getattr(Terms(), name) for name in named}
+        defaults = {name: getattr(Retention(), name) for name in named}
         return {name: defaults[name] if value is None else value for name, value in named.items()}
 
 

@@ -120,7 +120,7 @@ async def show(request: Request, model: str, name: str) -> Json:
     """One cache, with what it holds."""
     service: Service = request.app.state.service
     served = seen(request, service.model(model))
-    entry = service.shelves.look_up(served, name, param="name")
+    entry = service.namespaces.look_up(served, name, param="name")
     return _described(request, entry) | _content(entry) | await _prospect(service, served, entry)
 
 
@@ -146,7 +146,7 @@ def _changed(request: Request, model: str, name: str) -> ServedModel:
     key or, where that has none of the name, everyone. Raises AdminRequired, ModelNotFound or InvalidName."""
     service: Service = request.app.state.service
     served = seen(request, service.model(model))
-    shared = service.shelves.only_shared(served, name, param="name")
+    shared = service.namespaces.only_shared(served, name, param="name")
     if shared is None:
         return served
     # What is declared not even an admin can delete.
@@ -170,7 +170,7 @@ def _listed(request: Request, model: str | None) -> Json:
     building = service.caching.building(whose, model)
     return {
         "object": "list",
-        "data": [_described(request, entry) for entry in service.shelves.visible(whose, model)],
+        "data": [_described(request, entry) for entry in service.namespaces.visible(whose, model)],
         "building": [{"cache_name": name, "model": model} for model, name in building],
     }
 

@@ -18,7 +18,7 @@ from headstart.api.context import owner
 from headstart.api.fields.generation import Body
 from headstart.api.fields.values import Utf8
 from headstart.api.sse import BEGIN_SECONDS, EventStream, as_event, begun, while_connected
-from headstart.service.caching.verify import Verdict, Wish
+from headstart.service.caching.verify import Verdict, VerifyScope
 from headstart.service.service import Service
 
 router = APIRouter(prefix="/v1")
@@ -44,7 +44,7 @@ async def verify(request: Request, body: VerifyRequest) -> Response:
     service: Service = request.app.state.service
     model = None if body.model is None else service.settings.aliases.get(body.model, body.model)
     whose = "" if rank(request) == "admin" else owner(request)
-    wish = Wish(model, body.cache_name, body.repair, body.remove_unreadable, whose)
+    wish = VerifyScope(model, body.cache_name, body.repair, body.remove_unreadable, whose)
     verdicts = service.verifier.verify(wish)
     if body.stream:
         return EventStream(await begun(request, _events(verdicts), BEGIN_SECONDS))

@@ -57,7 +57,7 @@ async def list_models(request: Request) -> Json:
     """Models, aliases, and `model@cache` for each cache."""
     service: Service = request.app.state.service
     service.models.rescan()
-    visible = service.shelves.visible(owner(request))
+    visible = service.namespaces.visible(owner(request))
     caches = [entry for entry in visible if entry.model in service.models.all]
     names = [*service.names(), *choices(caches)]
     return {"object": "list", "data": [_described(service, name) for name in names]}
@@ -107,7 +107,7 @@ async def show_model(request: Request, name: str) -> Json:
     service: Service = request.app.state.service
     model, cache = service.target(name)
     if "@" in name and cache is not None:
-        service.shelves.look_up(seen(request, model), cache, param="model")
+        service.namespaces.look_up(seen(request, model), cache, param="model")
     return _described(service, name)
 
 

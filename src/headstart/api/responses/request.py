@@ -146,7 +146,7 @@ class ResponseRequest(SampledRequest):
             raise BadRequest(f"{LOGPROBS} is not supported by this server; leave it out.", param="include")
 
 
-def told_again(body: ResponseRequest, options: Options) -> Json:
+def echoed_fields(body: ResponseRequest, options: Options) -> Json:
     """What a response repeats of its request."""
     return {
         "instructions": body.instructions,

@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from headstart.api.context import addressed, explaining, owner
 from headstart.api.fields.answer_format import shaped, while_preparing
-from headstart.api.responses.request import ResponseRequest, told_again
+from headstart.api.responses.request import ResponseRequest, echoed_fields
 from headstart.api.responses.response import Writer
 from headstart.api.sse import BEGIN_SECONDS, EventStream, as_named_event, begun, while_connected
 from headstart.errors import BadRequest, HeadstartError, PreviousNotFound
@@ -42,7 +42,7 @@ async def create(request: Request, body: ResponseRequest) -> Response:
     options = await shaped(request, body.options(), body.wanted())
     options = explaining(request, options)
     before = await _before(service, model, body, asked)
-    writer = Writer(told_again(body, options))
+    writer = Writer(echoed_fields(body, options))
     if body.store is not False:
         options = replace(options, save_as=writer.body["id"])
     async with service.models.use(model) as model:

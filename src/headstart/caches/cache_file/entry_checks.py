@@ -7,7 +7,7 @@ import msgspec
 from msgspec.structs import asdict, replace
 from pydantic import ValidationError
 
-from headstart.caches.entry import Content, Entry, Terms
+from headstart.caches.entry import Content, Entry, Retention
 from headstart.contents import KeptContent, KeptTerms
 
 # Of a stored response's metadata what holds the response itself, which is as long as that is.
@@ -42,12 +42,12 @@ def checked(content: Content) -> Content:
     return Content(content.prompt, [message.plain() for message in kept.messages], content.tools)
 
 
-def check_terms(terms: Terms) -> None:
+def check_terms(terms: Retention) -> None:
     """Raises ValueError for what a request couldn't say either."""
     _check_terms(terms, kept=False)
 
 
-def _check_terms(terms: Terms, *, kept: bool) -> None:
+def _check_terms(terms: Retention, *, kept: bool) -> None:
     said = asdict(terms)
     if kept:
         said["metadata"] = {key: value for key, value in terms.metadata.items() if key != RECORD}

@@ -70,7 +70,7 @@ def salvaged(path: Path) -> Entry | None:
         entry = read(path, whole=False)
     except (Corrupt, OSError):
         return None
-    return entry if (entry.shelf, entry.name + CACHE_SUFFIX) == (path.parent.name, path.name) else None
+    return entry if (entry.namespace, entry.name + CACHE_SUFFIX) == (path.parent.name, path.name) else None
 
 
 def verify(path: Path, identity: Identity, *, from_disk: bool = False) -> dict[Form, list[int]]:

@@ -33,23 +33,23 @@ class Copies:
         self.directory = directory / DIRECTORY
         self._was_told = False
 
-    def _path(self, shelf: str, name: str) -> Path:
-        return self.directory / shelf / (name + SUFFIX)
+    def _path(self, namespace: str, name: str) -> Path:
+        return self.directory / namespace / (name + SUFFIX)
 
-    def keep(self, shelf: str, name: str, path: Path) -> None:
+    def keep(self, namespace: str, name: str, path: Path) -> None:
         """Copies the header of the file at `path`, unless that was done."""
         try:
-            self._write(self._path(shelf, name), _header(path))
+            self._write(self._path(namespace, name), _header(path))
         except OSError as error:
-            self._failed(shelf, name, error)
+            self._failed(namespace, name, error)
 
     def put(self, entry: Entry) -> None:
         """Makes a header that tells all of the entry but its states."""
         text = format.hashed(format.header_text(entry.without_states(), {}, {}))
         try:
-            self._write(self._path(entry.shelf, entry.name), LENGTH.pack(len(text)) + text)
+            self._write(self._path(entry.namespace, entry.name), LENGTH.pack(len(text)) + text)
         except OSError as error:
-            self._failed(entry.shelf, entry.name, error)
+            self._failed(entry.namespace, entry.name, error)
 
     def _write(self, copy: Path, header: bytes) -> None:
         if _holds(copy, header):
@@ -66,23 +66,23 @@ class Copies:
         finally:
             scratch.unlink(missing_ok=True)
 
-    def _failed(self, shelf: str, name: str, error: OSError) -> None:
+    def _failed(self, namespace: str, name: str, error: OSError) -> None:
         if not self._was_told:
             log.warning("headers of caches can't be copied to %s: %s", self.directory, error)
         self._was_told = True
         # An older version's must not be taken for this one's.
-        self.delete(shelf, name)
+        self.delete(namespace, name)
 
-    def read(self, shelf: str, name: str) -> Entry | None:
+    def read(self, namespace: str, name: str) -> Entry | None:
         """What the copy tells of the cache; None without one that is as it was written."""
         try:
-            entry = format.read(self._path(shelf, name), whole=False)
+            entry = format.read(self._path(namespace, name), whole=False)
         except (Corrupt, OSError):
             return None
-        return entry if (entry.shelf, entry.name) == (shelf, name) else None
+        return entry if (entry.namespace, entry.name) == (namespace, name) else None
 
-    def delete(self, shelf: str, name: str) -> None:
-        _delete(self._path(shelf, name))
+    def delete(self, namespace: str, name: str) -> None:
+        _delete(self._path(namespace, name))
 
     def keep_only(self, caches: Collection[tuple[str, str]]) -> None:
         """Deletes those of all others, by shelf and name."""

@@ -145,26 +145,26 @@ class Index:
     def _put(self, key: RecordKey, record: Record) -> None:
         self._known[key] = self._changes[key] = record
 
-    def usage(self, shelf: str, name: str) -> Usage:
-        found = self._known.get(usage_key(shelf, name))
+    def usage(self, namespace: str, name: str) -> Usage:
+        found = self._known.get(usage_key(namespace, name))
         return found if isinstance(found, Usage) else UNUSED
 
-    def used(self, shelf: str, name: str, when: float, tokens: int, seconds: float) -> None:
+    def used(self, namespace: str, name: str, when: float, tokens: int, seconds: float) -> None:
         """Counts a hit."""
         with self._guard:
             hit = Usage(1, when, tokens, seconds)
-            self._put(usage_key(shelf, name), self.usage(shelf, name).plus(hit))
+            self._put(usage_key(namespace, name), self.usage(namespace, name).plus(hit))
         self.save()
 
-    def touch(self, shelf: str, name: str, when: float) -> None:
+    def touch(self, namespace: str, name: str, when: float) -> None:
         """Notes a use that is no hit."""
         with self._guard:
-            self._put(usage_key(shelf, name), self.usage(shelf, name).plus(Usage(last_used=when)))
+            self._put(usage_key(namespace, name), self.usage(namespace, name).plus(Usage(last_used=when)))
         self.save()
 
-    def delete(self, shelf: str, name: str) -> None:
+    def delete(self, namespace: str, name: str) -> None:
         """Forgets how the cache was used."""
-        key = usage_key(shelf, name)
+        key = usage_key(namespace, name)
         with self._guard:
             # Also one that is not known yet, because the database could not be opened.
             if self._known.pop(key, None) or not self._was_open:
@@ -175,18 +175,18 @@ class Index:
         """Forgets how all but these, by shelf and name, were used."""
         kept = {usage_key(*cache) for cache in caches}
         for key in [key for key in self._known if key[0] == USAGE and key not in kept]:
-            shelf, _, name = key[1].partition("/")
-            self.delete(shelf, name)
+            namespace, _, name = key[1].partition("/")
+            self.delete(namespace, name)
 
     def ends(self, entry: Entry) -> float | None:
         """When it ends, in seconds since 1970; None: never. Of an automatic one time counts from its last
         use."""
         if entry.expires is None or entry.origin != "automatic":
             return entry.expires
-        last = self.usage(entry.shelf, entry.name).last_used or 0.0
+        last = self.usage(entry.namespace, entry.name).last_used or 0.0
         return entry.expires + max(last - entry.updated, 0.0)
 
-    def is_over(self, entry: Entry, now: float) -> bool:
+    def is_expired(self, entry: Entry, now: float) -> bool:
         return (ends := self.ends(entry)) is not None and ends <= now
 
     def weights_hash(self, path: str, identity: Identity) -> str | None:

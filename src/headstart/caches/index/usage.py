@@ -41,6 +41,6 @@ def _within(seconds: float) -> float:
     return min(seconds, float(MOST)) if seconds >= 0 else 0.0
 
 
-def usage_key(shelf: str, name: str) -> tuple[str, str]:
+def usage_key(namespace: str, name: str) -> tuple[str, str]:
     """Kind and key of the record that holds the usage of a cache."""
-    return USAGE, f"{shelf}/{name}"
+    return USAGE, f"{namespace}/{name}"

@@ -12,7 +12,7 @@ SMALLEST = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Cuts:
+class Chunking:
     """Chunks of `chunk` tokens, halved (down to 4) until one takes at most `longest_ms`: evaluating n tokens
     after d others is taken to cost pass_ms + n * (token_ms + (d + n) * attend_ms)."""
 

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from headstart.engine.core.chunking import Cuts
+from headstart.engine.core.chunking import Chunking
 from headstart.engine.model import Embedder, Model, ModelError, TooLarge
 from headstart.protocol import Embed, Embedded, Failed, FailureKind, RequestEvent, Vector
 
@@ -40,7 +40,7 @@ class Embeddings:
 
     What makes them is made, and takes memory, when it is first needed."""
 
-    def __init__(self, model: Model, cuts: Cuts) -> None:
+    def __init__(self, model: Model, cuts: Chunking) -> None:
         self.model = model
         self.cuts = cuts
         self.jobs: deque[Job] = deque()

@@ -8,7 +8,7 @@ from time import monotonic
 
 from headstart.engine.core import state_file
 from headstart.engine.core.actions import Action, Drop, Fill, Move, Start
-from headstart.engine.core.chunking import Cuts
+from headstart.engine.core.chunking import Chunking
 from headstart.engine.core.embeddings import Embeddings
 from headstart.engine.core.grammar_compiler import Compiler
 from headstart.engine.core.scheduler import Scheduler, Work
@@ -42,7 +42,9 @@ class Engine:
     state was written, or one that a sequence waits for is in memory, or its grammar is compiled.
     """
 
-    def __init__(self, model: Model, cuts: Cuts, wake: Callable[[], object], *, share_from: int = 0) -> None:
+    def __init__(
+        self, model: Model, cuts: Chunking, wake: Callable[[], object], *, share_from: int = 0
+    ) -> None:
         self.model = model
         self.scheduler = Scheduler(
             model.info.slots,

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 
 from headstart.engine.core.actions import Action, Drop, Move, Origin, Start
-from headstart.engine.core.chunking import Cuts
+from headstart.engine.core.chunking import Chunking
 from headstart.engine.core.pool import ANSWER_CELLS, Pool, gather, gathers, join, refill
 from headstart.engine.core.sequence import Sequence, Slot, may_share, reusable
 from headstart.engine.model import Piece
@@ -28,7 +28,7 @@ class Scheduler:
     def __init__(
         self,
         n_slots: int,
-        cuts: Cuts,
+        cuts: Chunking,
         *,
         step_tokens: int,
         can_cut: bool = True,

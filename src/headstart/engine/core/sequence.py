@@ -7,7 +7,7 @@ from dataclasses import replace as copied
 
 from msgspec.structs import replace
 
-from headstart.engine.core.chunking import Cuts
+from headstart.engine.core.chunking import Chunking
 from headstart.engine.grammar import Matcher
 from headstart.engine.model import Piece, Sampler
 from headstart.protocol import Source, Submit
@@ -104,7 +104,7 @@ class Sequence:
         same = boundary == other.request.boundary and one.tokens[:boundary] == other.request.tokens[:boundary]
         return one.reuse and same and may_share(one.owner, other.request)
 
-    def next_piece(self, cuts: Cuts) -> Piece:
+    def next_piece(self, cuts: Chunking) -> Piece:
         """What to evaluate next: the one token just generated, or prompt tokens up to the next cut."""
         assert self.slot is not None
         end = len(self.tokens)
@@ -121,7 +121,7 @@ def _answer(request: Submit, number: int) -> Submit:
     return replace(request, id=request.id + number, n=1, sampling=sampling)
 
 
-def reusable(slot: Slot, request: Submit, cuts: Cuts, *, can_cut: bool) -> int:
+def reusable(slot: Slot, request: Submit, cuts: Chunking, *, can_cut: bool) -> int:
     """How many tokens of the slot the request may start from; at least one of its own is always left.
 
     What was prefilled is reused up to a place where this request's own prefill would be cut, which makes its
@@ -146,7 +146,7 @@ def may_share(owner: str, request: Submit) -> bool:
     return owner == request.owner or request.boundary <= request.public
 
 
-def _last_common_cut(shared: int, held: int, wanted: int, cuts: Cuts) -> int:
+def _last_common_cut(shared: int, held: int, wanted: int, cuts: Chunking) -> int:
     if held == wanted:
         return cuts.last(wanted if shared >= wanted else 0, shared)
     return cuts.last(0, min([shared, *filter(None, (held, wanted))]))

@@ -26,7 +26,7 @@ from headstart.engine.trials import Trials, TrialShape
 from headstart.engine.tuning.bench import Bench, disagreement, in_groups
 from headstart.engine.tuning.costs import Sample, fit
 from headstart.machine import available_cpus, physical_cores
-from headstart.numerics import DEFAULT, Arithmetic, Tuning, preferred
+from headstart.numerics import DEFAULT, Numerics, Tuning, preferred
 from headstart.protocol import EngineSettings
 
 # A hit: new tokens after the prefix, and tokens of the answer. Only its first words count, since people wait
@@ -130,11 +130,11 @@ class Measurement:
     def _bench(self, shape: TrialShape) -> Bench:
         return Bench(self.trials.trial(shape), shape)
 
-    def _benches(self) -> dict[Arithmetic, Bench]:
+    def _benches(self) -> dict[Numerics, Bench]:
         """One for each arithmetic there is. Sequence 0 is to be filled, sequence 1 stays empty."""
-        benches: dict[Arithmetic, Bench] = {}
+        benches: dict[Numerics, Bench] = {}
         refused = ModelError("there is nothing to be measured")
-        for tried in [Arithmetic(on, weights) for weights in self.trials.weights for on in (False, True)]:
+        for tried in [Numerics(on, weights) for weights in self.trials.weights for on in (False, True)]:
             room = MOST_DEPTH + UBATCHES[-1]
             shape = TrialShape(2, room, True, UBATCHES[-1], self.threads or available_cpus(), tried)
             try:
@@ -177,7 +177,7 @@ class Measurement:
         times = self._times(actions, names, THREADS_MS)
         return {threads: {n: times[threads, n] for n in (1, SUFFIX)} for threads in candidates}
 
-    def _fill(self, benches: Mapping[Arithmetic, Bench]) -> int:
+    def _fill(self, benches: Mapping[Numerics, Bench]) -> int:
         """Fills sequence 0 of all benches to the same depth, which it returns. It is prefilled with the last
         weights, converted ones being the fastest at it, and copied to the others: how long a call takes
         doesn't depend on the values."""
@@ -194,9 +194,7 @@ class Measurement:
                 bench.depth[0] = depth
         return depth
 
-    def _time_hits(
-        self, benches: Mapping[Arithmetic, Bench], depth: int
-    ) -> dict[Arithmetic, dict[int, float]]:
+    def _time_hits(self, benches: Mapping[Numerics, Bench], depth: int) -> dict[Numerics, dict[int, float]]:
         actions = {(tried, n): bench.timing(n) for tried, bench in benches.items() for n in (1, SUFFIX)}
         names = {(tried, n): f"{_tokens(n)} after {depth}{self._with(tried)}" for tried, n in actions}
         times = self._times(actions, names, HITS_MS)
@@ -234,11 +232,11 @@ class Measurement:
         names = {(n, shared): f"{sequences} after {n}, {each[shared]}{suffix}" for n, shared in actions}
         return break_even(depth, self._times(actions, names, LAYOUT_MS))
 
-    def _with(self, arithmetic: Arithmetic) -> str:
+    def _with(self, arithmetic: Numerics) -> str:
         shown = (f", {name.replace('_', ' ')} {value}" for name, value in arithmetic.shown().items())
         return "".join(shown) + self.suffix
 
-    def _layout(self, state: Any, depth: int, shared: bool, threads: int, chosen: Arithmetic) -> Bench:
+    def _layout(self, state: Any, depth: int, shared: bool, threads: int, chosen: Numerics) -> Bench:
         """Sequences of `depth` tokens, in one cache or in streams."""
         room = depth + LAYOUT_ROOM * (LAYOUT_SEQUENCES if shared else 1)
         shape = TrialShape(LAYOUT_SEQUENCES, room, not shared, UBATCHES[0], threads, chosen)

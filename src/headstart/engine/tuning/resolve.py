@@ -15,7 +15,7 @@ import msgspec
 from headstart.engine.kinds import only_embeds
 from headstart.engine.model import ModelError
 from headstart.machine import available_cpus
-from headstart.numerics import DEFAULT, Arithmetic, Tuning, Weights, preferred
+from headstart.numerics import DEFAULT, Numerics, Tuning, Weights, preferred
 from headstart.protocol import EngineSettings
 from headstart.toyspec import ToySpec
 
@@ -32,7 +32,7 @@ TOY = Tuning(
     token_ms=0.0,
     attend_ms=0.0,
     share_from=DEFAULT_SHARE_FROM,
-    ranking=[Arithmetic(on, weights) for on in (False, True) for weights in get_args(Weights)],
+    ranking=[Numerics(on, weights) for on in (False, True) for weights in get_args(Weights)],
     measured={},
     hits=[80.0, 80.0, 100.0, 100.0],
     tries=1,

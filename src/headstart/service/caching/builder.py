@@ -15,11 +15,11 @@ from msgspec.structs import replace
 from headstart.caches.cache_file.entry_checks import checked
 from headstart.caches.cache_file.format import Corrupt, Part
 from headstart.caches.cache_file.writer import Writer, expected_size
-from headstart.caches.entry import DEFAULT_TERMS, Content, Entry, Form, Origin, Terms
+from headstart.caches.entry import DEFAULT_RETENTION, Content, Entry, Form, Origin, Retention
 from headstart.caches.store import Store
 from headstart.errors import BadRequest, HeadstartError
 from headstart.protocol import Finished, Progress, SaveTo, Stats, Submit
-from headstart.service.caching.prefix import Head, head_of, opening_tokens
+from headstart.service.caching.prefix import Prefix, opening_tokens, prefix_of
 from headstart.service.caching.quota import Quota
 from headstart.service.models.model import ServedModel
 
@@ -46,7 +46,7 @@ class Build:
     content: Content
     forms: Sequence[Form]
     version: int
-    terms: Terms = DEFAULT_TERMS
+    terms: Retention = DEFAULT_RETENTION
     origin: Origin = "client"
     previous: Entry | None = None
     keep_states: bool = True
@@ -81,7 +81,10 @@ class Builder:
         stats: dict[Form, Stats] = {}
         # Of one length whether or not the figures are known from before.
         entry = replace(_entry(build, stats, self.store.clock()), prefill_ms={}, ttft_ms=0.0)
-        with self.quota.reserving(model.shelf, build.name) as room, self.store.scratch(model.shelf) as path:
+        with (
+            self.quota.reserving(model.namespace, build.name) as room,
+            self.store.scratch(model.namespace) as path,
+        ):
             await room.hold(_expected_size(model, entry, wanted))
             beside = model.info.state_files
             writer = await asyncio.to_thread(partial(Writer, path, entry, wanted, beside=beside))
@@ -90,7 +93,7 @@ class Builder:
                     await asyncio.to_thread(writer.copy, form, kept)
                     progress.next(len(tokens))
                     continue
-                head = await head_of(self.store, model, build.head, form, tokens)
+                head = await prefix_of(self.store, model, build.head, form, tokens)
                 place, offset = writer.place(form)
                 save_to = SaveTo(str(place), offset)
                 text = model.text(tokens, param=param)
@@ -116,7 +119,7 @@ class Builder:
         return Part(tokens, Path(state.ref.path), state.ref.offset, state.ref.nbytes)
 
     async def _compute(
-        self, model: ServedModel, tokens: list[int], head: Head, save_to: SaveTo, text: str, progress: _Sum
+        self, model: ServedModel, tokens: list[int], head: Prefix, save_to: SaveTo, text: str, progress: _Sum
     ) -> Stats:
         request = Submit(
             id=0,

@@ -6,31 +6,31 @@ import asyncio
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from headstart.caches.entry import Content, Entry, Form, Origin, Terms
+from headstart.caches.entry import Content, Entry, Form, Origin, Retention
 from headstart.errors import HeadstartError
 from headstart.service.caching.builder import OnProgress
 
 
 @dataclass(frozen=True)
-class Asked:
+class BuildKey:
     """What a caller wants to be built. Those who want the same may wait for the same build."""
 
     content: Content
     forms: frozenset[Form]
-    terms: Terms
+    terms: Retention
     origin: Origin
 
     @classmethod
-    def of(cls, content: Content, forms: Sequence[Form], terms: Terms, origin: Origin) -> Asked:
+    def of(cls, content: Content, forms: Sequence[Form], terms: Retention, origin: Origin) -> BuildKey:
         return cls(content, frozenset(forms), terms, origin)
 
 
-class Joint:
+class SharedBuild:
     """The build of what was `asked`; `task` is to be set as soon as it was started."""
 
     task: asyncio.Task[Entry]
 
-    def __init__(self, asked: Asked) -> None:
+    def __init__(self, asked: BuildKey) -> None:
         self.asked = asked
         self.abandoned = False
         self._waiting = 0
@@ -66,7 +66,7 @@ class Promise:
     error: HeadstartError | None = None
 
 
-class Promises:
+class PendingDeclared:
     """By shelf and name. A promised name stays one: it belongs to whoever made the promise."""
 
     def __init__(self) -> None:

@@ -10,16 +10,16 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from headstart.caches.entry import DEFAULT_TERMS, KEEPS_STATE, Content, Entry, Form, Origin, Terms
+from headstart.caches.entry import DEFAULT_RETENTION, KEEPS_STATE, Content, Entry, Form, Origin, Retention
 from headstart.caches.store import Store
 from headstart.errors import BadRequest, CacheConflict, CacheNotFound
-from headstart.names import check_name, shelves
+from headstart.names import check_name, namespaces
 from headstart.protocol import Stats
 from headstart.service.caching.builder import Build, Builder, OnProgress
-from headstart.service.caching.builds import Asked, Joint, Promises
-from headstart.service.caching.catalog import Shelves
+from headstart.service.caching.builds import BuildKey, PendingDeclared, SharedBuild
+from headstart.service.caching.catalog import NamespaceCatalog
 from headstart.service.caching.derived import check_own_name, composed
-from headstart.service.caching.lookup import Opening, opened
+from headstart.service.caching.lookup import Start, opened
 from headstart.service.caching.quota import Quota
 from headstart.service.models.model import ServedModel
 
@@ -32,10 +32,10 @@ class Caching:
     def __init__(self, store: Store, quota: Quota | None = None) -> None:
         self.store = store
         self.builder = Builder(store, quota or Quota(store))
-        self.promises = Promises()
-        self.shelves = Shelves(store)
+        self.promises = PendingDeclared()
+        self.namespaces = NamespaceCatalog(store)
         self._builds: dict[tuple[str, str], asyncio.Task[Entry]] = {}
-        self._joints: dict[tuple[str, str], Joint] = {}
+        self._joints: dict[tuple[str, str], SharedBuild] = {}
 
     async def close(self) -> None:
         for build in list(self._builds.values()):
@@ -46,20 +46,20 @@ class Caching:
         """The named cache, the owner's or everyone's, waiting for it where its first build is running or it
         was promised. Raises CacheNotFound, or why a promise was not kept."""
         check_name(name, param="use_cache")
-        for shelf in shelves(model.shelf):
-            await self.promises.settled((shelf, name))
-            if (build := self._builds.get((shelf, name))) and not self.shelves.at(shelf, name):
+        for namespace in namespaces(model.namespace):
+            await self.promises.settled((namespace, name))
+            if (build := self._builds.get((namespace, name))) and not self.namespaces.at(namespace, name):
                 await asyncio.wait([build])
-            if entry := self.shelves.at(shelf, name):
+            if entry := self.namespaces.at(namespace, name):
                 return entry
-        return self.store.find(model.shelf, name)
+        return self.store.find(model.namespace, name)
 
     async def unnamed(
         self, model: ServedModel, opening: Content, tokens: list[int], wanted: list[int] | None = None
-    ) -> tuple[Entry, Opening] | None:
+    ) -> tuple[Entry, Start] | None:
         """The cache whose chats begin with just these messages and tools, and what it does for a request of
         `tokens` that doesn't name it; no build is waited for. `wanted` is as in `opened`."""
-        for entry in self.shelves.known(model, "chat"):
+        for entry in self.namespaces.known(model, "chat"):
             if entry.tools == opening.tools and entry.content.opening == opening.messages:
                 return entry, await opened(self.store, model, entry, "chat", tokens, wanted=wanted)
         return None
@@ -75,15 +75,18 @@ class Caching:
 
     def is_building_for(self, model: str) -> bool:
         """Whether a cache of the model is being built."""
-        return any(shelf.partition("@")[0] == model for shelf, _ in self._builds)
+        return any(namespace.partition("@")[0] == model for namespace, _ in self._builds)
 
     def is_building(self, entry: Entry) -> bool:
-        return (entry.shelf, entry.name) in self._builds
+        return (entry.namespace, entry.name) in self._builds
 
     def building(self, owner: str | None, model: str | None = None) -> list[tuple[str, str]]:
         """Model and name of what `visible` would list and is being built or is to be; `owner` None: of what
         is anybody's."""
-        keys = {(*shelf.partition("@")[::2], name) for shelf, name in (*self._builds, *self.promises.open())}
+        keys = {
+            (*namespace.partition("@")[::2], name)
+            for namespace, name in (*self._builds, *self.promises.open())
+        }
         return sorted(
             (one, name)
             for one, whose, name in keys
@@ -93,11 +96,11 @@ class Caching:
 
     async def open(
         self, model: ServedModel, entry: Entry, form: Form, tokens: list[int], wanted: list[int] | None = None
-    ) -> Opening | None:
+    ) -> Start | None:
         """How a request whose prompt is `tokens` starts from the cache; None when the cache was replaced or
         built again meanwhile, so that the request has to look at it anew. `wanted` is as in `opened`."""
         model = model.seen_by(entry.owner)
-        key = (entry.shelf, entry.name)
+        key = (entry.namespace, entry.name)
         # A build that ends while the old state is looked at is one that had begun before.
         build = self._builds.get(key)
         opening = await opened(self.store, model, entry, form, tokens, self._head(model, entry), wanted)
@@ -115,7 +118,7 @@ class Caching:
         content: Content,
         *,
         forms: Sequence[Form] | None = None,
-        terms: Terms | None = None,
+        terms: Retention | None = None,
         origin: Origin = "client",
         overwrite: bool = True,
         on_progress: OnProgress | None = None,
@@ -133,27 +136,27 @@ class Caching:
         if origin != "declared":
             self.check_not_declared(model, name, param="cache_name")
         kept = terms or self.terms(model, name)
-        asked = Asked.of(content, content.forms if forms is None else forms, kept, origin)
+        asked = BuildKey.of(content, content.forms if forms is None else forms, kept, origin)
         joint = await self._joint(model, name, asked)
-        previous = self.shelves.own(model, name)
+        previous = self.namespaces.own(model, name)
         if previous and not overwrite:
             raise CacheConflict(f"There is a cache {name!r} already.", param="cache_name")
         if joint:
             return await joint.join(on_progress)
         version = previous.version + 1 if previous else 1
         wanted = content.forms if forms is None else forms
-        joint = Joint(asked)
+        joint = SharedBuild(asked)
         build = Build(
             model, name, content, wanted, version, kept, origin, previous, on_progress=joint.tell, head=head
         )
         joint.task = self._start(build)
-        self._joints[model.shelf, name] = joint
+        self._joints[model.namespace, name] = joint
         return await joint.join(on_progress)
 
-    async def _joint(self, model: ServedModel, name: str, asked: Asked) -> Joint | None:
+    async def _joint(self, model: ServedModel, name: str, asked: BuildKey) -> SharedBuild | None:
         """The running build of the same; None once there is none of this name. One that everybody has left,
         or that only makes the same content's states anew, is waited for. Raises CacheConflict."""
-        key = (model.shelf, name)
+        key = (model.namespace, name)
         while task := self._builds.get(key):
             joint = self._joints.get(key)
             if joint and joint.asked == asked and not joint.abandoned:
@@ -164,22 +167,22 @@ class Caching:
         return None
 
     def _holds(self, model: ServedModel, name: str, content: Content) -> bool:
-        entry = self.shelves.own(model, name)
+        entry = self.namespaces.own(model, name)
         return entry is not None and entry.content == content
 
-    def terms(self, model: ServedModel, name: str) -> Terms:
+    def terms(self, model: ServedModel, name: str) -> Retention:
         """How the named cache is kept, or would be by default if it were new. Raises InvalidName."""
-        previous = self.shelves.own(model, check_name(name, param="cache_name"))
-        return previous.terms if previous else DEFAULT_TERMS
+        previous = self.namespaces.own(model, check_name(name, param="cache_name"))
+        return previous.terms if previous else DEFAULT_RETENTION
 
     async def edit(self, model: ServedModel, name: str, given: Mapping[str, Any]) -> Entry:
         """Changes the `given` ones of a cache's terms, and nothing else; waits for a build of it. Its time
         begins anew where `ttl_seconds` is given. Raises BadRequest, CacheNotFound or StorageError."""
         check_name(name, param="name")
         while True:
-            if build := self._builds.get((model.shelf, name)):
+            if build := self._builds.get((model.namespace, name)):
                 await asyncio.wait([build])
-            entry = self.store.find(model.shelf, name, param="name")
+            entry = self.store.find(model.namespace, name, param="name")
             if entry.origin == "response" and "metadata" in given:
                 raise BadRequest("The metadata of a response can't be edited.", param="metadata")
             updated = self.store.clock() if "ttl_seconds" in given else entry.updated
@@ -192,13 +195,13 @@ class Caching:
         check_name(name, param="name")
         self.check_not_declared(model, name, param="name")
         self.check_not_building(model, name)
-        self.store.delete(model.shelf, name)
+        self.store.delete(model.namespace, name)
 
     def rebuild(self, model: ServedModel, entry: Entry) -> None:
         """Starts computing the states of `entry` again, unless that is being done or it was replaced;
         requests for it wait."""
         model = model.seen_by(entry.owner)
-        if (entry.shelf, entry.name) in self._builds or not self._is_latest(model, entry):
+        if (entry.namespace, entry.name) in self._builds or not self._is_latest(model, entry):
             return
         build = Build(
             model,
@@ -214,11 +217,11 @@ class Caching:
             parts=entry.parts,
         )
         if entry.parts:
-            self.run((entry.shelf, entry.name), self._derive(build))
+            self.run((entry.namespace, entry.name), self._derive(build))
         else:
             self._start(build)
 
-    def heal(self, model: ServedModel, entry: Entry) -> None:
+    def rebuild_after_miss(self, model: ServedModel, entry: Entry) -> None:
         """Rebuilds what a request has missed. A response's state is not worth it: what goes on from it is
         kept with a state of its own."""
         if entry.origin != "response":
@@ -227,32 +230,32 @@ class Caching:
     def derived(self, model: ServedModel, parts: Sequence[Entry], form: Form) -> Entry:
         """The cache composed of these, which has version 0 as long as it isn't built. Raises BadRequest."""
         entry = composed(model, parts, form)
-        return self.shelves.own(model, entry.name) or entry
+        return self.namespaces.own(model, entry.name) or entry
 
     def _head(self, model: ServedModel, entry: Entry) -> Entry | None:
         """The cache that a derived one begins like."""
-        return self.shelves.seen(model, entry.parts[0]) if entry.parts else None
+        return self.namespaces.seen(model, entry.parts[0]) if entry.parts else None
 
     async def _derive(self, build: Build) -> Entry:
         """A derived cache is not kept if one of its parts was replaced or deleted while it was built."""
         entry = await self.builder.build(build)
-        parts = [part for name in entry.parts if (part := self.shelves.seen(build.model, name))]
+        parts = [part for name in entry.parts if (part := self.namespaces.seen(build.model, name))]
         whole = len(parts) == len(entry.parts)
         if not (whole and composed(build.model, parts, build.forms[0]).name == entry.name):
             with suppress(CacheNotFound):
-                self.store.delete(entry.shelf, entry.name)
+                self.store.delete(entry.namespace, entry.name)
         return entry
 
     async def rebuilt(self, model: ServedModel, entry: Entry) -> Entry:
         """The entry with its states computed again, once that is done. Raises StorageError or what the
         engine raises."""
         self.rebuild(model, entry)
-        if build := self._builds.get((entry.shelf, entry.name)):
+        if build := self._builds.get((entry.namespace, entry.name)):
             return await asyncio.shield(build)
-        return self.store.find(entry.shelf, entry.name, param="name")
+        return self.store.find(entry.namespace, entry.name, param="name")
 
     def is_declared(self, model: ServedModel, name: str) -> bool:
-        return (model.shelf, name) in self.promises
+        return (model.namespace, name) in self.promises
 
     def check_not_declared(self, model: ServedModel, name: str, *, param: str) -> None:
         """Raises CacheConflict."""
@@ -263,22 +266,22 @@ class Caching:
 
     def check_not_building(self, model: ServedModel, name: str) -> None:
         """Raises CacheConflict."""
-        if (model.shelf, name) in self._builds:
+        if (model.namespace, name) in self._builds:
             raise CacheConflict(f"The cache {name!r} is being built.", param="cache_name")
 
     def _is_latest(self, model: ServedModel, entry: Entry) -> bool:
         """Whether the entry is the cache of its name; one of version 0 is as long as there is none."""
-        return self.shelves.own(model, entry.name) == (entry if entry.version else None)
+        return self.namespaces.own(model, entry.name) == (entry if entry.version else None)
 
     def build_of(self, model: ServedModel, name: str) -> asyncio.Task[Entry] | None:
         """The running build of this name."""
-        return self.build_at(model.shelf, name)
+        return self.build_at(model.namespace, name)
 
-    def build_at(self, shelf: str, name: str) -> asyncio.Task[Entry] | None:
-        return self._builds.get((shelf, name))
+    def build_at(self, namespace: str, name: str) -> asyncio.Task[Entry] | None:
+        return self._builds.get((namespace, name))
 
     def _start(self, build: Build) -> asyncio.Task[Entry]:
-        return self.run((build.model.shelf, build.name), self.builder.build(build))
+        return self.run((build.model.namespace, build.name), self.builder.build(build))
 
     def run(self, key: tuple[str, str], work: Coroutine[Any, Any, Entry]) -> asyncio.Task[Entry]:
         """Starts what makes the cache of this shelf and name, on which requests for it wait. If another build

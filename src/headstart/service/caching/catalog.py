@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from headstart.caches.entry import Entry, Form
 from headstart.caches.store import Store
 from headstart.errors import CacheNotFound
-from headstart.names import check_name, shelves
+from headstart.names import check_name, namespaces
 from headstart.service.models.model import ServedModel
 
 
-class Shelves:
+class NamespaceCatalog:
     """Looks only; nothing is waited for."""
 
     def __init__(self, store: Store) -> None:
@@ -20,7 +20,7 @@ class Shelves:
     def look_up(self, model: ServedModel, name: str, *, param: str) -> Entry:
         """The named cache, the owner's or everyone's, as it is now. Raises InvalidName or CacheNotFound."""
         check_name(name, param=param)
-        return self.seen(model, name) or self.store.find(model.shelf, name, param=param)
+        return self.seen(model, name) or self.store.find(model.namespace, name, param=param)
 
     def only_shared(self, model: ServedModel, name: str, *, param: str) -> ServedModel | None:
         """The model as everyone sees it, where the named cache is everyone's and the owner has none of this
@@ -32,13 +32,15 @@ class Shelves:
 
     def seen(self, model: ServedModel, name: str) -> Entry | None:
         """The named cache, the owner's or everyone's."""
-        entries = (self.at(shelf, name) for shelf in shelves(model.shelf))
+        entries = (self.at(namespace, name) for namespace in namespaces(model.namespace))
         return next((entry for entry in entries if entry), None)
 
     def known(self, model: ServedModel, form: Form) -> Iterator[Entry]:
         """The caches of a form, the owner's first and then everyone's, whether or not they have a state now:
         requests are cut where a cache ends, so that the answer is the same."""
-        entries = (entry for shelf in shelves(model.shelf) for entry in self.store.known(shelf))
+        entries = (
+            entry for namespace in namespaces(model.namespace) for entry in self.store.known(namespace)
+        )
         return (entry for entry in entries if form in entry.forms or form in entry.evicted)
 
     def visible(self, owner: str, model: str | None = None) -> list[Entry]:
@@ -53,15 +55,15 @@ class Shelves:
         """The longest cached completion prompt that `text` begins with; "" for none."""
         known = self.known(model, "completion")
         begun = [entry for entry in known if entry.prompt and text.startswith(entry.prompt)]
-        fitting = (entry.prompt for entry in begun if self.at(entry.shelf, entry.name) == entry)
+        fitting = (entry.prompt for entry in begun if self.at(entry.namespace, entry.name) == entry)
         return max(fitting, key=len, default="")
 
     def own(self, model: ServedModel, name: str) -> Entry | None:
         """The model's own cache of this name."""
-        return self.at(model.shelf, name)
+        return self.at(model.namespace, name)
 
-    def at(self, shelf: str, name: str) -> Entry | None:
+    def at(self, namespace: str, name: str) -> Entry | None:
         try:
-            return self.store.find(shelf, name)
+            return self.store.find(namespace, name)
         except CacheNotFound:
             return None

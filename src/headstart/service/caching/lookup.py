@@ -10,7 +10,7 @@ from headstart.caches.entry import Entry, Form, MissReason
 from headstart.caches.store import Store
 from headstart.errors import BadRequest
 from headstart.protocol import StateRef
-from headstart.service.caching.prefix import head_of, opening_tokens
+from headstart.service.caching.prefix import opening_tokens, prefix_of
 from headstart.service.models.model import ServedModel
 from headstart.tokens import common_prefix
 
@@ -21,7 +21,7 @@ NO_TOKEN = -1
 
 
 @dataclass(frozen=True)
-class Opening:
+class Start:
     """What a named cache does for a request: `boundary` tokens come from `restore`, or why they don't. Then
     `restore` may be another state, which has `shared` tokens in common with the request."""
 
@@ -39,7 +39,7 @@ async def opened(
     tokens: list[int],
     head: Entry | None = None,
     wanted: list[int] | None = None,
-) -> Opening:
+) -> Start:
     """What the cache does for a request whose prompt is `tokens`, as things are. Where it has no state now,
     or is composed of others and not yet built, its `head` may help: a cache that it begins like.
     `wanted`: the cache's opening_tokens, if they are known. Raises ModelLoading."""
@@ -47,34 +47,34 @@ async def opened(
         wanted = await opening_tokens(model, form, entry.content) if wanted is None else wanted
     except BadRequest as error:
         # Another template took it, or nothing was ever rendered of it.
-        log.warning("cache %s of %s can't be used: %s", entry.name, entry.shelf, error.message)
-        return Opening(0, miss="template_changed")
+        log.warning("cache %s of %s can't be used: %s", entry.name, entry.namespace, error.message)
+        return Start(0, miss="template_changed")
     boundary = min(common_prefix(wanted, tokens), len(tokens) - 1)
     reason: MissReason | None
     if reason := model.fingerprint.changed_since(entry.fingerprint):
-        return Opening(boundary, miss=reason)
+        return Start(boundary, miss=reason)
     if form in entry.evicted and boundary > 0:
-        start = await head_of(store, model, head, form, tokens)
+        start = await prefix_of(store, model, head, form, tokens)
         reason = "evicted" if entry.version else "first_use"
-        return Opening(boundary, start.restore, reason, start.shared)
+        return Start(boundary, start.restore, reason, start.shared)
     if form not in entry.forms:
-        return Opening(boundary, miss="form_not_built" if wanted else "too_short")
+        return Start(boundary, miss="form_not_built" if wanted else "too_short")
     if boundary <= 0 or (boundary < len(wanted) and not model.info.can_cut):
-        return Opening(max(boundary, 0), miss="prompt_differs")
+        return Start(max(boundary, 0), miss="prompt_differs")
     stored = entry.forms[form]
     if stored.n_tokens != len(wanted):
-        return Opening(boundary, miss="template_changed")
+        return Start(boundary, miss="template_changed")
     if 0 < _most_bytes(model, stored.n_tokens) < stored.state_bytes:
         log.warning("cache %s of %s is damaged: its state is too large", entry.name, entry.model)
-        return Opening(boundary, miss="corrupt")
+        return Start(boundary, miss="corrupt")
     try:
         state = await store.verified(entry, form)
     except Corrupt as error:
         log.warning("cache %s of %s is damaged: %s", entry.name, entry.model, error)
-        return Opening(boundary, miss="corrupt")
+        return Start(boundary, miss="corrupt")
     if state.tokens != wanted:
-        return Opening(boundary, miss="template_changed")
-    return Opening(boundary, restore=state.ref)
+        return Start(boundary, miss="template_changed")
+    return Start(boundary, restore=state.ref)
 
 
 def _most_bytes(model: ServedModel, n_tokens: int) -> int:

@@ -14,19 +14,19 @@ from headstart.tokens import common_prefix
 
 
 @dataclass(frozen=True)
-class Head:
+class Prefix:
     """A verified state, and how many tokens it has in common with the prompt."""
 
     restore: StateRef | None = None
     shared: int | None = None
 
 
-NOTHING = Head()
+NOTHING = Prefix()
 
 
-async def head_of(
+async def prefix_of(
     store: Store, model: ServedModel, entry: Entry | None, form: Form, tokens: list[int]
-) -> Head:
+) -> Prefix:
     """What a prompt of these tokens can take from the cache; NOTHING also where its state is damaged, which
     those find out who ask for it by name."""
     if entry is None or form not in entry.forms or not model.info.can_cut:
@@ -38,7 +38,7 @@ async def head_of(
     except Corrupt:
         return NOTHING
     shared = common_prefix(state.tokens, tokens)
-    return Head(state.ref, shared) if shared else NOTHING
+    return Prefix(state.ref, shared) if shared else NOTHING
 
 
 def opening_of(form: Form, content: Content) -> ChatOpening | TextOpening:

@@ -46,12 +46,12 @@ class Quota:
         return (entry for entry in self.store.known() if owner in (None, entry.owner))
 
     @contextmanager
-    def reserving(self, shelf: str, name: str) -> Iterator[Reservation]:
+    def reserving(self, namespace: str, name: str) -> Iterator[Reservation]:
         """Room for one cache, until its file is in its place or given up."""
         try:
-            yield Reservation(self, (shelf, name))
+            yield Reservation(self, (namespace, name))
         finally:
-            self._reserved.pop((shelf, name), None)
+            self._reserved.pop((namespace, name), None)
 
     async def hold(self, key: Key, size: int) -> None:
         """Makes room for `size` bytes of the cache, by evicting others if it must. Raises QuotaExceeded, with
@@ -64,9 +64,9 @@ class Quota:
                 await self._evict(owner, self._missing(owner, limit, key, size), key)
             self._reserved[key] = size
 
-    def check_possible(self, shelf: str, size: int) -> None:
+    def check_possible(self, namespace: str, size: int) -> None:
         """Raises QuotaExceeded for what would not fit if there were nothing else."""
-        for limit in self._limits(shelf).values():
+        for limit in self._limits(namespace).values():
             if size > limit:
                 raise _exceeded(size, limit, limit)
 
@@ -78,14 +78,14 @@ class Quota:
                 if limit:
                     await self._evict(owner, self._taken(owner, None) - limit)
 
-    def _limits(self, shelf: str) -> Mapping[str | None, int]:
+    def _limits(self, namespace: str) -> Mapping[str | None, int]:
         """Those that hold for caches of the shelf, by whose caches they are about; None is everyone's."""
-        owner = shelf.partition("@")[2]
+        owner = namespace.partition("@")[2]
         limits = {owner: self.shares.get(owner, 0), None: self.limit}
         return {scope: limit for scope, limit in limits.items() if limit}
 
     def _taken(self, owner: str | None, but: Key | None) -> int:
-        sizes = {(entry.shelf, entry.name): entry.size_bytes for entry in self._known(owner)}
+        sizes = {(entry.namespace, entry.name): entry.size_bytes for entry in self._known(owner)}
         for key, size in self._reserved.items():
             if owner in (None, key[0].partition("@")[2]):
                 sizes[key] = max(size, sizes.get(key, 0))
@@ -107,7 +107,7 @@ class Quota:
         found = [
             (rank(entry, self.store.usage(entry), now), entry)
             for entry in evictable(self._known(owner))
-            if (entry.shelf, entry.name) not in {but, *self.store.held}
+            if (entry.namespace, entry.name) not in {but, *self.store.held}
         ]
         return [entry for _, entry in sorted(found, key=lambda pair: pair[0])]
 
@@ -116,13 +116,13 @@ class Quota:
         for entry in self._candidates(owner, but) if missing > 0 else ():
             if missing <= 0:
                 break
-            missing -= await self.give_up(entry)
+            missing -= await self.evict(entry)
         return missing
 
-    async def give_up(self, entry: Entry) -> int:
+    async def evict(self, entry: Entry) -> int:
         """Takes its states away. The bytes it has freed: none where the cache was replaced meanwhile, or is
         being built."""
-        if (entry.shelf, entry.name) in self.store.held:
+        if (entry.namespace, entry.name) in self.store.held:
             return 0
         if keeps_text(entry):
             stub = await self.store.amend(entry, entry.without_states(), with_states=False)
@@ -131,13 +131,13 @@ class Quota:
             freed = entry.size_bytes - stub.size_bytes
         else:
             try:
-                self.store.delete(entry.shelf, entry.name)
+                self.store.delete(entry.namespace, entry.name)
             except CacheNotFound:
                 return 0
             freed = entry.size_bytes
         self.evictions[entry.owner] += 1
         level = logging.INFO if entry.origin == "response" else logging.WARNING
-        log.log(level, "evicted cache %s of %s: %d bytes are free", entry.name, entry.shelf, freed)
+        log.log(level, "evicted cache %s of %s: %d bytes are free", entry.name, entry.namespace, freed)
         return freed
 
 

@@ -16,11 +16,11 @@ from headstart.engine.model import ModelError
 from headstart.engine.tuning.resolve import measure_apart
 from headstart.engine.worker_process import worker_environment
 from headstart.errors import HeadstartError
-from headstart.numerics import Arithmetic, Tuning
+from headstart.numerics import Numerics, Tuning
 from headstart.protocol import EngineSettings
 from headstart.service.caching.caching import Caching
 from headstart.service.models.cache_fit import doubted, measured_again
-from headstart.service.models.model import Say, ServedModel
+from headstart.service.models.model import Notify, ServedModel
 from headstart.service.models.plan import Plan
 from headstart.service.models.registry import Models
 from headstart.service.models.tuning_store import Tunings
@@ -44,7 +44,7 @@ class Remeasuring:
         store: Store,
         models: Models,
         caching: Caching,
-        say: Say,
+        say: Notify,
         idle_seconds: float,
         measure: Measure = measure_apart,
     ) -> None:
@@ -148,19 +148,19 @@ class Remeasuring:
         """Computes caches again that have other arithmetic than their model, one at a time, while nobody uses
         it. One that can't be is computed again when it is next used."""
         self._fitted.add(model.name)
-        for entry in self._unfit(model, Arithmetic.of(model.info.settings)):
+        for entry in self._unfit(model, Numerics.of(model.info.settings)):
             while not self.models.is_idle:
                 await asyncio.sleep(LOOK_SECONDS)
             with suppress(HeadstartError):
                 async with self.models.use(model) as used:
                     await self.caching.rebuilt(used.seen_by(entry.owner), entry)
 
-    def _unfit(self, model: ServedModel, arithmetic: Arithmetic) -> list[Entry]:
+    def _unfit(self, model: ServedModel, arithmetic: Numerics) -> list[Entry]:
         """Those with states that are worth computing again, which a response's aren't."""
         return [
             entry
             for entry in model.entries(self.store)
             if entry.forms
             and entry.origin != "response"
-            and Arithmetic.of(entry.fingerprint.settings) != arithmetic
+            and Numerics.of(entry.fingerprint.settings) != arithmetic
         ]

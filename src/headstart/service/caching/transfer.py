@@ -58,7 +58,7 @@ class Files:
     async def export(self, model: ServedModel, name: str) -> Exported:
         """Raises CacheNotFound, BadRequest where states aren't in the cache's file, or StorageError for one
         whose header is damaged."""
-        entry = self.store.find(model.shelf, check_name(name, param="name"), param="name")
+        entry = self.store.find(model.namespace, check_name(name, param="name"), param="name")
         if entry.beside:
             raise BadRequest(
                 f"The states of cache {name!r} are files of the NPU's runtime, which fit nowhere else; make "
@@ -66,7 +66,7 @@ class Files:
                 param="name",
             )
         try:
-            return await asyncio.to_thread(_open, self.store.path(model.shelf, name), entry)
+            return await asyncio.to_thread(_open, self.store.path(model.namespace, name), entry)
         except FileNotFoundError:
             raise CacheNotFound(f"The cache {name!r} was deleted.", param="name") from None
         except (Corrupt, OSError) as error:
@@ -90,9 +90,9 @@ class Files:
         check_own_name(name, param="name")
         self.caching.check_not_declared(model, name, param="name")
         self._check_free(model, name, overwrite)
-        with self.store.scratch(model.shelf) as scratch:
-            self._check_room(model.shelf, size or 0)
-            await self._receive(model.shelf, chunks, scratch)
+        with self.store.scratch(model.namespace) as scratch:
+            self._check_room(model.namespace, size or 0)
+            await self._receive(model.namespace, chunks, scratch)
             try:
                 entry = await asyncio.to_thread(inspect, scratch)
             except Corrupt as error:
@@ -102,7 +102,7 @@ class Files:
                 _check_fits(model, entry)
                 await _check_renders(model, entry)
                 self._check_free(model, name, overwrite)
-                work = self.caching.run((model.shelf, name), self._place(model, name, scratch, entry))
+                work = self.caching.run((model.namespace, name), self._place(model, name, scratch, entry))
                 try:
                     return await asyncio.shield(work)
                 finally:
@@ -114,20 +114,20 @@ class Files:
 
     def _check_free(self, model: ServedModel, name: str, overwrite: bool) -> None:
         self.caching.check_not_building(model, name)
-        if not overwrite and self.caching.shelves.own(model, name):
+        if not overwrite and self.caching.namespaces.own(model, name):
             raise CacheConflict(f"There is a cache {name!r} already.", param="name")
 
-    def _check_room(self, shelf: str, size: int) -> None:
-        self.quota.check_possible(shelf, size)
+    def _check_room(self, namespace: str, size: int) -> None:
+        self.quota.check_possible(namespace, size)
         if size > shutil.disk_usage(self.store.directory).free:
             raise StorageFull(f"The disk has no room for {size / 1e6:.2f} MB.")
 
-    async def _receive(self, shelf: str, chunks: AsyncIterator[bytes], scratch: Path) -> None:
+    async def _receive(self, namespace: str, chunks: AsyncIterator[bytes], scratch: Path) -> None:
         waiting, size = bytearray(), 0
         with scratch.open("wb") as output:
             async for chunk in chunks:
                 size += len(chunk)
-                self.quota.check_possible(shelf, size)
+                self.quota.check_possible(namespace, size)
                 waiting += chunk
                 if len(waiting) >= WRITE_BYTES:
                     await asyncio.to_thread(output.write, bytes(waiting))
@@ -135,7 +135,7 @@ class Files:
             await asyncio.to_thread(output.write, bytes(waiting))
 
     async def _place(self, model: ServedModel, name: str, scratch: Path, entry: Entry) -> Entry:
-        previous = self.caching.shelves.own(model, name)
+        previous = self.caching.namespaces.own(model, name)
         now = self.store.clock()
         placed = replace(
             entry,
@@ -148,11 +148,14 @@ class Files:
             origin="client",
             parts=[],
         )
-        with self.quota.reserving(model.shelf, name) as room, self.store.scratch(model.shelf) as target:
+        with (
+            self.quota.reserving(model.namespace, name) as room,
+            self.store.scratch(model.namespace) as target,
+        ):
             await room.hold(entry.size_bytes)
             stored = await asyncio.to_thread(rewrite, scratch, target, placed)
             await room.hold(stored.size_bytes)
-            await self.store.adopt(target, stored)
+            await self.store.publish(target, stored)
         return stored
 
 

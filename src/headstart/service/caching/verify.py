@@ -12,16 +12,16 @@ from msgspec.structs import replace
 
 from headstart.caches.cache_file.format import Corrupt
 from headstart.caches.entry import Entry, MissReason
-from headstart.caches.scan import Stray, set_aside, strays
+from headstart.caches.scan import OrphanFile, orphan_files, set_aside
 from headstart.errors import CacheNotFound, HeadstartError, ModelLoading
-from headstart.names import NAME, SHELF
+from headstart.names import NAME, NAMESPACE
 from headstart.service.caching.caching import Caching
 from headstart.service.caching.lookup import miss_reason
 from headstart.service.models.model import ServedModel
 
 
 @dataclass(frozen=True)
-class Wish:
+class VerifyScope:
     """Which caches are looked at, all unless a model or a name is given. `repair`: those damaged or unfit are
     computed again from their prompts, and a file from which none can be read is set aside; or, with
     `remove_unreadable`, deleted. `owner`: only what belongs to this API key; "": everything."""
@@ -32,8 +32,8 @@ class Wish:
     remove_unreadable: bool = False
     owner: str = ""
 
-    def covers(self, shelf: str, name: str) -> bool:
-        model, _, owner = shelf.partition("@")
+    def covers(self, namespace: str, name: str) -> bool:
+        model, _, owner = namespace.partition("@")
         return self.model in (None, model) and self.name in (None, name) and self.owner in ("", owner)
 
 
@@ -45,28 +45,28 @@ class Verifier:
         self.store = caching.store
         self.models = models
 
-    async def verify(self, wish: Wish) -> AsyncGenerator[Verdict, None]:
+    async def verify(self, wish: VerifyScope) -> AsyncGenerator[Verdict, None]:
         """Raises CacheNotFound when one is named that isn't there."""
-        found = await asyncio.to_thread(strays, self.store.directory)
+        found = await asyncio.to_thread(orphan_files, self.store.directory)
         self.store.reconcile()
         n_verdicts = 0
         for entry in self.store.entries():
-            if wish.covers(entry.shelf, entry.name) and (verdict := await self._entry(entry, wish)):
+            if wish.covers(entry.namespace, entry.name) and (verdict := await self._entry(entry, wish)):
                 n_verdicts += 1
-                yield verdict.of(entry.shelf)
+                yield verdict.of(entry.namespace)
         for stray in found:
-            if wish.covers(stray.shelf, stray.name) and not self._knows(stray):
+            if wish.covers(stray.namespace, stray.name) and not self._knows(stray):
                 n_verdicts += 1
-                yield self._stray(stray, wish).of(stray.shelf)
+                yield self._stray(stray, wish).of(stray.namespace)
         if wish.name is not None and not n_verdicts:
             raise CacheNotFound(f"There is no cache {wish.name!r}.", param="cache_name")
 
-    async def _entry(self, entry: Entry, wish: Wish) -> Verdict | None:
+    async def _entry(self, entry: Entry, wish: VerifyScope) -> Verdict | None:
         """None: it was deleted meanwhile."""
         model = self._model(entry)
         verdict = await self._look(model, entry)
         try:
-            current = self.store.find(entry.shelf, entry.name)
+            current = self.store.find(entry.namespace, entry.name)
         except CacheNotFound:
             return None
         if current != entry and (current.version, current.identity) != (entry.version, entry.identity):
@@ -101,17 +101,17 @@ class Verifier:
         model = self.models.get(entry.model)
         return model and model.seen_by(entry.owner)
 
-    def _knows(self, stray: Stray) -> bool:
+    def _knows(self, stray: OrphanFile) -> bool:
         """Whether there is a copy of the prompt that the file itself doesn't tell."""
-        if not (SHELF.fullmatch(stray.shelf) and NAME.fullmatch(stray.name)):
+        if not (NAMESPACE.fullmatch(stray.namespace) and NAME.fullmatch(stray.name)):
             return False
         try:
-            self.store.find(stray.shelf, stray.name)
+            self.store.find(stray.namespace, stray.name)
         except CacheNotFound:
             return False
         return True
 
-    def _stray(self, stray: Stray, wish: Wish) -> Verdict:
+    def _stray(self, stray: OrphanFile, wish: VerifyScope) -> Verdict:
         verdict = judged_stray(stray)
         if not (wish.repair and stray.damaged):
             return verdict
@@ -156,9 +156,9 @@ class Verdict(Struct, frozen=True):
         """Something is wrong with it, and still is."""
         return self.state != "ok" and self.action not in ("rebuilt", "removed")
 
-    def of(self, shelf: str) -> Verdict:
+    def of(self, namespace: str) -> Verdict:
         """The same, with the owner of what is on this shelf."""
-        return replace(self, owner=shelf.partition("@")[2] or None)
+        return replace(self, owner=namespace.partition("@")[2] or None)
 
     def after(self, action: Action, detail: str) -> Verdict:
         would_hit = True if action == "rebuilt" else self.would_hit
@@ -173,6 +173,6 @@ def judged(entry: Entry, miss: MissReason | None, detail: str = "") -> Verdict:
     )
 
 
-def judged_stray(stray: Stray) -> Verdict:
+def judged_stray(stray: OrphanFile) -> Verdict:
     state: State = "damaged" if stray.damaged else "stray"
     return Verdict(stray.name, stray.model, state, would_hit=False, detail=stray.why)

@@ -15,7 +15,7 @@ from headstart.service.generation.explain import Explanation, explained
 from headstart.service.generation.prepared import Prepared
 from headstart.service.interface.answer import Delta, Ended
 from headstart.service.origins.automatic import Automatic
-from headstart.service.origins.breakpoints import Marks
+from headstart.service.origins.breakpoints import Breakpoints
 from headstart.service.origins.conversations import Conversations
 
 
@@ -40,7 +40,7 @@ class Result:
 
 class Generation:
     def __init__(
-        self, caching: Caching, automatic: Automatic, conversations: Conversations, marks: Marks
+        self, caching: Caching, automatic: Automatic, conversations: Conversations, marks: Breakpoints
     ) -> None:
         self.caching = caching
         self.automatic = automatic
@@ -106,7 +106,7 @@ class Generation:
     def _heal(self, prepared: Prepared, miss: MissReason | None) -> None:
         """Has a state that could not be used computed again, once the request itself has its first token."""
         if prepared.entry and miss and miss not in KEEPS_STATE:
-            self.caching.heal(prepared.model, prepared.entry)
+            self.caching.rebuild_after_miss(prepared.model, prepared.entry)
 
 
 def _answering(prepared: Prepared, choice: int) -> Answering:

@@ -15,8 +15,8 @@ from headstart.protocol import Submit
 from headstart.service.caching.builder import opening_if_any
 from headstart.service.caching.caching import Caching
 from headstart.service.caching.derived import check_parts, text_of
-from headstart.service.caching.lookup import Opening
-from headstart.service.caching.prefix import head_of, opening_of
+from headstart.service.caching.lookup import Start
+from headstart.service.caching.prefix import opening_of, prefix_of
 from headstart.service.generation import engine_support
 from headstart.service.generation.engine_support import check_bias
 from headstart.service.generation.explain import closest, longest_match, texts_of
@@ -27,8 +27,8 @@ from headstart.service.interface.chat import Chat
 from headstart.service.interface.options import Options
 from headstart.service.interface.text import Text
 from headstart.service.models.model import ServedModel
-from headstart.service.origins.automatic import Automatic, Unnamed
-from headstart.service.origins.breakpoints import Marked, Marks, Placed
+from headstart.service.origins.automatic import Automatic, ImplicitMatch
+from headstart.service.origins.breakpoints import BreakpointPlan, Breakpoints, PlacedBreakpoint
 from headstart.service.origins.conversations import Conversations, Saving
 from headstart.tokens import common_prefix
 
@@ -44,7 +44,7 @@ class Preparation:
         caching: Caching,
         automatic: Automatic,
         conversations: Conversations,
-        marks: Marks,
+        marks: Breakpoints,
         grammars: Grammars,
     ) -> None:
         self.caching = caching
@@ -94,29 +94,29 @@ class Preparation:
             # What is marked isn't counted, but kept at once.
             unnamed = None if begun in [place.content for place in places] else unnamed
         prepared = self._prepared(model, tokens, options, None, opening, "chat", unnamed)
-        return replace(prepared, marked=Marked(places, head)) if places else prepared
+        return replace(prepared, marked=BreakpointPlan(places, head)) if places else prepared
 
     def _begun(self, model: ServedModel, chat: Chat) -> Content:
         """The longest opening of the chat that a cache has or could have."""
-        return chat.opening(list(self.caching.shelves.known(model, "chat")))
+        return chat.opening(list(self.caching.namespaces.known(model, "chat")))
 
     async def _marked_opening(
-        self, model: ServedModel, chat: Chat, tokens: list[int], last: Placed
-    ) -> tuple[Content, Opening]:
+        self, model: ServedModel, chat: Chat, tokens: list[int], last: PlacedBreakpoint
+    ) -> tuple[Content, Start]:
         """The longest opening that a cache has, or is to have up to the `last` mark, and the cut at its end.
         Marks take the place of the system prompt."""
-        begun = chat.held(self.caching.shelves.known(model, "chat")) or last.content
+        begun = chat.held(self.caching.namespaces.known(model, "chat")) or last.content
         opening = _cut(await opening_if_any(model, "chat", begun), tokens)
         # A state that can't be cut helps only those that begin with all of it.
         if last.boundary > opening.boundary and model.info.can_cut:
-            return last.content, Opening(last.boundary)
+            return last.content, Start(last.boundary)
         return begun, opening
 
     async def _from_shorter(
-        self, model: ServedModel, chat: Chat, tokens: list[int], opening: Opening
-    ) -> tuple[Entry | None, Opening]:
+        self, model: ServedModel, chat: Chat, tokens: list[int], opening: Start
+    ) -> tuple[Entry | None, Start]:
         """Where the opening has no cache: the longest one that it begins like, and how to start from that."""
-        held = chat.held(self.caching.shelves.known(model, "chat"))
+        held = chat.held(self.caching.namespaces.known(model, "chat"))
         found = await self.caching.unnamed(model, held, tokens) if held else None
         if found is None or found[1].restore is None:
             return None, opening
@@ -125,7 +125,7 @@ class Preparation:
 
     async def _chat_with_cache(
         self, model: ServedModel, own: Chat, options: Options
-    ) -> tuple[Entry, Chat, list[int], Opening]:
+    ) -> tuple[Entry, Chat, list[int], Start]:
         opening = None
         while opening is None:
             entry = await self._named(model, options.use_cache or (), "chat")
@@ -139,11 +139,11 @@ class Preparation:
                 opening = await self._differing(model, chat, entry, tokens)
         return entry, chat, tokens, opening
 
-    async def _differing(self, model: ServedModel, chat: Chat, entry: Entry, tokens: list[int]) -> Opening:
+    async def _differing(self, model: ServedModel, chat: Chat, entry: Entry, tokens: list[int]) -> Start:
         """The cache is of another prompt then, which may begin alike."""
         model.check_fits(len(tokens), param="messages")
         opening = _cut(await opening_if_any(model, "chat", self._begun(model, chat)), tokens)
-        head = await head_of(self.caching.store, model, entry, "chat", tokens)
+        head = await prefix_of(self.caching.store, model, entry, "chat", tokens)
         return replace(opening, restore=head.restore, shared=head.shared, miss="prompt_differs")
 
     async def count(
@@ -163,7 +163,7 @@ class Preparation:
         if options.use_cache is None:
             tokens = await prompt.read(prompts)
             model.check_fits(len(tokens), param="prompt")
-            known = self.caching.shelves.known_opening(model, prompt.whole(model.vocabulary))
+            known = self.caching.namespaces.known_opening(model, prompt.whole(model.vocabulary))
             opening = _cut(await prompts.one(TextOpening(known)), tokens)
         else:
             entry, tokens, opening = await self._text_with_cache(model, prompt, options.use_cache)
@@ -174,7 +174,7 @@ class Preparation:
 
     async def _text_with_cache(
         self, model: ServedModel, prompt: Text, names: Sequence[str]
-    ) -> tuple[Entry, list[int], Opening]:
+    ) -> tuple[Entry, list[int], Start]:
         opening = None
         while opening is None:
             entry = await self._named(model, names, "completion")
@@ -198,9 +198,9 @@ class Preparation:
         tokens: list[int],
         options: Options,
         entry: Entry | None,
-        opening: Opening,
+        opening: Start,
         form: Form,
-        unnamed: Unnamed | None = None,
+        unnamed: ImplicitMatch | None = None,
     ) -> Prepared:
         begun = entry or (unnamed and unnamed.entry)
         warning = self._check_parameters(model, options)
@@ -231,8 +231,8 @@ class Preparation:
             text=model.text(tokens, param=param),
         )
         if not options.reuse:
-            opening = Opening(opening.boundary, miss="cache_prompt_false")
-        remembered = self.caching.store.remembered(model.shelf, form)
+            opening = Start(opening.boundary, miss="cache_prompt_false")
+        remembered = self.caching.store.remembered(model.namespace, form)
         matched = opening.boundary if entry else longest_match(remembered, tokens)
         names = options.use_cache or ()
         return Prepared(
@@ -263,10 +263,10 @@ class Preparation:
     async def _explaining(self, prepared: Prepared, form: Form, texts: Sequence[str]) -> Prepared:
         """The same request, whose result will say why it started from a cache or didn't."""
         store, model = self.caching.store, prepared.model
-        known = [prepared.entry] if prepared.entry else store.entries(model.shelf)
+        known = [prepared.entry] if prepared.entry else store.entries(model.namespace)
         return replace(prepared, explain=True, closest=await closest(model, form, known, texts))
 
 
-def _cut(opening: list[int], tokens: list[int]) -> Opening:
+def _cut(opening: list[int], tokens: list[int]) -> Start:
     """Cuts the prefill where a cache of the opening would end, so that the answer is the same."""
-    return Opening(max(min(common_prefix(opening, tokens), len(tokens) - 1), 0))
+    return Start(max(min(common_prefix(opening, tokens), len(tokens) - 1), 0))

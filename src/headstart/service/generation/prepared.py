@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from headstart.caches.entry import Entry
 from headstart.prompt.answer_parts import Parser, PlainText
 from headstart.protocol import Submit
-from headstart.service.caching.lookup import Opening
+from headstart.service.caching.lookup import Start
 from headstart.service.generation.explain import Closest
 from headstart.service.models.model import ServedModel
-from headstart.service.origins.automatic import Unnamed
-from headstart.service.origins.breakpoints import Marked
+from headstart.service.origins.automatic import ImplicitMatch
+from headstart.service.origins.breakpoints import BreakpointPlan
 from headstart.service.origins.conversations import Saving
 
 
@@ -27,14 +27,14 @@ class Prepared:
     submit: Submit
     stop: Sequence[str]
     entry: Entry | None = None
-    opening: Opening = field(default_factory=lambda: Opening(0))
+    opening: Start = field(default_factory=lambda: Start(0))
     names: Sequence[str] = ()
-    unnamed: Unnamed | None = None
+    unnamed: ImplicitMatch | None = None
     saving: Saving | None = None
     matched: int = 0
     explain: bool = False
     closest: Closest | None = None
     parser: Callable[[], Parser] = PlainText
     piece: Callable[[int], bytes] | None = None
-    marked: Marked | None = None
+    marked: BreakpointPlan | None = None
     warning: str = ""

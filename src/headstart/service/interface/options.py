@@ -22,7 +22,7 @@ class Calling:
 
 
 @dataclass(frozen=True)
-class Mark:
+class Breakpoint:
     """The chat up to here is to be kept for `ttl_seconds` after its last use: its first `messages` messages,
     of the last of them `characters` characters. Its tools always belong to it, since templates write them at
     the start."""
@@ -54,5 +54,5 @@ class Options:
     calling: Calling = field(default_factory=Calling)
     variables: Variables = field(default_factory=dict)
     whole: bool = False
-    marks: Sequence[Mark] = ()
+    marks: Sequence[Breakpoint] = ()
     given: frozenset[str] = frozenset()

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from headstart.caches.entry import Entry, Fingerprint
-from headstart.numerics import DEFAULT, Arithmetic, Tuning
+from headstart.numerics import DEFAULT, Numerics, Tuning
 
 
 def misfits(entries: Iterable[Entry], fingerprint: Fingerprint) -> dict[str, list[str]]:
@@ -27,7 +27,7 @@ def warnings(model: str, unfit: Mapping[str, Sequence[str]]) -> list[str]:
     ]
 
 
-def kept_back(model: str, now: Arithmetic, preferred: Arithmetic) -> str:
+def kept_back(model: str, now: Numerics, preferred: Numerics) -> str:
     """Said where measuring prefers another arithmetic than existing caches were computed with."""
     stays, goes = now.shown(), preferred.shown()
     others = [name for name in stays if stays[name] != goes[name]]
@@ -58,12 +58,12 @@ def _values(shown: Mapping[str, str], names: Sequence[str]) -> str:
     return " and ".join(f"{name.replace('_', ' ')} {shown[name]}" for name in names)
 
 
-def arithmetic_of(entries: Iterable[Entry], weights: str) -> Arithmetic:
+def arithmetic_of(entries: Iterable[Entry], weights: str) -> Numerics:
     """What most caches of these weights were computed with; all open where there are none."""
     prints = [entry.fingerprint for entry in entries if entry.fingerprint.weights == weights]
-    found = Counter(Arithmetic.of(fingerprint.settings) for fingerprint in prints)
+    found = Counter(Numerics.of(fingerprint.settings) for fingerprint in prints)
     whole = [arithmetic for arithmetic in found if arithmetic.is_whole]
-    return max(whole, key=lambda one: (found[one], one == DEFAULT), default=Arithmetic())
+    return max(whole, key=lambda one: (found[one], one == DEFAULT), default=Numerics())
 
 
 def in_words(names: Sequence[str], most: int = 5) -> str:

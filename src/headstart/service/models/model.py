@@ -17,7 +17,7 @@ from headstart.caches.store import Store
 from headstart.config.settings import Settings
 from headstart.engine.client import EngineClient, State
 from headstart.errors import BadRequest, ContextLengthExceeded, ModelLoading, StartupError
-from headstart.names import shelf_name
+from headstart.names import namespace_name
 from headstart.prompt.process.client import PromptClient, facts_of
 from headstart.prompt.process.protocol import Facts, Load
 from headstart.prompt.process.requests import Prompts
@@ -29,7 +29,7 @@ from headstart.service.models.plan import Plan, engine_settings, make_plan
 from headstart.service.models.tuning_store import Tunings
 from headstart.toyspec import ToySpec
 
-Say = Callable[[str], None]
+Notify = Callable[[str], None]
 
 
 class ServedModel:
@@ -73,7 +73,7 @@ class ServedModel:
         finally:
             await self._prompts.close()
 
-    async def give_up(self) -> None:
+    async def evict(self) -> None:
         """Ends what `begin` has begun, where loading goes no further; why it failed stays known."""
         if self.engine.state == "failed":
             await asyncio.gather(self.engine.launcher.discard(), self._prompts.close())
@@ -85,7 +85,7 @@ class ServedModel:
         return "loading" if self._begins else self.engine.state
 
     async def load(
-        self, store: Store, say: Say, measuring: asyncio.Lock, *, within_memory: bool = False
+        self, store: Store, say: Notify, measuring: asyncio.Lock, *, within_memory: bool = False
     ) -> None:
         """After `begin`: returns when the model answers requests. Raises StartupError, or OutOfMemory where
         no more memory is to be taken than is available. Models are measured one at a time; what takes the
@@ -116,9 +116,9 @@ class ServedModel:
         return make_plan(self.path, self._weights, self.settings, tunings, self.entries(store))
 
     @property
-    def shelf(self) -> str:
+    def namespace(self) -> str:
         """Where its caches are."""
-        return shelf_name(self.name, self.owner)
+        return namespace_name(self.name, self.owner)
 
     def seen_by(self, owner: str) -> ServedModel:
         """The same model and engine with the caches of `owner`; to be made anew for each request."""

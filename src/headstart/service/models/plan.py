@@ -14,7 +14,7 @@ from headstart.config.settings import Settings
 from headstart.engine.converted_weights import conversions_of
 from headstart.engine.kinds import engine_version
 from headstart.model_files import is_rkllm
-from headstart.numerics import DEFAULT, Arithmetic, Tuning
+from headstart.numerics import DEFAULT, Numerics, Tuning
 from headstart.protocol import EngineSettings, RkllmSettings, Sampling
 from headstart.service.models.cache_fit import arithmetic_of
 from headstart.service.models.tuning_store import Key, Tunings
@@ -33,7 +33,7 @@ class Plan:
 
     key: Key
     settings: EngineSettings
-    given: Arithmetic
+    given: Numerics
     why: Mapping[str, Why]
     doubted: Tuning | None = None
     again: EngineSettings | None = None
@@ -43,7 +43,7 @@ class Plan:
     def measures(self) -> bool:
         return self.settings.tune and self.settings.tuning is None
 
-    def kept_back(self, tuning: Tuning) -> Arithmetic | None:
+    def kept_back(self, tuning: Tuning) -> Numerics | None:
         """What measuring prefers but existing caches wouldn't fit; None where nothing is kept back."""
         preferred = tuning.best(self.given)
         return preferred if "caches" in self.why.values() and preferred != tuning.arithmetic else None
@@ -55,16 +55,16 @@ def make_plan(
     """Never flips the arithmetic that a model's caches have, unless the user wants it."""
     if is_rkllm(path):
         key = Key.here(weights, engine_version(path), settings.threads)
-        return Plan(key, engine_settings(path, settings), Arithmetic(), {})
+        return Plan(key, engine_settings(path, settings), Numerics(), {})
     key = Key.here(weights, engine_version(path), settings.threads)
-    given = Arithmetic(settings.flash_attention, settings.weights)
+    given = Numerics(settings.flash_attention, settings.weights)
     agreed = tunings.agreed(key) if settings.tune else None
     overriding = tunings.overriding(key) if settings.tune else None
     # What another measurement may not change, and what it may.
-    fixed: list[tuple[Why, Arithmetic]] = [("set", given), ("agreed", agreed or Arithmetic())]
-    sources: list[tuple[Why, Arithmetic]] = [
+    fixed: list[tuple[Why, Numerics]] = [("set", given), ("agreed", agreed or Numerics())]
+    sources: list[tuple[Why, Numerics]] = [
         *fixed,
-        ("measured", overriding or Arithmetic()),
+        ("measured", overriding or Numerics()),
         ("caches", arithmetic_of(entries, weights)),
     ]
     wanted = _joined(sources)
@@ -73,7 +73,7 @@ def make_plan(
     otherwise: Why = "measured" if settings.tune and not doubted else "default"
     why = {
         part: next((why for why, source in sources if getattr(source, part) is not None), otherwise)
-        for part in Arithmetic.__struct_fields__
+        for part in Numerics.__struct_fields__
     }
     asked = replace(
         engine_settings(path, settings),
@@ -84,15 +84,15 @@ def make_plan(
     )
     again = None
     if doubted or (tuning and not tuning.is_final):
-        kept = wanted.or_else(DEFAULT) if "caches" in why.values() else Arithmetic()
+        kept = wanted.or_else(DEFAULT) if "caches" in why.values() else Numerics()
         tried = tunings.doubted(key)
         again = replace(asked, tune=True, tuning=None, arithmetic=_joined(fixed), kept=kept, tried=tried)
     return Plan(key, asked, given, why, doubted, again, overrides=overriding is not None)
 
 
-def _joined(sources: Sequence[tuple[Why, Arithmetic]]) -> Arithmetic:
+def _joined(sources: Sequence[tuple[Why, Numerics]]) -> Numerics:
     """What each leaves open is as the next says."""
-    joined = Arithmetic()
+    joined = Numerics()
     for _, source in sources:
         joined = joined.or_else(source)
     return joined

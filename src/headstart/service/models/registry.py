@@ -14,7 +14,7 @@ from headstart.config.settings import Settings
 from headstart.errors import ModelBusy, ModelLoading, ModelNotFound, OutOfMemory, StartupError
 from headstart.model_files import models_in
 from headstart.prompt.process.client import unfit
-from headstart.service.models.model import Say, ServedModel
+from headstart.service.models.model import Notify, ServedModel
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class Models:
         self,
         settings: Settings,
         store: Store,
-        say: Say,
+        say: Notify,
         on_loaded: Callable[[ServedModel], None],
         is_building: Callable[[str], bool],
     ) -> None:
@@ -150,7 +150,7 @@ class Models:
                     while not await self._fits(model):
                         pass
             except BaseException:
-                await model.give_up()
+                await model.evict()
                 raise
         self._tell(model)
 

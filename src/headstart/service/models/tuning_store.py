@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Struct
 
 from headstart.machine import available_cpus, cpu_model
-from headstart.numerics import Arithmetic, Tuning
+from headstart.numerics import Numerics, Tuning
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class Tunings:
     def known(self) -> list[Remembered]:
         return list(self._known().tunings)
 
-    def find(self, key: Key, wanted: Arithmetic) -> Tuning | None:
+    def find(self, key: Key, wanted: Numerics) -> Tuning | None:
         """What was measured last with the arithmetic that measuring would choose of what is wanted."""
         tunings = (known.tuning for known in reversed(self.known()) if known.key == key)
         return next((tuning for tuning in tunings if _is_choice(tuning, wanted)), None)
@@ -109,12 +109,12 @@ class Tunings:
         """What was measured and can't be relied on, where another try may do better."""
         return next((known.tuning for known in self._known().doubted if known.key == key), None)
 
-    def overriding(self, key: Key) -> Arithmetic | None:
+    def overriding(self, key: Key) -> Numerics | None:
         """What caches are to have because a measurement that agrees with itself says so, at last."""
         found = (known for known in self.known() if known.key == key and known.overrides)
         return next((known.tuning.arithmetic for known in found), None)
 
-    def agreed(self, key: Key) -> Arithmetic | None:
+    def agreed(self, key: Key) -> Numerics | None:
         """What the user agreed to."""
         agreed = (known for known in self.known() if known.key == key and known.agreed)
         return next((known.tuning.arithmetic for known in agreed), None)
@@ -164,7 +164,7 @@ def _bytes_of(path: Path) -> bytes:
     return data
 
 
-def _is_choice(tuning: Tuning, wanted: Arithmetic) -> bool:
+def _is_choice(tuning: Tuning, wanted: Numerics) -> bool:
     """Whether it was measured with the arithmetic that is to be had, and with threads that there are."""
     fits = wanted.allows(tuning.arithmetic) and tuning.threads <= available_cpus()
     # Measuring may have preferred to stay with what caches had, where little was to be gained.

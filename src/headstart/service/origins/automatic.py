@@ -12,26 +12,26 @@ from typing import Any
 
 import msgspec
 
-from headstart.caches.entry import DEFAULT_TERMS, KEEPS_STATE, Content, Entry, Terms
+from headstart.caches.entry import DEFAULT_RETENTION, KEEPS_STATE, Content, Entry, Retention
 from headstart.config.settings import Settings
 from headstart.errors import HeadstartError
 from headstart.protocol import StateRef, Stats
 from headstart.service.caching.caching import Caching
-from headstart.service.caching.lookup import Opening
+from headstart.service.caching.lookup import Start
 from headstart.service.models.model import ServedModel
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Unnamed:
+class ImplicitMatch:
     """What a request begins with that names no cache: an opening of `boundary` tokens, and the cache with
     just this one, if there is one."""
 
     begun: Content
     boundary: int
     entry: Entry | None = None
-    opening: Opening | None = None
+    opening: Start | None = None
 
     @property
     def restore(self) -> StateRef | None:
@@ -45,7 +45,7 @@ class Automatic:
         self.settings = settings
         self.caching = caching
         self.default = [{"role": "system", "content": settings.default_system or ""}]
-        self._seen = Seen(settings.automatic_window)
+        self._seen = RecentUse(settings.automatic_window)
         # Those that alone are larger than the quota.
         self._too_large: set[str] = set()
         self._turn = asyncio.Lock()
@@ -69,15 +69,15 @@ class Automatic:
         tokens: list[int],
         boundary: int,
         wanted: list[int] | None = None,
-    ) -> Unnamed | None:
+    ) -> ImplicitMatch | None:
         """What there is for a request of `tokens` that begins with these messages and tools; `wanted`: the
         tokens of these, if they are known."""
         if not begun.messages:
             return None
         found = await self.caching.unnamed(model, begun, tokens, wanted)
-        return Unnamed(begun, boundary, *found) if found else Unnamed(begun, boundary)
+        return ImplicitMatch(begun, boundary, *found) if found else ImplicitMatch(begun, boundary)
 
-    def answered(self, model: ServedModel, unnamed: Unnamed, stats: Stats) -> None:
+    def answered(self, model: ServedModel, unnamed: ImplicitMatch, stats: Stats) -> None:
         """To be told once the answer's end has been sent: this may write to the disk, and build."""
         entry, opening = unnamed.entry, unnamed.opening
         if entry is None or opening is None:
@@ -85,9 +85,9 @@ class Automatic:
         elif opening.restore and stats.cached_tokens >= unnamed.boundary:
             self.caching.count_hit(entry, unnamed.boundary, stats)
         elif (opening.miss or "restore_failed") not in KEEPS_STATE:
-            self.caching.heal(model, entry)
+            self.caching.rebuild_after_miss(model, entry)
 
-    def _count(self, model: ServedModel, unnamed: Unnamed) -> None:
+    def _count(self, model: ServedModel, unnamed: ImplicitMatch) -> None:
         settings = self.settings
         is_default = unnamed.begun == Content(messages=self.default)
         if not settings.automatic or not (is_default or unnamed.boundary > settings.automatic_tokens):
@@ -96,7 +96,7 @@ class Automatic:
         model = model.seen_by("") if is_default else model
         name = automatic_name(unnamed.begun)
         enough = 1 if is_default else settings.automatic_after
-        if name not in self._too_large and self._seen.again(model.shelf, name, monotonic(), enough):
+        if name not in self._too_large and self._seen.again(model.namespace, name, monotonic(), enough):
             task = asyncio.create_task(self.make(model, unnamed.begun))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -106,7 +106,11 @@ class Automatic:
         return n_tokens > self.settings.automatic_tokens and automatic_name(begun) not in self._too_large
 
     async def make(
-        self, model: ServedModel, begun: Content, terms: Terms = DEFAULT_TERMS, head: Entry | None = None
+        self,
+        model: ServedModel,
+        begun: Content,
+        terms: Retention = DEFAULT_RETENTION,
+        head: Entry | None = None,
     ) -> Entry | None:
         """The cache of what chats begin with; `head` is one that it begins like. None where that can't be
         made, which is no error: nobody asked for it by name."""
@@ -126,12 +130,12 @@ class Automatic:
                     head=head,
                 )
                 if entry in self._trim():
-                    log.info("%s of %s alone is larger than automatic_quota_mb", name, model.shelf)
+                    log.info("%s of %s alone is larger than automatic_quota_mb", name, model.namespace)
                     self._give_up(name)
                     return None
                 return entry
             except HeadstartError as error:
-                log.info("no automatic cache %s of %s: %s", name, model.shelf, error)
+                log.info("no automatic cache %s of %s: %s", name, model.namespace, error)
                 return None
 
     def _give_up(self, name: str) -> None:
@@ -150,7 +154,7 @@ class Automatic:
             if excess <= 0:
                 break
             if not self.caching.is_building(entry):
-                store.delete(entry.shelf, entry.name)
+                store.delete(entry.namespace, entry.name)
                 deleted.append(entry)
                 excess -= entry.size_bytes
         return deleted
@@ -165,16 +169,16 @@ def automatic_name(begun: Content) -> str:
 MOST = 1000
 
 
-class Seen:
+class RecentUse:
     """Times are seconds of any clock that doesn't go back; `window` says for how long one counts."""
 
     def __init__(self, window: float) -> None:
         self.window = window
         self._shelves: dict[str, OrderedDict[str, deque[float]]] = {}
 
-    def again(self, shelf: str, what: str, now: float, enough: int) -> bool:
+    def again(self, namespace: str, what: str, now: float, enough: int) -> bool:
         """Whether it has been seen `enough` times now, this one included; then counting begins anew."""
-        seen = self._shelves.setdefault(shelf, OrderedDict())
+        seen = self._shelves.setdefault(namespace, OrderedDict())
         times = seen.setdefault(what, deque())
         seen.move_to_end(what)
         if len(seen) > MOST:

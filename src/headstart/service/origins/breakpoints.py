@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from headstart.caches.entry import Content, Entry, Terms
+from headstart.caches.entry import Content, Entry, Retention
 from headstart.errors import HeadstartError
 from headstart.service.caching.builder import opening_if_any
 from headstart.service.caching.caching import Caching
 from headstart.service.interface.chat import Chat
-from headstart.service.interface.options import Mark
+from headstart.service.interface.options import Breakpoint
 from headstart.service.models.model import ServedModel
 from headstart.service.origins.automatic import Automatic
 from headstart.tokens import common_prefix
@@ -26,7 +26,7 @@ CLOSING_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class Placed:
+class PlacedBreakpoint:
     """A mark in a prompt: the state of its first `boundary` tokens is that of `content`. `is_new`: it isn't
     kept yet."""
 
@@ -37,11 +37,11 @@ class Placed:
 
 
 @dataclass(frozen=True)
-class Marked:
+class BreakpointPlan:
     """The marks of a prompt that are to be kept, the longest last. `head`: what the request started from
     where there was no state of the longest yet."""
 
-    places: Sequence[Placed] = ()
+    places: Sequence[PlacedBreakpoint] = ()
     head: Entry | None = None
 
     def written(self, cached_tokens: int) -> dict[float, int]:
@@ -55,7 +55,7 @@ class Marked:
         return written
 
 
-class Marks:
+class Breakpoints:
     """Used from the event loop."""
 
     def __init__(self, caching: Caching, automatic: Automatic) -> None:
@@ -70,21 +70,23 @@ class Marks:
                 task.cancel()
 
     async def place(
-        self, model: ServedModel, chat: Chat, marks: Sequence[Mark], tokens: list[int]
-    ) -> list[Placed]:
+        self, model: ServedModel, chat: Chat, marks: Sequence[Breakpoint], tokens: list[int]
+    ) -> list[PlacedBreakpoint]:
         """Where the marks are among the chat's tokens, the last one last; without those that are too short to
         be kept, or too large."""
-        found: dict[int, Placed] = {}
+        found: dict[int, PlacedBreakpoint] = {}
         for mark in marks:
             content = chat.up_to(mark.messages, mark.characters)
             wanted = await opening_if_any(model, "chat", content)
             boundary = min(common_prefix(wanted, tokens), len(tokens) - 1)
             if self.automatic.is_worth_keeping(content, boundary):
                 longest = max(mark.ttl_seconds, found[boundary].ttl_seconds if boundary in found else 0)
-                found[boundary] = Placed(content, boundary, longest, self._kept(model, content) is None)
+                found[boundary] = PlacedBreakpoint(
+                    content, boundary, longest, self._kept(model, content) is None
+                )
         return [found[boundary] for boundary in sorted(found)]
 
-    def answered(self, model: ServedModel, marked: Marked) -> None:
+    def answered(self, model: ServedModel, marked: BreakpointPlan) -> None:
         """To be told once the answer's end has been sent: keeps what isn't kept yet, and notes a use of what
         is."""
         missing = []
@@ -101,7 +103,9 @@ class Marks:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _keep(self, model: ServedModel, missing: Sequence[Placed], head: Entry | None) -> None:
+    async def _keep(
+        self, model: ServedModel, missing: Sequence[PlacedBreakpoint], head: Entry | None
+    ) -> None:
         """The longest first, whose tokens are in memory as they are; the others begin as it does."""
         for place in missing:
             if entry := self._kept(model, place.content):
@@ -109,18 +113,18 @@ class Marks:
                     given = {"ttl_seconds": place.ttl_seconds}
                     head = await self.caching.edit(model.seen_by(entry.owner), entry.name, given)
             else:
-                terms = Terms(ttl_seconds=place.ttl_seconds)
+                terms = Retention(ttl_seconds=place.ttl_seconds)
                 head = await self.automatic.make(model, place.content, terms, head) or head
 
     def _kept(self, model: ServedModel, content: Content) -> Entry | None:
         """The cache of just this."""
-        known = self.caching.shelves.known(model, "chat")
+        known = self.caching.namespaces.known(model, "chat")
         return next(
             (e for e in known if e.tools == content.tools and e.content.opening == content.messages), None
         )
 
 
-def _ends_early(entry: Entry, place: Placed) -> bool:
+def _ends_early(entry: Entry, place: PlacedBreakpoint) -> bool:
     """Whether the cache was made by a mark that wanted less."""
     ttl = entry.terms.ttl_seconds
     return entry.origin == "automatic" and ttl is not None and ttl < place.ttl_seconds

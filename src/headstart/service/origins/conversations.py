@@ -10,7 +10,7 @@ import asyncio
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from headstart.caches.entry import DEFAULT_TERMS, Content, Entry, Form, Origin, Terms
+from headstart.caches.entry import DEFAULT_RETENTION, Content, Entry, Form, Origin, Retention
 from headstart.errors import BadRequest, CacheConflict, CacheNotFound, HeadstartError, StorageError
 from headstart.service.caching.builder import Build
 from headstart.service.caching.caching import Caching
@@ -35,12 +35,12 @@ class Saving:
     chat: Chat
     head: str | None = None
     origin: Origin = "conversation"
-    terms: Terms | None = None
+    terms: Retention | None = None
     states: bool = True
 
     @property
     def key(self) -> tuple[str, str]:
-        return self.model.shelf, self.name
+        return self.model.namespace, self.name
 
 
 class Conversations:
@@ -61,7 +61,7 @@ class Conversations:
         check_own_name(name, param="save_as")
         self.caching.check_not_declared(model, name, param="save_as")
         build = self.caching.build_of(model, name)
-        is_other = build is not self._saving.get((model.shelf, name))
+        is_other = build is not self._saving.get((model.namespace, name))
         if build and not overwrite and (is_other or overwrite is False):
             raise CacheConflict(f"The cache {name!r} is being built.", param="save_as")
         _check_replaceable(self._current(model, name), overwrite)
@@ -80,13 +80,17 @@ class Conversations:
 
     def being_saved(self, owner: str, name: str) -> asyncio.Task[Entry] | None:
         """What saves a conversation of this name on one of the owner's shelves."""
-        saved = (task for (shelf, of), task in self._saving.items() if of == name and _owner(shelf) == owner)
+        saved = (
+            task
+            for (namespace, of), task in self._saving.items()
+            if of == name and _owner(namespace) == owner
+        )
         return next(saved, None)
 
     async def settled(self, model: ServedModel, name: str) -> None:
         """Returns when no conversation is being saved under this name. Raises StorageError if the last one
         could not be, or BadRequest if it is more than a cache may hold."""
-        key = (model.shelf, name)
+        key = (model.namespace, name)
         while task := self._saving.get(key):
             await asyncio.wait([task])
         error, instead = self._failed.get(key, (None, None))
@@ -113,7 +117,7 @@ class Conversations:
         """What the engine can't compute now is kept without its state, and so is a response for whose state
         there is no room."""
         content = Content(messages=saving.chat.messages, tools=saving.chat.tools)
-        kept = previous.terms if previous else DEFAULT_TERMS
+        kept = previous.terms if previous else DEFAULT_RETENTION
         head = self._current(saving.model, saving.head) if saving.head else previous
         build = Build(
             saving.model,
@@ -140,12 +144,12 @@ class Conversations:
 
     def _current(self, model: ServedModel, name: str) -> Entry | None:
         with suppress(CacheNotFound):
-            return self.caching.store.find(model.shelf, name)
+            return self.caching.store.find(model.namespace, name)
         return None
 
 
-def _owner(shelf: str) -> str:
-    return shelf.partition("@")[2]
+def _owner(namespace: str) -> str:
+    return namespace.partition("@")[2]
 
 
 def _check_replaceable(entry: Entry | None, overwrite: bool | None) -> None:

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from headstart.caches.entry import Content, Entry, Fingerprint, Form, Terms
+from headstart.caches.entry import Content, Entry, Fingerprint, Form, Retention
 from headstart.config.settings import Settings
 from headstart.errors import CacheNotFound, EngineDied, HeadstartError, ModelLoading, Overloaded, Unavailable
 from headstart.service.caching.caching import Caching
-from headstart.service.models.model import Say, ServedModel
+from headstart.service.models.model import Notify, ServedModel
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ class Declaration:
     name: str
     content: Content
     forms: tuple[Form, ...]
-    terms: Terms
+    terms: Retention
 
     @property
     def key(self) -> tuple[str, str]:
@@ -52,7 +52,7 @@ def declarations(settings: Settings) -> list[Declaration]:
             name,
             Content(cache.text(name, settings.folder)),
             cast("tuple[Form, ...]", tuple(dict.fromkeys(cache.forms))),
-            Terms(cache.ttl_seconds, cache.pinned, cache.description),
+            Retention(cache.ttl_seconds, cache.pinned, cache.description),
         )
         for name, cache in settings.caches.items()
     ]
@@ -62,7 +62,7 @@ class Declared:
     """From its making on, requests that name a declared cache wait until it is as declared. A build that
     fails is told to them; it is tried again at the next start."""
 
-    def __init__(self, settings: Settings, caching: Caching, say: Say) -> None:
+    def __init__(self, settings: Settings, caching: Caching, say: Notify) -> None:
         self.declarations = declarations(settings)
         self.prune = settings.prune_declared
         self.caching = caching
@@ -112,13 +112,13 @@ class Declared:
 
     def _is_met(self, model: ServedModel, declaration: Declaration) -> bool:
         try:
-            entry = self.caching.store.find(model.shelf, declaration.name)
+            entry = self.caching.store.find(model.namespace, declaration.name)
         except CacheNotFound:
             return False
         return declaration.is_met_by(entry, model.fingerprint)
 
     def _prune(self, model: ServedModel, declared: set[str]) -> None:
-        for entry in self.caching.store.entries(model.shelf):
+        for entry in self.caching.store.entries(model.namespace):
             if entry.origin == "declared" and entry.name not in declared:
                 try:
                     self.caching.delete(model, entry.name)

@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from headstart.caches.cache_file.entry_checks import RECORD
-from headstart.caches.entry import Entry, Terms
+from headstart.caches.entry import Entry, Retention
 from headstart.config.settings import Settings
 from headstart.contents import arguments_of
 from headstart.errors import CacheNotFound, HeadstartError, ResponseNotFound
@@ -85,7 +85,7 @@ class Responses:
             await asyncio.wait([saving])
         for entry in [entry for entry in self.of(owner) if entry.name == name]:
             # It may have ended meanwhile, or have been deleted from the disk.
-            if kept := self._read(entry.shelf, name):
+            if kept := self._read(entry.namespace, name):
                 return kept
         raise error(
             f"There is no response {name[:80]!r}: it was not stored, was deleted or has ended. "
@@ -93,9 +93,9 @@ class Responses:
             param=param,
         )
 
-    def _read(self, shelf: str, name: str) -> Kept | None:
+    def _read(self, namespace: str, name: str) -> Kept | None:
         try:
-            entry = self.store.find(shelf, name)
+            entry = self.store.find(namespace, name)
             return Kept(entry, msgspec.json.decode(entry.terms.metadata[RECORD], type=Record))
         except (CacheNotFound, KeyError, msgspec.MsgspecError, RecursionError):
             return None
@@ -104,9 +104,9 @@ class Responses:
         """Raises ResponseNotFound or StorageError."""
         while True:
             entry = (await self.find(owner, name, param="response_id")).entry
-            build = self.conversations.caching.build_at(entry.shelf, entry.name)
+            build = self.conversations.caching.build_at(entry.namespace, entry.name)
             if build is None:
-                return self.store.delete(entry.shelf, entry.name)
+                return self.store.delete(entry.namespace, entry.name)
             await asyncio.wait([build])
 
     def continued(self, kept: Kept, instructions: str | None, said: Sequence[Json]) -> list[Json]:
@@ -123,7 +123,7 @@ class Responses:
 
     def options(self, options: Options, kept: Kept, model: ServedModel) -> Options:
         """The same for a request that goes on from the response, whose state is of use to its own model."""
-        own = kept.entry.shelf == model.shelf
+        own = kept.entry.namespace == model.namespace
         return replace(options, use_cache=(kept.entry.name,) if own else None, whole=True)
 
     def keep(self, saving: Saving, answer: Choice, record: Record) -> None:
@@ -133,7 +133,7 @@ class Responses:
             saving,
             chat=chat,
             origin="response",
-            terms=Terms(self.settings.responses_ttl_seconds, metadata={RECORD: _written(record)}),
+            terms=Retention(self.settings.responses_ttl_seconds, metadata={RECORD: _written(record)}),
             states=self.settings.responses_quota_mb > 0,
         )
         task = asyncio.create_task(self._kept(self.conversations.keep(saving), saving.model.owner))
@@ -145,7 +145,7 @@ class Responses:
         await asyncio.wait([saving])
         try:
             for entry in self._movable(self.of(owner))[: -self.settings.responses_kept]:
-                self.store.delete(entry.shelf, entry.name)
+                self.store.delete(entry.namespace, entry.name)
             await self._trim()
         except HeadstartError as error:
             log.warning("old responses are still there: %s", error.message)
@@ -156,11 +156,11 @@ class Responses:
         for entry in sorted(self._movable(with_states), key=lambda entry: entry.updated):
             if excess <= 0:
                 break
-            excess -= await self.quota.give_up(entry)
+            excess -= await self.quota.evict(entry)
 
     def _movable(self, entries: Sequence[Entry]) -> list[Entry]:
         held = self.store.held
-        return [each for each in entries if not each.terms.pinned and (each.shelf, each.name) not in held]
+        return [each for each in entries if not each.terms.pinned and (each.namespace, each.name) not in held]
 
 
 def instructing(instructions: str | None) -> list[Json]:
