@@ -190,10 +190,15 @@ def _with_worker(work: Callable[[EngineClient], Any], loop: Callable[[], asyncio
         runner.run(run())
 
 
+def _own_workers() -> list[psutil.Process]:
+    """Not those of servers that other tests have left running."""
+    children = psutil.Process().children()
+    return [child for child in children if "headstart.engine.worker" in child.cmdline()]
+
+
 def _kill_unnoticed(number: int = signal.SIGKILL) -> None:
     """The event loop doesn't run meanwhile, so it can't have seen it."""
-    children = psutil.Process().children()
-    workers = [child for child in children if "headstart.engine.worker" in " ".join(child.cmdline())]
+    workers = _own_workers()
     for worker in workers:
         worker.send_signal(number)
     for worker in workers:
@@ -261,7 +266,7 @@ def test_what_can_not_be_sent_is_refused_and_takes_no_place(unsendable: dict[str
 
 def test_a_large_frame_of_which_the_worker_read_a_part_is_not_waited_for() -> None:
     async def work(client: EngineClient) -> None:
-        (worker,) = psutil.Process().children()
+        (worker,) = _own_workers()
         worker.suspend()
         asked = Submit(0, [1] * 2_000_000, max_tokens=1)
         with client.submit(asked) as one, client.submit(asked) as other:
