@@ -18,7 +18,7 @@ from headstart.prompt.answer_parts import PlainText
 from headstart.prompt.detokenizer import AnswerText
 from headstart.prompt.prompts import Prompts
 from headstart.prompt.template import CHATML, FOLD, ChatTemplate
-from headstart.prompt.tokenizer import ToyTokenizer
+from headstart.prompt.toy_tokenizer import ToyTokenizer
 from headstart.prompt.vocabulary import Vocabulary
 from headstart.protocol import Token
 from headstart.service.generation.answering import Answering

@@ -17,8 +17,8 @@ from headstart.config.settings import embedded_model
 from headstart.prompt.load import load_prompts
 from headstart.prompt.prompts import Prompts
 from headstart.prompt.template import ChatTemplate
-from headstart.prompt.tokenizer import ToyTokenizer
 from headstart.prompt.tool_calls.plain_text import written_out
+from headstart.prompt.toy_tokenizer import ToyTokenizer
 from headstart.prompt.vocabulary import Vocabulary
 from headstart.service.generation.tool_calls import reading
 from headstart.service.interface.options import Calling

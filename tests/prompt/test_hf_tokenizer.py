@@ -13,7 +13,8 @@ from headstart.errors import StartupError
 from headstart.prompt.hf_tokenizer import HfTokenizer
 from headstart.prompt.prompts import Prompts
 from headstart.prompt.template import ChatTemplate
-from headstart.prompt.tokenizer import ToyTokenizer, load_tokenizer
+from headstart.prompt.tokenizer import load_tokenizer
+from headstart.prompt.toy_tokenizer import ToyTokenizer
 from headstart.toyspec import BOS, END, START
 
 TEXTS = [
