@@ -18,8 +18,9 @@ from headstart.errors import BadRequest, BodyTooLarge, HeadstartError, Overloade
 from headstart.json_scan import JsonScan
 
 # From here on parsing a body takes so long that others should not have to wait for several.
-LARGE_BYTES = 256 << 10
-LARGE_COUNT = 10_000
+LARGE_BYTES = 1 << 20
+LARGE_COUNT = 20_000
+LARGE_VALUES = 100_000
 # How long what is large, or has too much in it, waits first. Who asked meanwhile is answered before.
 PATIENCE_SECONDS = 0.1
 
@@ -99,7 +100,8 @@ class Body:
     @property
     def is_large(self) -> bool:
         scan = self._scan
-        return self.size > LARGE_BYTES or scan.strings + scan.containers + scan.values > LARGE_COUNT
+        many = scan.strings + scan.containers > LARGE_COUNT or scan.values > LARGE_VALUES
+        return self.size > LARGE_BYTES or many
 
     def add(self, piece: bytes) -> None:
         """Raises BodyTooLarge or Overloaded."""
