@@ -32,7 +32,8 @@ from headstart.engine import launching
 from headstart.engine.client import EngineClient
 from headstart.errors import BadRequest, EngineDied, ModelNotFound, StartupError, Unavailable
 from headstart.messages import EngineSettings, ModelInfo, Ready, Step, Submit
-from headstart.prompt.client import PromptClient
+from headstart.prompt import exchange
+from headstart.prompt.client import PromptClient, facts_of
 from headstart.service.server import Service
 from servers import RunningServer, eventually
 from sweeps import rounds
@@ -190,10 +191,14 @@ def _with_worker(work: Callable[[EngineClient], Any], loop: Callable[[], asyncio
         runner.run(run())
 
 
+def _workers() -> list[psutil.Process]:
+    children = psutil.Process().children()
+    return [child for child in children if "headstart.engine.worker" in " ".join(child.cmdline())]
+
+
 def _kill_unnoticed(number: int = signal.SIGKILL) -> None:
     """The event loop doesn't run meanwhile, so it can't have seen it."""
-    children = psutil.Process().children()
-    workers = [child for child in children if "headstart.engine.worker" in " ".join(child.cmdline())]
+    workers = _workers()
     for worker in workers:
         worker.send_signal(number)
     for worker in workers:
@@ -261,7 +266,7 @@ def test_what_can_not_be_sent_is_refused_and_takes_no_place(unsendable: dict[str
 
 def test_a_large_frame_of_which_the_worker_read_a_part_is_not_waited_for() -> None:
     async def work(client: EngineClient) -> None:
-        (worker,) = psutil.Process().children()
+        (worker,) = _workers()
         worker.suspend()
         asked = Submit(0, [1] * 2_000_000, max_tokens=1)
         with client.submit(asked) as one, client.submit(asked) as other:
@@ -482,3 +487,21 @@ async def test_idle_models_are_unloaded_after_a_look_that_failed(
         while service.models.is_loaded("one"):
             await asyncio.sleep(0.02)
     await service.close()
+
+
+async def test_a_prompt_process_that_is_closed_before_it_was_asked_anything_ends() -> None:
+    assert await facts_of("toy:", None)
+    commands = [" ".join(child.cmdline()) for child in psutil.Process().children()]
+    assert not [command for command in commands if "headstart.prompt.process" in command]
+
+
+async def test_whoever_is_cancelled_while_a_prompt_process_is_closed_stays_cancelled() -> None:
+    client = PromptClient("toy", 10)
+    await client.start(exchange.Load("toy:", None))
+    await asyncio.sleep(0.01)
+    closing = asyncio.create_task(client.close())
+    await asyncio.sleep(0)
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    await client.close()
