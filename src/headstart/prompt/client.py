@@ -15,6 +15,7 @@ import msgspec
 
 from headstart.channel import HEADER
 from headstart.errors import BadRequest, ModelLoading, Overloaded, PromptsDied, StartupError, Unavailable
+from headstart.machine import signal_name
 from headstart.prompt.exchange import Facts, Load, Refused, Reply, Request
 from headstart.prompt.turns import Turns
 from headstart.prompt.vocabulary import Vocabulary
@@ -110,6 +111,8 @@ class Link:
         with suppress(ProcessLookupError):
             self.process.kill()
         await self.process.wait()
+        with suppress(OSError):
+            await self.writer.wait_closed()
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,7 @@ class PromptClient:
         self._task: asyncio.Task[None] | None = None
         self._link: Link
         self._failures = 0
+        self._first: Link | None = None
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -153,6 +157,7 @@ class PromptClient:
             reason = f"the process that reads its tokenizer and template failed: {error}"
             raise StartupError(f"{load.path} can't be read: {reason}") from error
         self._vocabulary = Vocabulary(facts)
+        self._first = link
         self._task = asyncio.create_task(self._work(link), name=f"prompts {self.name}")
 
     async def close(self) -> None:
@@ -160,8 +165,12 @@ class PromptClient:
         task, self._task = self._task, None
         if task:
             task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+            # Whoever is cancelled while they wait for it still is.
+            await asyncio.wait([task])
+        link, self._first = self._first, None
+        if link:
+            # A task that was cancelled before it began has closed nothing.
+            await link.close()
 
     async def ask(self, owner: str, request: Request) -> Reply:
         """Raises BadRequest for what is refused, and Unavailable where it is the model that is wrong or there
@@ -284,7 +293,7 @@ def unfit(name: str, reason: str) -> Unavailable:
 def _explained(code: int) -> Ended:
     if code >= 0:
         return Ended(f"it ended with status {code}")
-    name = signal.Signals(-code).name
+    name = signal_name(-code)
     if -code in FROM_OUTSIDE:
         return Ended(f"it was ended by {name}", at_fault=False)
     if -code == signal.SIGVTALRM:
