@@ -33,7 +33,8 @@ from headstart.engine import client as module
 from headstart.engine import launcher
 from headstart.engine.client import EngineClient
 from headstart.errors import BadRequest, EngineDied, ModelNotFound, StartupError, Unavailable
-from headstart.prompt.process.client import PromptClient
+from headstart.prompt.process import protocol
+from headstart.prompt.process.client import PromptClient, facts_of
 from headstart.protocol import EngineSettings, ModelInfo, Ready, Step, Submit
 from headstart.service.service import Service
 
@@ -487,3 +488,21 @@ async def test_idle_models_are_unloaded_after_a_look_that_failed(
         while service.models.is_loaded("one"):
             await asyncio.sleep(0.02)
     await service.close()
+
+
+async def test_a_prompt_process_that_is_closed_before_it_was_asked_anything_ends() -> None:
+    assert await facts_of("toy:", None)
+    commands = [" ".join(child.cmdline()) for child in psutil.Process().children()]
+    assert not [command for command in commands if "headstart.prompt.process" in command]
+
+
+async def test_whoever_is_cancelled_while_a_prompt_process_is_closed_stays_cancelled() -> None:
+    client = PromptClient("toy", 10)
+    await client.start(protocol.Load("toy:", None))
+    await asyncio.sleep(0.01)
+    closing = asyncio.create_task(client.close())
+    await asyncio.sleep(0)
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    await client.close()

@@ -4,7 +4,6 @@ of what came of them that somebody can send."""
 from __future__ import annotations
 
 import asyncio
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from headstart.doctor.board import Board, examine_board, npu_settings
 from headstart.engine.rkllm.build import options_of
 from headstart.engine.rkllm.first_checks import STEPS, Task
 from headstart.errors import StartupError
+from headstart.machine import signal_name
 from headstart.model_files import is_rkllm
 from headstart.prompt.process.client import PromptClient
 from headstart.prompt.process.protocol import Chat, ChatOpening, Load
@@ -97,7 +97,7 @@ def _run(name: str, task: Task) -> Step:
         return Step(name, _about(name), error=f"not done after {STEP_SECONDS} seconds")
     log = done.stderr.decode(errors="replace").splitlines()[-STDERR_LINES:]
     if done.returncode < 0:
-        return Step(name, _about(name), signal=signal.Signals(-done.returncode).name, log=log)
+        return Step(name, _about(name), signal=signal_name(-done.returncode), log=log)
     if done.returncode:
         return Step(name, _about(name), error=log[-1] if log else f"status {done.returncode}", log=log)
     # The runtime may write to the output, too.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -34,7 +35,10 @@ class OfflineModel:
         self.name, self.tunings, self.entries = name, tunings, entries
         self.path = model_path(path)
         self.weights = _weights(self.path)
-        self.template = asyncio.run(facts(self.path, settings, name)).template_hash
+        # On a thread: whoever asks may run an event loop already.
+        with ThreadPoolExecutor(1) as thread:
+            told = thread.submit(lambda: asyncio.run(facts(self.path, settings, name))).result()
+        self.template = told.template_hash
         self.plan = make_plan(self.path, self.weights, settings, tunings, entries)
 
     @property

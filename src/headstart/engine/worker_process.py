@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import suppress
 
 from headstart.channel import Frames
+from headstart.machine import signal_name
 from headstart.model_files import is_rkllm
 from headstart.protocol import WorkerMessage
 
@@ -91,7 +91,7 @@ def explain_exit(code: int, path: str) -> str:
     """What the end of the worker of the model at `path` means, in words."""
     if code >= 0:
         return f"the worker process exited with status {code}"
-    name = _signal_name(-code)
+    name = signal_name(-code)
     text = f"the worker process was ended by {name}"
     if name in CRASHES and is_rkllm(path):
         return (
@@ -106,11 +106,3 @@ def explain_exit(code: int, path: str) -> str:
             "`make rebuild`, which is slower but runs everywhere"
         )
     return text
-
-
-def _signal_name(number: int) -> str:
-    """Most of the real-time signals have none."""
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"

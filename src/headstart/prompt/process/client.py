@@ -47,6 +47,7 @@ class PromptClient:
         self._task: asyncio.Task[None] | None = None
         self._link: Link
         self._failures = 0
+        self._first: Link | None = None
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -65,6 +66,7 @@ class PromptClient:
             reason = f"the process that reads its tokenizer and template failed: {error}"
             raise StartupError(f"{load.path} can't be read: {reason}") from error
         self._vocabulary = Vocabulary(facts)
+        self._first = link
         self._task = asyncio.create_task(self._work(link), name=f"prompts {self.name}")
 
     async def close(self) -> None:
@@ -72,8 +74,12 @@ class PromptClient:
         task, self._task = self._task, None
         if task:
             task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+            # Whoever is cancelled while they wait for it still is.
+            await asyncio.wait([task])
+        link, self._first = self._first, None
+        if link:
+            # A task that was cancelled before it began has closed nothing.
+            await link.close()
 
     async def ask(self, owner: str, request: Request) -> Reply:
         """Raises BadRequest for what is refused, and Unavailable where it is the model that is wrong or there

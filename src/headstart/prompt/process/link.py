@@ -12,6 +12,7 @@ from contextlib import suppress
 import msgspec
 
 from headstart.channel import HEADER
+from headstart.machine import signal_name
 from headstart.prompt.process.protocol import Reply
 
 # Nothing that a prompt process has to say is as long.
@@ -99,12 +100,14 @@ class Link:
         with suppress(ProcessLookupError):
             self.process.kill()
         await self.process.wait()
+        with suppress(OSError):
+            await self.writer.wait_closed()
 
 
 def _explained(code: int) -> Ended:
     if code >= 0:
         return Ended(f"it ended with status {code}")
-    name = signal.Signals(-code).name
+    name = signal_name(-code)
     if -code in FROM_OUTSIDE:
         return Ended(f"it was ended by {name}", at_fault=False)
     if -code == signal.SIGVTALRM:
