@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 from headstart.errors import InvalidName
 
@@ -11,12 +12,19 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 NAMESPACE = re.compile(rf"{NAME.pattern}(@{NAME.pattern})?", re.ASCII)
 
 
+class CacheKey(NamedTuple):
+    """Names one cache. `namespace` is the folder: a model, or `model@key` for the caches of an API key."""
+
+    namespace: str
+    name: str
+
+
 def namespace_name(model: str, owner: str) -> str:
     return f"{model}@{owner}" if owner else model
 
 
 def namespaces(own: str) -> list[str]:
-    """Those whose caches may be used where one's own are on the shelf `own`: that one, then everyone's."""
+    """The namespaces that requests of the namespace `own` may use: that one, then everyone's."""
     return list(dict.fromkeys((own, own.partition("@")[0])))
 
 

@@ -18,6 +18,7 @@ from headstart.caches.cache_file.writer import Writer
 from headstart.caches.entry import Entry, Fingerprint, Form, Retention
 from headstart.caches.store import Store
 from headstart.errors import CacheNotFound
+from headstart.names import CacheKey
 
 PROMPT = "You keep the lighthouse and never sleep. " * 8
 TERMS: Json = {
@@ -299,7 +300,7 @@ async def test_a_file_is_not_taken_away_from_a_build_that_reads_it(tmp_path: Pat
     clock = Clock()
     store = Store(tmp_path / "cache", clock)
     await _stored(store, replace(ENTRY, terms=Retention(ttl_seconds=60)))
-    store.held.add(("toy", "one"))
+    store.use(CacheKey("toy", "one"))
     clock.now += 60
     store.end_old()
     with pytest.raises(CacheNotFound):

@@ -20,6 +20,7 @@ from headstart.caches.store import Store
 from headstart.config.settings import embedded_model
 from headstart.engine.model import Piece
 from headstart.errors import CacheNotFound, QuotaExceeded
+from headstart.names import CacheKey
 from headstart.service.caching.quota import Quota
 
 DAY = 86400.0
@@ -257,7 +258,7 @@ async def test_only_as_many_go_as_must_the_least_worth_first(tmp_path: Path) -> 
 async def test_a_cache_that_is_being_built_does_not_go(tmp_path: Path) -> None:
     store = Store(tmp_path / "cache")
     await _put(store, "one")
-    store.held.add(("toy", "one"))
+    store.use(CacheKey("toy", "one"))
     with pytest.raises(QuotaExceeded):
         await _hold(Quota(store, 100_000), "new", 90_000)
     assert store.find("toy", "one").forms

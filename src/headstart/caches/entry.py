@@ -8,7 +8,7 @@ from msgspec import Meta, Struct
 from msgspec.structs import replace
 
 from headstart.caches.index.usage import Time
-from headstart.names import NAME, namespace_name
+from headstart.names import NAME, CacheKey, namespace_name
 
 Form = Literal["chat", "completion"]
 FORMS: tuple[Form, ...] = ("chat", "completion")
@@ -161,6 +161,10 @@ class Entry(Struct, frozen=True):
     @property
     def namespace(self) -> str:
         return namespace_name(self.model, self.owner)
+
+    @property
+    def key(self) -> CacheKey:
+        return CacheKey(self.namespace, self.name)
 
     @property
     def size_bytes(self) -> int:

@@ -18,12 +18,11 @@ from headstart.caches.cache_file.header_copies import Copies
 from headstart.caches.cache_file.sidecar import CACHE_SUFFIX
 from headstart.caches.entry import Entry, Identity
 from headstart.caches.files import identity_at
-from headstart.names import NAME, NAMESPACE
+from headstart.names import NAME, NAMESPACE, CacheKey
 
 log = logging.getLogger(__name__)
 
 # Shelf and name.
-Key = tuple[str, str]
 
 
 class Catalog:
@@ -32,25 +31,25 @@ class Catalog:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.copies = Copies(directory)
-        self._entries: dict[Key, Entry] = {}
-        self._from_copies: set[Key] = set()
+        self._entries: dict[CacheKey, Entry] = {}
+        self._from_copies: set[CacheKey] = set()
 
     def path(self, namespace: str, name: str) -> Path:
         assert NAMESPACE.fullmatch(namespace), namespace
         assert NAME.fullmatch(name), name
         return self.directory / namespace / (name + CACHE_SUFFIX)
 
-    def on_disk(self) -> Iterator[Key]:
+    def on_disk(self) -> Iterator[CacheKey]:
         """Where there is a file that may be a cache's."""
         for path in self.directory.glob(f"*/*{CACHE_SUFFIX}"):
-            key = (path.parent.name, path.name.removesuffix(CACHE_SUFFIX))
-            if NAMESPACE.fullmatch(key[0]) and NAME.fullmatch(key[1]):
+            key = CacheKey(path.parent.name, path.name.removesuffix(CACHE_SUFFIX))
+            if NAMESPACE.fullmatch(key.namespace) and NAME.fullmatch(key.name):
                 yield key
 
-    def caches(self) -> set[Key]:
+    def caches(self) -> set[CacheKey]:
         return set(self._entries)
 
-    def get(self, key: Key) -> Entry | None:
+    def get(self, key: CacheKey) -> Entry | None:
         """As it was last seen."""
         return self._entries.get(key)
 
@@ -58,11 +57,11 @@ class Catalog:
         """As they were last seen."""
         return self._entries.values()
 
-    def is_from_copy(self, key: Key) -> bool:
+    def is_from_copy(self, key: CacheKey) -> bool:
         """Whether the file's header could not be read, so that all that is known is from the copy of it."""
         return key in self._from_copies
 
-    def look(self, key: Key) -> Entry | None:
+    def look(self, key: CacheKey) -> Entry | None:
         """The entry as the disk has it now, None without one. A damaged file keeps the entry that its header
         has, or had when it was last read, so that its state can be computed again; verification will refuse
         it."""
@@ -84,14 +83,14 @@ class Catalog:
             if salvaged := format.salvaged(path):
                 self.remember(salvaged)
             return salvaged or known or self._recall(key, identity)
-        if (entry.namespace, entry.name) != key:
+        if entry.key != key:
             log.warning("%s holds the cache %s of %s: ignored", path, entry.name, entry.namespace)
             self.forget(key)
             return None
         self.remember(entry)
         return entry
 
-    def _recall(self, key: Key, identity: Identity) -> Entry | None:
+    def _recall(self, key: CacheKey, identity: Identity) -> Entry | None:
         if not (entry := self.copies.read(*key)):
             return None
         log.warning("%s: its text is from the copy of its header, unverified", self.path(*key))
@@ -101,12 +100,12 @@ class Catalog:
 
     def remember(self, entry: Entry) -> None:
         """Of an entry that was read from its file, or written to it."""
-        key = (entry.namespace, entry.name)
+        key = entry.key
         self._from_copies.discard(key)
         self._entries[key] = entry
         self.copies.keep(*key, self.path(*key))
 
-    def forget(self, key: Key) -> None:
+    def forget(self, key: CacheKey) -> None:
         self._from_copies.discard(key)
         if self._entries.pop(key, None):
             self.copies.delete(*key)
@@ -114,7 +113,7 @@ class Catalog:
     def take_over(self, earlier: Iterable[Entry]) -> None:
         """Makes copies of what an earlier release's index says of caches whose files can't be read."""
         for entry in earlier:
-            key = (entry.namespace, entry.name)
+            key = entry.key
             named = NAMESPACE.fullmatch(entry.namespace) and NAME.fullmatch(entry.name)
             if named and key not in self._entries and identity_at(self.path(*key)):
                 log.warning("%s: its text is unverified, from an earlier release's index", self.path(*key))

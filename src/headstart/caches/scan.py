@@ -62,7 +62,7 @@ def contents(directory: Path, *, whole: bool = False) -> Iterator[tuple[Path, En
 def _misplaced(path: Path, entry: Entry) -> str | None:
     """Why what the file holds is no cache where it lies."""
     namespace, name = path.parent.name, path.name.removesuffix(CACHE_SUFFIX)
-    if (entry.namespace, entry.name) != (namespace, name):
+    if entry.key != (namespace, name):
         return f"holds the cache {shown(entry.name)} of {shown(entry.model)}, so it is ignored"
     return None if NAMESPACE.fullmatch(namespace) and NAME.fullmatch(name) else "no cache can have this name"
 

@@ -24,6 +24,7 @@ from headstart.caches.index.index import Index
 from headstart.caches.index.usage import Usage
 from headstart.caches.verified import Checked, Identities, Tokens, identities
 from headstart.errors import CacheConflict, CacheNotFound, StorageError
+from headstart.names import CacheKey
 from headstart.protocol import StateRef
 
 log = logging.getLogger(__name__)
@@ -42,13 +43,12 @@ class VerifiedState:
 class Store:
     """Owns `directory`, by a lock, as long as it is open. Use it from one thread; it hands slow work to
     others itself. A shelf is a folder of it: a model's caches, or those of one API key (`Entry.shelf`).
-    `clock` gives the seconds since 1970 by which caches end. `held`: those, by shelf and name, whose files
-    are not to be taken away now, since they are being built."""
+    `clock` gives the seconds since 1970 by which caches end."""
 
     def __init__(self, directory: Path, clock: Callable[[], float] = time) -> None:
         self.directory = directory.absolute()
         self.clock = clock
-        self.held: set[tuple[str, str]] = set()
+        self._in_use: set[CacheKey] = set()
         with storage_errors(f"the cache directory {self.directory}"):
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = take_lock(self.directory)
@@ -63,6 +63,16 @@ class Store:
         there = set(self._catalog.on_disk())
         self.index.keep_only(there)
         self._catalog.copies.keep_only(there)
+
+    def use(self, key: CacheKey) -> None:
+        """Keeps the cache's files from being deleted or replaced by anything else, until `release`."""
+        self._in_use.add(key)
+
+    def release(self, key: CacheKey) -> None:
+        self._in_use.discard(key)
+
+    def is_in_use(self, key: CacheKey) -> bool:
+        return key in self._in_use
 
     def close(self) -> None:
         self.index.close()
@@ -84,7 +94,7 @@ class Store:
     def _look(self, namespace: str, name: str) -> Entry | None:
         """The entry as the disk has it now (see Catalog.look); None, its file being removed, once its time is
         over."""
-        key = (namespace, name)
+        key = CacheKey(namespace, name)
         known, entry = self._catalog.get(key), self._catalog.look(key)
         if entry is None and known:
             self._checked.forget(key)
@@ -96,11 +106,12 @@ class Store:
 
     def is_from_copy(self, entry: Entry) -> bool:
         """Whether the cache's file can't be read, so that the entry is what the copy of its header says."""
-        return self._catalog.is_from_copy((entry.namespace, entry.name))
+        return self._catalog.is_from_copy(entry.key)
 
     def _forget(self, namespace: str, name: str) -> None:
-        self._catalog.forget((namespace, name))
-        self._checked.forget((namespace, name))
+        key = CacheKey(namespace, name)
+        self._catalog.forget(key)
+        self._checked.forget(key)
         self.index.delete(namespace, name)
 
     def end_old(self) -> None:
@@ -110,7 +121,7 @@ class Store:
                 self._look(entry.namespace, entry.name)
 
     def _end(self, entry: Entry) -> None:
-        if (entry.namespace, entry.name) in self.held:
+        if self.is_in_use(entry.key):
             return
         log.info("cache %s of %s: its time is over", entry.name, entry.namespace)
         try:
@@ -154,18 +165,18 @@ class Store:
     def used(self, entry: Entry, tokens: int = 0, restore_ms: float = 0.0) -> None:
         """Counts a hit that took `tokens` tokens from the cache, in `restore_ms`."""
         seconds = max(tokens * entry.ms_per_token - restore_ms, 0.0) / 1000
-        if self._catalog.get((entry.namespace, entry.name)):
+        if self._catalog.get(entry.key):
             self.index.used(entry.namespace, entry.name, self.clock(), tokens, seconds)
 
     def touch(self, entry: Entry) -> None:
         """Notes a use that is no hit."""
-        if self._catalog.get((entry.namespace, entry.name)):
+        if self._catalog.get(entry.key):
             self.index.touch(entry.namespace, entry.name, self.clock())
 
     async def verified(self, entry: Entry, form: Form) -> VerifiedState:
         """Checks the files' hashes unless these very files were checked before. Raises Corrupt, also when one
         is gone."""
-        path, key = self.path(entry.namespace, entry.name), (entry.namespace, entry.name)
+        path, key = self.path(entry.namespace, entry.name), entry.key
         if self._checked.get(key, identities(path, entry)) is None:
             await self.check(entry)
         files = identities(path, entry)
@@ -184,12 +195,12 @@ class Store:
         Corrupt, also when one is gone."""
         path = self.path(entry.namespace, entry.name)
         files = identities(path, entry)
-        self._checked.forget((entry.namespace, entry.name))
+        self._checked.forget(entry.key)
         try:
             tokens = await asyncio.to_thread(format.verify, path, entry.identity, from_disk=from_disk)
         except OSError as error:
             raise Corrupt(str(error)) from error
-        self._checked.put((entry.namespace, entry.name), files, tokens)
+        self._checked.put(entry.key, files, tokens)
         return tokens
 
     def remembered(self, namespace: str, form: Form) -> Iterator[Tokens]:
@@ -218,12 +229,12 @@ class Store:
             raise CacheConflict(f"The cache {entry.name!r} is another by now, so it was not repaired.")
         self._tell_of_copy(entry)
         stored, files = await asyncio.to_thread(self._publish, writer, entry)
-        self._checked.put((entry.namespace, entry.name), files, writer.tokens)
+        self._checked.put(entry.key, files, writer.tokens)
         self._replace(stored)
         return stored
 
     def _tell_of_copy(self, entry: Entry) -> None:
-        known = self._catalog.get((entry.namespace, entry.name))
+        known = self._catalog.get(entry.key)
         if known and self.is_from_copy(known) and known.content == entry.content:
             log.warning(
                 "%s: written anew with the unverified text of the copy",
@@ -231,7 +242,7 @@ class Store:
             )
 
     def _replace(self, stored: Entry) -> None:
-        key = (stored.namespace, stored.name)
+        key = stored.key
         previous = self._catalog.get(key)
         self._catalog.remember(stored)
         if previous and previous.content != stored.content:
@@ -255,11 +266,11 @@ class Store:
         """Replaces the cache by one of the same name with the fields of `changed`, atomically, and with the
         states it has, or none. None, nothing having changed, where the cache is no longer `entry` or is being
         built. Raises StorageError. Returns the entry as stored."""
-        key = (entry.namespace, entry.name)
+        key = entry.key
         with self.scratch(entry.namespace) as scratch:
             write = partial(rewrite, self.path(*key)) if with_states else write_stub
             stored = await asyncio.to_thread(write, scratch, changed)
-            if key in self.held or self._look(*key) != entry:
+            if self.is_in_use(key) or self._look(*key) != entry:
                 return None
             await self.publish(scratch, stored)
         return stored

@@ -8,9 +8,9 @@ from pathlib import Path
 from headstart.caches.cache_file.sidecar import state_path
 from headstart.caches.entry import Entry, Form, Identity
 from headstart.caches.files import identity_at
+from headstart.names import CacheKey
 
 Tokens = list[int]
-Key = tuple[str, str]
 # Of a cache's file, and of the states beside it; None where there is no file.
 Identities = dict[Form | None, Identity | None]
 
@@ -26,17 +26,17 @@ class Checked:
     """By shelf and name."""
 
     def __init__(self) -> None:
-        self._known: dict[Key, tuple[Identities, dict[Form, Tokens]]] = {}
+        self._known: dict[CacheKey, tuple[Identities, dict[Form, Tokens]]] = {}
 
-    def put(self, key: Key, files: Identities, tokens: dict[Form, Tokens]) -> None:
+    def put(self, key: CacheKey, files: Identities, tokens: dict[Form, Tokens]) -> None:
         self._known[key] = files, tokens
 
-    def get(self, key: Key, files: Identities) -> dict[Form, Tokens] | None:
+    def get(self, key: CacheKey, files: Identities) -> dict[Form, Tokens] | None:
         """The token ids that were found in these very files."""
         known, tokens = self._known.get(key, (None, {}))
         return tokens if known == files else None
 
-    def forget(self, key: Key) -> None:
+    def forget(self, key: CacheKey) -> None:
         self._known.pop(key, None)
 
     def tokens(self, namespace: str, form: Form) -> Iterator[Tokens]:

@@ -51,7 +51,11 @@ class Service:
         self.preparation = Preparation(*kept, self.grammars)
         self.generation = Generation(*kept)
         self.models = Models(
-            settings, self.store, say, on_loaded=self.declared.start, is_building=self.caching.is_building_for
+            settings,
+            self.store,
+            say,
+            on_loaded=self.declared.start,
+            is_building=self.caching.builds.is_building_for,
         )
         idle_seconds = settings.tune_idle_seconds if settings.tune else 0
         self.remeasuring = Remeasuring(self.store, self.models, self.caching, say, idle_seconds)

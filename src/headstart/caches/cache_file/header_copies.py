@@ -79,7 +79,7 @@ class Copies:
             entry = format.read(self._path(namespace, name), whole=False)
         except (Corrupt, OSError):
             return None
-        return entry if (entry.namespace, entry.name) == (namespace, name) else None
+        return entry if entry.key == (namespace, name) else None
 
     def delete(self, namespace: str, name: str) -> None:
         _delete(self._path(namespace, name))

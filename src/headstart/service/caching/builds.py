@@ -1,14 +1,20 @@
-"""A build that several callers wait for: it is computed once, and ends when the last of them has left."""
+"""Running builds, those that several callers share, and those that the configuration has promised."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from headstart.caches.entry import Content, Entry, Form, Origin, Retention
-from headstart.errors import HeadstartError
+from headstart.caches.store import Store
+from headstart.errors import CacheConflict, HeadstartError
+from headstart.names import CacheKey
 from headstart.service.caching.builder import OnProgress
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,62 @@ class SharedBuild:
                 self.task.cancel()
 
 
-Key = tuple[str, str]
+class Builds:
+    """Running builds, at most one of a name; the store leaves a cache's files alone while it is built. Used
+    from the event loop."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._tasks: dict[CacheKey, asyncio.Task[Entry]] = {}
+        self._shared: dict[CacheKey, SharedBuild] = {}
+
+    async def close(self) -> None:
+        """Cancels all of them."""
+        for task in list(self._tasks.values()):
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    def __iter__(self) -> Iterator[CacheKey]:
+        return iter(list(self._tasks))
+
+    def __contains__(self, key: CacheKey) -> bool:
+        return key in self._tasks
+
+    def of(self, key: CacheKey) -> asyncio.Task[Entry] | None:
+        return self._tasks.get(key)
+
+    def is_building_for(self, model: str) -> bool:
+        return any(namespace.partition("@")[0] == model for namespace, _ in self._tasks)
+
+    def check_none(self, key: CacheKey) -> None:
+        """Raises CacheConflict while the name is being built."""
+        if key in self._tasks:
+            raise CacheConflict(f"The cache {key[1]!r} is being built.", param="cache_name")
+
+    def run(self, key: CacheKey, work: Coroutine[Any, Any, Entry]) -> asyncio.Task[Entry]:
+        """Starts `work`, which makes the cache of this key; requests for the cache wait for it. If another
+        build of it is running, `work` has to wait for that."""
+        task = asyncio.create_task(work)
+        self._tasks[key] = task
+        self._store.use(key)
+        task.add_done_callback(lambda done: self._ended(key, done))
+        return task
+
+    def share(self, key: CacheKey, build: SharedBuild, work: Coroutine[Any, Any, Entry]) -> None:
+        """Runs `work` as a build that others may join."""
+        build.task = self.run(key, work)
+        self._shared[key] = build
+
+    def shared(self, key: CacheKey) -> SharedBuild | None:
+        return self._shared.get(key)
+
+    def _ended(self, key: CacheKey, task: asyncio.Task[Entry]) -> None:
+        if self._tasks.get(key) is task:
+            del self._tasks[key]
+            self._store.release(key)
+            self._shared.pop(key, None)
+        if not task.cancelled() and (error := task.exception()):
+            log.warning("building cache %s of %s failed: %s", key[1], key[0], error)
 
 
 @dataclass
@@ -67,30 +128,31 @@ class Promise:
 
 
 class PendingDeclared:
-    """By shelf and name. A promised name stays one: it belongs to whoever made the promise."""
+    """Declared caches that are still to be built. A promised name stays one: it belongs to whoever made the
+    promise."""
 
     def __init__(self) -> None:
-        self._promises: dict[Key, Promise] = {}
+        self._promises: dict[CacheKey, Promise] = {}
 
-    def __contains__(self, key: Key) -> bool:
+    def __contains__(self, key: CacheKey) -> bool:
         return key in self._promises
 
-    def make(self, key: Key) -> None:
+    def make(self, key: CacheKey) -> None:
         self._promises[key] = Promise()
 
-    def settle(self, key: Key, error: HeadstartError | None = None) -> None:
+    def settle(self, key: CacheKey, error: HeadstartError | None = None) -> None:
         """The cache is there, or why it isn't."""
         promise = self._promises[key]
         promise.error = error
         promise.settled.set()
 
-    async def settled(self, key: Key) -> None:
+    async def settled(self, key: CacheKey) -> None:
         """Returns at once where nothing was promised. Raises the error of a promise that was not kept."""
         if promise := self._promises.get(key):
             await promise.settled.wait()
             if promise.error:
                 raise promise.error.with_traceback(None)
 
-    def open(self) -> Iterator[Key]:
+    def open(self) -> Iterator[CacheKey]:
         """Those still to be kept."""
         return (key for key, promise in self._promises.items() if not promise.settled.is_set())

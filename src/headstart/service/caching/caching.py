@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -13,10 +13,10 @@ from msgspec.structs import replace
 from headstart.caches.entry import DEFAULT_RETENTION, KEEPS_STATE, Content, Entry, Form, Origin, Retention
 from headstart.caches.store import Store
 from headstart.errors import BadRequest, CacheConflict, CacheNotFound
-from headstart.names import check_name, namespaces
+from headstart.names import CacheKey, check_name, namespaces
 from headstart.protocol import Stats
 from headstart.service.caching.builder import Build, Builder, OnProgress
-from headstart.service.caching.builds import BuildKey, PendingDeclared, SharedBuild
+from headstart.service.caching.builds import BuildKey, Builds, PendingDeclared, SharedBuild
 from headstart.service.caching.catalog import NamespaceCatalog
 from headstart.service.caching.derived import check_own_name, composed
 from headstart.service.caching.lookup import Start, opened
@@ -34,21 +34,19 @@ class Caching:
         self.builder = Builder(store, quota or Quota(store))
         self.promises = PendingDeclared()
         self.namespaces = NamespaceCatalog(store)
-        self._builds: dict[tuple[str, str], asyncio.Task[Entry]] = {}
-        self._joints: dict[tuple[str, str], SharedBuild] = {}
+        self.builds = Builds(store)
 
     async def close(self) -> None:
-        for build in list(self._builds.values()):
-            build.cancel()
-        await asyncio.gather(*self._builds.values(), return_exceptions=True)
+        await self.builds.close()
 
     async def find(self, model: ServedModel, name: str) -> Entry:
         """The named cache, the owner's or everyone's, waiting for it where its first build is running or it
         was promised. Raises CacheNotFound, or why a promise was not kept."""
         check_name(name, param="use_cache")
         for namespace in namespaces(model.namespace):
-            await self.promises.settled((namespace, name))
-            if (build := self._builds.get((namespace, name))) and not self.namespaces.at(namespace, name):
+            key = CacheKey(namespace, name)
+            await self.promises.settled(key)
+            if (build := self.builds.of(key)) and not self.namespaces.at(namespace, name):
                 await asyncio.wait([build])
             if entry := self.namespaces.at(namespace, name):
                 return entry
@@ -73,19 +71,12 @@ class Caching:
         """Notes a use that is no hit."""
         self.store.touch(entry)
 
-    def is_building_for(self, model: str) -> bool:
-        """Whether a cache of the model is being built."""
-        return any(namespace.partition("@")[0] == model for namespace, _ in self._builds)
-
-    def is_building(self, entry: Entry) -> bool:
-        return (entry.namespace, entry.name) in self._builds
-
     def building(self, owner: str | None, model: str | None = None) -> list[tuple[str, str]]:
         """Model and name of what `visible` would list and is being built or is to be; `owner` None: of what
         is anybody's."""
         keys = {
             (*namespace.partition("@")[::2], name)
-            for namespace, name in (*self._builds, *self.promises.open())
+            for namespace, name in (*self.builds, *self.promises.open())
         }
         return sorted(
             (one, name)
@@ -100,13 +91,13 @@ class Caching:
         """How a request whose prompt is `tokens` starts from the cache; None when the cache was replaced or
         built again meanwhile, so that the request has to look at it anew. `wanted` is as in `opened`."""
         model = model.seen_by(entry.owner)
-        key = (entry.namespace, entry.name)
+        key = entry.key
         # A build that ends while the old state is looked at is one that had begun before.
-        build = self._builds.get(key)
+        build = self.builds.of(key)
         opening = await opened(self.store, model, entry, form, tokens, self._head(model, entry), wanted)
         if opening.miss is None or opening.miss in KEEPS_STATE:
             return opening
-        if build := build or self._builds.get(key):
+        if build := build or self.builds.of(key):
             await asyncio.wait([build])
             return None
         return opening if self._is_latest(model, entry) else None
@@ -149,20 +140,19 @@ class Caching:
         build = Build(
             model, name, content, wanted, version, kept, origin, previous, on_progress=joint.tell, head=head
         )
-        joint.task = self._start(build)
-        self._joints[model.namespace, name] = joint
+        self.builds.share(model.key(name), joint, self.builder.build(build))
         return await joint.join(on_progress)
 
     async def _joint(self, model: ServedModel, name: str, asked: BuildKey) -> SharedBuild | None:
         """The running build of the same; None once there is none of this name. One that everybody has left,
         or that only makes the same content's states anew, is waited for. Raises CacheConflict."""
-        key = (model.namespace, name)
-        while task := self._builds.get(key):
-            joint = self._joints.get(key)
+        key = model.key(name)
+        while task := self.builds.of(key):
+            joint = self.builds.shared(key)
             if joint and joint.asked == asked and not joint.abandoned:
                 return joint
             if not (joint.abandoned if joint else self._holds(model, name, asked.content)):
-                self.check_not_building(model, name)
+                self.builds.check_none(key)
             await asyncio.wait([task])
         return None
 
@@ -180,7 +170,7 @@ class Caching:
         begins anew where `ttl_seconds` is given. Raises BadRequest, CacheNotFound or StorageError."""
         check_name(name, param="name")
         while True:
-            if build := self._builds.get((model.namespace, name)):
+            if build := self.builds.of(model.key(name)):
                 await asyncio.wait([build])
             entry = self.store.find(model.namespace, name, param="name")
             if entry.origin == "response" and "metadata" in given:
@@ -194,14 +184,14 @@ class Caching:
         """Raises CacheNotFound, or CacheConflict while the name is being built or where it is declared."""
         check_name(name, param="name")
         self.check_not_declared(model, name, param="name")
-        self.check_not_building(model, name)
+        self.builds.check_none(model.key(name))
         self.store.delete(model.namespace, name)
 
     def rebuild(self, model: ServedModel, entry: Entry) -> None:
         """Starts computing the states of `entry` again, unless that is being done or it was replaced;
         requests for it wait."""
         model = model.seen_by(entry.owner)
-        if (entry.namespace, entry.name) in self._builds or not self._is_latest(model, entry):
+        if entry.key in self.builds or not self._is_latest(model, entry):
             return
         build = Build(
             model,
@@ -216,10 +206,8 @@ class Caching:
             head=self._head(model, entry),
             parts=entry.parts,
         )
-        if entry.parts:
-            self.run((entry.namespace, entry.name), self._derive(build))
-        else:
-            self._start(build)
+        work = self._derive(build) if entry.parts else self.builder.build(build)
+        self.builds.run(entry.key, work)
 
     def rebuild_after_miss(self, model: ServedModel, entry: Entry) -> None:
         """Rebuilds what a request has missed. A response's state is not worth it: what goes on from it is
@@ -250,12 +238,12 @@ class Caching:
         """The entry with its states computed again, once that is done. Raises StorageError or what the
         engine raises."""
         self.rebuild(model, entry)
-        if build := self._builds.get((entry.namespace, entry.name)):
+        if build := self.builds.of(entry.key):
             return await asyncio.shield(build)
         return self.store.find(entry.namespace, entry.name, param="name")
 
     def is_declared(self, model: ServedModel, name: str) -> bool:
-        return (model.namespace, name) in self.promises
+        return model.key(name) in self.promises
 
     def check_not_declared(self, model: ServedModel, name: str, *, param: str) -> None:
         """Raises CacheConflict."""
@@ -264,38 +252,6 @@ class Caching:
                 f"The cache {name!r} is declared in the server's configuration; change it there.", param=param
             )
 
-    def check_not_building(self, model: ServedModel, name: str) -> None:
-        """Raises CacheConflict."""
-        if (model.namespace, name) in self._builds:
-            raise CacheConflict(f"The cache {name!r} is being built.", param="cache_name")
-
     def _is_latest(self, model: ServedModel, entry: Entry) -> bool:
         """Whether the entry is the cache of its name; one of version 0 is as long as there is none."""
         return self.namespaces.own(model, entry.name) == (entry if entry.version else None)
-
-    def build_of(self, model: ServedModel, name: str) -> asyncio.Task[Entry] | None:
-        """The running build of this name."""
-        return self.build_at(model.namespace, name)
-
-    def build_at(self, namespace: str, name: str) -> asyncio.Task[Entry] | None:
-        return self._builds.get((namespace, name))
-
-    def _start(self, build: Build) -> asyncio.Task[Entry]:
-        return self.run((build.model.namespace, build.name), self.builder.build(build))
-
-    def run(self, key: tuple[str, str], work: Coroutine[Any, Any, Entry]) -> asyncio.Task[Entry]:
-        """Starts what makes the cache of this shelf and name, on which requests for it wait. If another build
-        of it is running, `work` has to wait for that."""
-        task = asyncio.create_task(work)
-        self._builds[key] = task
-        self.store.held.add(key)
-        task.add_done_callback(lambda done: self._ended(key, done))
-        return task
-
-    def _ended(self, key: tuple[str, str], task: asyncio.Task[Entry]) -> None:
-        if self._builds.get(key) is task:
-            del self._builds[key]
-            self.store.held.discard(key)
-            self._joints.pop(key, None)
-        if not task.cancelled() and (error := task.exception()):
-            log.warning("building cache %s of %s failed: %s", key[1], key[0], error)

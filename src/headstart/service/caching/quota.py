@@ -12,10 +12,9 @@ from headstart.caches.entry import Entry
 from headstart.caches.eviction import evictable, keeps_text, rank
 from headstart.caches.store import Store
 from headstart.errors import CacheNotFound, QuotaExceeded
+from headstart.names import CacheKey
 
 log = logging.getLogger(__name__)
-
-Key = tuple[str, str]
 
 
 class Quota:
@@ -31,7 +30,7 @@ class Quota:
         self.shares = shares or {}
         # How many, by whose caches they were.
         self.evictions: Counter[str] = Counter()
-        self._reserved: dict[Key, int] = {}
+        self._reserved: dict[CacheKey, int] = {}
         self._deciding = asyncio.Lock()
 
     def used(self, owner: str | None = None) -> int:
@@ -48,12 +47,13 @@ class Quota:
     @contextmanager
     def reserving(self, namespace: str, name: str) -> Iterator[Reservation]:
         """Room for one cache, until its file is in its place or given up."""
+        key = CacheKey(namespace, name)
         try:
-            yield Reservation(self, (namespace, name))
+            yield Reservation(self, key)
         finally:
-            self._reserved.pop((namespace, name), None)
+            self._reserved.pop(key, None)
 
-    async def hold(self, key: Key, size: int) -> None:
+    async def hold(self, key: CacheKey, size: int) -> None:
         """Makes room for `size` bytes of the cache, by evicting others if it must. Raises QuotaExceeded, with
         nothing evicted, where that would not do, or StorageError."""
         async with self._deciding:
@@ -84,14 +84,14 @@ class Quota:
         limits = {owner: self.shares.get(owner, 0), None: self.limit}
         return {scope: limit for scope, limit in limits.items() if limit}
 
-    def _taken(self, owner: str | None, but: Key | None) -> int:
-        sizes = {(entry.namespace, entry.name): entry.size_bytes for entry in self._known(owner)}
+    def _taken(self, owner: str | None, but: CacheKey | None) -> int:
+        sizes = {entry.key: entry.size_bytes for entry in self._known(owner)}
         for key, size in self._reserved.items():
             if owner in (None, key[0].partition("@")[2]):
                 sizes[key] = max(size, sizes.get(key, 0))
         return sum(size for key, size in sizes.items() if key != but)
 
-    def _missing(self, owner: str | None, limit: int, key: Key, size: int) -> int:
+    def _missing(self, owner: str | None, limit: int, key: CacheKey, size: int) -> int:
         """Bytes that have to be freed. Raises QuotaExceeded where they can't be."""
         free = limit - self._taken(owner, key)
         gain = 0 if size <= free else sum(_gain(entry) for entry in self._candidates(owner, key))
@@ -101,17 +101,17 @@ class Quota:
             raise _exceeded(size, limit, None if others else free + gain)
         return size - free
 
-    def _candidates(self, owner: str | None, but: Key | None = None) -> list[Entry]:
+    def _candidates(self, owner: str | None, but: CacheKey | None = None) -> list[Entry]:
         """What may be evicted, the least worth first."""
         now = self.store.clock()
         found = [
             (rank(entry, self.store.usage(entry), now), entry)
             for entry in evictable(self._known(owner))
-            if (entry.namespace, entry.name) not in {but, *self.store.held}
+            if entry.key != but and not self.store.is_in_use(entry.key)
         ]
         return [entry for _, entry in sorted(found, key=lambda pair: pair[0])]
 
-    async def _evict(self, owner: str | None, missing: int, but: Key | None = None) -> int:
+    async def _evict(self, owner: str | None, missing: int, but: CacheKey | None = None) -> int:
         """Gives up the least valuable states until `missing` bytes are free; how many are still missing."""
         for entry in self._candidates(owner, but) if missing > 0 else ():
             if missing <= 0:
@@ -122,7 +122,7 @@ class Quota:
     async def evict(self, entry: Entry) -> int:
         """Takes its states away. The bytes it has freed: none where the cache was replaced meanwhile, or is
         being built."""
-        if (entry.namespace, entry.name) in self.store.held:
+        if self.store.is_in_use(entry.key):
             return 0
         if keeps_text(entry):
             stub = await self.store.amend(entry, entry.without_states(), with_states=False)
@@ -142,7 +142,7 @@ class Quota:
 
 
 class Reservation:
-    def __init__(self, quota: Quota, key: Key) -> None:
+    def __init__(self, quota: Quota, key: CacheKey) -> None:
         self.quota = quota
         self.key = key
 

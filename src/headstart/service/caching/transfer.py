@@ -102,7 +102,7 @@ class Files:
                 _check_fits(model, entry)
                 await _check_renders(model, entry)
                 self._check_free(model, name, overwrite)
-                work = self.caching.run((model.namespace, name), self._place(model, name, scratch, entry))
+                work = self.caching.builds.run(model.key(name), self._place(model, name, scratch, entry))
                 try:
                     return await asyncio.shield(work)
                 finally:
@@ -113,7 +113,7 @@ class Files:
         )
 
     def _check_free(self, model: ServedModel, name: str, overwrite: bool) -> None:
-        self.caching.check_not_building(model, name)
+        self.caching.builds.check_none(model.key(name))
         if not overwrite and self.caching.namespaces.own(model, name):
             raise CacheConflict(f"There is a cache {name!r} already.", param="name")
 

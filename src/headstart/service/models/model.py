@@ -17,7 +17,7 @@ from headstart.caches.store import Store
 from headstart.config.settings import Settings
 from headstart.engine.client import EngineClient, State
 from headstart.errors import BadRequest, ContextLengthExceeded, ModelLoading, StartupError
-from headstart.names import namespace_name
+from headstart.names import CacheKey, namespace_name
 from headstart.prompt.process.client import PromptClient, facts_of
 from headstart.prompt.process.protocol import Facts, Load
 from headstart.prompt.process.requests import Prompts
@@ -119,6 +119,10 @@ class ServedModel:
     def namespace(self) -> str:
         """Where its caches are."""
         return namespace_name(self.name, self.owner)
+
+    def key(self, name: str) -> CacheKey:
+        """That of the cache of this name in its namespace."""
+        return CacheKey(self.namespace, name)
 
     def seen_by(self, owner: str) -> ServedModel:
         """The same model and engine with the caches of `owner`; to be made anew for each request."""

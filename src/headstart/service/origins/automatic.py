@@ -153,7 +153,7 @@ class Automatic:
         for entry in entries:
             if excess <= 0:
                 break
-            if not self.caching.is_building(entry):
+            if entry.key not in self.caching.builds:
                 store.delete(entry.namespace, entry.name)
                 deleted.append(entry)
                 excess -= entry.size_bytes

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from headstart.caches.entry import DEFAULT_RETENTION, Content, Entry, Form, Origin, Retention
 from headstart.errors import BadRequest, CacheConflict, CacheNotFound, HeadstartError, StorageError
+from headstart.names import CacheKey
 from headstart.service.caching.builder import Build
 from headstart.service.caching.caching import Caching
 from headstart.service.caching.derived import check_own_name
@@ -39,8 +40,8 @@ class Saving:
     states: bool = True
 
     @property
-    def key(self) -> tuple[str, str]:
-        return self.model.namespace, self.name
+    def key(self) -> CacheKey:
+        return self.model.key(self.name)
 
 
 class Conversations:
@@ -60,8 +61,8 @@ class Conversations:
         """Raises InvalidName, or CacheConflict if a conversation may not be saved under this name."""
         check_own_name(name, param="save_as")
         self.caching.check_not_declared(model, name, param="save_as")
-        build = self.caching.build_of(model, name)
-        is_other = build is not self._saving.get((model.namespace, name))
+        build = self.caching.builds.of(model.key(name))
+        is_other = build is not self._saving.get(model.key(name))
         if build and not overwrite and (is_other or overwrite is False):
             raise CacheConflict(f"The cache {name!r} is being built.", param="save_as")
         _check_replaceable(self._current(model, name), overwrite)
@@ -72,8 +73,8 @@ class Conversations:
 
     def keep(self, saving: Saving) -> asyncio.Task[Entry]:
         """The same for a chat that has its answer."""
-        before = self.caching.build_of(saving.model, saving.name)
-        task = self.caching.run(saving.key, self._save(saving, before))
+        before = self.caching.builds.of(saving.key)
+        task = self.caching.builds.run(saving.key, self._save(saving, before))
         self._saving[saving.key] = task
         task.add_done_callback(lambda done: self._ended(saving.key, done))
         return task
@@ -90,7 +91,7 @@ class Conversations:
     async def settled(self, model: ServedModel, name: str) -> None:
         """Returns when no conversation is being saved under this name. Raises StorageError if the last one
         could not be, or BadRequest if it is more than a cache may hold."""
-        key = (model.namespace, name)
+        key = model.key(name)
         while task := self._saving.get(key):
             await asyncio.wait([task])
         error, instead = self._failed.get(key, (None, None))

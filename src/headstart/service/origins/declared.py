@@ -11,6 +11,7 @@ from typing import cast
 from headstart.caches.entry import Content, Entry, Fingerprint, Form, Retention
 from headstart.config.settings import Settings
 from headstart.errors import CacheNotFound, EngineDied, HeadstartError, ModelLoading, Overloaded, Unavailable
+from headstart.names import CacheKey
 from headstart.service.caching.caching import Caching
 from headstart.service.models.model import Notify, ServedModel
 
@@ -30,9 +31,9 @@ class Declaration:
     terms: Retention
 
     @property
-    def key(self) -> tuple[str, str]:
-        """Shelf and name: what is declared is everyone's."""
-        return self.model, self.name
+    def key(self) -> CacheKey:
+        """In the model's own namespace: declared caches are everyone's."""
+        return CacheKey(self.model, self.name)
 
     def is_met_by(self, entry: Entry, fingerprint: Fingerprint) -> bool:
         """Whether nothing is to be computed or written. States given up for others are left so."""

@@ -104,7 +104,7 @@ class Responses:
         """Raises ResponseNotFound or StorageError."""
         while True:
             entry = (await self.find(owner, name, param="response_id")).entry
-            build = self.conversations.caching.build_at(entry.namespace, entry.name)
+            build = self.conversations.caching.builds.of(entry.key)
             if build is None:
                 return self.store.delete(entry.namespace, entry.name)
             await asyncio.wait([build])
@@ -159,8 +159,8 @@ class Responses:
             excess -= await self.quota.evict(entry)
 
     def _movable(self, entries: Sequence[Entry]) -> list[Entry]:
-        held = self.store.held
-        return [each for each in entries if not each.terms.pinned and (each.namespace, each.name) not in held]
+        in_use = self.store.is_in_use
+        return [each for each in entries if not (each.terms.pinned or in_use(each.key))]
 
 
 def instructing(instructions: str | None) -> list[Json]:
