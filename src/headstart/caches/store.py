@@ -8,7 +8,6 @@ import os
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import time
@@ -22,7 +21,7 @@ from headstart.caches.files import sha256_of, storage_errors, sync_directory, ta
 from headstart.caches.headers import Catalog, is_same
 from headstart.caches.index.index import Index
 from headstart.caches.index.usage import Usage
-from headstart.caches.verified import Checked, Identities, Tokens, identities
+from headstart.caches.verified import Checked, Identities, Tokens, VerifiedState, identities
 from headstart.errors import CacheConflict, CacheNotFound, StorageError
 from headstart.names import CacheKey
 from headstart.protocol import StateRef
@@ -30,14 +29,6 @@ from headstart.protocol import StateRef
 log = logging.getLogger(__name__)
 
 SCRATCH = ".tmp-"
-
-
-@dataclass(frozen=True)
-class VerifiedState:
-    """A form whose hashes were checked: its token ids, and where the engine finds the state."""
-
-    tokens: list[int]
-    ref: StateRef
 
 
 class Store:

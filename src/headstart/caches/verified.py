@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from headstart.caches.cache_file.sidecar import state_path
 from headstart.caches.entry import Entry, Form, Identity
 from headstart.caches.files import identity_at
 from headstart.names import CacheKey
+from headstart.protocol import StateRef
 
 Tokens = list[int]
 # Of a cache's file, and of the states beside it; None where there is no file.
 Identities = dict[Form | None, Identity | None]
+
+
+@dataclass(frozen=True)
+class VerifiedState:
+    """A form whose hashes were checked: its token ids, and where the engine finds the state."""
+
+    tokens: list[int]
+    ref: StateRef
 
 
 def identities(path: Path, entry: Entry) -> Identities:
