@@ -47,7 +47,6 @@ class PromptClient:
         self._task: asyncio.Task[None] | None = None
         self._link: Link
         self._failures = 0
-        self._first: Link | None = None
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -66,8 +65,8 @@ class PromptClient:
             reason = f"the process that reads its tokenizer and template failed: {error}"
             raise StartupError(f"{load.path} can't be read: {reason}") from error
         self._vocabulary = Vocabulary(facts)
-        self._first = link
-        self._task = asyncio.create_task(self._work(link), name=f"prompts {self.name}")
+        self._link, self._failures = link, 0
+        self._task = asyncio.create_task(self._work(), name=f"prompts {self.name}")
 
     async def close(self) -> None:
         """Ends the process; requests that wait fail. It can be started again."""
@@ -76,10 +75,8 @@ class PromptClient:
             task.cancel()
             # Whoever is cancelled while they wait for it still is.
             await asyncio.wait([task])
-        link, self._first = self._first, None
-        if link:
-            # A task that was cancelled before it began has closed nothing.
-            await link.close()
+            # A task that was cancelled before it began has given nothing back.
+            await self._give_back()
 
     async def ask(self, owner: str, request: Request) -> Reply:
         """Raises BadRequest for what is refused, and Unavailable where it is the model that is wrong or there
@@ -116,8 +113,7 @@ class PromptClient:
         await link.close()
         raise StartupError(reply.message if isinstance(reply, Refused) else "it was told nonsense")
 
-    async def _work(self, link: Link) -> None:
-        self._link, self._failures = link, 0
+    async def _work(self) -> None:
         try:
             while True:
                 job = self._asking = await self._turns.next()
@@ -134,8 +130,11 @@ class PromptClient:
                     with suppress(Ended, StartupError):
                         await self._restart()
         finally:
-            self._fail_all()
-            await self._link.close()
+            await self._give_back()
+
+    async def _give_back(self) -> None:
+        self._fail_all()
+        await self._link.close()
 
     async def _reply(self, job: Job) -> Reply:
         """A process that was ended from outside is asked a second time. Raises Ended or StartupError."""

@@ -1,4 +1,4 @@
-"""One prompt process and the socket to it."""
+"""A prompt process and the socket to it."""
 
 from __future__ import annotations
 
@@ -63,7 +63,12 @@ class Link:
             raise
         finally:
             theirs.close()
-        return cls(process, *await asyncio.open_connection(sock=ours))
+        try:
+            return cls(process, *await asyncio.open_connection(sock=ours))
+        except BaseException:
+            # Its process ends with the socket.
+            ours.close()
+            raise
 
     @property
     def has_ended(self) -> bool:
@@ -96,6 +101,7 @@ class Link:
         return await self.process.wait()
 
     async def close(self) -> None:
+        """Ends the process; may be called again."""
         self.writer.close()
         with suppress(ProcessLookupError):
             self.process.kill()
