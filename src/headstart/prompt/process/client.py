@@ -70,13 +70,14 @@ class PromptClient:
 
     async def close(self) -> None:
         """Ends the process; requests that wait fail. It can be started again."""
-        task, self._task = self._task, None
-        if task:
+        if task := self._task:
             task.cancel()
-            # Whoever is cancelled while they wait for it still is.
+            # Whoever is cancelled while they wait for it still is, and the next one waits for it, too.
             await asyncio.wait([task])
-            # A task that was cancelled before it began has given nothing back.
-            await self._give_back()
+            if self._task is task:
+                self._task = None
+                # A task that was cancelled before it began has given nothing back.
+                await self._give_back()
 
     async def ask(self, owner: str, request: Request) -> Reply:
         """Raises BadRequest for what is refused, and Unavailable where it is the model that is wrong or there
