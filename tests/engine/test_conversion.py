@@ -159,7 +159,7 @@ def _most_likely(settings: EngineSettings, tokens: list[int]) -> list[int]:
 CONVERT = """
 import resource, sys, msgspec
 from headstart.engine.llama.conversion import weights_path
-from headstart.messages import EngineSettings
+from headstart.protocol import EngineSettings
 if len(sys.argv) > 2:
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
 print(weights_path(msgspec.json.decode(sys.argv[1], type=EngineSettings)))

@@ -180,7 +180,7 @@ if first:
         object.__setattr__(layouts.LAYOUTS[abi], "callback", callback)
 from headstart.engine.rkllm.options import RuntimeOptions
 from headstart.engine.rkllm.runtime import Runtime
-from headstart.messages import Sampling
+from headstart.protocol import Sampling
 sampling = Sampling(1.9, 0.95, 600, 0, 0.25, -0.5, 3.0)
 options = RuntimeOptions(sys.argv[1], abi, 512, 100, sampling, cpus=1)
 runtime = Runtime(sys.argv[2], options)

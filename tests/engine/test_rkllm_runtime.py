@@ -411,7 +411,7 @@ CRASHING = """
 import sys
 from headstart.engine.rkllm.options import RuntimeOptions
 from headstart.engine.rkllm.runtime import Runtime
-from headstart.messages import Sampling
+from headstart.protocol import Sampling
 library, model, saved = sys.argv[1:]
 runtime = Runtime(model, RuntimeOptions(library, n_ctx=512, max_new_tokens=100, cpus=1))
 runtime.run("Hello", max_new_tokens=3, sampling=Sampling(), save_to=saved, on_token=lambda *token: True)

@@ -87,7 +87,7 @@ async def test_other_weights_or_threads_are_measured_anew(tmp_path: Path, change
 async def test_another_cpu_is_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     await start(tmp_path)
     edit(tmp_path, share_from=123)
-    monkeypatch.setattr("headstart.service.tunings.cpu_model", lambda: "Another CPU")
+    monkeypatch.setattr("headstart.service.models.tuning_store.cpu_model", lambda: "Another CPU")
     assert (await start(tmp_path))[0] == TOY
 
 

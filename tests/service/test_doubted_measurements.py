@@ -392,7 +392,7 @@ async def test_a_request_ends_a_measurement_at_once_and_the_next_one_waits_longe
 
 
 async def test_five_tries_are_the_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("headstart.service.remeasuring.BACK_OFF", 1)
+    monkeypatch.setattr("headstart.service.caching.remeasure.BACK_OFF", 1)
     async with running(tmp_path, "toy:busy=99") as (service, said):
         await until(lambda: any("the best figures of all tries count, unsure" in line for line in said))
         (known,) = Tunings(tmp_path).all()
