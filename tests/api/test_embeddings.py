@@ -11,11 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from time import monotonic
-from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+from embedding_requests import embed, tokens, vectors
 from openai import OpenAI
 from servers import Json, RunningServer, events, eventually, running_server
 
@@ -29,22 +29,6 @@ from headstart.toyspec import N_VOCAB
 
 SIZE = 16
 TEXTS = ["The tide comes in at night.", "x", "Ropes are counted on Mondays. " * 30, "Æsop — 漁港 🐟"]
-
-
-def embed(server: RunningServer, given: Any, model: str = "toy", **more: Any) -> Json:
-    response = server.post("/v1/embeddings", model=model, input=given, **more)
-    assert response.status_code == 200, response.text
-    return response.json()
-
-
-def vectors(server: RunningServer, given: Any, model: str = "toy") -> list[list[float]]:
-    return [item["embedding"] for item in embed(server, given, model)["data"]]
-
-
-def tokens(server: RunningServer, text: str, model: str = "toy") -> list[int]:
-    response = server.post("/tokenize", model=model, content=text, add_special=True)
-    assert response.status_code == 200, response.text
-    return list(response.json()["tokens"])
 
 
 def unpacked(text: str) -> list[float]:

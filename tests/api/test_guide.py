@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import json
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,17 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from guide_requests import CREATES, CURLS, USES, addressed, cache_of, curl
 from servers import RunningServer, running_server
 
 from conftest import StartServer
 
 Json = dict[str, Any]
-
-_parts = re.split(r"^### (.+)\n", (Path(__file__).parent / "guide_requests.sh").read_text(), flags=re.M)
-REQUESTS = dict(zip(_parts[1::2], _parts[2::2], strict=True))
-CURLS = [title for title in REQUESTS if title != "startup.py"]
-CREATES = [title for title in CURLS if title.startswith("create")]
-USES = [title for title in CURLS if " with " in title]
 
 # Some of the guide's chats set no limit to their answers: the context does. The toy always has one.
 MODELS = {
@@ -44,21 +37,6 @@ class Guide:
 
     def path(self, name: str) -> Path:
         return self.server.cache_dir / self.model / f"{name}.headstart"
-
-
-def addressed(title: str, server: RunningServer) -> str:
-    assert "localhost:8080" in REQUESTS[title]
-    return REQUESTS[title].replace("localhost:8080", server.url.removeprefix("http://"))
-
-
-def curl(title: str, server: RunningServer) -> Json:
-    command = ["bash", "-c", addressed(title, server)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)
-
-
-def cache_of(title: str) -> str:
-    return title.rpartition(" ")[2]
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import tiny_encoder
 import tiny_models
+from embedding_requests import embed, tokens, vectors
 from servers import Json, RunningServer, eventually, running_server
-from test_embeddings import embed, tokens, vectors
 
 pytestmark = pytest.mark.real_model
 

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from guide_requests import CREATES, CURLS, USES, addressed, cache_of, curl
 from rkllm_models import tokenizer_files
 from rkllm_standin import RELEASES, standin, standin_model
 from servers import Json, RunningServer, events, eventually, running_server, said
-from test_guide import CREATES, CURLS, USES, addressed, cache_of, curl
 
 from conftest import StartServer
 
