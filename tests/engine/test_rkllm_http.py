@@ -275,13 +275,14 @@ def test_another_models_state_of_the_same_shape_is_never_loaded(
     assert said(answer) == expected
     rebuilt = server.chat("Go.", "one", use_cache="python")
     assert rebuilt["usage"]["cache_hit"] is True, rebuilt
-    # With its own file, too: then it is the weights that don't fit.
+    # With its own file, too: that says whose cache it is.
     shutil.copyfile(theirs, ours)
     moved = (theirs.with_suffix(".headstart")).read_bytes()
     (ours.with_suffix(".headstart")).write_bytes(moved)
-    answer = server.chat("Go.", "one", use_cache="python")
-    assert answer["usage"]["cache_hit"] is False
-    assert said(answer) == expected
+    chat = {"model": "one", "use_cache": "python", "messages": [{"role": "user", "content": "Go."}]}
+    refused = server.post("/v1/chat/completions", **chat)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (404, "cache_not_found")
+    assert ours.with_suffix(".headstart").read_bytes() == moved
 
 
 def test_other_weights_under_the_same_name_have_the_caches_computed_again(

@@ -192,6 +192,7 @@ def _described(request: Request, entry: Entry) -> Json:
         "updated": iso_time(entry.updated),
         **shown(entry, service.store.index.ends(entry)),
         "build_ms": round(entry.build_ms, 1),
+        "unverified": service.store.is_from_copy(entry),
         **_usage(request, entry),
     }
 
@@ -207,7 +208,6 @@ def _usage(request: Request, entry: Entry) -> Json:
         "last_used": iso_time(usage.last_used),
         "tokens_saved": usage.tokens_saved,
         "seconds_saved": round(usage.seconds_saved, 3),
-        "unverified": service.store.is_from_copy(entry),
     }
 
 
