@@ -1,4 +1,4 @@
-"""The ASGI application over a service that someone else loads and closes."""
+"""The ASGI application. The caller loads and closes its service."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def create_app(service: Service) -> FastAPI:
     app.state.service = service
     settings = service.settings
     app.add_middleware(JsonBodies, max_bytes=_bytes(settings.max_body_mb), memory=_body_memory(settings))
-    # The last one added is the first to see a request.
+    # Middleware runs in reverse order: the last one added sees a request first.
     app.add_middleware(Keys, keyring=Keyring(settings))
     app.add_middleware(Routes, table=settings.routes)
     app.add_middleware(PlainPaths)

@@ -1,4 +1,4 @@
-"""What each route answers."""
+"""The schemas of each route's answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests to try, most of them from the guide to binary caches."""
+"""Example requests, most of them from the guide to binary caches."""
 
 from __future__ import annotations
 
