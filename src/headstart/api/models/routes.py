@@ -54,7 +54,7 @@ async def health(request: Request) -> Json:
 
 @router.get("/v1/models")
 async def list_models(request: Request) -> Json:
-    """Lists models, aliases, and `model@cache` for each selectable cache."""
+    """Lists models, aliases, and `model@cache` for each client or declared cache."""
     service: Service = request.app.state.service
     service.models.rescan()
     visible = service.namespaces.visible(owner(request))
