@@ -23,9 +23,9 @@ from headstart.api.tokens import tokenize as tokens
 from headstart.config.settings import Settings
 from headstart.service.service import Service
 
-DESCRIPTION = """An OpenAI-compatible server that never prefills the same prompt twice. Name a prompt once
-with `POST /v1/cache/{model}`, and let chats and completions begin with it by `use_cache`. Unknown fields are
-accepted."""
+DESCRIPTION = """An OpenAI-compatible server that never prefills the same prompt twice. Cache a prompt
+once with `POST /v1/cache/{model}`, then start chats and completions from it with `use_cache`. Unknown fields
+are accepted."""
 
 
 def create_app(service: Service) -> FastAPI:

@@ -201,7 +201,7 @@ NOTHING: dict[str, tuple[object, ...]] = {
 
 
 def asked(body: BaseModel) -> frozenset[str]:
-    """Their names."""
+    """Names of parameters set to a value that has an effect, so that an engine lacking one can refuse it."""
     fields = type(body).model_fields
     return frozenset(
         (name in fields and fields[name].alias) or name

@@ -79,8 +79,8 @@ def _responses(answer: Answer) -> Json:
     error = {"content": {"application/json": _content(answer.error.__name__)}}
     return {
         "200": {"description": told, "content": content},
-        "4XX": {"description": "The request can't be served as it is.", **error},
-        "5XX": {"description": "The server can't serve it, or not now.", **error},
+        "4XX": {"description": "The request is refused.", **error},
+        "5XX": {"description": "The server failed, or can't serve the request now.", **error},
     }
 
 
