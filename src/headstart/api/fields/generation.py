@@ -83,7 +83,7 @@ class SampledRequest(CachedRequest):
         None, gt=0, le=10, description="Divides the logits of tokens that occurred."
     )
     repeat_last_n: int | None = Field(
-        None, ge=0, le=4096, description="Number of last tokens that penalties apply to."
+        None, ge=0, le=4096, description="Number of most recent tokens that penalties consider."
     )
     seed: int | None = Field(
         None,

@@ -82,7 +82,7 @@ class CacheExplanation(Reply):
 
 class Account(Reply):
     timings: Timings
-    saved_as: str | None = Field(None, description="The name of the cache as which the chat is being saved.")
+    saved_as: str | None = Field(None, description="The name under which the chat is being saved as a cache.")
     cache_explanation: CacheExplanation | None = None
 
 

@@ -88,7 +88,7 @@ class HttpServer(uvicorn.Server):
         for task in tasks:
             task.cancel()
         if tasks:
-            log.warning("%d requests were ended before their time", len(tasks))
+            log.warning("%d requests were cancelled by the shutdown", len(tasks))
         await self._settled(lambda: not (self.server_state.tasks or self._connections), END_SECONDS)
         for connection in self._connections:
             connection.abort()

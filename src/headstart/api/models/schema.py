@@ -41,5 +41,6 @@ class Health(Reply):
         None, description="Absent if API keys are configured and the request has none."
     )
     caches_building: int | None = Field(
-        None, description="As `models`. Counts the key's own and public builds, for admins all."
+        None,
+        description="Builds of the key's own and of public caches, for admins all; absent like `models`.",
     )

@@ -63,7 +63,9 @@ ToolAsInChats = Annotated[Tool, BeforeValidator(_as_in_chats)]
 
 
 class TextFormat(Body):
-    type: Literal["text", "json_schema", "json_object"] = Field("text", description="The format.")
+    type: Literal["text", "json_schema", "json_object"] = Field(
+        "text", description="The type; `text`: no constraint."
+    )
     schema_: JsonObject | None = Field(
         None, alias="schema", description="For type `json_schema`: the schema that the answer must match."
     )

@@ -34,7 +34,8 @@ Events = AsyncGenerator[Delta | Ended | Result, None]
 
 @router.post("")
 async def create(request: Request, body: ResponseRequest) -> Response:
-    """Answers and stores the answer with the conversation before it, for later requests to continue."""
+    """Answers and, unless `store` is false, stores the conversation with the answer for later requests to
+    continue."""
     service: Service = request.app.state.service
     said = body.said()
     asked = _asked(service, body)
