@@ -96,7 +96,7 @@ def _allowed(request: Request, routers: Sequence[APIRouter]) -> list[str]:
 
 def _from_validation(error: RequestValidationError) -> BadRequest:
     """The most relevant problem, with its field."""
-    # Of a union's alternatives the one that validated furthest was meant, else one whose type was right.
+    # In a union the client meant the alternative that validated furthest, else one whose type was right.
     problem = max(error.errors(), key=lambda e: (len(e["loc"]), not e["type"].endswith("_type")))
     if problem["type"] == "json_invalid":
         return BadRequest(f"The body is not JSON: {problem['ctx']['error']}.")

@@ -156,7 +156,7 @@ def _changed(request: Request, model: str, name: str) -> ServedModel:
 
 
 async def _prospect(service: Service, model: ServedModel, entry: Entry) -> Json:
-    """Whether a request would start from the cache's state now, and why not; null while the model loads."""
+    """`would_hit` (a request would start from the state now) and `miss_reason`, null while loading."""
     try:
         miss = await miss_reason(service.store, model, entry)
     except ModelLoading:

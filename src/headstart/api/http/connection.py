@@ -54,7 +54,7 @@ class Connection(HttpToolsProtocol):
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request is running or has reached the end of its headers."""
+        """Whether no request is between the end of its headers and the end of its answer."""
         return self._running is None or self._running.response_complete
 
     @property

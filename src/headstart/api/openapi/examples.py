@@ -30,7 +30,7 @@ def _user(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
-# By method and path: a title and a body for each.
+# Titles and bodies, keyed by method and path.
 EXAMPLES: dict[tuple[str, str], dict[str, Any]] = {
     ("post", "/v1/cache/{model}"): {
         "A system prompt": {"cache_name": "coding_assistant", "prompt": ASSISTANT},
