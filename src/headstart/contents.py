@@ -1,5 +1,5 @@
-"""What chats and caches are made of, and how caches are kept: the models that everything goes through which
-says so, be it a request's body, a cache's file, the configuration, or what was stored of an answer."""
+"""Models of chat messages, cache content and retention. They validate all such data: request bodies, cache
+files, the configuration, and stored answers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from headstart.json_scan import depth, is_deeper
 from headstart.limits import MAX_DEPTH, MAX_MESSAGES, MAX_TOOLS
 
-# Arguments of calls lie some levels within a message.
+# The arguments of a call are nested some levels deep in its message.
 MAX_ARGUMENTS_DEPTH = MAX_DEPTH - 8
 # A hundred years.
 MAX_TTL = 36525 * 86400
@@ -21,7 +21,7 @@ MAX_KEY = 64
 
 
 def _encodable(text: str) -> str:
-    # JSON can write half a surrogate pair, which is no text and can't be tokenised.
+    # JSON can contain half a surrogate pair, which is not valid text and can't be tokenised.
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -31,12 +31,12 @@ def _encodable(text: str) -> str:
 
 Utf8 = Annotated[str, AfterValidator(_encodable)]
 T = TypeVar("T")
-# Where many items are wrong, or are of another alternative of a union, the first is enough.
+# Validation stops at the first invalid item: a long list, or each alternative of a union, would report all.
 Many = Annotated[list[T], Field(fail_fast=True)]
 
 
 def is_json(value: Any) -> bool:
-    """Whether it can be kept as JSON; half a surrogate pair and NaN can't, nor what is nested too deeply."""
+    """Whether `value` can be stored as JSON; half a surrogate pair, NaN and too deep nesting can't."""
     try:
         return depth(value) <= MAX_DEPTH and bool(msgspec.json.decode(msgspec.json.encode(value)) == value)
     except (ValueError, OverflowError, RecursionError):
@@ -44,7 +44,7 @@ def is_json(value: Any) -> bool:
 
 
 def _json(value: dict[str, Any]) -> dict[str, Any]:
-    """Raises ValueError for what can't be kept."""
+    """Raises ValueError if `value` can't be stored as JSON."""
     if depth(value) > MAX_DEPTH:
         raise ValueError(f"Input should be nested at most {MAX_DEPTH} levels deep")
     if not is_json(value):
@@ -53,7 +53,7 @@ def _json(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _function(value: dict[str, Any]) -> dict[str, Any]:
-    """Raises ValueError for what is no function, or can't be kept."""
+    """Raises ValueError if `value` is no function, or can't be stored as JSON."""
     function = value.get("function")
     if value.get("type", "function") != "function" or not isinstance(function, dict):
         raise ValueError('Input should be {"type": "function", "function": {"name": ...}}')
@@ -65,8 +65,8 @@ def _function(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def arguments_of(text: str) -> Any:
-    """The object that a call's arguments are the text of, as templates want it; the text where they are
-    none, having been cut off say, or one that is nested too deeply."""
+    """Parses a call's arguments to an object, as templates need it. Returns the text itself if it is no JSON
+    object (because it was cut off, for example) or is nested too deeply."""
     try:
         parsed = None if is_deeper(text.encode(), MAX_ARGUMENTS_DEPTH) else msgspec.json.decode(text)
     except (msgspec.DecodeError, RecursionError, UnicodeEncodeError):
@@ -75,7 +75,7 @@ def arguments_of(text: str) -> Any:
 
 
 def _kept_call(value: dict[str, Any]) -> dict[str, Any]:
-    """Templates want the arguments as an object, OpenAI's clients send its text."""
+    """Parses the arguments: templates need an object, OpenAI's clients send JSON text."""
     function = _function(value)["function"]
     arguments = function.get("arguments")
     if not isinstance(arguments, str):
@@ -84,7 +84,7 @@ def _kept_call(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _call(value: dict[str, Any]) -> dict[str, Any]:
-    """The same for one that is sent, whose arguments may not be nested too deeply."""
+    """`_kept_call` for a call in a request. Raises ValueError if its arguments are nested too deeply."""
     call = _kept_call(value)
     arguments = call["function"].get("arguments")
     if isinstance(arguments, str) and is_deeper(arguments.encode(), MAX_ARGUMENTS_DEPTH):
@@ -98,27 +98,29 @@ ToolCall = Annotated[dict[str, Any], AfterValidator(_call)]
 
 
 class Open(BaseModel):
-    """Takes unknown fields, too."""
+    """Accepts unknown fields."""
 
     model_config = ConfigDict(extra="allow")
 
 
 class TextPart(Open):
-    type: Literal["text"] = Field(description="Messages hold text only.")
-    text: Utf8 = Field(description="A part of the message's text; the parts are joined as they are.")
+    type: Literal["text"] = Field(description="The only type: messages contain text only.")
+    text: Utf8 = Field(description="A part of the message's text; parts are joined without a separator.")
 
 
 class ChatMessage(Open):
     role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
-        description="`developer` is the same as `system`."
+        description="The author of the message; `developer` is the same as `system`."
     )
-    content: Utf8 | Many[TextPart] | None = Field(None, description="The text, or parts of it.")
-    tool_calls: Many[ToolCall] | None = Field(None, description="Calls that an assistant's message made.")
+    content: Utf8 | Many[TextPart] | None = Field(None, description="The text, or a list of text parts.")
+    tool_calls: Many[ToolCall] | None = Field(None, description="The tool calls of an assistant's message.")
     reasoning_content: Utf8 | None = Field(
-        None, description="What an assistant's message was reasoned to be, for templates that write it."
+        None, description="The reasoning before an assistant's message, for templates that use it."
     )
-    tool_call_id: Utf8 | None = Field(None, description="Of a tool's message: the call it answers.")
-    name: Utf8 | None = Field(None, description="Who speaks, for templates that write it.")
+    tool_call_id: Utf8 | None = Field(
+        None, description="In a tool's message: the id of the call that it answers."
+    )
+    name: Utf8 | None = Field(None, description="The author's name, for templates that use it.")
 
     @model_validator(mode="after")
     def _has_content(self) -> ChatMessage:
@@ -136,7 +138,7 @@ class ChatMessage(Open):
         return self
 
     def plain(self) -> dict[str, Any]:
-        """Role and text, as chat templates want them, and what there is to say about tools."""
+        """The message as chat templates take it: role, text and, if set, calls, reasoning, call id, name."""
         parts = self.content if isinstance(self.content, list) else []
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in parts)
         message: dict[str, Any] = {
@@ -155,9 +157,9 @@ class ChatMessage(Open):
 
 
 class KeptMessage(ChatMessage):
-    """A message of a cache. `unfinished`, of the last one: chats begin with its text and go on as they do."""
+    """A message of a cache. `unfinished`: only on the last one; chats begin with its text and continue it."""
 
-    # An answer is kept whatever the model wrote as arguments.
+    # An answer is stored whatever arguments the model wrote.
     tool_calls: list[Annotated[dict[str, Any], AfterValidator(_kept_call)]] | None = None
     unfinished: Literal[True] | None = None
 
@@ -166,7 +168,7 @@ class KeptMessage(ChatMessage):
 
 
 class KeptContent(BaseModel):
-    """What a cache holds the state of: a prompt, or messages and tools."""
+    """The content of a cache: a prompt, or messages and tools."""
 
     prompt: Utf8 = ""
     messages: list[KeptMessage] = Field([], max_length=MAX_MESSAGES)
@@ -191,7 +193,7 @@ Metadata = Annotated[dict[Key, Value], Field(max_length=MAX_PAIRS)]
 
 
 class KeptTerms(BaseModel):
-    """How a cache is kept."""
+    """The retention of a cache."""
 
     ttl_seconds: Ttl | None = None
     pinned: bool = False

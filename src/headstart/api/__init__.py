@@ -1,1 +1,1 @@
-"""The HTTP interface: OpenAI's conventions, and named caches."""
+"""The HTTP API: OpenAI's and Anthropic's conventions, and named caches."""

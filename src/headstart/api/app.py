@@ -1,4 +1,4 @@
-"""The ASGI application over a service that someone else loads and closes."""
+"""The ASGI application. The caller loads and closes its service."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from headstart.api.tokens import tokenize as tokens
 from headstart.config.settings import Settings
 from headstart.service.service import Service
 
-DESCRIPTION = """An OpenAI-compatible server that never prefills the same prompt twice. Name a prompt once
-with `POST /v1/cache/{model}`, and let chats and completions begin with it by `use_cache`. Unknown fields are
-accepted."""
+DESCRIPTION = """An OpenAI-compatible server that never prefills the same prompt twice. Cache a prompt
+once with `POST /v1/cache/{model}`, then start chats and completions from it with `use_cache`. Unknown fields
+are accepted."""
 
 
 def create_app(service: Service) -> FastAPI:
@@ -41,7 +41,7 @@ def create_app(service: Service) -> FastAPI:
     app.state.service = service
     settings = service.settings
     app.add_middleware(JsonBodies, max_bytes=_bytes(settings.max_body_mb), memory=_body_memory(settings))
-    # The last one added is the first to see a request.
+    # Middleware runs in reverse order: the last one added sees a request first.
     app.add_middleware(Keys, keyring=Keyring(settings))
     app.add_middleware(Routes, table=settings.routes)
     app.add_middleware(PlainPaths)

@@ -1,4 +1,4 @@
-"""API keys: who asks, and what that changes."""
+"""API keys: authentication and the ranks that it gives."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from headstart.api import errors
 from headstart.config.settings import Settings
 from headstart.errors import AdminRequired, StartupError, Unauthorized
 
-# What anybody may ask: the description of the API tells nothing about this server.
+# Routes that need no key. The API's description reveals nothing about this server.
 PAGES = "/docs/files"
 PUBLIC = ("/health", "/openapi.json", "/docs")
 
-# admin: may touch what is others' and everyone's, as everybody may where there are no keys; tenant: has a
-# key; stranger: has none, and asks for what is public.
+# admin: may use other owners' and change public objects; every request is, if no keys are configured.
+# tenant: has a key that is no admin's. stranger: has no valid key and requests a public route.
 Rank = Literal["admin", "tenant", "stranger"]
 
 
 class Keyring:
-    """The configured keys' hashes and whose they are. Raises StartupError for a key that can't be read, is
-    empty or is another's too."""
+    """The hashes of the configured API keys and their owners. Raises StartupError for a key that can't be
+    read, is empty or equals another."""
 
     def __init__(self, settings: Settings) -> None:
         self.caches = {name: key.cache for name, key in settings.keys.items()}
@@ -42,15 +42,15 @@ class Keyring:
         return bool(self._owners)
 
     def owner(self, secret: str) -> str | None:
-        """Takes as long for any wrong key as for a right one."""
+        """The key's owner, or None. Takes the same time for right and wrong keys."""
         asked = _digest(secret)
         owners = [name for digest, name in self._owners.items() if compare_digest(digest, asked)]
         return owners[0] if owners else None
 
 
 class Keys:
-    """Refuses requests without one of the keys, if there are any, but for what anybody may ask. Has to see
-    the path that is answered, so a route's prefix must be gone by then."""
+    """Refuses requests without a valid key, except on public routes, if keys are configured. Must run after a
+    route's prefix was removed, because it checks the path."""
 
     def __init__(self, app: ASGIApp, keyring: Keyring) -> None:
         self.app = app
@@ -87,13 +87,13 @@ def _is_public(path: str) -> bool:
 
 
 def rank(request: Request) -> Rank:
-    """What the request may see and touch beside its own."""
+    """The rank of the request: how far it may see and change objects of other owners."""
     found: Rank = getattr(request.state, "rank", "stranger")
     return found
 
 
 def check_admin(request: Request, what: str) -> None:
-    """Raises AdminRequired, about `what`, unless the request's key is an admin's or there are no keys."""
+    """Raises AdminRequired unless the key is an admin's or there are no keys. `what`: its subject."""
     if rank(request) != "admin":
         raise AdminRequired(what)
 

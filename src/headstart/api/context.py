@@ -1,4 +1,4 @@
-"""Requests that say by their path, or by their model's name, which cache they start from."""
+"""Model and cache of a request, as given by its body, its model's name, its route or its API key."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from headstart.service.service import Service
 
 
 class Addressed(Protocol):
-    """A body that names a model, and may name caches."""
+    """A body that names a model and may name caches."""
 
     model: str
     use_cache: str | list[str] | None
 
 
 def addressed(request: Request, body: Addressed) -> ServedModel:
-    """The model that the body names, as the request's key sees it. Where the body names no cache itself, the
-    one of its model's name is filled in, else the one of the route, else of the key. Raises ModelNotFound."""
+    """The body's model as the request's key sees it. If `use_cache` is null, sets it to the cache of the
+    model's name, else of the route, else of the key. Raises ModelNotFound."""
     service: Service = request.app.state.service
     model, cache = service.target(body.model)
     if body.use_cache is None:
@@ -32,12 +32,12 @@ def addressed(request: Request, body: Addressed) -> ServedModel:
 
 
 def owner(request: Request) -> str:
-    """The name of the request's key; "" where none is needed."""
+    """The name of the request's API key; "" if no keys are configured or the route needs none."""
     return str(getattr(request.state, "owner", ""))
 
 
 def seen(request: Request, model: ServedModel) -> ServedModel:
-    """The model with the caches that the request's key may use."""
+    """The model, restricted to the caches that the request's key may use."""
     return model.seen_by(owner(request))
 
 
@@ -45,6 +45,6 @@ EXPLAIN_HEADER = "x-headstart-explain"
 
 
 def explaining(request: Request, options: Options) -> Options:
-    """The explanation may be asked for by a header as well."""
+    """The options, with `explain` also if the header requests it."""
     asked = request.headers.get(EXPLAIN_HEADER, "").lower() in ("1", "true")
     return replace(options, explain=options.explain or asked)

@@ -1,5 +1,5 @@
-"""Every error in OpenAI's one shape: {"error": {"message", "type", "param", "code", …}}; under /v1/messages
-in Anthropic's: {"type": "error", "error": {"type", "message"}, "request_id"}."""
+"""Every error in OpenAI's format: {"error": {"message", "type", "param", "code", …}}; under /v1/messages in
+Anthropic's: {"type": "error", "error": {"type", "message"}, "request_id"}."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def body(error: HeadstartError) -> dict[str, Any]:
 
 
 class ErrorResponse(Response):
-    """Written in the shape of the API that was asked."""
+    """An error in the format of the API that the request's path belongs to."""
 
     def __init__(self, error: HeadstartError, headers: Mapping[str, str]) -> None:
         super().__init__(status_code=error.status, headers=headers)
@@ -46,7 +46,7 @@ class ErrorResponse(Response):
 
 
 def headers(error: HeadstartError) -> dict[str, str]:
-    """What its answer's headers tell of it."""
+    """Headers of the error's answer: `retry-after`, `x-should-retry`."""
     told = {}
     if error.retry_after is not None:
         told["retry-after"] = str(error.retry_after)
@@ -60,7 +60,7 @@ def response(error: HeadstartError, more_headers: Mapping[str, str] | None = Non
 
 
 def install(app: FastAPI, routers: Sequence[APIRouter]) -> None:
-    """`routers`: all that the application answers."""
+    """`routers`: all routers of the application."""
 
     @app.exception_handler(HeadstartError)
     async def _known(_: Request, error: HeadstartError) -> Response:
@@ -86,8 +86,8 @@ def install(app: FastAPI, routers: Sequence[APIRouter]) -> None:
 
 
 def _allowed(request: Request, routers: Sequence[APIRouter]) -> list[str]:
-    """The methods of all routes like the first one with the request's address; the router knows that one's
-    only."""
+    """The methods of all routes with the path of the first matching one; Starlette reports only that
+    route's."""
     routes = [route for router in routers for route in router.routes if isinstance(route, Route)]
     matching = (route.path for route in routes if route.matches(request.scope)[0] != Match.NONE)
     path = next(matching, None)
@@ -95,12 +95,12 @@ def _allowed(request: Request, routers: Sequence[APIRouter]) -> list[str]:
 
 
 def _from_validation(error: RequestValidationError) -> BadRequest:
-    """The first problem, with the field it is about."""
-    # Of the alternatives of a union, the one that got furthest is what was meant, or whose type was right.
+    """The most relevant problem, with its field."""
+    # In a union the client meant the alternative that validated furthest, else one whose type was right.
     problem = max(error.errors(), key=lambda e: (len(e["loc"]), not e["type"].endswith("_type")))
     if problem["type"] == "json_invalid":
         return BadRequest(f"The body is not JSON: {problem['ctx']['error']}.")
-    # A union reports the type of each alternative as a part of the location.
+    # The location includes the type of a union's alternative.
     place = [str(part) for part in problem["loc"] if part != "body"]
     place = [part for part in place if part.replace("_", "").isalnum() and part not in TYPE_NAMES]
     while place and place[-1].isdecimal():

@@ -1,4 +1,4 @@
-"""What happens to every request before it is routed."""
+"""Middleware: applied to every request before routing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class RequestIds:
-    """Gives every reply an x-request-id: the client's own, or a new one."""
+    """Sets x-request-id on every reply: the client's, or a new one."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -43,8 +43,8 @@ class RequestIds:
 
 
 class Faults:
-    """Answers what no handler expected with the one error shape; the log says what it was. Requests that the
-    server's end cuts short, and those whose rest never came, get it, too."""
+    """Answers unexpected exceptions with an error in the standard format and logs them; likewise requests
+    that the server's shutdown cancels, and requests whose body never arrived in full."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -60,7 +60,7 @@ class Faults:
         try:
             await self.app(scope, receive, watched_send)
         except asyncio.CancelledError:
-            # Requests are cancelled at the end of the server only.
+            # Requests are cancelled only at the server's shutdown.
             if started:
                 raise
             await errors.response(ShuttingDown())(scope, receive, send)
@@ -77,8 +77,7 @@ class Faults:
 
 
 class PlainPaths:
-    """Refuses addresses with control characters: a route would match as if a line break at the end were not
-    there."""
+    """Refuses paths with control characters: a route would match a path despite a line break at its end."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -91,16 +90,16 @@ class PlainPaths:
         await self.app(scope, receive, send)
 
 
-# What a route may be put before.
+# A route's prefix may precede this path.
 API = b"/v1/"
 
 
 class Routes:
-    """`table`: prefixes, each with a cache. /prefix/v1/... is answered as /v1/... is, from this cache."""
+    """`table` maps path prefixes to caches. /prefix/v1/... is answered like /v1/..., from that cache."""
 
     def __init__(self, app: ASGIApp, table: Mapping[str, str]) -> None:
         self.app = app
-        # The longest first: one may begin as another does.
+        # Longest first: one prefix may begin with another.
         self.table = sorted(table.items(), key=lambda route: -len(route[0]))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -1,4 +1,4 @@
-"""Server-sent events, and noticing that a client has left."""
+"""Server-sent events, and detection of clients that disconnect."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from headstart.errors import HeadstartError, ShuttingDown
 
 T = TypeVar("T")
 
-# How long a stream waits for its first event before it begins without: till then a failure is an HTTP error.
+# The longest wait for the first event before the response begins; a failure until then is an HTTP error.
 BEGIN_SECONDS = 5.0
 KEEP_ALIVE_SECONDS = 10.0
 COMMENT = b": still working\n\n"
@@ -26,13 +26,13 @@ DONE = b"data: [DONE]\n\n"
 
 
 class ClientLeft(HeadstartError):
-    """Nobody reads this one; 499 is for the log."""
+    """The client disconnected, so it never sees this error; 499 is for the log."""
 
     status = 499
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client goes away; then raises ClientLeft."""
+    """The result of `work`. If the client disconnects, cancels it and raises ClientLeft."""
     task = asyncio.ensure_future(work)
     watch = asyncio.ensure_future(_disconnected(request.receive))
     try:
@@ -54,26 +54,25 @@ async def _disconnected(receive: Receive) -> None:
 
 
 def as_event(content: Any) -> bytes:
-    """The content, of what JSON knows, as an event."""
+    """Encodes JSON-compatible content as an event."""
     return b"data: " + msgspec.json.encode(content) + b"\n\n"
 
 
 def as_named_event(content: dict[str, Any]) -> bytes:
-    """An event that is named as its `type`."""
+    """Encodes an event whose name is the content's `type`."""
     kind: str = content["type"]
     return b"event: " + kind.encode() + b"\n" + as_event(content)
 
 
 def failed(error: HeadstartError) -> bytes:
-    """The event of an error after the start."""
+    """Encodes an error after the start of the stream as an event."""
     return as_event(errors.body(error))
 
 
 class EventStream(Response):
-    """Sends events, those of one item in one write, comments while there is none for long, and `done`. An
-    error after the start becomes an event, which `failed` writes; so does the end of the server, which
-    cancels the response. When the client leaves, `events` is closed, and so is `source`, from which they are
-    made: also where the client left before the first byte."""
+    """Sends each item of `events` in one write, comments during long pauses, and `done` at the end. An error
+    after the start is sent as an event encoded by `failed`; so is the server's shutdown, which cancels the
+    response. If the client disconnects, even before the first byte, `events` and `source` are closed."""
 
     media_type = "text/event-stream"
 
@@ -106,11 +105,11 @@ class EventStream(Response):
             await self._end(send, self.failed(ShuttingDown()))
         finally:
             await _cancelled(tasks)
-            # Events that were never iterated end nothing by being closed.
+            # Closing `events` does not close its source if it was never iterated.
             await self.events.aclose()
             if self.source:
                 await self.source.aclose()
-        # Sending to a client that has left raises OSError on some servers.
+        # Sending to a disconnected client raises OSError on some servers.
         with suppress(asyncio.CancelledError, OSError):
             await tasks[0]
 
@@ -129,7 +128,7 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
 
     async def _end(self, send: Send, last: bytes = b"") -> None:
-        """Once only."""
+        """Sends the end of the stream, only once."""
         if not self._has_begun:
             await self._begin(send)
         if not self._has_ended:
@@ -162,8 +161,8 @@ async def _next(events: AsyncIterator[T]) -> T | None:
 
 
 async def begun(request: Request, events: AsyncGenerator[T, None], seconds: float) -> Begun[T]:
-    """The same events, once the first is there or `seconds` are over, so that an early failure is still an
-    HTTP error. Raises what `events` raises till then, or ClientLeft."""
+    """Waits for the first event, at most `seconds`, and returns all events, so that an early failure is an
+    HTTP error. Raises whatever `events` raises until then, or ClientLeft."""
     first = asyncio.ensure_future(_next(events))
     watch = asyncio.ensure_future(_disconnected(request.receive))
     try:
@@ -184,9 +183,8 @@ async def begun(request: Request, events: AsyncGenerator[T, None], seconds: floa
 
 
 class Begun(AsyncGenerator[T, None]):
-    """Events the first of which has been asked for already. Closing it ends `events` also where nothing was
-    ever read from it, which a generator written with `yield` doesn't do: one that was never iterated runs
-    none of its code."""
+    """Events whose first one was already requested. Closing it closes `events` even if nothing was read. A
+    generator function could not do that: closed before its first iteration, it runs none of its code."""
 
     def __init__(self, first: asyncio.Task[T | None], events: AsyncGenerator[T, None]) -> None:
         self._first = first
@@ -210,6 +208,6 @@ class Begun(AsyncGenerator[T, None]):
         self._first.cancel()
         await asyncio.wait([self._first])
         if not self._first.cancelled():
-            # Nobody else may have looked at it.
+            # Retrieves an exception that nobody else may have retrieved, which asyncio would log.
             self._first.exception()
         await self._events.aclose()

@@ -1,4 +1,4 @@
-"""The shape of errors in Anthropic's API: {"type": "error", "error": {"type", "message"}, "request_id"}."""
+"""The format of errors in Anthropic's API: {"type": "error", "error": {"type", "message"}, "request_id"}."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from headstart.errors import ContextLengthExceeded, HeadstartError
 
-# Anthropic's types of errors, by status; other statuses below 500 are of the first kind.
+# Anthropic's error types by status. Other statuses below 500 have the first type.
 ANTHROPIC_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -22,7 +22,7 @@ def anthropic_body(error: HeadstartError, request_id: str | None = None) -> dict
     otherwise = "api_error" if error.status >= 500 else "invalid_request_error"
     message = error.message
     if isinstance(error, ContextLengthExceeded):
-        # Agents know by these words that they have to shorten the conversation.
+        # Agents recognise these words and shorten the conversation.
         message = "prompt is too long: {n_prompt_tokens} tokens > {n_ctx} maximum. ".format(**error.details)
         message += error.message
     told = {"type": ANTHROPIC_TYPES.get(error.status, otherwise), "message": message}
@@ -30,5 +30,5 @@ def anthropic_body(error: HeadstartError, request_id: str | None = None) -> dict
 
 
 def is_anthropic(path: str) -> bool:
-    """Whether what is asked is Anthropic's API, at its own address or behind a route's prefix."""
+    """Whether the path belongs to Anthropic's API, with or without a route's prefix."""
     return f"/{path.partition('/v1/')[2]}/".startswith("/messages/")

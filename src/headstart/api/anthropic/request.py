@@ -1,4 +1,4 @@
-"""Bodies of Anthropic's Messages API. Unknown fields are accepted; what a model can't be given is refused."""
+"""Request bodies of Anthropic's Messages API. Unknown fields are accepted, images and documents refused."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ CHOICES: dict[str, Literal["none", "auto", "required"]] = {
     "any": "required",
     "tool": "required",
 }
-# How long what is marked is kept after its last use.
+# Retention after the last use.
 TTL_SECONDS = {"5m": 300.0, "1h": 3600.0}
 
 
 class CacheControl(Body):
-    type: Literal["ephemeral"] = Field(description="The only kind.")
-    ttl: Literal["5m", "1h"] = Field("5m", description="How long to keep it after its last use.")
+    type: Literal["ephemeral"] = Field(description="The only type.")
+    ttl: Literal["5m", "1h"] = Field("5m", description="Retention after the last use: 5 minutes or 1 hour.")
 
     @property
     def seconds(self) -> float:
@@ -42,25 +42,27 @@ class CacheControl(Body):
 
 
 class Marked(Body):
-    cache_control: CacheControl | None = Field(None, description="Keep the prompt's state up to here.")
+    cache_control: CacheControl | None = Field(
+        None, description="Breakpoint: store the prompt's state up to the end of this block."
+    )
 
     @property
     def mark(self) -> float | None:
-        """How many seconds it is to be kept; None where it isn't marked."""
+        """Retention in seconds after the last use; None without a breakpoint."""
         return None if self.cache_control is None else self.cache_control.seconds
 
 
 class TextBlock(Marked):
-    type: Literal["text"] = Field(description="A text.")
-    text: Utf8 = Field(description="The text itself.")
+    type: Literal["text"] = Field(description="A block of text.")
+    text: Utf8 = Field(description="The text.")
 
 
 Texts = Many[TextBlock]
 
 
 class ToolUseBlock(Marked):
-    type: Literal["tool_use"] = Field(description="A call that the model made.")
-    id: Utf8 = Field(description="What its result refers to.")
+    type: Literal["tool_use"] = Field(description="A tool call by the model.")
+    id: Utf8 = Field(description="The call's id, to which its result refers.")
     name: Name = Field(description="The tool's name.")
     input: JsonObject = Field(description="The arguments.")
 
@@ -79,10 +81,10 @@ ResultBlock = Annotated[TextBlock | UnreadableBlock, Field(discriminator="type")
 
 
 class ToolResultBlock(Marked):
-    type: Literal["tool_result"] = Field(description="What a tool said.")
+    type: Literal["tool_result"] = Field(description="The result of a tool call.")
     tool_use_id: Utf8 = Field(description="The call's id.")
-    content: Utf8 | Many[ResultBlock] | None = Field(None, description="A text, or texts.")
-    is_error: bool | None = Field(None, description="Not told to the model.")
+    content: Utf8 | Many[ResultBlock] | None = Field(None, description="A text, or blocks of text.")
+    is_error: bool | None = Field(None, description="Accepted and ignored.")
 
     @property
     def text(self) -> str:
@@ -98,7 +100,9 @@ class ToolResultBlock(Marked):
 
 
 class ThinkingBlock(Body):
-    type: Literal["thinking", "redacted_thinking"] = Field(description="Earlier reasoning: left out.")
+    type: Literal["thinking", "redacted_thinking"] = Field(
+        description="Reasoning of an earlier turn. Accepted; the model does not see it."
+    )
 
 
 AssistantBlock = Annotated[TextBlock | ToolUseBlock | ThinkingBlock, Field(discriminator="type")]
@@ -106,9 +110,9 @@ UserBlock = Annotated[TextBlock | ToolResultBlock | UnreadableBlock, Field(discr
 
 
 class UserTurn(Body):
-    role: Literal["user"] = Field(description="Who says it.")
+    role: Literal["user"] = Field(description="The author of the turn.")
     content: Utf8 | Annotated[Many[UserBlock], Field(min_length=1)] = Field(
-        description="A text, or blocks of text and tools' results."
+        description="A text, or blocks of text and tool results."
     )
 
     def add_to(self, turns: Turns) -> None:
@@ -126,8 +130,8 @@ class UserTurn(Body):
 
 
 class AssistantTurn(Body):
-    role: Literal["assistant"] = Field(description="Who says it.")
-    content: Utf8 | Many[AssistantBlock] = Field(description="A text, or blocks of text and calls of tools.")
+    role: Literal["assistant"] = Field(description="The author of the turn.")
+    content: Utf8 | Many[AssistantBlock] = Field(description="A text, or blocks of text and tool calls.")
 
     def add_to(self, turns: Turns) -> None:
         turns.add_text("assistant", "")
@@ -139,13 +143,13 @@ class AssistantTurn(Body):
         if isinstance(self.content, str):
             turns.add_text("assistant", self.content)
             return
-        # What a model says is kept whole or not at all.
+        # A breakpoint follows the assistant's whole text, which is stored whole or not at all.
         for block in self.content:
             turns.mark(block.mark if isinstance(block, Marked) else None)
 
 
 class SystemTurn(Body):
-    role: Literal["system"] = Field(description="Who says it.")
+    role: Literal["system"] = Field(description="The author of the turn.")
     content: Utf8 | Texts = Field(description="A text, or blocks of text.")
 
     def add_to(self, turns: Turns) -> None:
@@ -161,24 +165,26 @@ Turn = Annotated[UserTurn | AssistantTurn | SystemTurn, Field(discriminator="rol
 
 
 class OutputFormat(Body):
-    type: Literal["json_schema"] = Field(description="The only kind.")
-    schema_: JsonObject = Field(alias="schema", description="What the answer, which is JSON, must match.")
+    type: Literal["json_schema"] = Field(description="The only type.")
+    schema_: JsonObject = Field(alias="schema", description="The JSON schema that the answer must match.")
 
 
 class OutputConfig(Body):
-    """How much effort is made is accepted, and changes nothing."""
+    """`effort` is accepted and ignored."""
 
-    format: OutputFormat | None = Field(None, description="The form of the answer.")
+    format: OutputFormat | None = Field(None, description="The format of the answer.")
 
 
 class CustomTool(Marked):
-    type: Literal["custom"] | None = Field(None, description="Tools that run elsewhere are not supported.")
-    name: Name = Field(description="How the model calls it.")
-    description: Utf8 | None = Field(None, description="What it is for.")
-    input_schema: JsonObject = Field(description="The JSON schema of its arguments.")
+    type: Literal["custom"] | None = Field(
+        None, description="Only `custom`: tools that run on a server are not supported."
+    )
+    name: Name = Field(description="The tool's name.")
+    description: Utf8 | None = Field(None, description="The tool's purpose.")
+    input_schema: JsonObject = Field(description="The JSON schema of the arguments.")
 
     def function(self) -> Json:
-        """As chat templates take it."""
+        """The tool in the format of chat templates."""
         described = {"description": self.description} if self.description else {}
         function = {"name": self.name, **described, "parameters": self.input_schema}
         return {"type": "function", "function": function}
@@ -186,13 +192,13 @@ class CustomTool(Marked):
 
 class ToolChoice(Body):
     type: Literal["auto", "any", "tool", "none"] = Field(
-        description="Whether the model may or must call one."
+        description="Whether the model may or must call a tool."
     )
-    name: Name | None = Field(None, description="With `tool`: which one.")
-    disable_parallel_tool_use: bool = Field(False, description="At most one call.")
+    name: Name | None = Field(None, description="For type `tool`: the tool's name.")
+    disable_parallel_tool_use: bool = Field(False, description="True: at most one call.")
 
     def calling(self) -> Calling:
-        """Raises BadRequest for one tool that has no name."""
+        """Raises BadRequest for type `tool` without a name."""
         if self.type == "tool" and self.name is None:
             raise BadRequest("tool_choice of type tool needs the tool's name.", param="tool_choice")
         choice = CHOICES[self.type]
@@ -201,27 +207,32 @@ class ToolChoice(Body):
 
 
 class Thinking(Body):
-    type: Literal["enabled", "adaptive", "disabled"] = Field(description="Whether reasoning is shown.")
-    budget_tokens: int | None = Field(None, ge=0, description="Accepted; reasoning is not limited by it.")
+    type: Literal["enabled", "adaptive", "disabled"] = Field(
+        description="`enabled` or `adaptive`: return reasoning."
+    )
+    budget_tokens: int | None = Field(None, ge=0, description="Accepted and ignored.")
 
 
 class CountRequest(CachedRequest):
-    """What makes the prompt."""
+    """The fields that determine the prompt."""
 
     messages: Annotated[Many[Turn], Field(max_length=MAX_MESSAGES)] = Field(
-        min_length=1, description="The turns so far; a last one of the assistant's is continued."
+        min_length=1,
+        description="The turns so far. If the last one is the assistant's, the answer continues it.",
     )
     system: Utf8 | Texts | None = Field(None, description="The system prompt.")
     tools: Annotated[Many[CustomTool], Field(max_length=MAX_TOOLS)] | None = Field(
         None, description="Functions that the model may call."
     )
     tool_choice: ToolChoice | None = Field(None, description="Whether the model may or must call a tool.")
-    thinking: Thinking | None = Field(None, description="Whether reasoning is shown as a block of its own.")
-    cache_control: CacheControl | None = Field(None, description="Marks the last block.")
+    thinking: Thinking | None = Field(
+        None, description="Whether reasoning is returned, as a `thinking` block."
+    )
+    cache_control: CacheControl | None = Field(None, description="A breakpoint at the end of the last block.")
 
     def chat(self) -> tuple[list[Json], list[Json], list[Breakpoint]]:
-        """Messages and tools as templates take them, and what is marked. Raises BadRequest for a mark too
-        many."""
+        """Messages and tools in the format of chat templates, and the breakpoints. Raises BadRequest for too
+        many breakpoints."""
         turns = Turns()
         tools = self.tools or []
         tools_mark = tools[-1].mark if tools else None
@@ -242,21 +253,26 @@ class CountRequest(CachedRequest):
 
 class MessagesRequest(CountRequest):
     max_tokens: int = Field(
-        ge=0, description="Tokens of the answer at most; 0: only keep what is marked, or compute the prompt."
+        ge=0,
+        description="Maximum tokens of the answer; 0: only compute the prompt and store its breakpoints.",
     )
     stop_sequences: list[StopString] | None = Field(
-        None, max_length=MOST_STOPS, description="Texts that end the answer."
+        None, max_length=MOST_STOPS, description="Texts that end the answer; they are not included in it."
     )
     stream: bool | None = Field(False, description="Send the answer as server-sent events.")
-    temperature: float | None = Field(None, ge=0, le=1, description="0 is greedy.")
+    temperature: float | None = Field(None, ge=0, le=1, description="0: greedy sampling.")
     top_p: float | None = Field(None, ge=0, le=1, description="As in chat completions.")
     top_k: int | None = Field(None, ge=0, lt=1 << 31, description="As in chat completions.")
-    output_config: OutputConfig | None = Field(None, description="What the answer is to be like.")
-    cache_prompt: bool = Field(True, description="False: evaluate every prompt token.")
-    explain_cache: bool = Field(False, description="Tell why the request started from a cache, or didn't.")
+    output_config: OutputConfig | None = Field(None, description="Options for the answer.")
+    cache_prompt: bool = Field(
+        True, description="False: evaluate every prompt token; use no state of caches or slots."
+    )
+    explain_cache: bool = Field(
+        False, description="Return `cache_explanation`: why the request hit or missed a cache."
+    )
 
     def options(self, marks: list[Breakpoint]) -> Options:
-        """What the request wants, but for the form of its answer. Raises BadRequest."""
+        """The request's options, without its grammar. Raises BadRequest."""
         names = ("temperature", "top_p", "top_k")
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         return Options(
@@ -272,7 +288,7 @@ class MessagesRequest(CountRequest):
         )
 
     def wanted(self) -> Wanted | None:
-        """The form that the answer must have. Raises BadRequest."""
+        """The grammar of the requested format, if any. Raises BadRequest."""
         form = self.output_config and self.output_config.format
         return Wanted(json_grammar(form.schema_, "output_config"), "output_config") if form else None
 

@@ -1,4 +1,4 @@
-"""Answers as Anthropic's Messages API writes them: whole, and in named events."""
+"""Answers in the format of Anthropic's Messages API: complete, or as named events."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ def failed_event(error: HeadstartError) -> bytes:
 
 
 class Blocks:
-    """The content of an answer, as it grows. `with_reasoning`: reasoning is shown, as a block."""
+    """The content blocks of an answer while it grows. `with_reasoning`: include reasoning as a block."""
 
     def __init__(self, *, with_reasoning: bool) -> None:
         self.with_reasoning = with_reasoning
         self.content: list[Json] = []
-        # The kind of the open block, and of a call its number.
+        # The type of the open block and, for a call, the call's index.
         self._open: tuple[str, int] | None = None
         self._arguments = ""
 
     def add(self, delta: Delta) -> Iterator[Json]:
-        """What it grows by, as events."""
+        """Adds a delta and yields its events."""
         if delta.reasoning and self.with_reasoning:
             yield from self._grow(("thinking", 0), {"thinking": "", "signature": ""}, delta.reasoning)
         if delta.text:
@@ -50,7 +50,7 @@ class Blocks:
             yield from self._grow(("tool_use", call.index), opening, call.arguments)
 
     def close(self) -> Iterator[Json]:
-        """The end of the open block, if there is one."""
+        """Ends the open block, if any."""
         if self._open is None:
             return
         if self._open[0] == "tool_use":
@@ -77,7 +77,7 @@ class Blocks:
 
 
 def _arguments(text: str) -> Json:
-    """Nothing where the answer was cut off within them, or they have too much in them."""
+    """The parsed arguments; empty if they were cut off or exceed the limits of JSON."""
     try:
         check_json(text)
         arguments = msgspec.json.decode(text)
@@ -87,8 +87,8 @@ def _arguments(text: str) -> Json:
 
 
 class Message:
-    """One answer. `prompt_tokens` is what is known of its usage when it begins; `marked`: what of it
-    is to be kept."""
+    """One answer. `prompt_tokens`: reported as usage when the stream begins, before anything is computed.
+    `marked`: the states to be stored."""
 
     def __init__(
         self, model: str, prompt_tokens: int, marked: BreakpointPlan | None, *, with_reasoning: bool
@@ -109,8 +109,8 @@ class Message:
         raise AssertionError("an answer ends with its result")
 
     async def stream(self, events: Events) -> AsyncGenerator[bytes, None]:
-        """The answer's events, together where they are sent together."""
-        # Sent with the first event, which is there when the stream begins, or late anyway.
+        """The answer's events; events to be sent together are joined."""
+        # Sent with the first event, which exists when the stream begins or is late anyway.
         waiting = b"".join(map(as_named_event, self._opening()))
         async with aclosing(events):
             async for event in events:
@@ -141,7 +141,7 @@ class Message:
         yield {"type": "message_stop"}
 
     def _usage(self, result: Result) -> Json:
-        """Every token of the prompt is counted once: as read, as written, or as neither."""
+        """Counts every prompt token once: as read from a cache, written to one, or neither."""
         stats = result.stats
         written = self.marked.written(stats.cached_tokens)
         n_written = sum(written.values())

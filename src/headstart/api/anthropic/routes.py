@@ -19,7 +19,7 @@ router = APIRouter(prefix="/v1/messages")
 
 @router.post("")
 async def messages(request: Request, body: MessagesRequest) -> Response:
-    """Answers a chat; what `cache_control` marks is kept, and later requests start from it."""
+    """Answers a chat. The prompt's state is stored at each `cache_control` breakpoint for later requests."""
     service: Service = request.app.state.service
     chat, tools, marks = body.chat()
     async with service.models.use(addressed(request, body)) as model:
@@ -41,7 +41,7 @@ async def messages(request: Request, body: MessagesRequest) -> Response:
 
 @router.post("/count_tokens")
 async def count_tokens(request: Request, body: CountRequest) -> dict[str, int]:
-    """How many tokens the prompt has; nothing is computed."""
+    """Counts the prompt's tokens without evaluating them."""
     service: Service = request.app.state.service
     chat, tools, _ = body.chat()
     async with service.models.use(addressed(request, body)) as model:

@@ -33,9 +33,13 @@ class CacheCreation(Reply):
 
 
 class MessageUsage(CacheAccount):
-    input_tokens: int = Field(description="Computed, and not being kept.")
-    cache_creation_input_tokens: int = Field(description="Computed, and being kept as what was marked.")
-    cache_read_input_tokens: int = Field(description="Not computed.")
+    input_tokens: int = Field(description="Tokens computed and not stored.")
+    cache_creation_input_tokens: int = Field(
+        description="Tokens computed and being stored, up to a breakpoint."
+    )
+    cache_read_input_tokens: int = Field(
+        description="Tokens not computed, because a cache or slot had their state."
+    )
     cache_creation: CacheCreation
     output_tokens: int
 
@@ -52,7 +56,7 @@ class Message(Account):
 
 
 class MessageEvent(Reply):
-    """Named as its `type`, from `message_start` to `message_stop`."""
+    """The event's name equals its `type`. A stream runs from `message_start` to `message_stop`."""
 
     model_config = ConfigDict(extra="allow")
 

@@ -1,4 +1,4 @@
-"""/v1/cache/{model}/{name}/file: a cache as one file, to be taken elsewhere."""
+"""/v1/cache/{model}/{name}/file: export and import of cache files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MEDIA_TYPE = "application/octet-stream"
 
 @router.get("/{model}/{name}/file")
 async def export(request: Request, model: str, name: str) -> Response:
-    """The whole file, as it is now."""
+    """Exports the current cache file."""
     service: Service = request.app.state.service
     exported = await service.files.export(seen(request, service.model(model)), _name(request, name))
     tag = f'"{exported.digest}"'
@@ -46,7 +46,7 @@ async def export(request: Request, model: str, name: str) -> Response:
 
 
 class Sent(StreamingResponse):
-    """An open file, which is closed at the end, also where the client left before the first byte."""
+    """Sends an open file and closes it at the end, also if the client disconnects before the first byte."""
 
     def __init__(self, exported: Exported, headers: dict[str, str]) -> None:
         super().__init__(_pieces(exported), headers=headers, media_type=MEDIA_TYPE)
@@ -66,10 +66,10 @@ async def _pieces(exported: Exported) -> AsyncGenerator[bytes, None]:
 async def take(
     request: Request, model: str, name: str, rebuild: bool = False, allow_overwrite: bool = True
 ) -> dict[str, Any]:
-    """Takes a file that was exported, here or elsewhere."""
+    """Imports a file that this or another server exported."""
     service: Service = request.app.state.service
     if not rebuild:
-        # The engine loads states as they are: a made-up one may crash it, with everybody's requests.
+        # The engine loads states unchecked: a forged one may crash it, which fails all clients' requests.
         check_admin(request, "Importing states (a cache's text alone is imported with ?rebuild=true)")
     declared = request.headers.get("content-length", "")
     async with service.models.use(seen(request, service.model(model))) as served:
@@ -86,7 +86,7 @@ async def take(
 
 
 async def _body(request: Request) -> AsyncIterator[bytes]:
-    """Raises ClientLeft."""
+    """The pieces of the request's body. Raises ClientLeft."""
     try:
         async for chunk in request.stream():
             yield chunk
@@ -95,6 +95,6 @@ async def _body(request: Request) -> AsyncIterator[bytes]:
 
 
 def _name(request: Request, name: str) -> str:
-    """Raises InvalidName also for an encoded slash: `x%2Ffile` is the name "x/file", which is none."""
+    """The cache's name. Raises InvalidName, also for an encoded slash: `x%2Ffile` is the name "x/file"."""
     last = request.scope.get("raw_path", b"").rpartition(b"/")[2]
     return check_name(name if unquote_to_bytes(last) == b"file" else f"{name}/file", param="name")

@@ -1,4 +1,4 @@
-"""What a cache is made of, as requests say it."""
+"""Request bodies that create and edit caches."""
 
 from __future__ import annotations
 
@@ -17,22 +17,25 @@ from headstart.errors import BadRequest
 class CacheRequest(Body):
     model_config = ConfigDict(extra="allow", populate_by_name=True)
 
-    cache_name: Utf8 = Field(description="What requests name it by.")
+    cache_name: Utf8 = Field(description="The cache's name.")
     prompt: Utf8 | None = Field(
-        None, description="The system prompt in chats; the leading text in completions."
+        None, description="The system message in chats; the leading text in completions."
     )
     messages: Messages | None = Field(
-        None, min_length=1, description="Instead of a prompt: what chats begin with."
+        None, min_length=1, description="Instead of `prompt`: the first messages of chats."
     )
-    tools: Tools | None = Field(None, description="With messages: functions the model may call.")
+    tools: Tools | None = Field(None, description="With `messages`: functions that the model may call.")
     forms: list[Form] = Field(
-        list(FORMS), alias="for", min_length=1, description="What the cache is for: chat, completion or both."
+        list(FORMS),
+        alias="for",
+        min_length=1,
+        description="The endpoints to build the cache for: chat, completion or both.",
     )
-    allow_overwrite: bool = Field(True, description="False: 409 when there is one of this name.")
+    allow_overwrite: bool = Field(True, description="False: answer 409 if a cache of this name exists.")
     stream: bool = Field(False, description="Report progress as server-sent events.")
 
     def content(self) -> Content:
-        """Raises BadRequest unless there is a prompt or there are messages."""
+        """The cache's content. Raises BadRequest unless the body has either a prompt or messages."""
         if self.messages is None:
             if self.prompt is None:
                 raise BadRequest("A cache needs a prompt or messages.", param="prompt")
@@ -46,7 +49,7 @@ class CacheRequest(Body):
         return Content(messages=[message.plain() for message in self.messages], tools=self.tools or [])
 
     def wanted(self) -> tuple[Form, ...]:
-        """The forms asked for. Raises BadRequest for those that messages don't have."""
+        """The requested forms. Raises BadRequest for completion with messages."""
         if self.messages is None:
             return tuple(dict.fromkeys(self.forms))
         if "forms" in self.model_fields_set and "completion" in self.forms:
@@ -57,15 +60,15 @@ class CacheRequest(Body):
 
 
 class TermsBody(Body):
-    """Fields that are left out stay as they are; null takes one back."""
+    """Omitted fields keep their values; null resets a field to its default."""
 
-    ttl_seconds: Ttl | None = Field(None, description="How long the cache is kept.")
-    pinned: bool | None = Field(None, description="True: its states are never given up for others.")
-    description: Description | None = Field(None, description="What it is for, in words.")
-    metadata: Metadata | None = Field(None, description="Pairs of texts that clients keep with it.")
+    ttl_seconds: Ttl | None = Field(None, description="Seconds until the cache expires; null: never.")
+    pinned: bool | None = Field(None, description="True: the cache is never evicted.")
+    description: Description | None = Field(None, description="The cache's purpose, in words.")
+    metadata: Metadata | None = Field(None, description="Names and texts for the client's own use.")
 
     def given(self) -> dict[str, Any]:
-        """The terms that the request names."""
+        """The retention fields that the request contains, null replaced by the default."""
         named = {
             name: getattr(self, name) for name in Retention.__struct_fields__ if name in self.model_fields_set
         }
@@ -74,12 +77,12 @@ class TermsBody(Body):
 
 
 class CreateRequest(CacheRequest, TermsBody):
-    """A cache, and how it is kept."""
+    """A cache and its retention."""
 
 
 class EditRequest(TermsBody):
     def given(self) -> dict[str, Any]:
-        """Raises BadRequest for what makes a cache another one."""
+        """Raises BadRequest for fields that identify the cache or define its content."""
         for name in ("prompt", "messages", "tools", "for", "cache_name", "model"):
             if name in (self.model_extra or {}):
                 raise BadRequest(f"{name} can't be edited: create the cache again.", param=name)
@@ -87,7 +90,7 @@ class EditRequest(TermsBody):
 
 
 def shown(entry: Entry, ends: float | None) -> dict[str, Any]:
-    """The fields of an answer."""
+    """The retention fields of an answer. `ends`: when the cache expires, as a timestamp."""
     terms = entry.terms
     return {
         "ttl_seconds": terms.ttl_seconds,
@@ -99,7 +102,7 @@ def shown(entry: Entry, ends: float | None) -> dict[str, Any]:
 
 
 def iso_time(seconds: float | None) -> str | None:
-    """In UTC; None also for what no calendar has."""
+    """ISO 8601 in UTC; None also for a timestamp out of the calendar's range."""
     try:
         return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat()
     except (OverflowError, ValueError, OSError):

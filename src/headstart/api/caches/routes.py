@@ -1,4 +1,4 @@
-"""/v1/cache: create, list, show and delete named caches."""
+"""/v1/cache: create, list, show, edit and delete named caches."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Json = dict[str, Any]
 
 @router.post("/{model}")
 async def create(request: Request, model: str, body: CreateRequest) -> Response:
-    """Computes the states of a prompt and keeps them under a name."""
+    """Creates or replaces a cache: computes the states of its content and stores them under a name."""
     service: Service = request.app.state.service
     async with service.models.use(seen(request, service.model(model))) as served:
         served.engine.check_available()
@@ -54,7 +54,7 @@ async def _create(service: Service, model: ServedModel, body: CreateRequest, on_
 
 
 def made(entry: Entry) -> Json:
-    """What is answered about a cache that was created or replaced."""
+    """The answer to the creation or replacement of a cache."""
     created = entry.version == 1
     answer = {
         "object": "cache.created" if created else "cache.updated",
@@ -96,7 +96,7 @@ async def _progress(service: Service, model: ServedModel, body: CreateRequest) -
 
 @router.get("")
 async def list_all(request: Request) -> Json:
-    """The caches of all models."""
+    """Lists the caches of all models."""
     service: Service = request.app.state.service
     quota, whose = service.quota, owner(request)
     totals = {
@@ -110,14 +110,14 @@ async def list_all(request: Request) -> Json:
 
 @router.get("/{model}")
 async def list_of_model(request: Request, model: str) -> Json:
-    """The caches of one model."""
+    """Lists the caches of one model."""
     service: Service = request.app.state.service
     return _listed(request, service.model(model).name)
 
 
 @router.get("/{model}/{name:path}")
 async def show(request: Request, model: str, name: str) -> Json:
-    """One cache, with what it holds."""
+    """Shows one cache with its content."""
     service: Service = request.app.state.service
     served = seen(request, service.model(model))
     entry = service.namespaces.look_up(served, name, param="name")
@@ -126,7 +126,7 @@ async def show(request: Request, model: str, name: str) -> Json:
 
 @router.patch("/{model}/{name:path}")
 async def edit(request: Request, model: str, name: str, body: EditRequest) -> Json:
-    """Changes how a cache is kept; its version and states stay."""
+    """Changes a cache's retention; its version and states stay."""
     service: Service = request.app.state.service
     changing = service.caching.edit(_changed(request, model, name), name, body.given())
     return _described(request, await while_connected(request, changing))
@@ -134,7 +134,7 @@ async def edit(request: Request, model: str, name: str, body: EditRequest) -> Js
 
 @router.delete("/{model}/{name:path}")
 async def delete(request: Request, model: str, name: str) -> Json:
-    """Forgets a cache. Requests that have begun with it end with it."""
+    """Deletes a cache. Running requests that use it are not affected."""
     service: Service = request.app.state.service
     served = _changed(request, model, name)
     service.caching.delete(served, name)
@@ -142,21 +142,21 @@ async def delete(request: Request, model: str, name: str) -> Json:
 
 
 def _changed(request: Request, model: str, name: str) -> ServedModel:
-    """The model as it is seen by those to whom the named cache belongs, which is to be changed: the request's
-    key or, where that has none of the name, everyone. Raises AdminRequired, ModelNotFound or InvalidName."""
+    """The model as seen by the owner of the cache to be changed: the request's key, or the public if the key
+    has no cache of this name. Raises AdminRequired, ModelNotFound or InvalidName."""
     service: Service = request.app.state.service
     served = seen(request, service.model(model))
     shared = service.namespaces.only_shared(served, name, param="name")
     if shared is None:
         return served
-    # What is declared not even an admin can delete.
+    # Not even an admin can delete a declared cache: `delete` refuses it.
     if not service.caching.is_declared(shared, name) or request.method != "DELETE":
         check_admin(request, f"Changing the cache {name!r}, which is everyone's,")
     return shared
 
 
 async def _prospect(service: Service, model: ServedModel, entry: Entry) -> Json:
-    """Whether a request would start from the cache's state now; null while the model loads."""
+    """`would_hit` (a request would start from the state now) and `miss_reason`, null while loading."""
     try:
         miss = await miss_reason(service.store, model, entry)
     except ModelLoading:
@@ -198,7 +198,7 @@ def _described(request: Request, entry: Entry) -> Json:
 
 
 def _usage(request: Request, entry: Entry) -> Json:
-    """How it was used; nulls where that would tell a key what others do."""
+    """Usage figures; null if they would reveal other keys' requests."""
     if rank(request) != "admin" and entry.owner != owner(request):
         return dict.fromkeys(("hits", "last_used", "tokens_saved", "seconds_saved"))
     service: Service = request.app.state.service
@@ -212,7 +212,7 @@ def _usage(request: Request, entry: Entry) -> Json:
 
 
 def _content(entry: Entry) -> Json:
-    """What the cache holds the state of, and of a derived one, what it is composed of."""
+    """The cache's content and, for a derived cache, its parts."""
     content: Json = {"origin": entry.origin}
     content |= (
         {"messages": entry.messages, "tools": entry.tools} if entry.messages else {"prompt": entry.prompt}

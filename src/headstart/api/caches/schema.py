@@ -24,13 +24,15 @@ class CacheMade(Reply):
     model: str
     version: int
     size_mb: float
-    ttft_ms: float = Field(description="What a chat without the cache would wait.")
+    ttft_ms: float = Field(
+        description="Time to compute the first form: how long a chat without the cache would wait."
+    )
     build_ms: float
     tokens: int
     forms: dict[Form, CacheForm]
     expires: str | None = Time
     message: str
-    warning: str | None = Field(None, description="Only of a short prompt.")
+    warning: str | None = Field(None, description="Only for a prompt under 100 tokens.")
 
 
 class Cache(Reply):
@@ -52,8 +54,12 @@ class Cache(Reply):
     description: str | None
     metadata: dict[str, str]
     build_ms: float
-    unverified: bool = Field(description="Its file can't be read: all this is from a copy of its header.")
-    hits: int | None = Field(description="This and what follows: null to others than admins if it is shared.")
+    unverified: bool = Field(
+        description="True: the cache file can't be read; these fields come from the copy of its header."
+    )
+    hits: int | None = Field(
+        description="Null for a public cache unless the key is an admin's; so are the next three."
+    )
     last_used: str | None = Time
     tokens_saved: int | None
     seconds_saved: float | None
@@ -63,8 +69,10 @@ class CacheDetails(Cache):
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
     tools: list[dict[str, Any]] | None = None
-    parts: list[str] | None = Field(None, description="The caches that a derived one is made of.")
-    would_hit: bool | None = Field(description="Null while the model loads.")
+    parts: list[str] | None = Field(None, description="The caches that a derived cache combines.")
+    would_hit: bool | None = Field(
+        description="Whether a request would start from the cache's state now; null while the model loads."
+    )
     miss_reason: MissReason | None
 
 
@@ -83,7 +91,7 @@ class AllCaches(CacheList):
     used_bytes: int
     quota_bytes: int | None
     evictions: int
-    responses: int = Field(description="Stored responses, which are not listed.")
+    responses: int = Field(description="Number of stored responses, which are not listed.")
 
 
 class CacheDeleted(Reply):
@@ -111,7 +119,7 @@ class CacheProgress(Reply):
 
 
 class CacheEvent(RootModel[CacheProgress | CacheMade]):
-    """Progress, and the answer as the last one."""
+    """Progress; the last event is the answer."""
 
 
 class CacheVerdict(Verdict):
@@ -134,4 +142,4 @@ class Verification(Summary):
 
 
 class VerificationEvent(RootModel[CacheVerdict | Summary]):
-    """A verdict for each cache, and the sums as the last one."""
+    """A verdict for each cache; the last event has the totals."""

@@ -1,4 +1,4 @@
-"""POST /v1/verify: checks caches, and repairs them if asked to."""
+"""POST /v1/verify: checks caches and, on request, repairs them."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ Json = dict[str, Any]
 class VerifyRequest(Body):
     model: Utf8 | None = Field(None, description="Only this model's caches.")
     cache_name: Utf8 | None = Field(None, description="Only caches of this name.")
-    repair: bool = Field(False, description="Compute those damaged or unfit again from their prompts.")
+    repair: bool = Field(False, description="Rebuild damaged and unfit caches from their content.")
     remove_unreadable: bool = Field(
         False,
-        description="With `repair`: delete files whose prompt can't be read, rather than set them aside.",
+        description="With `repair`: delete files whose content can't be read, instead of setting them aside.",
     )
-    stream: bool = Field(False, description="Tell each cache's verdict as a server-sent event.")
+    stream: bool = Field(False, description="Send each cache's verdict as a server-sent event.")
 
 
 @router.post("/verify")
 async def verify(request: Request, body: VerifyRequest) -> Response:
-    """Checks the files' hashes as the disk has them, and what requests would make of each cache; a key's own
-    ones, and all where there are no keys or the key is an admin's."""
+    """Checks the hashes of cache files on disk, and whether requests would start from each cache. Covers the
+    key's own caches, or all if the key is an admin's or there are no keys."""
     service: Service = request.app.state.service
     model = None if body.model is None else service.settings.aliases.get(body.model, body.model)
     whose = "" if rank(request) == "admin" else owner(request)

@@ -1,4 +1,4 @@
-"""What a text completion asks for beside what it has in common with a chat."""
+"""Request bodies of chat and text completions."""
 
 from __future__ import annotations
 
@@ -28,17 +28,20 @@ Prompts = Annotated[Many[T], Field(max_length=MOST_PROMPTS)]
 
 class CompletionRequest(GenerationRequest):
     prompt: Utf8 | Prompts[Utf8] | Many[TokenId] | Prompts[Many[TokenId]] = Field(
-        description="A text or its token ids, or a list of such, each of which gets its own choices."
+        description="A text or its token ids, or a list of either, each with its own choices."
     )
     suffix: Utf8 | None = Field(
-        None, description="What comes after the answer, for models that can fill in a gap."
+        None, description="The text after the answer, for models that can fill a gap."
     )
-    echo: bool | None = Field(None, description="Begin each answer with the prompt, as it was sent.")
+    echo: bool | None = Field(None, description="Begin each answer with the prompt as it was sent.")
     logprobs: LegacyLogprobs = Field(
-        None, description="Tell logarithms of probabilities: each token's and so many of the likeliest."
+        None, description="Return log-probabilities of each token and of this many likeliest tokens."
     )
     best_of: int | None = Field(
-        None, ge=1, le=MOST_ANSWERS, description="1 or the same as `n`: answers are not chosen among."
+        None,
+        ge=1,
+        le=MOST_ANSWERS,
+        description="1 or the same as `n`: the server does not choose among answers.",
     )
 
     def options(self, max_tokens: int | None) -> Options:
@@ -58,7 +61,7 @@ class CompletionRequest(GenerationRequest):
         return self.logprobs
 
     def texts(self) -> list[Text]:
-        """What is to be continued. Raises BadRequest for nothing, unless it continues a cache."""
+        """The prompts. Raises BadRequest for none, too many, or an empty one without `use_cache`."""
         texts = [_text(prompt, self.suffix) for prompt in self._prompts()]
         if len(texts) > MOST_PROMPTS:
             raise BadRequest(f"{len(texts)} prompts; {MOST_PROMPTS} is the most.", param="prompt")
@@ -78,33 +81,35 @@ def _text(prompt: str | list[int], suffix: str | None) -> Text:
 
 class ChatRequest(GenerationRequest):
     messages: Messages = Field(
-        min_length=1, description="The chat so far; a last message of the assistant's is continued."
+        min_length=1,
+        description="The chat so far. If the last message is the assistant's, the answer continues it.",
     )
     tools: Tools | None = Field(None, description="Functions that the model may call.")
     tool_choice: ToolChoice | None = Field(
-        None, description="Whether and which tools are called: none, auto, required, or one by its name."
+        None, description="Whether the model may or must call tools: none, auto, required, or one function."
     )
     parallel_tool_calls: bool | None = Field(None, description="False: at most one call.")
     reasoning_format: ReasoningFormat | None = Field(
-        None, description="none: what the model thinks first is left in its text."
+        None, description="none: leave reasoning in the answer's text."
     )
     chat_template_kwargs: TemplateVariables | None = Field(
-        None, description="What the template is told besides, such as `enable_thinking`."
+        None, description="More variables for the chat template, such as `enable_thinking`."
     )
     max_completion_tokens: int | None = Field(None, ge=0, description="Overrides `max_tokens`.")
-    logprobs: bool | None = Field(None, description="Tell the logarithm of each token's probability.")
+    logprobs: bool | None = Field(None, description="Return the log-probability of each token.")
     top_logprobs: TopLogprobs | None = Field(
-        None, description="With `logprobs`: tell so many of the likeliest tokens, too."
+        None, description="With `logprobs`: also return this many of the likeliest tokens."
     )
     continue_final_message: bool | None = Field(
-        None, description="Whether the answer continues the last message; only an assistant's is."
+        None,
+        description="Whether the answer continues the last message. Refused if it contradicts `messages`.",
     )
     add_generation_prompt: bool | None = Field(
         None, description="False: the answer continues the last message, which must be the assistant's."
     )
-    save_as: Utf8 | None = Field(None, description="Name under which to keep the chat with its answer.")
+    save_as: Utf8 | None = Field(None, description="Save the chat with its answer as a cache of this name.")
     allow_overwrite: bool | None = Field(
-        None, description="Whether `save_as` may replace a cache; by default only a saved chat."
+        None, description="Whether `save_as` may replace a cache. Default: only a conversation."
     )
 
     def options(self, max_tokens: int | None) -> Options:
@@ -118,7 +123,7 @@ class ChatRequest(GenerationRequest):
         )
 
     def _check_end(self) -> None:
-        """Raises BadRequest where the messages don't end as they are said to."""
+        """Raises BadRequest if these parameters contradict the end of the messages."""
         last = self.messages[-1]
         continues = last.role == "assistant" and not last.tool_calls
         if self.continue_final_message not in (None, continues):
@@ -136,7 +141,7 @@ class ChatRequest(GenerationRequest):
 
     @property
     def n_logprobs(self) -> int | None:
-        """Raises BadRequest for likeliest tokens without logprobs."""
+        """Raises BadRequest for `top_logprobs` without `logprobs`."""
         if self.top_logprobs and not self.logprobs:
             raise BadRequest('top_logprobs needs "logprobs": true.', param="top_logprobs")
         return self.top_logprobs or 0 if self.logprobs else None

@@ -1,4 +1,4 @@
-"""Answers as OpenAI's API writes them: whole, and in chunks."""
+"""Answers in OpenAI's format: complete, or in chunks."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from headstart.service.interface.answer import Call, Choice, Delta, Ended, Token
 
 Json = dict[str, Any]
 Events = AsyncGenerator[Delta | Ended | Result, None]
-# Stands for an answer's text where a chunk is encoded once for many; in no other field.
+# Placeholder for the text in a chunk that is encoded once as a template; occurs in no other field.
 MARK = "\0"
 LEAST_LOGPROB = -9999.0
 
 
 class Chat:
-    """The shapes of chat completions. `id` and `created` are the same in all chunks of an answer."""
+    """The format of chat completions. `id` and `created` are the same in all chunks of an answer."""
 
     prefix, object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
@@ -104,12 +104,12 @@ def _token(token: bytes, logprob: float) -> Json:
 
 
 def _finite(logprob: float) -> float:
-    """As OpenAI writes what is as good as impossible, which may be minus infinity."""
+    """OpenAI's value for practically impossible tokens, whose log-probability may be minus infinity."""
     return max(logprob, LEAST_LOGPROB)
 
 
 class Completion(Chat):
-    """The shapes of text completions, the same for chunks. `echoes`: what each choice is to begin with."""
+    """The format of text completions and of their chunks. `echoes`: the text that each choice begins with."""
 
     prefix, object, chunk_object = "cmpl-", "text_completion", "text_completion"
 
@@ -139,7 +139,7 @@ class Completion(Chat):
         return told | {"text": event.text, "logprobs": self._logprobs(event.logprobs)}
 
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> Json | None:
-        """The legacy form: the token itself is always one of its `top_logprobs`."""
+        """OpenAI's legacy format: `top_logprobs` always includes the token itself."""
         if not logprobs:
             return None
         return {
@@ -154,7 +154,7 @@ class Completion(Chat):
 
 
 def _written(token: bytes) -> str:
-    """As OpenAI writes the parts of a character."""
+    """The token's text, or OpenAI's notation for bytes that are part of a character."""
     try:
         return token.decode()
     except UnicodeDecodeError:
@@ -172,11 +172,11 @@ async def whole(events: Events, shape: Chat, n: int) -> Json:
 
 
 async def stream(events: Events, shape: Chat, n: int, include_usage: bool) -> AsyncGenerator[bytes, None]:
-    """The answer's events, together where they are sent together."""
-    # OpenAI's clients expect `usage: null` on every chunk but the last once they have asked for it.
+    """The answer's events; events to be sent together are joined."""
+    # If clients request usage, OpenAI sends `usage: null` in every chunk but the last.
     extra: Json = {"usage": None} if include_usage else {}
     pieces = TextChunks(shape, n, extra)
-    # Sent with the first event, which is there when the stream begins, or late anyway.
+    # Sent with the first event, which exists when the stream begins or is late anyway.
     waiting = b"".join(as_event(each | extra) for each in _openings(shape, n))
     ended: Json = {}
     async with aclosing(events):
@@ -200,7 +200,7 @@ def _openings(shape: Chat, n: int) -> Iterable[Json]:
 
 
 class TextChunks:
-    """All chunks of an answer that have nothing but text are alike but for the text."""
+    """Encodes chunks quickly: those that contain only text differ only in the text."""
 
     def __init__(self, shape: Chat, n: int, extra: Json) -> None:
         self.shape = shape

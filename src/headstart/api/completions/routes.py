@@ -23,7 +23,7 @@ router = APIRouter(prefix="/v1")
 
 @router.post("/chat/completions")
 async def chat_completions(request: Request, body: ChatRequest) -> Response:
-    """Answers a chat; with `use_cache` it begins as the named caches do."""
+    """Answers a chat. With `use_cache` its prompt begins with the content of the named caches."""
     service: Service = request.app.state.service
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     messages = [message.plain() for message in body.messages]
@@ -37,7 +37,7 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
 
 @router.post("/completions")
 async def completions(request: Request, body: CompletionRequest) -> Response:
-    """Continues a text; with `use_cache` the named prompt goes before it."""
+    """Continues a text. With `use_cache` the text of the named caches precedes it."""
     service: Service = request.app.state.service
     limit = COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     async with service.models.use(addressed(request, body)) as model:
@@ -52,14 +52,14 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
 
 
 async def _options(request: Request, body: GenerationRequest, max_tokens: int | None) -> Options:
-    # Long grammars take a third of a second to be translated.
+    # Translating a long grammar takes a third of a second.
     wanted = await asyncio.to_thread(body.wanted) if body.has_form else None
     options = await shaped(request, body.options(max_tokens), wanted)
     return explaining(request, options)
 
 
 async def _answer(request: Request, body: GenerationRequest, events: Events, shape: Chat, n: int) -> Response:
-    """`n`: of how many choices."""
+    """`n`: the number of choices."""
     if body.stream:
         started = await begun(request, events, BEGIN_SECONDS)
         return EventStream(stream(started, shape, n, body.include_usage), source=started)

@@ -98,7 +98,7 @@ class ChatChunk(Ending):
 
 
 class Logprobs(Reply):
-    """The legacy form. `top_logprobs` have the token itself as well."""
+    """OpenAI's legacy format. `top_logprobs` always include the token itself."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -110,7 +110,9 @@ class TextChoice(Reply):
     index: int
     text: str
     logprobs: Logprobs | None
-    finish_reason: FinishReason | None = Field(description="Null before the end of a stream.")
+    finish_reason: FinishReason | None = Field(
+        description="In a stream null, except in the last chunk of the choice."
+    )
 
 
 class TextCompletion(Account):

@@ -1,1 +1,1 @@
-"""Fields that bodies of several dialects share."""
+"""Fields shared by the request and answer bodies of several APIs."""

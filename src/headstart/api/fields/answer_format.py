@@ -1,5 +1,5 @@
-"""What requests say about the form of answers: OpenAI's `response_format` and, besides, llama-server's
-`grammar` and vLLM's `structured_outputs`."""
+"""Request fields for structured output: OpenAI's `response_format`, llama-server's `grammar` and vLLM's
+`structured_outputs`."""
 
 from __future__ import annotations
 
@@ -36,19 +36,21 @@ class Part(BaseModel):
 
 
 class JsonSchema(Part):
-    name: Utf8 | None = Field(None, description="Of the schema; changes nothing.")
-    schema_: Schema = Field(alias="schema", description="What the answer must match.")
-    strict: bool | None = Field(None, description="Makes no difference: the schema is always enforced.")
+    name: Utf8 | None = Field(None, description="The schema's name. Accepted and ignored.")
+    schema_: Schema = Field(alias="schema", description="The JSON schema that the answer must match.")
+    strict: bool | None = Field(None, description="Ignored: the schema is always enforced.")
 
 
 class ResponseFormat(Part):
     type: Literal["text", "json_object", "json_schema", "regex", "lark"] = Field(
-        description="Of what kind the form is; `text` is none."
+        description="The answer's format; `text`: no constraint."
     )
-    json_schema: JsonSchema | None = Field(None, description="With `json_schema`.")
-    schema_: Schema | None = Field(None, alias="schema", description="With `json_object`.")
-    regex: Written | None = Field(None, description="With `regex`: what the whole answer matches.")
-    lark: Written | None = Field(None, description="With `lark`: a grammar in llguidance's syntax.")
+    json_schema: JsonSchema | None = Field(None, description="The schema for type `json_schema`.")
+    schema_: Schema | None = Field(None, alias="schema", description="A schema for type `json_object`.")
+    regex: Written | None = Field(
+        None, description="For type `regex`: the expression that the whole answer must match."
+    )
+    lark: Written | None = Field(None, description="For type `lark`: a grammar in llguidance's syntax.")
 
     @model_validator(mode="after")
     def _has_what_its_type_names(self) -> ResponseFormat:
@@ -68,10 +70,12 @@ class ResponseFormat(Part):
 
 
 class StructuredOutputs(Part):
-    json_: Schema | None = Field(None, alias="json", description="JSON of this schema.")
-    json_object: bool | None = Field(None, description="True: any JSON object.")
-    regex: Written | None = Field(None, description="What the whole answer matches.")
-    choice: Annotated[list[Utf8], Field(min_length=1)] | None = Field(None, description="One of these texts.")
+    json_: Schema | None = Field(None, alias="json", description="A JSON schema that the answer must match.")
+    json_object: bool | None = Field(None, description="True: the answer is any JSON object.")
+    regex: Written | None = Field(None, description="An expression that the whole answer must match.")
+    choice: Annotated[list[Utf8], Field(min_length=1)] | None = Field(
+        None, description="The answer is one of these texts."
+    )
     grammar: Written | None = Field(None, description="A grammar in Lark or GBNF.")
 
     def grammars(self, param: str) -> Iterator[str]:
@@ -89,19 +93,19 @@ class StructuredOutputs(Part):
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the answer must match, and the field that says so."""
+    """The grammar that the answer must match, and the request field that set it."""
 
     grammar: str
     param: str
 
 
 class StructuredRequest(BaseModel):
-    response_format: ResponseFormat | None = Field(None, description="What the answer is to look like.")
+    response_format: ResponseFormat | None = Field(None, description="The answer's format.")
     written_grammar: Written | None = Field(
         None, alias="grammar", description="A grammar for the answer, in Lark or GBNF."
     )
     structured_outputs: StructuredOutputs | None = Field(
-        None, description="As `response_format`, in vLLM's words."
+        None, description="The answer's format, with vLLM's field names."
     )
 
     @property
@@ -110,7 +114,7 @@ class StructuredRequest(BaseModel):
         return any(form is not None for form in forms)
 
     def wanted(self) -> Wanted | None:
-        """Raises BadRequest for what is no grammar, or for several."""
+        """The requested grammar, if any. Raises BadRequest for an invalid grammar, or for more than one."""
         found = list(self._wanted())
         if len(found) > 1:
             raise BadRequest("The answer can have one form only; leave the others out.", param=found[1].param)
@@ -130,13 +134,14 @@ class StructuredRequest(BaseModel):
 async def while_preparing(
     request: Request, tools: object, preparing: Coroutine[Any, Any, Prepared]
 ) -> Prepared:
-    """What is prepared. Tools may have a grammar that has to be checked, which can take long: it is given up
-    when the client leaves."""
+    """Awaits `preparing`. With tools it may have to check a grammar, which can take long, so it is cancelled
+    when the client disconnects."""
     return await (while_connected(request, preparing) if tools else preparing)
 
 
 async def shaped(request: Request, options: Options, wanted: Wanted | None) -> Options:
-    """Raises BadRequest for a form that can't be enforced, or Unavailable."""
+    """`options` with the requested grammar. Raises BadRequest for a grammar that can't be enforced, or
+    Unavailable."""
     if wanted is None:
         return options
     service: Service = request.app.state.service
@@ -144,7 +149,7 @@ async def shaped(request: Request, options: Options, wanted: Wanted | None) -> O
     await while_connected(request, checking)
     calling = options.calling
     if calling.choice != "required":
-        # Nothing but its form is in the answer, even where the prompt has opened the reasoning.
+        # The grammar covers the whole answer, even if the prompt ends with an open `<think>`.
         calling = replace(calling, reasoning=False)
     sampling = structs.replace(options.sampling, grammar=wanted.grammar)
     return replace(options, sampling=sampling, calling=calling)

@@ -1,5 +1,5 @@
-"""Request bodies. Unknown fields are accepted; those that would change the answer in a way this server can't
-are refused unless they ask for nothing."""
+"""Request bodies. Unknown fields are accepted. A known but unsupported parameter is refused, unless its value
+has no effect."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ Body = Open
 
 
 class StreamOptions(Body):
-    include_usage: bool = Field(False, description="Send a last chunk with `usage`.")
+    include_usage: bool = Field(False, description="Send `usage` in an additional last chunk.")
 
 
 class CachedRequest(Body):
-    """What begins like a cache."""
+    """A request that may start from a cache."""
 
     model: Utf8 = Field(description="A model, an alias, or `model@cache`.")
     use_cache: Utf8 | Many[Utf8] | None = Field(
-        None, description="Name of the cache to start from, or several names."
+        None, description="The name of the cache to start from, or a list of names."
     )
 
     @model_validator(mode="after")
@@ -55,30 +55,49 @@ class CachedRequest(Body):
 
 
 class SampledRequest(CachedRequest):
-    """What is answered by sampling."""
+    """A request that generates tokens."""
 
     cache_prompt: bool = Field(
-        True, description="False: evaluate every prompt token, taking nothing from caches or slots."
+        True, description="False: evaluate every prompt token; use no state of caches or slots."
     )
-    explain_cache: bool = Field(False, description="Tell why the request started from a cache, or didn't.")
-    temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy.")
-    top_p: float | None = Field(None, ge=0, le=1, description="Likeliest tokens with so much probability.")
-    top_k: int | None = Field(None, ge=-1, lt=1 << 31, description="So many likeliest tokens; 0 or -1: all.")
-    min_p: float | None = Field(None, ge=0, le=1, description="Tokens so likely against the likeliest.")
-    presence_penalty: float | None = Field(None, ge=-2, le=2, description="For tokens that came already.")
-    frequency_penalty: float | None = Field(None, ge=-2, le=2, description="As often as tokens came.")
-    repeat_penalty: float | None = Field(None, gt=0, le=10, description="Divides logits of such tokens.")
-    repeat_last_n: int | None = Field(None, ge=0, le=4096, description="Tokens that penalties look at.")
+    explain_cache: bool = Field(
+        False, description="Return `cache_explanation`: why the request hit or missed a cache."
+    )
+    temperature: float | None = Field(None, ge=0, le=2, description="0: greedy sampling.")
+    top_p: float | None = Field(
+        None, ge=0, le=1, description="Sample from the likeliest tokens with this total probability."
+    )
+    top_k: int | None = Field(
+        None, ge=-1, lt=1 << 31, description="Sample from this many likeliest tokens; 0 or -1: all."
+    )
+    min_p: float | None = Field(
+        None, ge=0, le=1, description="Minimum probability relative to the likeliest token's."
+    )
+    presence_penalty: float | None = Field(
+        None, ge=-2, le=2, description="Subtracted from the logits of tokens that occurred."
+    )
+    frequency_penalty: float | None = Field(
+        None, ge=-2, le=2, description="Subtracted from a token's logit once per occurrence."
+    )
+    repeat_penalty: float | None = Field(
+        None, gt=0, le=10, description="Divides the logits of tokens that occurred."
+    )
+    repeat_last_n: int | None = Field(
+        None, ge=0, le=4096, description="Number of most recent tokens that penalties consider."
+    )
     seed: int | None = Field(
-        None, ge=-(1 << 63), lt=1 << 63, description="The same seed makes the same answer; else a new one."
+        None,
+        ge=-(1 << 63),
+        lt=1 << 63,
+        description="The same request with the same seed has the same answer. Default: a new seed.",
     )
     stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = Field(
-        None, description="Texts that end an answer and are no part of it."
+        None, description="Texts that end the answer; they are not included in it."
     )
 
     @property
     def sampling(self) -> Sampling:
-        """But for logprobs, which each endpoint asks for in its own way."""
+        """Without logprobs, which each endpoint requests differently."""
         given = {
             name: value
             for name in Sampling.__struct_fields__
@@ -92,16 +111,18 @@ class SampledRequest(CachedRequest):
 
 
 class GenerationRequest(SampledRequest, StructuredRequest):
-    """What chat and text completions have in common."""
+    """Fields that chat and text completions share."""
 
-    max_tokens: int | None = Field(None, ge=0, description="The most tokens that an answer may have.")
+    max_tokens: int | None = Field(None, ge=0, description="Maximum number of tokens of an answer.")
     n: int | None = Field(
-        None, ge=1, le=MOST_ANSWERS, description="How many answers; no more than the model has slots."
+        None, ge=1, le=MOST_ANSWERS, description="Number of answers, at most the model's number of slots."
     )
-    logit_bias: LogitBias | None = Field(None, description="By token id: what is added to its logit.")
-    ignore_eos: bool | None = Field(None, description="True: the model can't end its answer by itself.")
+    logit_bias: LogitBias | None = Field(
+        None, description="Maps token ids to values that are added to their logits."
+    )
+    ignore_eos: bool | None = Field(None, description="True: the model can't end the answer itself.")
     stream: bool | None = Field(False, description="Send the answer as server-sent events.")
-    stream_options: StreamOptions | None = Field(None, description="With `stream` only.")
+    stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
 
     def options(self, max_tokens: int | None) -> Options:
         """Raises BadRequest for a parameter that can't be honoured."""
@@ -119,7 +140,7 @@ class GenerationRequest(SampledRequest, StructuredRequest):
 
     @property
     def n_logprobs(self) -> int | None:
-        """How many of the likeliest tokens are told with each; None: not even its own probability."""
+        """Number of likeliest tokens to return with each token; None: no logprobs at all."""
         return None
 
     @property
@@ -136,8 +157,8 @@ class GenerationRequest(SampledRequest, StructuredRequest):
                 )
 
 
-# Parameters of the OpenAI API that this server, or the endpoint, doesn't have, with the values that ask for
-# nothing.
+# Parameters of the OpenAI API that the server or the endpoint doesn't support, with the values that have no
+# effect and are accepted.
 HARMLESS: dict[str, tuple[object, ...]] = {
     "best_of": (None, 1),
     "top_logprobs": (None, 0),
@@ -164,7 +185,7 @@ INSTEAD = {"functions": "send tools instead", "function_call": "send tools and t
 Messages = Annotated[Many[ChatMessage], Field(max_length=MAX_MESSAGES), BeforeValidator(with_modest_calls)]
 
 
-# What clients send though they want nothing by it, besides null.
+# Values, besides null, that clients send for a parameter they don't use.
 NOTHING: dict[str, tuple[object, ...]] = {
     "n": (1,),
     "best_of": (1,),
@@ -180,7 +201,7 @@ NOTHING: dict[str, tuple[object, ...]] = {
 
 
 def asked(body: BaseModel) -> frozenset[str]:
-    """Their names."""
+    """Names of parameters set to a value that has an effect, so that an engine lacking one can refuse it."""
     fields = type(body).model_fields
     return frozenset(
         (name in fields and fields[name].alias) or name

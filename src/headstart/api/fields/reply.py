@@ -1,4 +1,4 @@
-"""What all answers have in common in the description."""
+"""Schemas that the descriptions of several answers share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from headstart.protocol import Source
 
 
 class Reply(BaseModel):
-    """An answer has no other fields than these; those that have a default may be missing."""
+    """An answer has no other fields. Fields with a default may be missing."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -22,9 +22,9 @@ class ErrorObject(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    message: str = Field(description="What is wrong, and what to change.")
+    message: str = Field(description="The problem, and how to fix it.")
     type: Literal["invalid_request_error", "server_error"]
-    param: str | None = Field(description="The field that is wrong.")
+    param: str | None = Field(description="The invalid field, if any.")
     code: str | None
 
 
@@ -33,36 +33,38 @@ class ErrorReply(Reply):
 
 
 class PromptDetails(Reply):
-    cached_tokens: int = Field(description="Tokens not evaluated, because their state was there.")
+    cached_tokens: int = Field(description="Tokens not evaluated, because their state was available.")
 
 
 class CacheAccount(Reply):
-    """What is told of a named cache beside a usage."""
+    """Fields of `usage` about the named cache."""
 
     cache_hit: bool | None = Field(None, description="Whether the engine started from the cache's state.")
-    cached_prompts: list[str] | None = Field(None, description="The caches' names on a hit, else [].")
+    cached_prompts: list[str] | None = Field(None, description="The names of the caches on a hit, else [].")
     cache_miss_reason: MissReason | None = None
 
 
 class Usage(CacheAccount):
-    prompt_tokens: int = Field(description="All of the prompt, the cached ones included.")
+    prompt_tokens: int = Field(description="All prompt tokens, including cached ones.")
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptDetails
 
 
 class Timings(Reply):
-    """As the engine measured them."""
+    """Measured by the engine."""
 
     cache_n: int = Field(description="Prompt tokens not evaluated.")
-    cache_source: Source = Field(description="Where their state came from.")
-    prefix_match_n: int = Field(description="Prompt tokens that the closest known state begins with.")
+    cache_source: Source = Field(description="The source of their state.")
+    prefix_match_n: int = Field(
+        description="Length in tokens of the prefix that the prompt shares with the closest known state."
+    )
     prompt_n: int = Field(description="Prompt tokens evaluated.")
     prompt_ms: float
     predicted_n: int = Field(description="Tokens generated.")
     predicted_ms: float
-    queue_ms: float = Field(description="Waiting for a slot.")
-    restore_ms: float = Field(description="Reading the state.")
+    queue_ms: float = Field(description="Time waiting for a slot.")
+    restore_ms: float = Field(description="Time restoring the state.")
     ttft_ms: float = Field(description="From the engine's receipt of the request to the first token.")
 
 
@@ -80,12 +82,12 @@ class CacheExplanation(Reply):
 
 class Account(Reply):
     timings: Timings
-    saved_as: str | None = Field(None, description="The name under which the chat is being saved.")
+    saved_as: str | None = Field(None, description="The name under which the chat is being saved as a cache.")
     cache_explanation: CacheExplanation | None = None
 
 
 class Ending(Reply):
-    """The last chunk with a choice has what a whole answer has beside its usage."""
+    """The last chunk with a choice has these fields of a complete answer."""
 
     timings: Timings | None = None
     saved_as: str | None = None
@@ -94,8 +96,8 @@ class Ending(Reply):
 
 @dataclass(frozen=True)
 class Answer:
-    """`whole`: the JSON of a reply; None for a file. `event`: that of one event, where it may be streamed.
-    `done`: the data of an event that closes every stream."""
+    """Schemas of a route's answers. `whole`: a JSON reply; None for a file. `event`: one event, if the route
+    can stream. `done`: the data of the event that closes every stream."""
 
     whole: type[BaseModel] | None
     event: type[BaseModel] | None = None

@@ -1,5 +1,5 @@
-"""Tools and reasoning in request bodies: definitions as OpenAI has them, calls in earlier turns, both for the
-chat template to write, and what the answer is to call."""
+"""Tools and reasoning in request bodies: definitions in OpenAI's format, calls in earlier turns, and the
+choice of calls in the answer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = [
 
 
 def check_arguments(texts: Iterable[str]) -> None:
-    """Raises ValueError where the arguments of all calls together have too much in them: each is parsed."""
+    """Raises ValueError if the arguments of all calls together have too many values, since each is parsed."""
     n = 0
     for text in texts:
         n += text.count("[") + text.count("{") + text.count(",")
@@ -36,7 +36,7 @@ def check_arguments(texts: Iterable[str]) -> None:
 
 
 def with_modest_calls(messages: Any) -> Any:
-    """Raises ValueError. Nothing is known of the messages yet."""
+    """Runs before validation, so `messages` may be anything. Raises ValueError."""
     calls = (
         call
         for message in (messages if isinstance(messages, list) else [])
@@ -65,7 +65,7 @@ TemplateVariables = Annotated[dict[str, Any], AfterValidator(_plain)]
 
 
 def _tool_choice(value: Any) -> str | dict[str, Any]:
-    """A word, or the function's name in the form that OpenAI has for it."""
+    """A keyword, or OpenAI's object that names a function. Raises ValueError for anything else."""
     match value:
         case "none" | "auto" | "required":
             return str(value)
@@ -80,7 +80,7 @@ ToolChoice = Annotated[Any, AfterValidator(_tool_choice)]
 
 
 def calling(choice: Any, parallel: bool | None, reasoning: ReasoningFormat | None) -> Calling:
-    """What there is to call, as a request with the validated `tool_choice` says it."""
+    """The choice of calls from a request's fields. `choice`: a validated `tool_choice`."""
     told = Calling(parallel=parallel is not False, reasoning=reasoning != "none")
     if isinstance(choice, dict):
         return replace(told, choice="required", name=choice["function"]["name"])

@@ -1,4 +1,4 @@
-"""The account of an answer: its usage, its timings, what is told at its end."""
+"""The figures of an answer: usage, timings and other fields at its end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Json = dict[str, Any]
 
 
 def ending(result: Result) -> Json:
-    """What is told at the end of an answer, beside its usage."""
+    """The fields at the end of an answer, except `usage`."""
     saved = {"saved_as": result.saved_as} if result.saved_as else {}
     told = result.explanation
     explained = {"cache_explanation": msgspec.structs.asdict(told)} if told else {}
@@ -21,7 +21,7 @@ def ending(result: Result) -> Json:
 
 
 def usage(result: Result) -> Json:
-    """OpenAI's usage, and for a named cache whether the engine started from its state."""
+    """OpenAI's usage and, for a named cache, whether the engine started from its state."""
     stats = result.stats
     account: Json = {
         "prompt_tokens": stats.prompt_tokens,
@@ -38,7 +38,7 @@ def usage(result: Result) -> Json:
 
 
 def timings(result: Result) -> Json:
-    """llama-server's names, and ours for what it doesn't tell; all as the engine measured them."""
+    """Figures measured by the engine, under llama-server's names if it has them, else our own."""
     stats = result.stats
     return {
         "cache_n": stats.cached_tokens,

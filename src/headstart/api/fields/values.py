@@ -1,4 +1,4 @@
-"""Text in request bodies, and lists that may be long."""
+"""Values in request bodies: text, long lists, token ids and logprobs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from headstart.contents import Many, Utf8
 __all__ = ["Many", "Utf8"]
 
 
-# A third of what a model of 150,000 tokens has would be a wish for a grammar.
+# A client that biases a large part of a vocabulary needs a grammar instead.
 MOST_BIASED = 1024
 MOST_LOGPROBS = 20
 
@@ -23,7 +23,7 @@ TopLogprobs = Annotated[int, Field(ge=0, le=MOST_LOGPROBS)]
 
 
 def _count(value: object) -> object:
-    """False asks for nothing, as null does. Raises ValueError for true, which is what chats say."""
+    """Converts False to None. Raises ValueError for True, which only chats accept."""
     if value is True:
         raise ValueError("Input should be the number of likeliest tokens to tell")
     return None if value is False else value

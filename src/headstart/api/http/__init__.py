@@ -1,1 +1,1 @@
-"""HTTP/1.1 within limits: connections, request heads and bodies, and the server's end."""
+"""HTTP/1.1 with limits: connections, request heads, request bodies, and the server's shutdown."""

@@ -1,4 +1,4 @@
-"""Bodies of requests: read within limits, measured as they come, and parsed one at a time where large."""
+"""Request bodies: read within limits, measured as they arrive; large ones are parsed one at a time."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from headstart.api import errors
 from headstart.errors import BadRequest, BodyTooLarge, HeadstartError, Overloaded
 from headstart.json_scan import JsonScan
 
-# From here on parsing a body takes so long that others should not have to wait for several.
+# Thresholds above which parsing takes so long that other requests should not wait for several bodies.
 LARGE_BYTES = 1 << 20
 LARGE_COUNT = 20_000
 LARGE_VALUES = 100_000
-# How long what is large, or has too much in it, waits first. Who asked meanwhile is answered before.
+# A body that is large or has too many values waits this long, so that requests arriving meanwhile go first.
 PATIENCE_SECONDS = 0.1
 
 
 class BodyMemory:
-    """Bytes of the bodies of all requests in progress; no owner's are more than `share`."""
+    """Limits the bytes of the bodies of all requests in progress: `most` in all, `share` for one owner."""
 
     def __init__(self, most: int, share: int) -> None:
         self.most = most
@@ -52,7 +52,7 @@ class BodyMemory:
 
 
 class Held:
-    """What one request's body takes."""
+    """The bytes reserved for one request's body."""
 
     def __init__(self, memory: BodyMemory, owner: str) -> None:
         self.memory = memory
@@ -70,14 +70,14 @@ class Held:
 
 
 class Turns:
-    """Large bodies are parsed one after the other. As long as one took, the event loop is others' before the
-    next comes."""
+    """Serialises the parsing of large bodies. After each, the event loop is left to other work for as long as
+    the parsing took."""
 
     def __init__(self) -> None:
         self._lock = asyncio.Lock()
 
     async def begin(self) -> None:
-        """What the caller does until it waits for something is its turn."""
+        """Waits for a turn. It lasts until the caller next yields to the event loop."""
         await asyncio.sleep(PATIENCE_SECONDS)
         await self._lock.acquire()
         asyncio.get_running_loop().call_soon(self._ended, monotonic())
@@ -87,7 +87,7 @@ class Turns:
 
 
 class Body:
-    """A body that comes in pieces. Once it has too much in it, nothing of it is kept."""
+    """A body that arrives in pieces. Once it exceeds the limits of JSON, its bytes are dropped."""
 
     def __init__(self, max_bytes: int, held: Held) -> None:
         self.max_bytes = max_bytes
@@ -131,9 +131,9 @@ class Body:
 
 
 class JsonBodies:
-    """Reads bodies up to a limit, but for files, and takes them for JSON whatever their content type says:
-    `curl -d` calls everything a form. A page in a browser can send forms to any address without being asked,
-    so what carries an Origin must say JSON itself."""
+    """Reads bodies up to a limit, except files, and treats them as JSON whatever their content type, because
+    `curl -d` labels everything a form. A page in a browser can send forms to any server without a preflight
+    request, so a request with an Origin must itself declare JSON."""
 
     def __init__(self, app: ASGIApp, max_bytes: int, memory: BodyMemory) -> None:
         self.app = app
@@ -173,7 +173,7 @@ class JsonBodies:
 
 
 async def _read(body: Body, headers: Headers, receive: Receive) -> bytes:
-    """Raises ClientDisconnect when its end never comes, and what is wrong with the body."""
+    """The body. Raises ClientDisconnect if its end never arrives, BadRequest, BodyTooLarge or Overloaded."""
     declared = headers.get("content-length", "0")
     if declared.isdecimal() and int(declared) > body.max_bytes:
         raise BodyTooLarge(f"The body is larger than {body.max_bytes} bytes.")
@@ -190,5 +190,5 @@ async def _read(body: Body, headers: Headers, receive: Receive) -> bytes:
 
 
 def _is_file(scope: Scope) -> bool:
-    """Whether the body is read by its handler, piece by piece. Browsers ask before they send a PUT."""
+    """Whether the handler reads the body itself. No Origin check is needed: browsers preflight a PUT."""
     return bool(scope["method"] == "PUT" and scope["path"].endswith("/file"))

@@ -1,4 +1,4 @@
-"""HTTP/1.1 as uvicorn has it, within limits that hold before it is known who asks."""
+"""uvicorn's HTTP/1.1 with limits that apply before the client is authenticated."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from headstart.errors import BadRequest, HeadstartError, Overloaded, RequestTime
 
 
 class Connection(HttpToolsProtocol):
-    """`tick` is to be called about once a second. Exchanges write to it as to a transport; `close` by one of
-    them lets the client finish what it is sending."""
+    """Call `tick` about once a second. Exchanges write to the connection as to a transport; when one calls
+    `close`, the client may finish sending."""
 
     def __init__(
         self,
@@ -31,30 +31,30 @@ class Connection(HttpToolsProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self.patience: limits.Patience = cast(Any, config).patience
-        # What the parser is in; None: between two requests.
+        # The part that the parser is in; None: between two requests.
         self._part: Literal["head", "body"] | None = None
         self._head = RequestHead()
         self._body_bytes = 0
         self._chunking_bytes = 0
         self._written = 0
-        # The answer to what can't be read, to be sent after those that are still to come.
+        # The answer to unreadable data, to be sent after the pending answers.
         self._refusal: HeadstartError | None = None
-        # Nothing more is read; what comes is thrown away.
+        # Incoming data is discarded.
         self._is_deaf = False
         self._is_lingering = False
         self._discarded = 0
         self._running: Exchange | None = None
-        # Seconds, counted by ticks: that the client is waited for, and that it was silent.
+        # Seconds, counted by ticks: waiting for the client, and without data from it.
         self._waited = 0.0
         self._silent = 0.0
-        # Of a body by the client, of an answer by it.
+        # The pace at which the client sends a body, and reads an answer.
         self._unsent = limits.Pace(self.patience.body)
         self._unread = limits.Pace(self.patience.send)
         self._since = self.loop.time()
 
     @property
     def is_idle(self) -> bool:
-        """Nothing is answered, and no request has come to the end of its headers."""
+        """Whether no request is between the end of its headers and the end of its answer."""
         return self._running is None or self._running.response_complete
 
     @property
@@ -90,7 +90,7 @@ class Connection(HttpToolsProtocol):
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            # It is answered as if it hadn't been asked for; what would follow in another protocol isn't read.
+            # The upgrade is ignored: the request is answered, later data in the other protocol is not read.
             self._is_deaf = True
         except httptools.HttpParserError as error:
             known = error.__context__
@@ -125,7 +125,7 @@ class Connection(HttpToolsProtocol):
             self._running.disconnected = True
             self._running.message_event.set()
 
-    # From the parser. What is raised here becomes the answer.
+    # From the parser. Errors raised here become the answer.
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -138,7 +138,7 @@ class Connection(HttpToolsProtocol):
         self._head.add_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        # What comes after the last chunk was not there when the request was judged.
+        # Trailers after the last chunk are ignored: the request was checked without them.
         if self._part == "head":
             self._head.add_header(name, value)
 
@@ -203,7 +203,7 @@ class Connection(HttpToolsProtocol):
         self.transport.abort()
 
     def close(self) -> None:
-        """Once the client has taken the answer, and finished what it is sending."""
+        """Closes the connection once the client has read the answer and finished sending."""
         self.pipeline.clear()
         if self._part is None:
             self.transport.close()
@@ -211,7 +211,7 @@ class Connection(HttpToolsProtocol):
             self._linger()
 
     def _linger(self) -> None:
-        """A connection that is closed while bytes come is reset, and what was sent may never be read."""
+        """Discards input for a while: closing while bytes arrive resets the connection, losing the answer."""
         if not self.is_closing():
             self._is_deaf = self._is_lingering = True
             self._waited = self._silent = 0.0
@@ -230,7 +230,7 @@ class Connection(HttpToolsProtocol):
     # Limits
 
     def _refuse(self, error: HeadstartError) -> None:
-        """What came can't be read, nor what follows it."""
+        """Answers unreadable data with an error and discards what follows."""
         self._is_deaf = True
         if self._part == "body":
             cast(Exchange, self.cycle).fail(error)
@@ -244,7 +244,7 @@ class Connection(HttpToolsProtocol):
         self._linger()
 
     def tick(self, seconds: float) -> None:
-        """So much time has passed."""
+        """Applies the time limits after `seconds` more have passed."""
         if self.is_sending:
             if self._unread.behind(seconds, self._written - self.transport.get_write_buffer_size()):
                 self.abort()
@@ -259,7 +259,7 @@ class Connection(HttpToolsProtocol):
             self._wait_for_head(seconds)
 
     def _wait_for_body(self, seconds: float) -> None:
-        # Where the application doesn't wait for it, or hasn't sent 100 Continue, the client may wait as well.
+        # Counts only while the application waits for the body: before 100 Continue the client may wait, too.
         waits = self._running and self._running.is_receiving and self._running.more_body
         if waits and not self._is_deaf and self._unsent.behind(seconds, self._body_bytes):
             self._refuse(RequestTimeout("The request's body came too slowly."))
@@ -273,7 +273,7 @@ class Connection(HttpToolsProtocol):
                 self._refuse(RequestTimeout("The request's headers came too slowly."))
 
     def shutdown(self) -> None:
-        """The server stops: what is no whole request yet ends at once."""
+        """For the server's shutdown: ends incomplete requests at once; complete ones may finish."""
         self.pipeline.clear()
         self._is_deaf = True
         if self._running is None or self._running.response_complete:

@@ -13,13 +13,13 @@ from headstart.errors import HeadstartError
 
 
 class Exchange(RequestResponseCycle):
-    """uvicorn's, which writes to the connection rather than to its transport. An answer that is sent before
-    the request has come to its end says that the connection will be closed."""
+    """uvicorn's cycle, writing to the connection instead of its transport. An answer sent before the end of
+    the request announces that the connection will be closed."""
 
     def __init__(self, **parts: Any) -> None:
         super().__init__(**parts)
         self.failure: HeadstartError | None = None
-        # Whether the application waits for what the client is to send.
+        # Whether the application waits for data from the client.
         self.is_receiving = False
 
     @property
@@ -27,12 +27,12 @@ class Exchange(RequestResponseCycle):
         return not self.response_complete
 
     def fail(self, error: HeadstartError) -> None:
-        """The rest of the body won't come; who waits for it gets the error instead."""
+        """The rest of the body won't arrive: makes `receive` raise the error instead."""
         self.failure = error
         self.message_event.set()
 
     async def run_asgi(self, app: ASGI3Application) -> None:
-        """The application's outermost part has told what failed (`api/middleware.py`), or was cancelled."""
+        """Suppresses exceptions: `api/middleware.py` has already answered or logged them."""
         try:
             with suppress(Exception, asyncio.CancelledError):
                 await app(self.scope, self.receive, self.send)
@@ -42,7 +42,7 @@ class Exchange(RequestResponseCycle):
             self.on_response = _nothing
 
     async def receive(self) -> ASGIReceiveEvent:
-        """Raises what the exchange failed with."""
+        """Raises the error given to `fail`."""
         self.is_receiving = True
         try:
             message = await super().receive()

@@ -1,4 +1,4 @@
-"""Answers to what never becomes a request: too much or too slow to be read, or no HTTP."""
+"""Answers to data that never becomes a request: too large, too slow, or not HTTP."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from headstart.errors import HeadstartError
 
 
 def refusal(error: HeadstartError, path: str) -> bytes:
-    """A whole answer in the shape of the API that was asked, after which the connection is closed."""
+    """A complete answer in the error format of the path's API; the connection is closed after it."""
     request_id = uuid.uuid4().hex
     anthropic = is_anthropic(path)
     content = anthropic_body(error, request_id) if anthropic else errors.body(error)

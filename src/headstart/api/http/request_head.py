@@ -1,4 +1,4 @@
-"""The beginning of a request, up to the end of its headers, as it comes."""
+"""A request's head (request line and headers), as it arrives."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from headstart.errors import AddressTooLong, BadRequest, HeadersTooLarge
 
 
 class RequestHead:
-    """Refuses what is too large, as soon as it is. A parser tells of a part only when it is complete, so the
-    bytes that come are counted, too."""
+    """Refuses a head as soon as it is too large. The parser reports only complete parts, so received bytes
+    are counted as well."""
 
     def __init__(self) -> None:
         self.url = b""
@@ -23,7 +23,7 @@ class RequestHead:
 
     @property
     def path(self) -> str:
-        """What is known of it, for the shape of a refusal."""
+        """The path as far as it was received; it selects the error format of a refusal."""
         return self.url.decode("latin-1").partition("?")[0]
 
     @property
@@ -31,7 +31,7 @@ class RequestHead:
         return any(name in (b"content-length", b"transfer-encoding") for name, _ in self.headers)
 
     def came(self, size: int) -> None:
-        """So many bytes, and it isn't complete. Raises HeadersTooLarge."""
+        """Counts `size` more bytes of an incomplete head. Raises HeadersTooLarge."""
         self._come += size
         _check(self._come)
 
@@ -50,7 +50,7 @@ class RequestHead:
             raise HeadersTooLarge(f"The request has more than {limits.MAX_HEADERS} headers.")
 
     def target(self) -> dict[str, Any]:
-        """What the address says, as a scope has it. Raises BadRequest."""
+        """The ASGI scope's path and query string. Raises BadRequest."""
         try:
             parsed = httptools.parse_url(self.url)
             path = (parsed.path or b"").decode("ascii")

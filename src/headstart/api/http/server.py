@@ -1,4 +1,4 @@
-"""uvicorn's server, with an order of its own for the end."""
+"""uvicorn's server, with its own shutdown sequence."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from headstart.config.settings import Settings
 
 log = logging.getLogger(__name__)
 
-# How long requests that are ended have to tell so.
+# Time for cancelled requests to send their error.
 END_SECONDS = 1.0
-# A loop that stood still says nothing about clients.
+# The longest time counted per tick: a blocked event loop says nothing about clients.
 MOST_TICKED = 2.0
 
 
 class HttpConfig(uvicorn.Config):
-    """Signals, lifespan and logging are the caller's."""
+    """Leaves signals, lifespan and logging to the caller."""
 
     def __init__(self, app: Any, settings: Settings) -> None:
         super().__init__(
@@ -48,14 +48,14 @@ class HttpConfig(uvicorn.Config):
 
 
 class HttpServer(uvicorn.Server):
-    """`serve` returns when it was told to stop, and every request has its end."""
+    """`serve` returns after `stop` was called and every request has ended."""
 
     def __init__(self, config: HttpConfig) -> None:
         super().__init__(config)
         self._ticked = monotonic()
 
     def stop(self) -> None:
-        """Requests that run may end till `drain_seconds` are over; when told a second time, no longer."""
+        """Lets running requests finish within `drain_seconds`; a second call ends them at once."""
         self.force_exit = self.should_exit
         self.should_exit = True
 
@@ -88,13 +88,13 @@ class HttpServer(uvicorn.Server):
         for task in tasks:
             task.cancel()
         if tasks:
-            log.warning("%d requests were ended before their time", len(tasks))
+            log.warning("%d requests were cancelled by the shutdown", len(tasks))
         await self._settled(lambda: not (self.server_state.tasks or self._connections), END_SECONDS)
         for connection in self._connections:
             connection.abort()
 
     async def _drained(self) -> None:
-        """Nothing runs and nothing is left to be sent, or it may take no longer."""
+        """Waits until nothing runs and nothing is left to send, or the time is over."""
 
         def is_drained() -> bool:
             sending = any(connection.is_sending for connection in self._connections)
@@ -103,7 +103,7 @@ class HttpServer(uvicorn.Server):
         await self._settled(is_drained, cast(int, self.config.timeout_graceful_shutdown))
 
     async def _settled(self, is_so: Callable[[], bool], seconds: float) -> None:
-        """Waits until it is so, but no longer than `seconds`."""
+        """Waits until `is_so()`, at most `seconds`."""
         deadline = monotonic() + seconds
         while not is_so() and monotonic() < deadline:
             await asyncio.sleep(0.05)

@@ -1,4 +1,4 @@
-"""/v1/models and /health: what there is, what is loaded, and loading and unloading it."""
+"""/v1/models and /health: list, load and unload models; report the server's state."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ Json = dict[str, Any]
 
 
 class LoadRequest(Body):
-    model: Utf8 = Field(description="A model of this server.")
+    model: Utf8 = Field(description="The model's name.")
 
 
 class UnloadRequest(LoadRequest):
-    force: bool = Field(False, description="Also while it answers requests, which fail.")
+    force: bool = Field(False, description="True: unload it also while it answers requests, which then fail.")
 
 
 @router.get("/health")
 async def health(request: Request) -> Json:
-    """200 when every model to be loaded at the start answers; 503 while one loads or can't run. Where there
-    are API keys, more is told to those who send one."""
+    """200 if every model to be loaded at the start answers; 503 while one loads or can't run. If API keys are
+    configured, requests without one get no details."""
     service: Service = request.app.state.service
     who = rank(request)
     states = {name: model.state for name, model in service.models.all.items()}
@@ -54,7 +54,7 @@ async def health(request: Request) -> Json:
 
 @router.get("/v1/models")
 async def list_models(request: Request) -> Json:
-    """Models, aliases, and `model@cache` for each cache."""
+    """Lists models, aliases, and `model@cache` for each client or declared cache."""
     service: Service = request.app.state.service
     service.models.rescan()
     visible = service.namespaces.visible(owner(request))
@@ -65,7 +65,7 @@ async def list_models(request: Request) -> Json:
 
 @router.get("/v1/models/available")
 async def available(request: Request) -> Json:
-    """The models that can be loaded, and those that are."""
+    """Lists all models, loaded or not."""
     service: Service = request.app.state.service
     service.models.rescan()
     return {"object": "list", "data": [_described(service, name) for name in service.models.all]}
@@ -73,7 +73,7 @@ async def available(request: Request) -> Json:
 
 @router.get("/v1/models/loaded")
 async def loaded(request: Request) -> Json:
-    """The models that answer at once."""
+    """Lists the loaded models, which answer at once."""
     service: Service = request.app.state.service
     ready = [name for name, model in service.models.all.items() if model.state == "ready"]
     return {"object": "list", "data": [_described(service, name) for name in ready]}
@@ -81,7 +81,7 @@ async def loaded(request: Request) -> Json:
 
 @router.post("/v1/models/load")
 async def load(request: Request, body: LoadRequest) -> Json:
-    """Loads a model before it is first used; answers when it is loaded."""
+    """Loads a model before its first use; answers when it is loaded."""
     service: Service = request.app.state.service
     await while_connected(request, _load(service, service.model(body.model)))
     return _described(service, body.model)
@@ -94,7 +94,7 @@ async def _load(service: Service, model: ServedModel) -> None:
 
 @router.post("/v1/models/unload")
 async def unload(request: Request, body: UnloadRequest) -> Json:
-    """Frees a model's memory. Its caches stay; the next request loads it again."""
+    """Unloads a model. Its caches stay; the next request loads it again."""
     check_admin(request, "Unloading a model, which others may be using,")
     service: Service = request.app.state.service
     was_loaded = await service.models.unload(service.model(body.model), force=body.force)
@@ -103,7 +103,7 @@ async def unload(request: Request, body: UnloadRequest) -> Json:
 
 @router.get("/v1/models/{name:path}")
 async def show_model(request: Request, name: str) -> Json:
-    """One of those that are listed."""
+    """Shows one model, alias or `model@cache`."""
     service: Service = request.app.state.service
     model, cache = service.target(name)
     if "@" in name and cache is not None:

@@ -17,8 +17,13 @@ class Model(Reply):
     created: int
     owned_by: str
     state: State
-    n_ctx: int | None = Field(None, description="Tokens a request may have; known once it was loaded.")
-    slots: int | None = Field(None, description="Requests that run at the same time.")
+    n_ctx: int | None = Field(
+        None,
+        description="Maximum tokens of a request, prompt and answer together; absent until first loaded.",
+    )
+    slots: int | None = Field(
+        None, description="Number of requests that run at once; absent until first loaded."
+    )
 
 
 class ModelList(Reply):
@@ -27,10 +32,15 @@ class ModelList(Reply):
 
 
 class Unloaded(Model):
-    unloaded: bool = Field(description="Whether it was loaded.")
+    unloaded: bool = Field(description="Whether the model was loaded before.")
 
 
 class Health(Reply):
     status: Literal["ok"]
-    models: dict[str, State] | None = Field(None, description="Where an API key is needed: only with one.")
-    caches_building: int | None = Field(None, description="Likewise; others' are told to admins only.")
+    models: dict[str, State] | None = Field(
+        None, description="Absent if API keys are configured and the request has none."
+    )
+    caches_building: int | None = Field(
+        None,
+        description="Builds of the key's own and of public caches, for admins all; absent like `models`.",
+    )

@@ -1,4 +1,4 @@
-"""What each route answers."""
+"""The schemas of each route's answers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from headstart.api.models import schema as models
 from headstart.api.responses import schema as responses
 from headstart.api.tokens import schema as tokens
 
-# By method and path.
+# Keyed by method and path.
 ANSWERS = {
     ("post", "/v1/chat/completions"): Answer(generation.ChatCompletion, generation.ChatChunk),
     ("post", "/v1/completions"): Answer(generation.TextCompletion, generation.TextChunk),

@@ -1,4 +1,4 @@
-"""/openapi.json: FastAPI's description of the requests, and ours of the answers."""
+"""/openapi.json: requests as described by FastAPI, answers as described in `answers.py`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from headstart.api.openapi.examples import EXAMPLES
 Json = dict[str, Any]
 
 REFERENCE = "#/components/schemas/{model}"
-# FastAPI's own validation errors, which this server writes otherwise.
+# FastAPI's own validation errors, which this server writes in another format.
 NOT_OURS = ("HTTPValidationError", "ValidationError")
 EVENTS = "A stream ends with an event whose data is `[DONE]`."
 
 
 def install(app: FastAPI) -> None:
-    """Has the application describe itself when it is first asked."""
+    """Makes the application build its OpenAPI document at the first request for it."""
 
     def described() -> Json:
         if app.openapi_schema is None:
@@ -79,8 +79,8 @@ def _responses(answer: Answer) -> Json:
     error = {"content": {"application/json": _content(answer.error.__name__)}}
     return {
         "200": {"description": told, "content": content},
-        "4XX": {"description": "The request can't be served as it is.", **error},
-        "5XX": {"description": "The server can't serve it, or not now.", **error},
+        "4XX": {"description": "The request is refused.", **error},
+        "5XX": {"description": "The server failed, or can't serve the request now.", **error},
     }
 
 

@@ -1,4 +1,4 @@
-"""Requests to try, most of them from the guide to binary caches."""
+"""Example requests, most of them from the guide to binary caches."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _user(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
-# By method and path: a title and a body for each.
+# Titles and bodies, keyed by method and path.
 EXAMPLES: dict[tuple[str, str], dict[str, Any]] = {
     ("post", "/v1/cache/{model}"): {
         "A system prompt": {"cache_name": "coding_assistant", "prompt": ASSISTANT},

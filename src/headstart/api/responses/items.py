@@ -1,4 +1,4 @@
-"""What is said to OpenAI's Responses API: messages, calls and what they gave, made into a chat."""
+"""Input items of OpenAI's Responses API (messages, calls, outputs) and their conversion to a chat."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Json = dict[str, Any]
 
 
 class TextContent(Body):
-    type: Literal["input_text", "output_text", "text"] = Field(description="That it is text.")
+    type: Literal["input_text", "output_text", "text"] = Field(description="A part of text.")
     text: Utf8 = Field(description="The text.")
 
 
 class RefusalContent(Body):
-    type: Literal["refusal"] = Field(description="That the assistant refused.")
-    refusal: Utf8 = Field(description="What it said.")
+    type: Literal["refusal"] = Field(description="A refusal by the assistant.")
+    refusal: Utf8 = Field(description="The refusal's text.")
 
     @property
     def text(self) -> str:
@@ -42,9 +42,9 @@ def _text(content: Content) -> str:
 
 
 class MessageItem(Body):
-    type: Literal["message"] = Field("message", description="That it is a message; may be left out.")
-    role: Literal["user", "assistant", "system", "developer"] = Field(description="Whose message it is.")
-    content: Content = Field(description="Its text, or a list of text parts.")
+    type: Literal["message"] = Field("message", description="A message; may be omitted.")
+    role: Literal["user", "assistant", "system", "developer"] = Field(description="The message's author.")
+    content: Content = Field(description="The text, or a list of text parts.")
 
     def add_to(self, chat: list[Json]) -> None:
         role = "system" if self.role == "developer" else self.role
@@ -52,22 +52,22 @@ class MessageItem(Body):
 
 
 class CallItem(Body):
-    type: Literal["function_call"] = Field(description="That the assistant called a function.")
-    call_id: Utf8 = Field(description="What the call's output refers to it by.")
-    name: Utf8 = Field(min_length=1, description="The function.")
-    arguments: Utf8 = Field(description="Its arguments, as JSON text.")
+    type: Literal["function_call"] = Field(description="A function call by the assistant.")
+    call_id: Utf8 = Field(description="The call's id, to which its output refers.")
+    name: Utf8 = Field(min_length=1, description="The function's name.")
+    arguments: Utf8 = Field(description="The arguments as JSON text.")
 
     def add_to(self, chat: list[Json]) -> None:
-        """The calls of a turn are one message, with what was said before them."""
+        """Adds the call to the assistant's last message, so that text and calls of a turn are one message."""
         if not (chat and chat[-1]["role"] == "assistant"):
             chat.append({"role": "assistant", "content": ""})
         chat[-1].setdefault("tool_calls", []).append(called(self.call_id, self.name, self.arguments))
 
 
 class OutputItem(Body):
-    type: Literal["function_call_output"] = Field(description="That it is what a function answered.")
-    call_id: Utf8 = Field(description="The call that it answers.")
-    output: Content = Field(description="What it answered: a text, or a list of text parts.")
+    type: Literal["function_call_output"] = Field(description="The output of a function call.")
+    call_id: Utf8 = Field(description="The call's id.")
+    output: Content = Field(description="The output: a text, or a list of text parts.")
 
     def add_to(self, chat: list[Json]) -> None:
         chat.append({"role": "tool", "tool_call_id": self.call_id, "content": _text(self.output)})
@@ -75,7 +75,7 @@ class OutputItem(Body):
 
 class ReasoningItem(Body):
     type: Literal["reasoning"] = Field(
-        description="Reasoning of an earlier turn, which models are not given again."
+        description="Reasoning of an earlier turn. Accepted; the model does not see it."
     )
 
     def add_to(self, chat: list[Json]) -> None:
@@ -102,7 +102,7 @@ Item = Annotated[
 
 
 def _with_modest_calls(items: Any) -> Any:
-    """Raises ValueError. Nothing is known of the items yet."""
+    """Runs before validation, so the items may be anything. Raises ValueError."""
     known = (item for item in (items if isinstance(items, list) else []) if isinstance(item, dict))
     texts = (item.get("arguments") for item in known)
     check_arguments(text for text in texts if isinstance(text, str))

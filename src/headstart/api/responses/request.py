@@ -1,4 +1,4 @@
-"""Bodies of /v1/responses: what OpenAI's Responses API says in its own way, made into a chat."""
+"""Request bodies of /v1/responses and their conversion to a chat."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Json = dict[str, Any]
 Key = Annotated[Utf8, StringConstraints(min_length=1, max_length=64)]
 Value = Annotated[Utf8, StringConstraints(max_length=512)]
 
-# Parameters that can't be honoured, with the values that ask for nothing, and what to do instead.
+# Unsupported parameters, each with the values that have no effect and are accepted, and what to do instead.
 REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "background": ((None, False), "leave it out and wait for the answer, or stream it"),
     "truncation": ((None, "disabled"), 'shorten the input, or say "disabled"'),
@@ -43,7 +43,7 @@ LOGPROBS = "message.output_text.logprobs"
 
 
 def _as_in_chats(value: Any) -> Any:
-    """The tool as chats have it. Raises ValueError for one that is no function."""
+    """Converts the tool to the format of chats. Raises ValueError for a tool other than a function."""
     if not isinstance(value, dict):
         return value
     if value.get("type") != "function":
@@ -63,47 +63,58 @@ ToolAsInChats = Annotated[Tool, BeforeValidator(_as_in_chats)]
 
 
 class TextFormat(Body):
-    type: Literal["text", "json_schema", "json_object"] = Field("text", description="Of what form it is.")
+    type: Literal["text", "json_schema", "json_object"] = Field(
+        "text", description="The type; `text`: no constraint."
+    )
     schema_: JsonObject | None = Field(
-        None, alias="schema", description="With `json_schema`: what the answer must match."
+        None, alias="schema", description="For type `json_schema`: the schema that the answer must match."
     )
 
 
 class TextOptions(Body):
-    format: TextFormat | None = Field(None, description="The form of the answer's text.")
-    verbosity: Utf8 | None = Field(None, description="A wish that changes nothing here.")
+    format: TextFormat | None = Field(None, description="The format of the answer's text.")
+    verbosity: Utf8 | None = Field(None, description="Accepted and ignored.")
 
 
 class ReasoningOptions(Body):
-    effort: Utf8 | None = Field(None, description="A wish that changes nothing here.")
-    summary: Utf8 | None = Field(None, description="A wish that changes nothing here.")
+    effort: Utf8 | None = Field(None, description="Accepted and ignored.")
+    summary: Utf8 | None = Field(None, description="Accepted and ignored.")
 
 
 class ResponseRequest(SampledRequest):
-    input: Utf8 | Items = Field([], description="What is said: a text, or a list of items.")
-    instructions: Utf8 | None = Field(None, description="The system message; not carried on to others.")
-    previous_response_id: Utf8 | None = Field(None, description="A stored response to go on from.")
-    store: bool | None = Field(True, description="Whether the response is kept, to go on from.")
-    max_output_tokens: int | None = Field(None, ge=0, lt=1 << 53, description="At most so many tokens.")
-    stream: bool | None = Field(False, description="Send the answer as it comes, in named events.")
+    input: Utf8 | Items = Field([], description="A user message as text, or a list of items.")
+    instructions: Utf8 | None = Field(
+        None, description="The system message; not carried over to later responses."
+    )
+    previous_response_id: Utf8 | None = Field(None, description="The id of the stored response to continue.")
+    store: bool | None = Field(
+        True, description="Whether to store the response, so that others can continue it."
+    )
+    max_output_tokens: int | None = Field(
+        None, ge=0, lt=1 << 53, description="Maximum number of tokens of the answer."
+    )
+    stream: bool | None = Field(False, description="Send the answer as named server-sent events.")
     tools: Annotated[Many[ToolAsInChats], Field(max_length=MAX_TOOLS)] | None = Field(
         None, description="Functions that the model may call."
     )
     tool_choice: Annotated[ToolChoice, BeforeValidator(_choice_as_in_chats)] | None = Field(
-        None, description="Whether and which functions are called: none, auto, required, or one by its name."
+        None,
+        description="Whether the model may or must call functions: none, auto, required, or one function.",
     )
-    parallel_tool_calls: bool | None = Field(None, description="Whether it may call several at once.")
-    text: TextOptions | None = Field(None, description="What the answer's text is to be like.")
-    reasoning: ReasoningOptions | None = Field(None, description="Accepted; changes nothing.")
-    include: Many[Utf8] | None = Field(None, description="What else to tell; nothing of it is there.")
+    parallel_tool_calls: bool | None = Field(None, description="False: at most one call.")
+    text: TextOptions | None = Field(None, description="Options for the answer's text.")
+    reasoning: ReasoningOptions | None = Field(None, description="Accepted and ignored.")
+    include: Many[Utf8] | None = Field(
+        None, description="Accepted and ignored, except `message.output_text.logprobs`, which is refused."
+    )
     metadata: Annotated[dict[Key, Value], Field(max_length=16)] | None = Field(
-        None, description="Told again with the response."
+        None, description="Echoed in the response."
     )
-    user: Utf8 | None = Field(None, description="Told again with the response.")
-    prompt_cache_key: Utf8 | None = Field(None, description="Told again with the response.")
+    user: Utf8 | None = Field(None, description="Echoed in the response.")
+    prompt_cache_key: Utf8 | None = Field(None, description="Echoed in the response.")
 
     def said(self) -> list[Json]:
-        """The input as messages of a chat. Raises BadRequest where it says nothing."""
+        """The input as messages of a chat. Raises BadRequest if it is empty and continues no response."""
         if isinstance(self.input, str):
             return [{"role": "user", "content": self.input}]
         chat: list[Json] = []
@@ -128,7 +139,7 @@ class ResponseRequest(SampledRequest):
         )
 
     def wanted(self) -> Wanted | None:
-        """The form that the answer must have. Raises BadRequest."""
+        """The grammar of the requested format, if any. Raises BadRequest."""
         form = self.text and self.text.format
         if not form or form.type == "text":
             return None
@@ -147,7 +158,7 @@ class ResponseRequest(SampledRequest):
 
 
 def echoed_fields(body: ResponseRequest, options: Options) -> Json:
-    """What a response repeats of its request."""
+    """Fields of the request that the response echoes."""
     return {
         "instructions": body.instructions,
         "max_output_tokens": body.max_output_tokens,

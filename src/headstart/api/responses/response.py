@@ -1,4 +1,4 @@
-"""Responses as OpenAI's Responses API writes them: an object, and the named events that it grows by."""
+"""Responses in the format of OpenAI's Responses API: an object, and the named events of a stream."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PREFIX = "resp_"
 
 
 class Item:
-    """One item of the output while it is written. What it yields has no place among the events yet."""
+    """One output item while it is written. Its events have no output index and no sequence number yet."""
 
     prefix = ""
     kind = ""
@@ -44,7 +44,7 @@ class Item:
         return {"item_id": self.shown["id"]}
 
     def _content(self, text: str | None) -> Json:
-        """The fields with what it says; None: nothing yet."""
+        """The fields that hold the item's text; None: no text yet."""
         raise NotImplementedError
 
     def _grown(self, text: str) -> Iterator[Json]:
@@ -110,8 +110,8 @@ class FunctionCall(Item):
 
 
 class Writer:
-    """Writes one response. Each event is to be sent before the next is asked for. `body` is the response as
-    it is now; it is whole after `finished` or `failed`."""
+    """Writes one response. Encode each event before requesting the next one. `body` is the response so far;
+    it is complete after `finished` or `failed`."""
 
     def __init__(self, told: Json) -> None:
         self.body: Json = {
@@ -151,7 +151,7 @@ class Writer:
             yield from self._growing(call.arguments)
 
     def finished(self, result: Result, n_reasoning: int) -> Iterator[Json]:
-        """`n_reasoning`: how many of the answer's tokens are reasoning."""
+        """`n_reasoning`: the number of reasoning tokens in the answer."""
         status = "incomplete" if self._was_cut else "completed"
         if not (self._open or self.body["output"]):
             yield from self._opening(Message())
@@ -198,7 +198,7 @@ class Writer:
 
 
 def usage(result: Result, n_reasoning: int) -> Json:
-    """What chats are told, in this API's names."""
+    """The usage of a chat with this API's field names."""
     account = fields_usage.usage(result)
     n_prompt, n_answer = account.pop("prompt_tokens"), account.pop("completion_tokens")
     cached = account.pop("prompt_tokens_details")

@@ -1,4 +1,4 @@
-"""POST /v1/responses, and the responses that are kept."""
+"""POST /v1/responses, and stored responses."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ Events = AsyncGenerator[Delta | Ended | Result, None]
 
 @router.post("")
 async def create(request: Request, body: ResponseRequest) -> Response:
-    """Answers, and keeps the answer with all that was said before it, so that another can go on from it."""
+    """Answers and, unless `store` is false, stores the conversation with the answer for later requests to
+    continue."""
     service: Service = request.app.state.service
     said = body.said()
     asked = _asked(service, body)
@@ -58,7 +59,7 @@ async def create(request: Request, body: ResponseRequest) -> Response:
 
 @router.get("/{response_id}")
 async def show(request: Request, response_id: str) -> Json:
-    """A response that is kept, as it was answered."""
+    """Returns a stored response as it was answered."""
     service: Service = request.app.state.service
     kept = await service.responses.find(owner(request), response_id, param="response_id")
     return kept.record.body
@@ -66,14 +67,14 @@ async def show(request: Request, response_id: str) -> Json:
 
 @router.delete("/{response_id}")
 async def delete(request: Request, response_id: str) -> Json:
-    """Forgets a response; those that went on from it stay."""
+    """Deletes a stored response; responses that continued it stay."""
     service: Service = request.app.state.service
     await service.responses.delete(owner(request), response_id)
     return {"id": response_id, "object": "response", "deleted": True}
 
 
 def _asked(service: Service, body: ResponseRequest) -> tuple[str, ...] | None:
-    """The caches that the request itself names, not its route or key."""
+    """The caches named by the request itself, not by its route or API key."""
     _, cache = service.target(body.model)
     return body.names if body.use_cache is not None or cache is None else (cache,)
 
@@ -81,8 +82,8 @@ def _asked(service: Service, body: ResponseRequest) -> tuple[str, ...] | None:
 async def _before(
     service: Service, model: ServedModel, body: ResponseRequest, asked: tuple[str, ...] | None
 ) -> Kept | None:
-    """What it goes on from. Raises PreviousNotFound, or BadRequest where it asks for caches that this did not
-    begin with."""
+    """The response that the request continues. Raises PreviousNotFound, or BadRequest if the request names
+    caches other than those that this response began with."""
     if body.previous_response_id is None:
         return None
     param = "previous_response_id"
@@ -113,15 +114,15 @@ async def _prepared(
     try:
         return await service.preparation.chat(model, messages, options, body.tools)
     except BadRequest as error:
-        # It speaks of the chat that was made of the request.
+        # The error is about the chat that the request was converted to.
         error.param = "input" if error.param == "messages" else error.param
         raise
 
 
 @dataclass
 class Answering:
-    """The answer to one request, written as it comes and kept once it is whole. `asked` says how it is to be
-    kept, `before` what it goes on from."""
+    """The answer to one request, written as it is generated and stored when complete. `asked.saving`: how to
+    store it. `before`: the response that it continues."""
 
     service: Service
     prepared: Prepared
@@ -148,7 +149,7 @@ class Answering:
         return _encoded(self.writer.failed(error))
 
     async def _written(self, events: Events) -> AsyncGenerator[Iterator[Json], None]:
-        """Events, to be taken at once."""
+        """Iterators of events, each to be consumed before the next is requested."""
         answer = Choice(0)
         async with aclosing(events):
             async for event in events:

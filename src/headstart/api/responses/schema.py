@@ -1,4 +1,4 @@
-"""Answers of /v1/responses. Events are told in outline: OpenAI's reference has each of them."""
+"""Answers of /v1/responses. Events are described in outline; OpenAI's reference describes each of them."""
 
 from __future__ import annotations
 
@@ -100,12 +100,12 @@ class Response(Account):
 
 
 class ResponseEvent(Reply):
-    """Named as its `type`; the last one has the whole response."""
+    """The event's name equals its `type`. The last event contains the whole response."""
 
     model_config = ConfigDict(extra="allow")
 
     type: str
-    sequence_number: int = Field(description="Counts the events from 0.")
+    sequence_number: int = Field(description="Number of the event, from 0.")
 
 
 class ResponseDeleted(Reply):

@@ -39,17 +39,17 @@ INPUT_SCHEMAS: list[JsonValue] = [
 
 class EmbeddingRequest(Body):
     model: Utf8 = Field(description="A model or an alias.")
-    # Checked by hand: of alternatives, each would report every item of a long list that isn't its own.
-    input: Any = Field(
-        description=f"What is to be embedded: {SHAPES}.", json_schema_extra={"anyOf": INPUT_SCHEMAS}
-    )
+    # Checked by hand: in a union, each alternative would report every item of a long list that it rejects.
+    input: Any = Field(description=f"The input: {SHAPES}.", json_schema_extra={"anyOf": INPUT_SCHEMAS})
     encoding_format: Literal["float", "base64"] | None = Field(
-        None, description="How an embedding is written: numbers, or base64 of float32, little-endian."
+        None, description="The format of embeddings: numbers, or base64 of little-endian float32."
     )
-    dimensions: int | None = Field(None, description="Those the model's embeddings have, if any.")
+    dimensions: int | None = Field(
+        None, description="The model's number of dimensions; no other is accepted."
+    )
 
     def inputs(self) -> list[Input]:
-        """Raises BadRequest for what has none of the shapes, or too many inputs."""
+        """The inputs as a list. Raises BadRequest for another shape, or too many inputs."""
         given = self.input
         if isinstance(given, str) or (isinstance(given, list) and given and _are_tokens(given)):
             given = [given]
@@ -78,7 +78,7 @@ def _is_utf8(text: str) -> bool:
 
 @router.post("/embeddings")
 async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
-    """Turns texts into vectors that are the closer the more alike their texts are."""
+    """Converts texts to vectors; similar texts have close vectors."""
     service: Service = request.app.state.service
     inputs = body.inputs()
     async with service.models.use(seen(request, service.model(body.model))) as model:
@@ -92,7 +92,7 @@ async def _answer(body: EmbeddingRequest, model: ServedModel, inputs: list[Input
     data: list[msgspec.Raw] = []
     async with aclosing(embed(model, tokens)) as vectors:
         async for values in vectors:
-            # Written one by one as they come: all together would hold up other answers.
+            # Encoded one by one: encoding all at once would block the event loop.
             data.append(msgspec.Raw(msgspec.json.encode(_shown(len(data), values, body.encoding_format))))
     n_tokens = sum(map(len, tokens))
     usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}

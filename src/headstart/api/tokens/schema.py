@@ -12,7 +12,7 @@ from headstart.api.fields.reply import Reply
 class Embedding(Reply):
     object: Literal["embedding"]
     index: int
-    embedding: list[float] | str = Field(description="Numbers, or base64 of float32, little-endian.")
+    embedding: list[float] | str = Field(description="Numbers, or base64 of little-endian float32.")
 
 
 class EmbeddingUsage(Reply):
@@ -29,7 +29,9 @@ class Embeddings(Reply):
 
 class Piece(Reply):
     id: int
-    piece: str | list[int] = Field(description="Its text, or its bytes where they are no text alone.")
+    piece: str | list[int] = Field(
+        description="The token's text, or its bytes if they are not valid UTF-8 alone."
+    )
 
 
 class Tokens(Reply):

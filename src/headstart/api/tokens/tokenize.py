@@ -1,4 +1,4 @@
-"""/tokenize, /detokenize and /apply-template, as llama-server has them."""
+"""/tokenize, /detokenize and /apply-template, compatible with llama-server."""
 
 from __future__ import annotations
 
@@ -25,36 +25,38 @@ Json = dict[str, Any]
 
 
 class ModelRequest(Body):
-    model: Utf8 | None = Field(None, description="May be left out where the server has one model.")
+    model: Utf8 | None = Field(None, description="May be omitted if the server has only one model.")
 
 
 class TokenizeRequest(ModelRequest):
     content: Utf8 | None = Field(None, description="The text.")
     prompt: Utf8 | None = Field(None, description="The same as `content`.")
-    add_special: bool = Field(False, description="With the tokens that the model wants around a prompt.")
-    parse_special: bool = Field(True, description="False: what looks like a control token is text.")
-    with_pieces: bool = Field(False, description="Tell of each token what it stands for.")
+    add_special: bool = Field(
+        False, description="Add the special tokens that the model expects around a prompt."
+    )
+    parse_special: bool = Field(True, description="False: treat the text of control tokens as plain text.")
+    with_pieces: bool = Field(False, description="Return each token with its text.")
 
     def text(self) -> str:
-        """Raises BadRequest where there is none, or there are two."""
+        """The text. Raises BadRequest unless exactly one of `content` and `prompt` is set."""
         if (self.content is None) == (self.prompt is None):
             raise BadRequest("Send the text as content or as prompt.", param="content")
         return self.prompt or "" if self.content is None else self.content
 
 
 class DetokenizeRequest(ModelRequest):
-    # Of a long list that has none of them, the first is enough.
-    tokens: Annotated[list[StrictInt], FailFast()] = Field(description="Token ids of the model.")
+    # Validation stops at the first invalid item: a long list would give as many errors.
+    tokens: Annotated[list[StrictInt], FailFast()] = Field(description="Token ids of the model's vocabulary.")
 
 
 class TemplateRequest(ModelRequest):
-    messages: Messages = Field(min_length=1, description="The chat, as chats have it.")
+    messages: Messages = Field(min_length=1, description="The messages, as in chat completions.")
     tools: Tools | None = Field(None, description="Functions that the model may call.")
 
 
 @router.post("/tokenize")
 async def tokenize(request: Request, body: TokenizeRequest) -> Response:
-    """The token ids of a text."""
+    """Converts a text to token ids."""
     service: Service = request.app.state.service
     async with service.models.use(_meant(request, body)) as model:
         (tokens,) = await tokenised(
@@ -71,7 +73,7 @@ async def tokenize(request: Request, body: TokenizeRequest) -> Response:
 
 @router.post("/detokenize")
 async def detokenize(request: Request, body: DetokenizeRequest) -> Json:
-    """The text that token ids stand for."""
+    """Converts token ids to text."""
     service: Service = request.app.state.service
     async with service.models.use(_meant(request, body)) as model:
 
@@ -84,7 +86,7 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> Json:
 
 @router.post("/apply-template")
 async def apply_template(request: Request, body: TemplateRequest) -> Json:
-    """The prompt that the model's chat template makes of messages."""
+    """Renders messages as a prompt with the model's chat template."""
     service: Service = request.app.state.service
     async with service.models.use(_meant(request, body)) as model:
         messages = [message.plain() for message in body.messages]
@@ -92,7 +94,7 @@ async def apply_template(request: Request, body: TemplateRequest) -> Json:
 
 
 def _meant(request: Request, body: ModelRequest) -> ServedModel:
-    """Raises ModelNotFound, and BadRequest where none is named of several."""
+    """The requested model. Raises ModelNotFound, or BadRequest if none of several is named."""
     service: Service = request.app.state.service
     if body.model is not None:
         return seen(request, service.target(body.model)[0])
@@ -102,7 +104,7 @@ def _meant(request: Request, body: ModelRequest) -> ServedModel:
 
 
 def _shown(model: ServedModel, tokens: list[int]) -> list[Json]:
-    """A piece that is no text by itself is told by its bytes, as llama-server does."""
+    """A piece that is not valid UTF-8 alone is returned as a list of bytes, as in llama-server."""
     return [
         {"id": token, "piece": _text(piece)}
         for token, piece in zip(tokens, pieces(model, tokens), strict=True)
