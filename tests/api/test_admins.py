@@ -234,6 +234,7 @@ def test_how_others_use_what_is_everyones_is_told_to_admins_only(server: Running
     for cache in (bob.listed()["common"], bob.call("GET", "/v1/cache/toy/common").json()):
         for field in ("hits", "last_used", "tokens_saved", "seconds_saved"):
             assert cache[field] is None
+        assert cache["unverified"] is False
     assert bob.create("mine").status_code == 200
     assert bob.listed()["mine"]["hits"] == 0
     assert bob.call("DELETE", "/v1/cache/toy/mine").status_code == 200
