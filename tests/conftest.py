@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+
 from servers import RunningServer, running_server
 
 # Measuring takes seconds: servers do without, but for the tests about it (tests/engine/test_tuning.py).

@@ -13,7 +13,6 @@ from typing import Any
 import httpx
 import pytest
 from fastapi.routing import APIRoute
-from servers import Json, RunningServer, eventually, running_server
 
 import headstart
 from headstart.api.anthropic import routes as messages
@@ -26,6 +25,7 @@ from headstart.api.responses import routes as responses
 from headstart.api.tokens import embeddings
 from headstart.api.tokens import tokenize as tokens
 from headstart.config.settings import Settings, load_settings
+from servers import Json, RunningServer, eventually, running_server
 
 COMMON = "You keep the lighthouse. " * 20
 OWN = "You bring ships into the harbour. " * 20

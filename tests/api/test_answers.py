@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from driver import GREEDY, OTHER, PROMPT, Driver, small_model
 
+from driver import GREEDY, OTHER, PROMPT, Driver, small_model
 from headstart.config.settings import embedded_model
 from headstart.engine.model import Model
 from headstart.protocol import Cancel, Failed, Sampling, Token

@@ -14,10 +14,10 @@ from urllib.parse import quote, urlsplit
 
 import httpx
 import pytest
-from servers import Json, RunningServer, events, eventually, running_server, said
 
 from conftest import StartServer
 from headstart.api.middleware import Faults, RequestIds
+from servers import Json, RunningServer, events, eventually, running_server, said
 
 CHAT, TEXT, CACHE = "/v1/chat/completions", "/v1/completions", "/v1/cache/toy"
 USER = {"role": "user", "content": "Why?"}

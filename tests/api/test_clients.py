@@ -14,6 +14,7 @@ import pytest
 from anthropic import Anthropic
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel, Field
+
 from servers import RunningServer
 
 # litellm would fetch prices when it is imported.

@@ -20,7 +20,6 @@ from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.embedding_create_params import EmbeddingCreateParams
 from openai.types.responses.response_create_params import ResponseCreateParamsBase
 from pydantic import BaseModel
-from servers import Json, RunningServer
 
 import headstart
 from headstart.api.anthropic.request import MessagesRequest
@@ -28,6 +27,7 @@ from headstart.api.completions.request import ChatRequest, CompletionRequest
 from headstart.api.fields.generation import HARMLESS, ChatMessage
 from headstart.api.responses.request import REFUSED, ResponseRequest
 from headstart.api.tokens.embeddings import EmbeddingRequest
+from servers import Json, RunningServer
 
 DOCUMENT = (Path(headstart.__file__).parents[2] / "docs" / "compatibility.md").read_text()
 USER = {"role": "user", "content": "How far does the light reach?"}

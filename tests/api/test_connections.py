@@ -11,10 +11,10 @@ from select import select
 
 import psutil
 import pytest
-from raw_http import answer, ask, connect, head, post, received
-from servers import RunningServer, eventually, running_server
 
 from conftest import StartServer
+from raw_http import answer, ask, connect, head, post, received
+from servers import RunningServer, eventually, running_server
 
 CHAT = "/v1/chat/completions"
 GOOD = json.dumps({"model": "toy", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}).encode()

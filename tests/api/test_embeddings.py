@@ -15,17 +15,17 @@ from time import monotonic
 import httpx
 import numpy as np
 import pytest
-from embedding_requests import embed, tokens, vectors
 from openai import OpenAI
-from servers import Json, RunningServer, events, eventually, running_server
 
 from conftest import StartServer
+from embedding_requests import embed, tokens, vectors
 from headstart.engine.core.chunking import Chunking
 from headstart.engine.core.embeddings import Embeddings
 from headstart.engine.model import ModelError, TooLarge
 from headstart.engine.toy import ToyEmbedder, ToyModel
 from headstart.protocol import Embed, Embedded, EngineSettings, Failed, RequestEvent, Vector
 from headstart.toyspec import N_VOCAB
+from servers import Json, RunningServer, events, eventually, running_server
 
 SIZE = 16
 TEXTS = ["The tide comes in at night.", "x", "Ropes are counted on Mondays. " * 30, "Æsop — 漁港 🐟"]

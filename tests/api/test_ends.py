@@ -9,10 +9,10 @@ from typing import Any
 
 import httpx
 import pytest
-from raw_http import answer, connect, head, post, received
-from servers import Json, RunningServer
 
 from conftest import StartServer
+from raw_http import answer, connect, head, post, received
+from servers import Json, RunningServer
 
 SLOW = "toy=toy:eos=0,ms_per_token=5"
 USER = {"role": "user", "content": "Tell me all about ships."}

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from guide_requests import CREATES, CURLS, USES, addressed, cache_of, curl
-from servers import RunningServer, running_server
 
 from conftest import StartServer
+from guide_requests import CREATES, CURLS, USES, addressed, cache_of, curl
+from servers import RunningServer, running_server
 
 Json = dict[str, Any]
 

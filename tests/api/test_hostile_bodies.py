@@ -9,9 +9,6 @@ from typing import Any
 
 import pytest
 from fastapi.routing import APIRoute
-from raw_http import answer, connect, head, post, received
-from servers import Json, RunningServer, running_server
-from sweeps import swept
 
 from headstart.api.anthropic import routes as messages
 from headstart.api.caches import files as cache_files
@@ -25,6 +22,9 @@ from headstart.api.tokens import tokenize as tokens
 from headstart.json_scan import JsonScan
 from headstart.limits import MAX_DEPTH
 from headstart.prompt.tool_calls.scanner import ObjectReader
+from raw_http import answer, connect, head, post, received
+from servers import Json, RunningServer, running_server
+from sweeps import swept
 
 CHAT = "/v1/chat/completions"
 PARTS = (cache_files, caches, completions, embeddings, messages, models, responses, tokens, verify)

@@ -8,15 +8,15 @@ from typing import Any
 
 import httpx
 import pytest
-from driver import Driver
-from forkserver import headstart
 from openai import AuthenticationError, OpenAI
-from servers import Json, RunningServer, eventually, running_server, said
 
 from conftest import StartServer
+from driver import Driver
+from forkserver import headstart
 from headstart.config.settings import load_settings
 from headstart.engine.toy import ToyModel
 from headstart.protocol import EngineSettings
+from servers import Json, RunningServer, eventually, running_server, said
 
 KEEPER = "You keep the lighthouse. " * 20
 PILOT = "You bring ships into the harbour. " * 20

@@ -10,9 +10,9 @@ from typing import Any
 import anthropic
 import pytest
 from anthropic import Anthropic, AsyncAnthropic
-from servers import Json, RunningServer, running_server, said
 
 from conftest import StartServer
+from servers import Json, RunningServer, running_server, said
 
 SYSTEM = "You keep the lighthouse and answer in one short sentence. "
 QUESTION: Any = [{"role": "user", "content": "How far does the light reach?"}]

@@ -8,9 +8,9 @@ from typing import Any
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
-from servers import RunningServer
 
 from conftest import StartServer
+from servers import RunningServer
 
 SYSTEM = "You are the keeper of a lighthouse and answer in one short sentence. "
 CACHED = "lighthouse"

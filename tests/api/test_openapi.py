@@ -13,10 +13,10 @@ from typing import Any
 import httpx
 import pytest
 from jsonschema import Draft202012Validator
-from servers import Json, RunningServer, events
 
 from headstart.api.openapi.answers import ANSWERS
 from headstart.api.openapi.examples import EXAMPLES
+from servers import Json, RunningServer, events
 
 HOOKS = Path(__file__).parent / "schemathesis" / "hooks.py"
 # Left out: our fields are lenient with types, as their clients are used to; not all that is refused can be

@@ -10,7 +10,6 @@ from typing import Any
 import openai
 import pytest
 from openai import OpenAI
-from servers import Json, RunningServer, events, running_server, said
 
 from conftest import StartServer
 from headstart.errors import BadRequest
@@ -24,6 +23,7 @@ from headstart.protocol import Token
 from headstart.service.generation.answering import Answering
 from headstart.service.interface.answer import Choice
 from headstart.toyspec import BOS, END, EOS
+from servers import Json, RunningServer, events, running_server, said
 
 SYSTEM = "You are the keeper of a lighthouse and answer in one short sentence. "
 USER: Any = {"role": "user", "content": "How far does the light reach?"}

@@ -14,7 +14,6 @@ from openai import AsyncOpenAI, OpenAI, omit
 from openai._models import construct_type_unchecked
 from openai.lib.streaming.responses._responses import ResponseStreamState
 from openai.types.responses import ResponseStreamEvent
-from servers import Json, RunningServer, eventually, running_server, said
 
 from conftest import StartServer
 from headstart.api.responses.response import Writer
@@ -23,6 +22,7 @@ from headstart.protocol import Stats
 from headstart.service.generation.generate import Result
 from headstart.service.interface.answer import Choice, Delta, Ended
 from headstart.service.origins.responses import spoken
+from servers import Json, RunningServer, eventually, running_server, said
 
 PATH = "/v1/responses"
 KEEPER = "You keep the lighthouse and tell what you see in one line. " * 9

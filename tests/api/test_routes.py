@@ -8,8 +8,9 @@ from typing import Any
 
 import httpx
 import pytest
-from forkserver import headstart
 from openai import OpenAI
+
+from forkserver import headstart
 from servers import RunningServer, running_server, said
 
 KEEPER = "You keep the lighthouse. " * 20

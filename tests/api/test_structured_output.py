@@ -13,10 +13,10 @@ import jsonschema
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from servers import Json, RunningServer, events, eventually, said
 
 from headstart.errors import BadRequest
 from headstart.service.generation.grammars import written_grammar
+from servers import Json, RunningServer, events, eventually, said
 
 PERSON: Json = {
     "type": "object",

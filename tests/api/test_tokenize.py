@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from servers import Json, RunningServer
 
 from conftest import StartServer
 from headstart.toyspec import N_VOCAB
+from servers import Json, RunningServer
 
 TEXT = "The thing, by definition: Æsop — 漁港 🐟\n\n  indented"
 

@@ -10,7 +10,6 @@ from typing import Any
 import jsonschema
 import pytest
 from openai import OpenAI
-from servers import Json, RunningServer, events, running_server
 
 from conftest import StartServer
 from headstart.config.settings import embedded_model
@@ -22,6 +21,7 @@ from headstart.prompt.toy_tokenizer import ToyTokenizer
 from headstart.prompt.vocabulary import Vocabulary
 from headstart.service.generation.tool_calls import reading
 from headstart.service.interface.options import Calling
+from servers import Json, RunningServer, events, running_server
 
 QUESTION = {"role": "user", "content": "What is out there?"}
 SYSTEM = {"role": "system", "content": "You keep the lighthouse and answer in one line. " * 4}

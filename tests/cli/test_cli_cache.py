@@ -13,13 +13,13 @@ from typing import Any
 import httpx
 import pytest
 from rich.console import Console
-from servers import RunningServer
 from typer.testing import CliRunner, Result
 
 from conftest import StartServer
 from headstart.cli.cache import age, follow
 from headstart.cli.client import Client, RequestFailed
 from headstart.cli.main import app
+from servers import RunningServer
 
 PROMPT = "You are a careful assistant. You answer in one short sentence and never guess."
 NOBODY = "http://127.0.0.1:1"

@@ -13,11 +13,11 @@ from typing import Any
 
 import gguf
 import pytest
-import tiny_models
-from servers import Json, RunningServer, running_server, said
 
+import tiny_models
 from conftest import StartServer
 from headstart.prompt.tokenizer import load_tokenizer
+from servers import Json, RunningServer, running_server, said
 
 pytestmark = pytest.mark.real_model
 

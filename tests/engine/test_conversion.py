@@ -11,7 +11,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from servers import said
 
 from conftest import StartServer
 from headstart.caches.store import Store
@@ -25,6 +24,7 @@ from headstart.names import NAME
 from headstart.numerics import Numerics
 from headstart.prompt.tokenizer import load_tokenizer
 from headstart.protocol import EngineSettings, Sampling
+from servers import said
 
 SHA = "0123456789abcdef" * 4
 SYSTEM = "You are the clerk of a small harbour. Ships that come in at night show a blue lantern. " * 20

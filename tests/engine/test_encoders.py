@@ -12,6 +12,7 @@ from typing import Any
 import llama_cpp as lib
 import numpy as np
 import pytest
+
 import tiny_encoder
 import tiny_models
 from embedding_requests import embed, tokens, vectors

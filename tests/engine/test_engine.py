@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from driver import CHUNK, OTHER, PROMPT, Driver, small_model
 
+from driver import CHUNK, OTHER, PROMPT, Driver, small_model
 from headstart.caches.cache_file.format import identity_of
 from headstart.config.settings import embedded_model
 from headstart.engine.model import Model

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from trials import Cost, FakeTrials
 
 from headstart.engine.model import ModelError
 from headstart.engine.trials import TrialShape
@@ -16,6 +15,7 @@ from headstart.engine.tuning.measure import MARGIN, break_even, measure, thread_
 from headstart.engine.tuning.resolve import settled
 from headstart.numerics import DEFAULT, Numerics
 from headstart.protocol import EngineSettings
+from trials import Cost, FakeTrials
 
 PASS_MS, TOKEN_MS, ATTEND_MS = 6.0, 4.0, 0.002
 MODEL = EngineSettings("m", 0, 0)

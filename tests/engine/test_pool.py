@@ -7,8 +7,8 @@ import random
 from pathlib import Path
 
 import pytest
-from driver import CHUNK, OTHER, PROMPT, Driver, small_model
 
+from driver import CHUNK, OTHER, PROMPT, Driver, small_model
 from headstart.config.settings import embedded_model
 from headstart.engine.core.chunking import Chunking
 from headstart.engine.model import Model

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from rkllm_standin import RELEASES, standin, standin_model
 
 from headstart.engine.model import ModelError
 from headstart.engine.rkllm import detect as detection
@@ -17,6 +16,7 @@ from headstart.engine.rkllm.detect import by_probe, by_symbols, detect
 from headstart.engine.rkllm.layouts import LAYOUTS
 from headstart.engine.rkllm.library import opened
 from headstart.engine.rkllm.offsets import BY_ABI, check, differences, layout_differences
+from rkllm_standin import RELEASES, standin, standin_model
 
 # From the table of sizes by release, written once more here: ExtendParam, Param, Input, InferParam, Result.
 SIZES = {

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rkllm_models import tokenizer_files
-from rkllm_standin import RELEASES, standin, standin_model
 from typer.testing import CliRunner, Result
 
 from headstart.cli.main import app
@@ -17,6 +15,8 @@ from headstart.doctor import board as boards
 from headstart.doctor.board import examine_board, has_npu
 from headstart.engine.rkllm.first_checks import STEPS
 from headstart.protocol import RkllmSettings
+from rkllm_models import tokenizer_files
+from rkllm_standin import RELEASES, standin, standin_model
 
 ORANGE_PI = {
     "proc/device-tree/model": "Orange Pi 5\0",

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from rkllm_driver import NpuDriver
-from rkllm_standin import RELEASES
 
 from headstart.caches.cache_file.format import identity_of
 from headstart.engine.model import ModelError
 from headstart.protocol import Cancel, Finished, Sampling, SaveTo, StateRef
+from rkllm_driver import NpuDriver
+from rkllm_standin import RELEASES
 
 OPENING = "<|im_start|>system\nYou are the one who defines things.<|im_end|>\n<|im_start|>"
 OTHER_OPENING = "<|im_start|>system\nYou answer in rhymes, whatever it is.<|im_end|>\n<|im_start|>"

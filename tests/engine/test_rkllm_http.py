@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from conftest import StartServer
 from guide_requests import CREATES, CURLS, USES, addressed, cache_of, curl
 from rkllm_models import tokenizer_files
 from rkllm_standin import RELEASES, standin, standin_model
 from servers import Json, RunningServer, events, eventually, running_server, said
-
-from conftest import StartServer
 
 MODEL = "qwen3-0.6b"
 PYTHON = "You are an expert in Python, and you answer in one line. " * 4

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from rkllm_standin import RELEASES, standin, standin_model, standin_tokens
 
 from headstart.engine.model import ModelError
 from headstart.engine.rkllm import options as checks
@@ -22,6 +21,7 @@ from headstart.engine.rkllm.options import RuntimeOptions, checked
 from headstart.engine.rkllm.run import Run
 from headstart.engine.rkllm.runtime import Runtime, RuntimeLost
 from headstart.protocol import Sampling
+from rkllm_standin import RELEASES, standin, standin_model, standin_tokens
 
 GREEDY = Sampling(temperature=0)
 SYSTEM = "<|im_start|>system\nThe thing is to be brief, whatever others are doing.<|im_end|>\n"

@@ -7,8 +7,8 @@ from pathlib import Path
 from threading import Event
 
 import pytest
-from driver import PROMPT, Driver, small_model
 
+from driver import PROMPT, Driver, small_model
 from headstart.caches.cache_file.format import identity_of
 from headstart.engine.core import state_file
 from headstart.protocol import Cancel, StateRef

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 import tiny_models
 from driver import OTHER, PROMPT, Driver, small_model
-
 from headstart.protocol import SaveTo, StateRef
 
 pytestmark = pytest.mark.real_model

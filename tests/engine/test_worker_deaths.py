@@ -22,8 +22,6 @@ import msgspec
 import psutil
 import pytest
 import uvloop
-from servers import RunningServer, eventually
-from sweeps import rounds
 
 from conftest import Report, StartServer
 from headstart.api.sse import EventStream, begun
@@ -37,6 +35,8 @@ from headstart.prompt.process import protocol
 from headstart.prompt.process.client import PromptClient, facts_of
 from headstart.protocol import EngineSettings, ModelInfo, Ready, Step, Submit
 from headstart.service.service import Service
+from servers import RunningServer, eventually
+from sweeps import rounds
 
 PROMPT = "You keep the lighthouse. " * 8
 KILLS = 200

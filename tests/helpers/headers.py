@@ -6,9 +6,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from servers import Json
-
 from headstart.caches.cache_file.header import NO_HASH, hashed
+from servers import Json
 
 Change = Callable[[Json], object]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+
 from tiny_models import ARCHITECTURES, HIDDEN, Random, llama_layer, ones
 
 Metadata = dict[str, Any]

@@ -7,10 +7,8 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from blake3 import blake3
-from driver import GREEDY
-from rkllm_models import tokenizer_files
-from rkllm_standin import standin, standin_model
 
+from driver import GREEDY
 from headstart.caches.cache_file.format import identity_of
 from headstart.engine.rkllm.build import opened
 from headstart.engine.rkllm.engine import RkllmEngine
@@ -26,6 +24,8 @@ from headstart.protocol import (
     Submit,
     Token,
 )
+from rkllm_models import tokenizer_files
+from rkllm_standin import standin, standin_model
 
 SECONDS = 20.0
 

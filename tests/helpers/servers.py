@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 import psutil
+
 from forkserver import started
 
 Json = dict[str, Any]

@@ -19,7 +19,6 @@ from itertools import islice
 from pathlib import Path
 
 from blake3 import blake3
-from ledger import NAMES, Ledger
 
 from headstart.caches.cache_file import format
 from headstart.caches.cache_file.writer import Writer
@@ -27,6 +26,7 @@ from headstart.caches.entry import Entry, Fingerprint
 from headstart.caches.store import Store
 from headstart.engine.core import state_file
 from headstart.protocol import SaveTo
+from ledger import NAMES, Ledger
 
 NAMESPACE = "toy"
 # A kill comes after so many reports at most, and so long after the last of them.

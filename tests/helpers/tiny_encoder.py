@@ -6,6 +6,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+
 from tiny_models import Random, Tensors, ones
 
 CTX, HIDDEN, FFN, HEADS, LAYERS = 512, 64, 128, 4, 2

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 
 import pytest
+
 from servers import Json, RunningServer, running_server
 
 OPENED = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-from rkllm_models import tokenizer_files, toy_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from headstart.errors import StartupError
@@ -16,6 +15,7 @@ from headstart.prompt.template import ChatTemplate
 from headstart.prompt.tokenizer import load_tokenizer
 from headstart.prompt.toy_tokenizer import ToyTokenizer
 from headstart.toyspec import BOS, END, START
+from rkllm_models import tokenizer_files, toy_tokenizer
 
 TEXTS = [
     "",

@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-import hostile_models
 import httpx
 import psutil
 import pytest
+
+import hostile_models
+from conftest import StartServer
 from servers import RunningServer, eventually, running_server, said
 from sweeps import swept
-
-from conftest import StartServer
 
 PROMPTS = "headstart.prompt.process.worker"
 # What a prompt process may take beside Python, and Python.

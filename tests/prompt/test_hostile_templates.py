@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import RunningServer, running_server
 
 from conftest import StartServer
 from headstart.errors import BadRequest
 from headstart.prompt.template import ChatTemplate
+from servers import RunningServer, running_server
 
 SAID = "{% for m in messages %}{{ m.content }} {% endfor %}"
 BOOM = "{% set n = namespace(x='a') %}{% for i in range(90) %}{% set n.x = n.x + n.x %}{% endfor %}"

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from openai import OpenAI
+
 from servers import Json, RunningServer, events, running_server
 
 # As Qwen 3 does: the prompt opens the reasoning, or closes it where there is to be none; that of earlier

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import Json, RunningServer, events, running_server, said
 
 from conftest import StartServer
+from servers import Json, RunningServer, events, running_server, said
 
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(600)]
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import pytest
 from openai import OpenAI
 from pydantic import BaseModel
+
 from servers import RunningServer, said
 
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(300)]

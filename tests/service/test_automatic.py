@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forkserver import headstart
-from servers import Json, RunningServer, eventually, said
 
 from conftest import StartServer
+from forkserver import headstart
 from headstart.service.origins import automatic as seen
 from headstart.service.origins.automatic import RecentUse
+from servers import Json, RunningServer, eventually, said
 
 KEEPER = "You keep the lighthouse. " * 20
 PILOT = "You bring ships into the harbour. " * 20

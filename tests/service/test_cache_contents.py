@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import Json, RunningServer, running_server, said
 
 from conftest import StartServer
 from headstart.prompt.template import ChatTemplate
+from servers import Json, RunningServer, running_server, said
 
 EXAMPLES = [
     {"role": "system", "content": "You keep the lighthouse and answer in one line. " * 8},

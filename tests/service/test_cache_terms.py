@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from msgspec.structs import replace
-from servers import Json, RunningServer, eventually, said
 
 from conftest import StartServer
 from headstart.caches.cache_file import format
@@ -19,6 +18,7 @@ from headstart.caches.entry import Entry, Fingerprint, Form, Retention
 from headstart.caches.store import Store
 from headstart.errors import CacheNotFound
 from headstart.names import CacheKey
+from servers import Json, RunningServer, eventually, said
 
 PROMPT = "You keep the lighthouse and never sleep. " * 8
 TERMS: Json = {

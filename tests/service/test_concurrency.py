@@ -10,9 +10,9 @@ from typing import Any
 
 import httpx
 import pytest
-from servers import RunningServer, eventually, said
 
 from conftest import Report, StartServer
+from servers import RunningServer, eventually, said
 
 PROMPT = "You keep the lighthouse.\n\n" + "Each evening you light the lamp. " * 12
 CLIENTS = 8

@@ -11,10 +11,10 @@ from typing import Any
 
 import httpx
 import pytest
-from forkserver import headstart
-from servers import Json, RunningServer, eventually, said
 
 from conftest import StartServer
+from forkserver import headstart
+from servers import Json, RunningServer, eventually, said
 
 KEEPER = "You keep the lighthouse. " * 20
 PILOT = "You bring ships into the harbour. " * 20

@@ -9,11 +9,11 @@ from typing import Any
 
 import psutil
 import pytest
-from driver import CHUNK, PROMPT, Driver, small_model
-from servers import Json, RunningServer, eventually, said
 
 from conftest import StartServer
+from driver import CHUNK, PROMPT, Driver, small_model
 from headstart.config.settings import embedded_model
+from servers import Json, RunningServer, eventually, said
 
 COMPANY = "You answer for the harbour company and know all of its rules. " * 9
 STYLE = "You write short sentences and never use a number. " * 9

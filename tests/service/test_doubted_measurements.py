@@ -14,8 +14,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from servers import RunningServer, running_server
-from trials import Calm, Cost, FakeTrials
 from typer.testing import CliRunner
 
 from headstart.caches.entry import Content
@@ -30,6 +28,8 @@ from headstart.numerics import DEFAULT, MOST_TRIES, Numerics, Tuning, preferred
 from headstart.protocol import EngineSettings
 from headstart.service.models.tuning_store import Key, Tunings
 from headstart.service.service import Service
+from servers import RunningServer, running_server
+from trials import Calm, Cost, FakeTrials
 
 MODEL = EngineSettings("m", 0, 0)
 ATTENTION = Numerics(flash_attention=True, weights="file")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from servers import Json, RunningServer, events
 
 from conftest import StartServer
 from headstart.service.generation.explain import longest_match
+from servers import Json, RunningServer, events
 
 PROMPT = "You keep the lighthouse of Fastnet. " + "Each evening you light the lamp. " * 12
 

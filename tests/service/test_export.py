@@ -8,7 +8,6 @@ from typing import Any
 
 import httpx
 import pytest
-from servers import Json, RunningServer, said
 from typer.testing import CliRunner, Result
 
 from conftest import StartServer
@@ -16,6 +15,7 @@ from headstart.caches.cache_file import format
 from headstart.caches.cache_file import header as header_of_file
 from headstart.caches.cache_file.validate import inspect
 from headstart.cli.main import app
+from servers import Json, RunningServer, said
 
 PROMPT = "You keep the lighthouse and never sleep. " * 8
 

@@ -6,11 +6,11 @@ import asyncio
 import random
 
 import pytest
-from sweeps import rounds
 
 from headstart.errors import Overloaded
 from headstart.round_robin import RoundRobin
 from headstart.service.generation.fair_queue import FairQueue
+from sweeps import rounds
 
 
 class Workshop:

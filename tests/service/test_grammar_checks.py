@@ -11,13 +11,13 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from servers import Json, RunningServer, eventually
 
 from conftest import StartServer
 from headstart.errors import BadRequest, Overloaded
 from headstart.service.generation import grammars as module
 from headstart.service.generation.grammar_checker import Checker, TookTooLong
 from headstart.service.generation.grammars import MOST_SECONDS, QUICK_SECONDS, Grammars, lark_grammar
+from servers import Json, RunningServer, eventually
 
 HONEST = {"type": "json_schema", "json_schema": {"schema": {"enum": ["yes", "no"]}}}
 KEYS = '[keys.ann]\nkey = "ann"\n[keys.bob]\nkey = "bob"\n'

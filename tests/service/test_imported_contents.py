@@ -7,10 +7,10 @@ from typing import Any
 
 import httpx
 import pytest
-from headers import with_entry
-from servers import Json, RunningServer, said
 
 from conftest import StartServer
+from headers import with_entry
+from servers import Json, RunningServer, said
 
 PROMPT = "You keep the lighthouse and never sleep. " * 8
 CHAT_ONLY: dict[str, Any] = {"for": ["chat"]}

@@ -16,10 +16,10 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from forkserver import headstart
-from servers import RunningServer, eventually, said
 
 from conftest import StartServer
+from forkserver import headstart
+from servers import RunningServer, eventually, said
 
 PROMPT = "You keep the lighthouse. " * 20
 

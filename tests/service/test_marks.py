@@ -11,12 +11,12 @@ from typing import Any
 import anthropic
 import pytest
 from anthropic import Anthropic
-from servers import Json, RunningServer, eventually, said
 
 from conftest import StartServer
 from headstart.caches.entry import Content
 from headstart.caches.store import Store
 from headstart.service.origins.breakpoints import BreakpointPlan, PlacedBreakpoint
+from servers import Json, RunningServer, eventually, said
 
 MARK: Any = {"type": "ephemeral"}
 HOUR: Any = {"type": "ephemeral", "ttl": "1h"}

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forkserver import headstart
-from servers import RunningServer, events, eventually, said
 
 from conftest import StartServer
+from forkserver import headstart
 from headstart.config.settings import embedded_model
 from headstart.model_files import models_in
+from servers import RunningServer, events, eventually, said
 
 PROMPT = "You keep the lighthouse and " + " and ".join(f"watch ship number {i}" for i in range(40))
 TWO = ("--model", "one=toy:", "--model", "two=toy:weights=other")

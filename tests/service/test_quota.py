@@ -6,11 +6,10 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from driver import small_model
 from msgspec.structs import replace
-from servers import Json, RunningServer, eventually, said
 
 from conftest import StartServer
+from driver import small_model
 from headstart.caches.cache_file.format import Part
 from headstart.caches.cache_file.writer import Writer
 from headstart.caches.entry import Entry, Fingerprint, Form, Origin, StoredForm
@@ -22,6 +21,7 @@ from headstart.engine.model import Piece
 from headstart.errors import CacheNotFound, QuotaExceeded
 from headstart.names import CacheKey
 from headstart.service.caching.quota import Quota
+from servers import Json, RunningServer, eventually, said
 
 DAY = 86400.0
 

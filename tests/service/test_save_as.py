@@ -10,9 +10,9 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from servers import Json, RunningServer, events, eventually, said
 
 from conftest import StartServer
+from servers import Json, RunningServer, events, eventually, said
 
 KEEPER = "You keep the lighthouse and tell what you see in one line. " * 9
 SYSTEM = {"role": "system", "content": KEEPER}

@@ -6,10 +6,10 @@ import json
 from typing import Any
 
 import pytest
-from headers import header_of, with_entry
-from servers import RunningServer, eventually
 
 from conftest import StartServer
+from headers import header_of, with_entry
+from servers import RunningServer, eventually
 
 BODY = {"model": "toy", "input": "Who keeps the lighthouse?", "max_output_tokens": 4}
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import httpx
 import pytest
-from servers import RunningServer, events, said
 
 from conftest import StartServer
+from servers import RunningServer, events, said
 
 PROMPT = "You keep the lighthouse.\n\nEach evening you light the lamp, and " + " and ".join(
     f"watch ship number {i}" for i in range(60)

@@ -9,11 +9,11 @@ import threading
 from pathlib import Path
 
 import pytest
-from servers import Json, RunningServer, said
 from typer.testing import CliRunner, Result
 
 from conftest import StartServer
 from headstart.cli.main import app
+from servers import Json, RunningServer, said
 
 PROMPT = "You keep the lighthouse. " + "Each evening you light the lamp. " * 12
 NOBODY = "http://127.0.0.1:1"

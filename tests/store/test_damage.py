@@ -8,9 +8,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from servers import RunningServer, said
 
 from conftest import Report, StartServer
+from servers import RunningServer, said
 
 PROMPT = "You keep the lighthouse.\n\n" + "Each evening you light the lamp. " * 6
 FLIPS = 300

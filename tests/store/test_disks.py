@@ -16,15 +16,15 @@ from pathlib import Path
 
 import httpx
 import pytest
-from forkserver import headstart
 from msgspec.structs import replace
-from servers import RunningServer, running_server, said
 
 from conftest import StartServer
+from forkserver import headstart
 from headstart.caches.cache_file import format
 from headstart.caches.cache_file.format import Part
 from headstart.caches.cache_file.writer import Writer
 from headstart.caches.store import Store
+from servers import RunningServer, running_server, said
 
 PROMPT = "You keep the lighthouse.\n\n" + "Each evening you light the lamp. " * 12
 LARGE = "And then you climb down the stairs again, one by one. " * 70

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from forkserver import headstart
-from headers import changed, header_of, with_entry
-from servers import Json, RunningServer, said
 
 from conftest import StartServer
+from forkserver import headstart
+from headers import changed, header_of, with_entry
 from headstart.regular_files import NotAFile, opened
+from servers import Json, RunningServer, said
 
 PROMPT = "You keep the lighthouse and never sleep. " * 8
 TERA = 1 << 40

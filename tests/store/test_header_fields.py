@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from headers import changed, header_of, with_header
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from servers import Json, RunningServer, said
-from sweeps import rounds, swept
 
 from conftest import Report, StartServer
+from headers import changed, header_of, with_header
 from headstart.caches.cache_file import format
 from headstart.caches.cache_file.entry_checks import checked
 from headstart.caches.cache_file.format import Corrupt
 from headstart.caches.cache_file.header import NO_HASH
+from servers import Json, RunningServer, said
+from sweeps import rounds, swept
 
 PROMPT = "You keep the lighthouse and never sleep. " * 8
 CALL = {"type": "function", "function": {"name": "look", "arguments": {"far": True}}}

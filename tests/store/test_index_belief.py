@@ -9,9 +9,6 @@ from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
-from servers import Json, RunningServer, said
-from small_caches import put_small
-from sweeps import swept
 
 from conftest import StartServer
 from headstart.caches.cache_file import format
@@ -19,6 +16,9 @@ from headstart.caches.entry import Entry
 from headstart.caches.files import sha256_of
 from headstart.caches.store import Store
 from headstart.errors import CacheConflict, CacheNotFound
+from servers import Json, RunningServer, said
+from small_caches import put_small
+from sweeps import swept
 
 PROMPT = "The lamp costs 100 euros. " + "Each evening you light the lamp. " * 12
 

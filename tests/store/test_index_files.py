@@ -14,8 +14,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from servers import RunningServer, eventually, said
-from small_caches import put_small
 
 from conftest import StartServer
 from headstart.caches.cache_file import format
@@ -24,6 +22,8 @@ from headstart.caches.index.index import Index
 from headstart.caches.index.records import Records
 from headstart.caches.index.usage import USAGE, Usage
 from headstart.caches.store import Store
+from servers import RunningServer, eventually, said
+from small_caches import put_small
 
 PROMPT = "You keep the lighthouse. " + "Each evening you light the lamp. " * 12
 SECRET = "The secret word is xylophone-4711. "

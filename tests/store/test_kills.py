@@ -18,10 +18,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-from ledger import NAMES, Ledger
-from servers import RunningServer, eventually, running_server, said
 
 from conftest import Report
+from ledger import NAMES, Ledger
+from servers import RunningServer, eventually, running_server, said
 
 STORE_ROUNDS = 150
 SERVER_ROUNDS = 26
