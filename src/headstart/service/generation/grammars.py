@@ -2,7 +2,8 @@
 compiles: `Grammars.check` does, for all of them.
 
 White space in JSON: between any two parts at most one space, or a line break and indentation. A model that
-may write more can repeat it forever."""
+may write more can repeat it forever.
+"""
 
 from __future__ import annotations
 

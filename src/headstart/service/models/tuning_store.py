@@ -1,7 +1,8 @@
 """Stored measurements of models on machines: `tuning.json` in the cache directory.
 
 A damaged or unwritable file costs another measurement and never prevents a start. Its content is not trusted:
-impossible values make the file damaged."""
+impossible values make the file damaged.
+"""
 
 from __future__ import annotations
 
