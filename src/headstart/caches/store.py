@@ -42,7 +42,7 @@ class VerifiedState:
 
 class Store:
     """Owns `directory`, by a lock, while open. Used from one thread; slow work runs in others. A namespace is
-    one of its folders (`Entry.namespace`). `clock` gives the seconds since 1970 by which caches expire."""
+    a folder in it. `clock` gives the seconds since 1970 by which caches expire."""
 
     def __init__(self, directory: Path, clock: Callable[[], float] = time) -> None:
         self.directory = directory.absolute()
@@ -206,8 +206,8 @@ class Store:
 
     @contextmanager
     def scratch(self, namespace: str) -> Iterator[Path]:
-        """A new empty file in the namespace's folder. At the end, it and its sidecar files are deleted unless
-        moved into place. Raises StorageError, also for OSError from within."""
+        """A new empty file in the namespace's folder, deleted at the end with its sidecar files unless moved
+        into place. Raises StorageError, also for OSError from within."""
         path = self.directory / namespace / f"{SCRATCH}{uuid.uuid4().hex}"
         with storage_errors(f"the cache directory {self.directory}"):
             path.parent.mkdir(mode=0o700, exist_ok=True)
@@ -219,9 +219,8 @@ class Store:
                 sidecar.keep_only(path)
 
     async def put(self, writer: Writer, entry: Entry, repaired: Entry | None = None) -> Entry:
-        """Publishes the written scratch file as the cache of this name; replaces an older one atomically.
-        With `repaired`, replaces only that cache. Raises CacheConflict if it was replaced, or OSError; then
-        the old one is untouched. Returns the entry as stored."""
+        """Publishes the written scratch file as the cache of this name, atomically; with `repaired`, only in
+        its place. Returns the stored entry. Raises CacheConflict or OSError, with nothing changed."""
         if repaired and not is_same(self._look(repaired.namespace, repaired.name), repaired):
             raise CacheConflict(f"The cache {entry.name!r} is another by now, so it was not repaired.")
         self._tell_of_copy(entry)
@@ -260,9 +259,8 @@ class Store:
         self._remove(namespace, name)
 
     async def amend(self, entry: Entry, changed: Entry, *, with_states: bool = True) -> Entry | None:
-        """Replaces the cache atomically by `changed`, with its states or none, and returns it as stored;
-        None, with nothing changed, if the cache is no longer `entry` or is being built. Raises
-        StorageError."""
+        """Replaces the cache atomically by `changed`, with its states or none; returns it as stored. None,
+        with nothing changed, if it is no longer `entry` or is being built. Raises StorageError."""
         key = entry.key
         with self.scratch(entry.namespace) as scratch:
             write = partial(rewrite, self.path(*key)) if with_states else write_stub
@@ -292,8 +290,7 @@ class Store:
         self._delete_derived(namespace, name)
 
     def _delete_derived(self, namespace: str, name: str) -> None:
-        """Deletes the derived caches with this part: their names depend on its content, so they would never
-        be found again. One that can't be deleted takes space but does no harm."""
+        """Deletes derived caches with this part, which would never be found again, as far as possible."""
         # A key's derived caches may contain public ones.
         namespaces = (entry for entry in self.known() if namespace in (entry.namespace, entry.model))
         for entry in [entry for entry in namespaces if name in entry.parts]:
