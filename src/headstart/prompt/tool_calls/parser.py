@@ -158,7 +158,7 @@ class CallParser:
         return new_id()
 
     def give_back(self) -> list[Part]:
-        """Returns the beginning of a malformed call as text; the text after it is parsed anew."""
+        """Returns the beginning of a malformed call as text; the text after it is parsed as usual."""
         text, self.opening = self.opening, ""
         self.state = self.read_text
         return said(text)
@@ -182,7 +182,7 @@ class CallParser:
         return True if self.ending else None
 
     def _told_apart(self) -> int:
-        """How many characters of `held` are text, whatever follows."""
+        """The number of characters of `held` that are text, whatever follows."""
         overlap = max((_overlap(self.held, marker) for marker in self.markers), default=0)
         size = len(self.held) - overlap
         return len(self.held[:size].rstrip())

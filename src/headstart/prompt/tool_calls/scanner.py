@@ -29,8 +29,8 @@ class BracketEnd:
         self.escaped = False
 
     def find(self, text: str) -> int | None:
-        """How many characters of `text`, which continues the last one, belong to the value; None if all do
-        and the value is incomplete."""
+        """The number of characters of `text`, which continues the last one, that belong to the value; None if
+        all do and the value is incomplete."""
         for at, character in enumerate(text):
             if self._ends(character):
                 return at + 1

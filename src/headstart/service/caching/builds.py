@@ -141,7 +141,7 @@ class PendingDeclared:
         self._promises[key] = Promise()
 
     def settle(self, key: CacheKey, error: HeadstartError | None = None) -> None:
-        """Marks the cache as built, or as failed with this error."""
+        """Records that the cache was built, or that it failed with this error."""
         promise = self._promises[key]
         promise.error = error
         promise.settled.set()

@@ -38,7 +38,7 @@ class Lifecycle:
             try:
                 await self.sweep()
             except StorageError as error:
-                log.warning("expired caches can't be removed: %s", error.message)
+                log.warning("removing expired and surplus caches failed: %s", error.message)
             await asyncio.sleep(SWEEP_SECONDS)
 
     async def sweep(self) -> None:

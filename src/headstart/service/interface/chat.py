@@ -88,7 +88,7 @@ def _length(opening: Content) -> tuple[int, bool, int]:
 
 
 def _repeated(opening: list[dict[str, Any]], messages: list[dict[str, Any]]) -> int:
-    """How many of the first `messages` repeat those of `opening`."""
+    """The number of first `messages` that repeat those of `opening`."""
     if messages[: len(opening)] == opening:
         return len(opening)
     pairs = zip(_system(opening), messages, strict=False)

@@ -1,4 +1,4 @@
-"""Parameters of a generation request besides its prompt."""
+"""Parameters of a generation request, other than its prompt."""
 
 from __future__ import annotations
 
