@@ -219,8 +219,8 @@ class Store:
                 sidecar.keep_only(path)
 
     async def put(self, writer: Writer, entry: Entry, repaired: Entry | None = None) -> Entry:
-        """Publishes the written scratch file as the cache of this name, atomically; with `repaired`, only in
-        its place. Returns the stored entry. Raises CacheConflict or OSError, with nothing changed."""
+        """Publishes the written scratch file as the cache of its name, atomically, or only in place of
+        `repaired`. Returns the stored entry. On CacheConflict or OSError the old one is untouched."""
         if repaired and not is_same(self._look(repaired.namespace, repaired.name), repaired):
             raise CacheConflict(f"The cache {entry.name!r} is another by now, so it was not repaired.")
         self._tell_of_copy(entry)

@@ -110,7 +110,7 @@ class Index:
             raise
 
     def _open(self) -> None:
-        """Opens the database. At the first time, its records are added to those counted since the start."""
+        """Opens the database. The first time, its records are added to those counted since the start."""
         # An earlier release's entries are only of use at a start.
         earlier = self._records.open(migrate=not self._was_told)
         try:
