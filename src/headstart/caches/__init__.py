@@ -1,7 +1,7 @@
-"""Named prompt states on disk: their files, how they were used, and the directory they live in.
+"""Named prompt states on disk: their files, their usage, and the directory that holds them.
 
-Identity: a cache is (model, name); its file is the truth about it, and no copy or index is believed over it.
-Sharing: a file is never changed in place. Creating writes a new one and renames it over the old, so whoever
-has the old one open or mapped reads it to the end. One server owns a directory at a time.
-Trust: states reach native code only after their BLAKE3 hash was checked for the file as it is now.
+Identity: a cache is identified by namespace and name. Its file is authoritative over any copy or index.
+Sharing: a file is never changed in place. Creating writes a new one and renames it over the old one; readers
+that have the old one open or mapped can read it to the end. One server owns a directory at a time.
+Trust: states reach native code only after their BLAKE3 hash was checked for the current file.
 """

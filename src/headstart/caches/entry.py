@@ -1,4 +1,4 @@
-"""What is known about a cache without reading its states."""
+"""Properties of a cache that don't require reading its states."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from headstart.names import NAME, CacheKey, namespace_name
 
 Form = Literal["chat", "completion"]
 FORMS: tuple[Form, ...] = ("chat", "completion")
-# Caches that one may be composed of.
+# How many caches a derived one may combine.
 MAX_PARTS = 8
 Identity = tuple[int, int, int, int]
-# What fields may be where an entry is read from a file or anything else (`entered.py`).
+# Valid values of fields in entries read from a file or another source (`entry_checks.py`).
 CacheName = Annotated[str, Meta(pattern=rf"^{NAME.pattern}\Z")]
 Milliseconds = Annotated[float, Meta(ge=0, le=1e15)]
 Count = Annotated[int, Meta(ge=0, le=1 << 60)]
 Word = Annotated[str, Meta(max_length=1000)]
-# Who asked for a cache: a client by name; the configuration; nobody, its prompt having been seen often; a
-# request that named several caches, of which it is composed; a conversation that was to be kept; or nobody,
-# but it is a response, and others may go on from it.
+# How a cache came to be. client: created by name; declared: in the configuration; automatic: its prompt was
+# frequent or had a breakpoint; derived: a request named several caches together; conversation: a stored chat;
+# response: a stored response, to continue from.
 Origin = Literal["client", "declared", "automatic", "derived", "conversation", "response"]
-# Why a named state was not used. Those about the request itself leave the state as it is; the state is built
-# anew after the others.
+# Why a named state was not used. After reasons in KEEPS_STATE, which concern the request itself, the state is
+# kept; after the others it is rebuilt.
 MissReason = Literal[
     "first_use",
     "evicted",
@@ -45,14 +45,15 @@ KEEPS_STATE: frozenset[MissReason] = frozenset(
     {"too_short", "form_not_built", "prompt_differs", "cache_prompt_false", "not_counted"}
 )
 
-# What a setting is called where its name isn't clear, and what it is where it isn't named.
+# The words for a setting whose name is unclear, and the value of one that is not given.
 WORDS = {"weights": "the format of the weights"}
 UNSET = {"weights": "file"}
 
 
 class Fingerprint(Struct, frozen=True):
-    """What a state depends on. `weights` is the SHA-256 of the model file, `engine` the version that computed
-    it, `settings` those of the engine that change its bytes, `template` a hash of the chat template."""
+    """Everything that a state depends on. `weights` is the SHA-256 of the model file, `engine` the version
+    that computed it, `settings` those engine settings that change its bytes, `template` a hash of the chat
+    template."""
 
     weights: Word
     engine: Word
@@ -60,7 +61,7 @@ class Fingerprint(Struct, frozen=True):
     template: Word
 
     def changed_since(self, other: Fingerprint) -> MissReason | None:
-        """Why a state with the `other` fingerprint can't be used under this one."""
+        """The miss reason of a state with the `other` fingerprint under this one; None if it is usable."""
         if self.weights != other.weights:
             return "model_changed"
         if self.engine != other.engine:
@@ -70,7 +71,7 @@ class Fingerprint(Struct, frozen=True):
         return None if self.template == other.template else "template_changed"
 
     def differences(self, other: Fingerprint) -> str:
-        """In words, what is another than it was with the `other` fingerprint; "" for nothing."""
+        """The differences from the `other` fingerprint in words; "" for none."""
         found = []
         if self.weights != other.weights:
             found.append("the weights are others")
@@ -87,8 +88,8 @@ class Fingerprint(Struct, frozen=True):
 
 
 class StoredForm(Struct, frozen=True):
-    """How many tokens a form has, and where its state lies in the file, in bytes from its start; or, `beside`
-    it, in a file of its own."""
+    """The number of tokens of a form and the place of its state: an offset in bytes in the cache file or,
+    with `beside`, a sidecar file."""
 
     n_tokens: Count
     state_offset: Count
@@ -97,8 +98,8 @@ class StoredForm(Struct, frozen=True):
 
 
 class Content(Struct, frozen=True):
-    """What a cache holds the state of: `prompt`, the system message in chats and the leading text in
-    completions; or, for chats only, `messages` as templates take them and the `tools` offered in them."""
+    """The content of a cache: `prompt`, the system message in chats and the beginning of completions; or, for
+    chats only, `messages` as templates take them and the `tools` offered in them."""
 
     prompt: str = ""
     messages: list[dict[str, Any]] = []
@@ -106,18 +107,18 @@ class Content(Struct, frozen=True):
 
     @property
     def forms(self) -> tuple[Form, ...]:
-        """Those that there can be."""
+        """The possible forms."""
         return FORMS if self.prompt else ("chat",)
 
     @property
     def opening(self) -> list[dict[str, Any]]:
-        """The messages that chats with this cache begin with."""
+        """The messages with which chats of this cache begin."""
         return [{"role": "system", "content": self.prompt}] if self.prompt else self.messages
 
 
 class Retention(Struct, frozen=True):
-    """How a cache is kept. It ends `ttl_seconds` after it was last written, unless that is None; a `pinned`
-    one is never evicted. `description` and `metadata` are the user's own."""
+    """How long and with which labels a cache is kept. It expires `ttl_seconds` after it was last written,
+    unless that is None; a `pinned` one is never evicted. `description` and `metadata` are the user's own."""
 
     ttl_seconds: float | None = None
     pinned: bool = False
@@ -129,10 +130,10 @@ DEFAULT_RETENTION = Retention()
 
 
 class Entry(Struct, frozen=True):
-    """A cache. Times are seconds since 1970; `identity` is that of the file which was read or written.
-    `evicted`: the forms whose states were given up for others; they are computed again when asked for.
-    `parts`: the caches a derived one is composed of. `owner`: the API key it belongs to, "" for all.
-    `prefill_ms`: what computing each form took, whenever that was; `build_ms` is of the last build alone."""
+    """A cache. Times are seconds since 1970; `identity` is that of the file that was read or written.
+    `evicted`: the forms whose states were evicted; they are rebuilt at their next use. `parts`: the caches
+    that a derived one combines. `owner`: the API key it belongs to, "" for a public cache. `prefill_ms`: the
+    time to compute each form, in whichever build; `build_ms` is of the last build alone."""
 
     model: Word
     name: Word
@@ -168,41 +169,41 @@ class Entry(Struct, frozen=True):
 
     @property
     def size_bytes(self) -> int:
-        """What its files take."""
+        """Bytes of its files."""
         return self.identity[2] + sum(self.forms[form].state_bytes for form in self.beside)
 
     @property
     def beside(self) -> list[Form]:
-        """The forms whose states lie in files of their own."""
+        """The forms with a sidecar file."""
         return [form for form, stored in self.forms.items() if stored.beside]
 
     def without_states(self) -> Entry:
-        """It as one whose states were given up."""
+        """The entry after the eviction of its states."""
         evicted = [form for form in FORMS if form in self.forms or form in self.evicted]
         return replace(self, forms={}, evicted=evicted)
 
     @property
     def expires(self) -> float | None:
-        """When it ends unless it is used, in seconds since 1970; None: never."""
+        """When it expires unless it is used, in seconds since 1970; None: never."""
         ttl = self.terms.ttl_seconds
         return None if ttl is None else self.updated + ttl
 
     @property
     def cost_ms(self) -> float:
-        """What computing its states takes."""
+        """Milliseconds to compute its states."""
         return sum(self.prefill_ms.values()) or self.build_ms
 
     @property
     def ms_per_token(self) -> float:
-        """What computing a token of its states took."""
+        """Milliseconds to compute one token of its states."""
         return self.cost_ms / max(sum(form.n_tokens for form in self.forms.values()), 1)
 
     @property
     def tensor_bytes(self) -> int:
-        """What of the file is states and their token ids."""
+        """Bytes of its states and their token ids."""
         return sum(form.state_bytes + 4 * form.n_tokens for form in self.forms.values())
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of the longest form."""
+        """Number of tokens of the longest form."""
         return max((form.n_tokens for form in self.forms.values()), default=0)

@@ -1,4 +1,4 @@
-"""Which caches give up their states first when there is no room."""
+"""The order in which caches are evicted."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ HALF_LIFE_SECONDS = 86400.0
 
 
 def worth(entry: Entry, usage: Usage, now: float) -> float:
-    """What keeping the cache's states is worth for each byte they take.
+    """The worth of keeping the cache's states, per byte.
 
-        seconds their computing takes / bytes * (1 + hits) / 2 ** (days since the last use)
+        seconds of computation / bytes * (1 + hits) / 2 ** (days since the last use)
 
-    Room is what is scarce, so value counts by the byte: of two caches that save the same, the larger goes,
-    and of two of a size the one that is quicker to compute. Each hit speaks for one more to come, but less so
-    the longer ago the last one was: a cache that was used a hundred times is worth what a new one is after a
-    week without. One just made counts as just used. A clock that was set back makes nothing older."""
+    Space is scarce, so value counts per byte: of two caches that save the same time, the larger is evicted
+    first; of two of one size, the one that is quicker to compute. Each hit makes another one likelier, but
+    less so the longer ago the last one was: after a week without use, a cache with a hundred hits is worth
+    about as much as a new one. A new cache counts as just used. Setting the clock back makes no cache
+    older."""
     last = max(usage.last_used or 0.0, entry.updated)
     days = max(now - last, 0.0) / HALF_LIFE_SECONDS
     fading = math.pow(0.5, min(days, 1000.0))
@@ -27,15 +28,17 @@ def worth(entry: Entry, usage: Usage, now: float) -> float:
 
 
 def rank(entry: Entry, usage: Usage, now: float) -> tuple[bool, float]:
-    """What orders caches, the first to go first: responses, which nobody named, then by worth."""
+    """Sort key of caches, first to evict first: stored responses, which have no name from a user, then by
+    worth."""
     return entry.origin != "response", worth(entry, usage, now)
 
 
 def keeps_text(entry: Entry) -> bool:
-    """Whether somebody named the cache, so that its text must stay when its states are given up."""
+    """Whether a user named the cache or stored it, so that its content must stay when its states are
+    evicted."""
     return entry.origin not in ("automatic", "derived")
 
 
 def evictable(entries: Iterable[Entry]) -> list[Entry]:
-    """Those that may go, and would leave room."""
+    """The caches that may be evicted and whose eviction frees bytes."""
     return [entry for entry in entries if not entry.terms.pinned and (entry.forms or not keeps_text(entry))]

@@ -1,4 +1,4 @@
-"""What the store asks of files, whatever is in them."""
+"""File operations of the store, independent of content."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from headstart.regular_files import check_written, opened
 
 log = logging.getLogger(__name__)
 
-# The disk, the user's quota, or the size that the system lets a file have (ulimit -f).
+# No space: on the disk, in the user's quota, or under the file size limit (ulimit -f).
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def identity_at(path: Path) -> Identity | None:
-    """None where there is no file that can be looked at."""
+    """The file's identity; None if it can't be read."""
     try:
         return identity_of(path.lstat())
     except OSError:
@@ -31,14 +31,14 @@ def identity_at(path: Path) -> Identity | None:
 
 
 def sha256_of(path: Path) -> str:
-    """Raises OSError, also for a large file that is mostly holes."""
+    """The SHA-256 of a file. Raises OSError, also for a large file that is mostly holes."""
     with opened(path, follow=True) as file:
         check_written(file)
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync_directory(path: Path) -> None:
-    """Returns when what was renamed or removed there is on the disk. Raises OSError."""
+    """Returns when renames and removals in the directory are on the disk. Raises OSError."""
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
@@ -47,14 +47,14 @@ def sync_directory(path: Path) -> None:
 
 
 def take_lock(directory: Path) -> int:
-    """A handle that keeps other servers away from the directory till it is closed. Raises StartupError if
-    there is one, or OSError."""
+    """Locks the directory against other servers; returns the handle that holds the lock until it is closed.
+    Raises StartupError if another server holds it, or OSError."""
     try:
         lock = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     except OSError as error:
         if error.errno != errno.EROFS:
             raise
-        # A disk that is mounted read-only: its caches can be used, and nobody writes.
+        # The disk is mounted read-only: its caches can be used, and no process writes.
         log.warning("%s can't be written: no cache can be created or deleted", directory)
         lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:

@@ -1,7 +1,7 @@
-"""Which caches there are: what the header of each one's file says.
+"""The known caches, as read from the headers of their files.
 
-A file's header, which is hashed, is the truth about its cache. Only where it can't be read is the copy of it
-(`copies.py`) taken, which is said, and only until the file can be read again.
+A file's header, which is hashed, is authoritative about its cache. If it can't be read, its copy
+(`header_copies.py`) is used, with a warning, until the file can be read again.
 """
 
 from __future__ import annotations
@@ -22,11 +22,9 @@ from headstart.names import NAME, NAMESPACE, CacheKey
 
 log = logging.getLogger(__name__)
 
-# Shelf and name.
-
 
 class Catalog:
-    """Of the cache directory `directory`."""
+    """The caches in the cache directory `directory`."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -40,7 +38,7 @@ class Catalog:
         return self.directory / namespace / (name + CACHE_SUFFIX)
 
     def on_disk(self) -> Iterator[CacheKey]:
-        """Where there is a file that may be a cache's."""
+        """Keys of the files that may be caches."""
         for path in self.directory.glob(f"*/*{CACHE_SUFFIX}"):
             key = CacheKey(path.parent.name, path.name.removesuffix(CACHE_SUFFIX))
             if NAMESPACE.fullmatch(key.namespace) and NAME.fullmatch(key.name):
@@ -50,21 +48,20 @@ class Catalog:
         return set(self._entries)
 
     def get(self, key: CacheKey) -> Entry | None:
-        """As it was last seen."""
+        """The entry as last read."""
         return self._entries.get(key)
 
     def all(self) -> Iterable[Entry]:
-        """As they were last seen."""
+        """All entries as last read."""
         return self._entries.values()
 
     def is_from_copy(self, key: CacheKey) -> bool:
-        """Whether the file's header could not be read, so that all that is known is from the copy of it."""
+        """Whether the file's header could not be read, so that the entry comes from its copy."""
         return key in self._from_copies
 
     def look(self, key: CacheKey) -> Entry | None:
-        """The entry as the disk has it now, None without one. A damaged file keeps the entry that its header
-        has, or had when it was last read, so that its state can be computed again; verification will refuse
-        it."""
+        """Reads the entry from the disk; None if there is no file. A damaged file keeps the entry of its
+        header, or the one last read, so that its state can be rebuilt; verification will refuse it."""
         path, known = self.path(*key), self._entries.get(key)
         try:
             identity = identity_of(path.lstat())
@@ -72,7 +69,7 @@ class Catalog:
             self.forget(key)
             return None
         except OSError as error:
-            log.warning("%s can't be looked at: %s", path, error)
+            log.warning("%s can't be read: %s", path, error)
             return known
         if known and known.identity == identity and key not in self._from_copies:
             return known
@@ -93,13 +90,13 @@ class Catalog:
     def _recall(self, key: CacheKey, identity: Identity) -> Entry | None:
         if not (entry := self.copies.read(*key)):
             return None
-        log.warning("%s: its text is from the copy of its header, unverified", self.path(*key))
+        log.warning("%s: using unverified text from the copy of its header", self.path(*key))
         self._from_copies.add(key)
         self._entries[key] = entry = replace(entry, identity=identity)
         return entry
 
     def remember(self, entry: Entry) -> None:
-        """Of an entry that was read from its file, or written to it."""
+        """Stores an entry that was read from its file or written to it."""
         key = entry.key
         self._from_copies.discard(key)
         self._entries[key] = entry
@@ -111,21 +108,21 @@ class Catalog:
             self.copies.delete(*key)
 
     def take_over(self, earlier: Iterable[Entry]) -> None:
-        """Makes copies of what an earlier release's index says of caches whose files can't be read."""
+        """Creates header copies from an earlier release's index for caches whose files can't be read."""
         for entry in earlier:
             key = entry.key
             named = NAMESPACE.fullmatch(entry.namespace) and NAME.fullmatch(entry.name)
             if named and key not in self._entries and identity_at(self.path(*key)):
-                log.warning("%s: its text is unverified, from an earlier release's index", self.path(*key))
+                log.warning("%s: using unverified text from an earlier release's index", self.path(*key))
                 self.copies.put(entry)
                 self.look(key)
 
 
 def is_same(entry: Entry | None, other: Entry) -> bool:
-    """Whether they are the same cache, however its file was damaged in between."""
+    """Whether they are the same cache, even if its file was damaged in between."""
     return entry is not None and _lasting(entry) == _lasting(other)
 
 
 def _lasting(entry: Entry) -> Entry:
-    """All that damage leaves as it is."""
+    """The entry without the fields that damage can change."""
     return replace(entry, identity=(0, 0, 0, 0), forms={}, evicted=[])

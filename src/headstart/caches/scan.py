@@ -1,4 +1,4 @@
-"""Files among the caches that hold none: damaged beyond reading, or named after another cache."""
+"""Orphan files: those that are damaged beyond reading, or named after another cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ASIDE = ".damaged"
 
 @dataclass(frozen=True)
 class OrphanFile:
-    """`why` it holds no cache. `damaged`: nothing can be read from it, its prompt neither."""
+    """`why` it holds no cache. `damaged`: nothing can be read from it, not even its content."""
 
     path: Path
     why: str
@@ -40,8 +40,8 @@ class OrphanFile:
 
 
 def contents(directory: Path, *, whole: bool = False) -> Iterator[tuple[Path, Entry | OrphanFile]]:
-    """Each file with the cache it holds, or why it holds none, by its header alone: the states of a cache may
-    be damaged, or, unless only `whole` files count, cut off."""
+    """Each file with its cache, or with the reason why it holds none. Only headers are read: states may be
+    damaged or, unless only `whole` files count, truncated."""
     for path in sorted(directory.glob(f"*/*{CACHE_SUFFIX}")):
         try:
             entry = format.read(path, whole=whole)
@@ -60,7 +60,7 @@ def contents(directory: Path, *, whole: bool = False) -> Iterator[tuple[Path, En
 
 
 def _misplaced(path: Path, entry: Entry) -> str | None:
-    """Why what the file holds is no cache where it lies."""
+    """Why the file's content is no cache at this path; None if it is one."""
     namespace, name = path.parent.name, path.name.removesuffix(CACHE_SUFFIX)
     if entry.key != (namespace, name):
         return f"holds the cache {shown(entry.name)} of {shown(entry.model)}, so it is ignored"
@@ -72,21 +72,22 @@ def orphan_files(directory: Path) -> list[OrphanFile]:
 
 
 def set_aside(path: Path) -> Path:
-    """Renames the file so that it is taken for no cache; its new path, which was free. Raises OSError."""
+    """Renames the file so that it no longer counts as a cache; returns the new path, which was free. Raises
+    OSError."""
     number = 0
     while lexists(aside := path.with_name(path.name + ASIDE + (f"-{number}" if number else ""))):
         number += 1
     path.rename(aside)
     if path.name.endswith(CACHE_SUFFIX):
-        # Whatever lies beside it belongs to nothing any more.
+        # Its sidecar files belong to no cache any more.
         sidecar.keep_only(path)
     return aside
 
 
 @dataclass(frozen=True)
 class Scan:
-    """Caches by model, and what is wrong with the files that hold none. Only headers are read: states that
-    were changed in place are found when they are used."""
+    """Caches by model, and the faults of orphan files. Only headers are read: a state changed in place is
+    detected when it is used."""
 
     entries: dict[str, list[Entry]] = field(default_factory=dict)
     damaged: list[str] = field(default_factory=list)

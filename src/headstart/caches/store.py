@@ -32,9 +32,8 @@ SCRATCH = ".tmp-"
 
 
 class Store:
-    """Owns `directory`, by a lock, as long as it is open. Use it from one thread; it hands slow work to
-    others itself. A shelf is a folder of it: a model's caches, or those of one API key (`Entry.shelf`).
-    `clock` gives the seconds since 1970 by which caches end."""
+    """Owns `directory`, by a lock, while open. Used from one thread; slow work runs in others. A namespace is
+    a folder in it. `clock` gives the seconds since 1970 by which caches expire."""
 
     def __init__(self, directory: Path, clock: Callable[[], float] = time) -> None:
         self.directory = directory.absolute()
@@ -56,7 +55,7 @@ class Store:
         self._catalog.copies.keep_only(there)
 
     def use(self, key: CacheKey) -> None:
-        """Keeps the cache's files from being deleted or replaced by anything else, until `release`."""
+        """Protects the cache's files from deletion and replacement by others, until `release`."""
         self._in_use.add(key)
 
     def release(self, key: CacheKey) -> None:
@@ -74,17 +73,16 @@ class Store:
             try:
                 left_over.unlink()
             except OSError as error:
-                log.warning("left over from an interrupted write, and still there: %s", error)
+                log.warning("a file left by an interrupted write can't be deleted: %s", error)
 
     def reconcile(self) -> None:
-        """Looks at all of the directory: what others did there is seen from then on."""
+        """Reads the whole directory again, to see changes made by others."""
         on_disk = {key for key in self._catalog.on_disk() if self._look(*key)}
         for key in self._catalog.caches() - on_disk:
             self._forget(*key)
 
     def _look(self, namespace: str, name: str) -> Entry | None:
-        """The entry as the disk has it now (see Catalog.look); None, its file being removed, once its time is
-        over."""
+        """The entry as read from the disk (see Catalog.look). An expired cache is removed: None."""
         key = CacheKey(namespace, name)
         known, entry = self._catalog.get(key), self._catalog.look(key)
         if entry is None and known:
@@ -96,7 +94,7 @@ class Store:
         return entry
 
     def is_from_copy(self, entry: Entry) -> bool:
-        """Whether the cache's file can't be read, so that the entry is what the copy of its header says."""
+        """Whether the cache's file can't be read, so that the entry comes from the copy of its header."""
         return self._catalog.is_from_copy(entry.key)
 
     def _forget(self, namespace: str, name: str) -> None:
@@ -106,7 +104,7 @@ class Store:
         self.index.delete(namespace, name)
 
     def end_old(self) -> None:
-        """Removes the files of caches whose time is over."""
+        """Removes the files of expired caches."""
         for entry in list(self.known()):
             if self.index.is_expired(entry, self.clock()):
                 self._look(entry.namespace, entry.name)
@@ -114,11 +112,11 @@ class Store:
     def _end(self, entry: Entry) -> None:
         if self.is_in_use(entry.key):
             return
-        log.info("cache %s of %s: its time is over", entry.name, entry.namespace)
+        log.info("cache %s of %s has expired", entry.name, entry.namespace)
         try:
             self._remove(entry.namespace, entry.name)
         except StorageError as error:
-            # It stays hidden, and the next look tries again.
+            # It stays hidden, and the next lookup tries again.
             log.warning("%s", error.message)
 
     def find(self, namespace: str, name: str, *, param: str = "use_cache") -> Entry:
@@ -137,7 +135,7 @@ class Store:
         return [entry for key in keys if (entry := self._look(*key))]
 
     def known(self, namespace: str | None = None) -> Iterator[Entry]:
-        """The shelf's caches, or all, as they were last seen, without a look at the disk."""
+        """The caches of the namespace, or all, as last read from the disk."""
         return (entry for entry in self._catalog.all() if namespace in (None, entry.namespace))
 
     async def weights_hash(self, path: Path) -> str:
@@ -160,13 +158,13 @@ class Store:
             self.index.used(entry.namespace, entry.name, self.clock(), tokens, seconds)
 
     def touch(self, entry: Entry) -> None:
-        """Notes a use that is no hit."""
+        """Records a use that is not a hit."""
         if self._catalog.get(entry.key):
             self.index.touch(entry.namespace, entry.name, self.clock())
 
     async def verified(self, entry: Entry, form: Form) -> VerifiedState:
-        """Checks the files' hashes unless these very files were checked before. Raises Corrupt, also when one
-        is gone."""
+        """Checks the files' hashes once for each state of the files. Raises Corrupt, also if one is
+        missing."""
         path, key = self.path(entry.namespace, entry.name), entry.key
         if self._checked.get(key, identities(path, entry)) is None:
             await self.check(entry)
@@ -182,8 +180,7 @@ class Store:
         return VerifiedState(tokens[form], ref)
 
     async def check(self, entry: Entry, *, from_disk: bool = False) -> dict[Form, Tokens]:
-        """Checks the files' hashes, whether or not they were checked before; the tokens of each form. Raises
-        Corrupt, also when one is gone."""
+        """Checks the files' hashes in any case; returns each form's tokens. Raises Corrupt as `verified`."""
         path = self.path(entry.namespace, entry.name)
         files = identities(path, entry)
         self._checked.forget(entry.key)
@@ -195,13 +192,13 @@ class Store:
         return tokens
 
     def remembered(self, namespace: str, form: Form) -> Iterator[Tokens]:
-        """The token ids of the shelf's states that were checked since the start."""
+        """Token ids of the namespace's states that were checked since the start."""
         return self._checked.tokens(namespace, form)
 
     @contextmanager
     def scratch(self, namespace: str) -> Iterator[Path]:
-        """A new empty file beside the shelf's caches, gone at the end with its states, unless it was put in
-        its place. Raises StorageError, also for OSError from within."""
+        """A new empty file in the namespace's folder, deleted at the end with its sidecar files unless moved
+        into place. Raises StorageError, also for OSError from within."""
         path = self.directory / namespace / f"{SCRATCH}{uuid.uuid4().hex}"
         with storage_errors(f"the cache directory {self.directory}"):
             path.parent.mkdir(mode=0o700, exist_ok=True)
@@ -213,9 +210,8 @@ class Store:
                 sidecar.keep_only(path)
 
     async def put(self, writer: Writer, entry: Entry, repaired: Entry | None = None) -> Entry:
-        """Makes what was written to a scratch file the cache of this entry's name, atomically replacing an
-        older one; but what is not the `repaired` one any more is not replaced. Raises CacheConflict for that,
-        or OSError, the old one being untouched. Returns the entry as stored."""
+        """Publishes the written scratch file as the cache of its name, atomically, or only in place of
+        `repaired`. Returns the stored entry. On CacheConflict or OSError the old one is untouched."""
         if repaired and not is_same(self._look(repaired.namespace, repaired.name), repaired):
             raise CacheConflict(f"The cache {entry.name!r} is another by now, so it was not repaired.")
         self._tell_of_copy(entry)
@@ -249,14 +245,13 @@ class Store:
         return stored, files
 
     def delete(self, namespace: str, name: str) -> None:
-        """Raises CacheNotFound. Requests that have the file open go on reading it."""
+        """Raises CacheNotFound. Requests that have the file open can still read it."""
         self.find(namespace, name, param="name")
         self._remove(namespace, name)
 
     async def amend(self, entry: Entry, changed: Entry, *, with_states: bool = True) -> Entry | None:
-        """Replaces the cache by one of the same name with the fields of `changed`, atomically, and with the
-        states it has, or none. None, nothing having changed, where the cache is no longer `entry` or is being
-        built. Raises StorageError. Returns the entry as stored."""
+        """Replaces the cache atomically by `changed`, with its states or none; returns it as stored. None,
+        with nothing changed, if it is no longer `entry` or is being built. Raises StorageError."""
         key = entry.key
         with self.scratch(entry.namespace) as scratch:
             write = partial(rewrite, self.path(*key)) if with_states else write_stub
@@ -267,8 +262,8 @@ class Store:
         return stored
 
     async def publish(self, scratch: Path, stored: Entry) -> None:
-        """Makes a scratch file, which was written and synced, the cache that it holds. It is so before
-        anything is waited for. Raises OSError."""
+        """Publishes a written and synced scratch file; it is in place before the first await. Raises
+        OSError."""
         self._tell_of_copy(stored)
         final = self.path(stored.namespace, stored.name)
         scratch.rename(final)
@@ -286,9 +281,8 @@ class Store:
         self._delete_derived(namespace, name)
 
     def _delete_derived(self, namespace: str, name: str) -> None:
-        """Forgets the caches composed of this one and others: they are found by their content, which nobody
-        will ask for again. One that can't be deleted takes room and does no harm."""
-        # A key's own caches may be composed of everyone's.
+        """Deletes derived caches with this part, which would never be found again, as far as possible."""
+        # A key's derived caches may contain public ones.
         namespaces = (entry for entry in self.known() if namespace in (entry.namespace, entry.model))
         for entry in [entry for entry in namespaces if name in entry.parts]:
             try:

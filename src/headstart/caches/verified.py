@@ -1,4 +1,4 @@
-"""Which states' hashes were checked since the start, by what the files were then."""
+"""The states whose hashes were checked since the start, with the identities of their files at that time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from headstart.names import CacheKey
 from headstart.protocol import StateRef
 
 Tokens = list[int]
-# Of a cache's file, and of the states beside it; None where there is no file.
+# Identities of a cache file (None) and of its sidecar files; None if there is no file.
 Identities = dict[Form | None, Identity | None]
 
 
@@ -26,14 +26,14 @@ class VerifiedState:
 
 
 def identities(path: Path, entry: Entry) -> Identities:
-    """Of the files of a cache, its own being at `path`, as they are now."""
+    """The current identities of a cache's files; `path` is the cache file."""
     found: Identities = {None: identity_at(path)}
     found |= {form: identity_at(state_path(path, form)) for form in entry.beside}
     return found
 
 
 class Checked:
-    """By shelf and name."""
+    """Checked states by key."""
 
     def __init__(self) -> None:
         self._known: dict[CacheKey, tuple[Identities, dict[Form, Tokens]]] = {}
@@ -42,7 +42,7 @@ class Checked:
         self._known[key] = files, tokens
 
     def get(self, key: CacheKey, files: Identities) -> dict[Form, Tokens] | None:
-        """The token ids that were found in these very files."""
+        """The token ids found in these very files, or None."""
         known, tokens = self._known.get(key, (None, {}))
         return tokens if known == files else None
 

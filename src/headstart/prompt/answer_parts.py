@@ -1,4 +1,4 @@
-"""What an answer's text says: words, reasoning, calls of tools."""
+"""The parts of an answer's text: words, reasoning, tool calls."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class CallDelta:
-    """A piece of the answer's call number `index`. The first one has `id` and `name`; `arguments` is text
-    that continues the earlier pieces', a JSON object once they are all together."""
+    """A piece of the answer's call number `index`. The first piece has `id` and `name`; `arguments` continues
+    the text of the earlier pieces, which together are a JSON object."""
 
     index: int
     id: str = ""
@@ -19,7 +19,7 @@ class CallDelta:
 
 @dataclass(frozen=True)
 class Part:
-    """One of the three is there."""
+    """A part of an answer; exactly one field is set."""
 
     text: str = ""
     reasoning: str = ""
@@ -27,17 +27,17 @@ class Part:
 
 
 class Parser(Protocol):
-    """Reads one answer piece by piece. What can't be told apart yet is held back; nothing is lost, and what
-    looks like a call but can't be read as one is text."""
+    """Parses one answer piece by piece. Ambiguous text is held back; nothing is lost, and a malformed call is
+    returned as text."""
 
     def add(self, text: str) -> list[Part]: ...
 
     def end(self) -> list[Part]:
-        """What is left when no text follows."""
+        """Returns what was held back, when no text follows."""
 
 
 class PlainText:
-    """All of the answer is text."""
+    """A parser for answers that are text only."""
 
     def add(self, text: str) -> list[Part]:
         return [Part(text=text)] if text else []

@@ -1,4 +1,4 @@
-"""Chats as templates take them."""
+"""Chats in the form that templates take."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 Message = Mapping[str, Any]
 # A function that the model may call, as OpenAI's API describes it.
 Tool = Mapping[str, Any]
-# What else a template is told, such as enable_thinking.
+# Further template variables, such as enable_thinking.
 Variables = Mapping[str, Any]
 NO_VARIABLES: Variables = MappingProxyType({})
-# Characters that a prompt may have: more than any model's context holds.
+# Maximum characters of a prompt: more than any model's context holds.
 MOST_CHARACTERS = 4 << 20
-# The key of a message, the last of an opening, whose text goes on in other ways.
+# Key that marks the last message of a cached prefix as unfinished: its text can continue in different ways.
 UNFINISHED = "unfinished"
 
 

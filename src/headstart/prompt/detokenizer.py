@@ -1,4 +1,4 @@
-"""Generated tokens to text: whole characters only, ended by stop strings."""
+"""Generated tokens to text: complete characters only, ended by stop strings."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 
 
 class AnswerText:
-    """Turns tokens into text that may be sent. What could still become a stop string, or is an unfinished
-    character, is held back until it is decided. Stop strings themselves are never part of the text.
-    `found`: the one that ended it. `n_characters`: of all whole characters so far, held back or not."""
+    """Turns tokens into text that may be sent. Text that could become a stop string, and an incomplete
+    character, are held back until they are decided. Stop strings are never part of the text. `found`: the
+    stop string that ended it. `n_characters`: complete characters so far, including those held back."""
 
     def __init__(self, piece: Callable[[int], bytes], stop: Sequence[str] = ()) -> None:
         self.piece = piece
@@ -24,11 +24,11 @@ class AnswerText:
         return self.found is not None
 
     def add(self, token: int) -> str:
-        """The text that this token releases, possibly none; once `stopped` is true there is no more."""
+        """The text that this token releases, possibly none; none once `stopped` is true."""
         return self._release(self.decoder.decode(self.piece(token)))
 
     def end(self) -> str:
-        """What is left when no token follows; an unfinished character becomes U+FFFD."""
+        """The text held back, when no token follows; an incomplete character becomes U+FFFD."""
         text = self._release(self.decoder.decode(b"", final=True)) + self.held
         self.held = ""
         return text
@@ -49,5 +49,5 @@ class AnswerText:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that `stop` begins with."""
+    """The length of the longest suffix of `text` that is a prefix of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,7 +1,7 @@
-"""Tokenizers of models whose own file can't be read: from the `tokenizer.json` that lies beside it.
+"""Tokenizers of models whose own file can't be read, from the `tokenizer.json` next to it.
 
-Prompts for such a model cross to its runtime as text, which the runtime tokenises again. So no token is added
-that the text doesn't have, and what can't be turned back into its text is refused when it is loaded.
+Prompts for such a model reach its runtime as text, which it tokenises again. So no token is added that the
+text lacks, and a tokenizer whose tokens can't be turned back into their text is refused when loaded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from headstart.prompt.vocabulary import Prefixed, joined
 from headstart.regular_files import read_text
 
 SPACE = "\u2581"  # What SentencePiece writes for a space.
-# What models that fill gaps call the tokens before the text, before what follows the gap, and at the gap.
+# The fill-in-the-middle tokens: before the text, before the text after the gap, and at the gap.
 GAP = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 CONFIG, TEMPLATE, TOKENIZER = "tokenizer_config.json", "chat_template.jinja", "tokenizer.json"
 # Words, white space, other alphabets, an emoji of several tokens, and a special token (in the braces).
@@ -28,8 +28,8 @@ PROBE = "Why? {}\n  It's  naïve: 1 + 23 = «二十四» 👩🏽‍💻\n\tend 
 
 
 class HfTokenizer:
-    """Of the model file at `path`. `ends`: special tokens; a cached opening ends with one of them, since text
-    never merges across it. Raises StartupError, which names the file that is missing or wrong."""
+    """The tokenizer of the model file at `path`. `ends`: special tokens; a cached prefix ends with one of
+    them, since text never merges across it. Raises StartupError, which names the missing or invalid file."""
 
     def __init__(self, path: str) -> None:
         folder = Path(path).parent
@@ -47,7 +47,7 @@ class HfTokenizer:
         self.gap: tuple[str, str, str] | None = GAP if texts.issuperset(GAP) else None
         self.pieces = dict(self._pieces())
         self.n_vocab = max(self.pieces, default=-1) + 1
-        # Whether a space is put before text: before the first only, or before each that follows a token.
+        # Whether a space is added before text: only before the first, or before each that follows a token.
         self.prefixes: Prefixed = ""
         self.prefixes = self._prefixes()
         strips = any(token.lstrip or token.rstrip for token in added.values())
@@ -60,7 +60,7 @@ class HfTokenizer:
 
     @cached_property
     def _plain(self) -> Backend:
-        """To this one special tokens are text."""
+        """A tokenizer that treats special tokens as text."""
         plain = Backend.from_str(self.backend.to_str())
         plain.encode_special_tokens = True
         return plain
@@ -72,7 +72,7 @@ class HfTokenizer:
         return self.pieces.get(token, b"")
 
     def text(self, tokens: Sequence[int]) -> str:
-        """The text that these are the tokens of."""
+        """The text of these tokens."""
         return joined(tokens, self.written, self.prefixes, self.added)
 
     def _pieces(self) -> Iterator[tuple[int, bytes]]:
@@ -133,7 +133,7 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _template(path: Path, config: dict[str, Any]) -> str | None:
-    """The model's chat template: in a file of its own, or in the configuration, perhaps one of several."""
+    """The model's chat template: in its own file, or in the configuration, possibly as one of several."""
     try:
         return read_text(path, follow=True)
     except FileNotFoundError:
@@ -148,14 +148,14 @@ def _template(path: Path, config: dict[str, Any]) -> str | None:
 
 
 def _token_text(token: object) -> str:
-    """A token is written as its text, or as an object with it."""
+    """The text of a token, which is given as a string or as an object with it."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else ""
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The characters that byte-level vocabularies write for bytes: themselves where they can be seen, others
-    for the rest, as GPT-2 had it."""
+    """The characters that byte-level vocabularies write for bytes, as in GPT-2: printable bytes as
+    themselves, others as substitutes."""
     seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [byte for byte in range(256) if byte not in seen]
     return {chr(byte): byte for byte in seen} | {chr(0x100 + i): byte for i, byte in enumerate(rest)}
@@ -172,7 +172,7 @@ def _bytes_of(text: str) -> bytes:
 
 
 def _spaced(text: str) -> bytes:
-    """Of a SentencePiece vocabulary; bytes that no other token has are tokens like <0x0A>."""
+    """The bytes of a SentencePiece token; bytes without another token are tokens like <0x0A>."""
     if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
         try:
             return bytes([int(text[3:5], 16)])

@@ -12,10 +12,10 @@ import llama_cpp as lib
 from headstart.errors import StartupError
 from headstart.prompt.vocabulary import Prefixed
 
-# Vocabularies whose tokenizers look for special tokens first and treat the rest piece by piece.
+# Vocabulary types whose tokenizers find special tokens first and treat the text between them part by part.
 CUT_AT_SPECIALS = (lib.LLAMA_VOCAB_TYPE_BPE, lib.LLAMA_VOCAB_TYPE_SPM)
 SPECIAL = lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_USER_DEFINED | lib.LLAMA_TOKEN_ATTR_UNKNOWN
-# Tokens that swallow white space beside them, be it a part of another one.
+# Tokens that remove adjacent white space, even if it belongs to another token.
 STRIPS = lib.LLAMA_TOKEN_ATTR_LSTRIP | lib.LLAMA_TOKEN_ATTR_RSTRIP
 
 
@@ -103,7 +103,7 @@ class LlamaTokenizer:
         return buffer.raw[:size]
 
 
-# The first thing that llama.cpp has found wrong with the file that is being loaded.
+# The first error that llama.cpp reported for the file being loaded.
 ERRORS: list[str] = []
 ERROR_LEVEL = 4
 TOLD_CHARACTERS = 200
@@ -116,6 +116,6 @@ def _keep_errors(level: int, text: bytes, _user: object) -> None:
 
 
 def _told() -> str:
-    """The first error, in which there may be anything that is in the file."""
+    """The first error, made printable: it may contain any text of the file."""
     first = "".join(c if c.isprintable() else " " for c in ERRORS[0]) if ERRORS else ""
     return f" ({first.strip()[:TOLD_CHARACTERS]})" if first.strip() else ""

@@ -1,8 +1,9 @@
-"""The prompts of one model: requests to token ids, and the part of them that a cache can hold.
+"""The prompts of one model: requests to token ids, and the prefix that a cache can hold.
 
-The cached part of a chat is found without knowing the template: the cached messages are rendered before two
-different probe messages, and the tokens both begin with are the ones any later message leaves as they are,
-but for the last, which may merge with what follows it. Where a state can't be cut, that one is left out.
+The cached prefix of a chat is found without knowledge of the template: the cached messages are rendered
+before two different probe messages. The tokens that both prompts begin with don't depend on later messages,
+except for the last token, which may merge with the text after it. If a state can't be cut, that token is left
+out.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from headstart.prompt.tokenizer import Tokenizer
 from headstart.tokens import common_prefix
 
 PROBES = ("Why?", "3 x")
-# Tokens that a vocabulary may have, and bytes that they may stand for: tens of what the largest have.
+# Limits of a vocabulary, in tokens and in their bytes: ten times and more what the largest have.
 MOST_TOKENS = 1 << 22
 MOST_BYTES = 64 << 20
 
 
 class Prompts:
-    """For one thread. `can_cut`: a state may be used in part; to be set before the first opening is asked
-    for. Raises StartupError for a vocabulary larger than any that models have."""
+    """Used by one thread. `can_cut`: a state may be used in part; set it before the first prefix is
+    requested. Raises StartupError for a vocabulary larger than that of any model."""
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate) -> None:
         if tokenizer.n_vocab > MOST_TOKENS:
@@ -41,7 +42,7 @@ class Prompts:
         self.template_hash = hashlib.sha256(template.source.encode()).hexdigest()
         self._tokens = RememberedTokens(tokenizer.encode, tokenizer.specials, template.source)
         self._openings = Memory()
-        # Of what calls and reasoning are marked with, what is one token; it may be no text.
+        # The markers of calls and reasoning that are one token; such a token may have no text.
         self.markers = self._find_tokens([*template.dialect.markers, *reasoning.MARKERS])
 
     def _find_tokens(self, texts: Sequence[str]) -> dict[str, int]:
@@ -49,7 +50,7 @@ class Prompts:
         return {text: tokens[0] for text, tokens in encoded.items() if len(tokens) == 1}
 
     def facts(self) -> Facts:
-        """Raises StartupError where the tokens stand for too many bytes."""
+        """The vocabulary's facts. Raises StartupError if the tokens have too many bytes."""
         tokenizer, template = self.tokenizer, self.template
         written, ends, spoken = bytearray(), array("I"), {}
         for token in range(tokenizer.n_vocab):
@@ -80,17 +81,17 @@ class Prompts:
         tools: Sequence[Tool] = (),
         variables: Variables = NO_VARIABLES,
     ) -> list[int]:
-        """Raises BadRequest when the template refuses the messages or has no such variables."""
+        """Raises BadRequest if the template refuses the messages or doesn't allow these variables."""
         return self._tokens.encode(self.template.render(messages, tools, variables))
 
     def text(self, text: str) -> list[int]:
         return self._tokens.encode(text)
 
     def chat_opening(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
-        """The tokens that every chat opening with these messages and tools shares, but for the last now and
-        then."""
+        """The common prefix of all chats that begin with these messages and tools; its last token may
+        differ."""
         written = json.dumps([messages, tools], ensure_ascii=False)
-        # A template may write today's date, so what is remembered is remembered for a day.
+        # A template may write today's date, so prefixes are remembered for a day.
         key = (date.today(), written)
         if (opening := self._openings.get(key)) is None:
             one, other = (self.chat(_continued(messages, probe), tools) for probe in PROBES)
@@ -100,7 +101,7 @@ class Prompts:
         return opening
 
     def text_opening(self, text: str) -> list[int]:
-        """The tokens of a text that others will continue."""
+        """The tokens of a text that other text will follow."""
         if (opening := self._openings.get(text)) is None:
             tokens = self.text(text)
             opening = tokens if self.can_cut else tokens[:-1]
@@ -108,7 +109,7 @@ class Prompts:
         return opening
 
     def _ended(self, opening: list[int]) -> list[int]:
-        """It up to the last token that one may end with, if it has any."""
+        """The prefix up to the last token that may end one, if there is such a token."""
         ends = self.tokenizer.ends
         at = next((i for i in range(len(opening), 0, -1) if opening[i - 1] in ends), len(opening))
         return opening[:at]

@@ -1,4 +1,4 @@
-"""The reasoning that an answer begins with, between <think> and </think>."""
+"""The reasoning at the start of an answer, between <think> and </think>."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ MARKERS = (OPEN, CLOSE)
 
 
 def grammar(literal: Literal) -> str:
-    """The rule `thoughts`: reasoning that has been opened, up to where the text begins."""
+    """The rule `thoughts`: reasoning after its opening tag, up to the start of the text."""
     if literal(CLOSE) == f'"{CLOSE}"':
         return "thoughts: unclosed /\\n{0,2}/\nunclosed[lazy]: /(.|\\n)*<\\/think>/"
     return f"thoughts: /(.|\\n)*/ {literal(CLOSE)} /\\n{{0,2}}/"
 
 
 class ReasoningParser:
-    """`rest` reads what follows the reasoning, or all of it where there is none. `inside`: the prompt has
-    opened it. White space around the reasoning belongs to nothing."""
+    """Separates reasoning from the text after it, which `rest` parses. `inside`: the prompt already contains
+    the opening tag. White space around the reasoning is dropped."""
 
     def __init__(self, rest: Parser, *, inside: bool) -> None:
         self.rest = rest
@@ -47,7 +47,7 @@ class ReasoningParser:
         return [*parts, *self.rest.add(text)] if text else parts
 
     def _decide(self, *, ending: bool) -> None:
-        """Reasoning is what an answer begins with, or the prompt did."""
+        """Decides whether the answer begins with reasoning."""
         start = self.held.lstrip()
         if start.startswith(OPEN):
             self.held = start[len(OPEN) :]
@@ -56,13 +56,13 @@ class ReasoningParser:
             self.undecided = False
 
     def _reasoning(self, *, ending: bool) -> str:
-        """What `held` has of it."""
+        """Takes the reasoning from `held`."""
         if not self.has_begun:
             self.held = self.held.lstrip()
             self.has_begun = bool(self.held)
         text, closed, rest = self.held.partition(CLOSE)
         if closed:
-            # What follows may be white space only so far, and then a text.
+            # White space may follow first, and then text.
             self.inside, self.undecided = False, False
             self.rest = Stripped(self.rest)
             self.held = rest
@@ -77,7 +77,7 @@ class ReasoningParser:
 
 
 class Stripped:
-    """Drops the white space that a text begins with."""
+    """Drops leading white space."""
 
     def __init__(self, rest: Parser) -> None:
         self.rest = rest

@@ -1,5 +1,5 @@
-"""Jinja for chat templates that nobody has looked at. They reach nothing but their variables; products and
-powers, which could take long where nothing stops them, have a limit."""
+"""Jinja for untrusted chat templates. They can access only their variables; products and powers, whose
+computation could take unbounded time, have a limit."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from jinja2.filters import do_round
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-# Bits of a number, and items or characters of what is repeated.
+# Limits: bits of a number, and items or characters of a repetition.
 MOST_BITS = 1 << 14
 MOST_ITEMS = 1 << 22
 MOST_DIGITS = 100
 
 
 class OwnWords(TemplateError):
-    """The template refuses what it was given, and says why."""
+    """The template refuses its input, with its own message."""
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
@@ -35,7 +35,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.filters["round"] = _round
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Of products and powers, which may be as large as one likes. Raises OverflowError."""
+        """Limits products and powers, which could become arbitrarily large. Raises OverflowError."""
         if operator == "**":
             _check_power(left, right)
         else:

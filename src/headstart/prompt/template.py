@@ -1,5 +1,5 @@
-"""Chat messages to one text, by the model's own Jinja template. Templates come with model files and are not
-to be trusted: they run in a sandbox, in a process whose memory and time are limited."""
+"""Chat messages to one text, with the model's own Jinja template. Templates come with model files and are not
+trusted: they run in a sandbox, in a process with limited memory and time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CHATML = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# As Gemma does: the system text opens the first user turn.
+# As in Gemma: the system text opens the first user turn.
 FOLD = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
     "{% set opening = messages[0]['content'] + '\n\n' %}{% set turns = messages[1:] %}"
@@ -34,7 +34,7 @@ FOLD = (
     "{{ message['content'] | trim }}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# As Mistral's first ones do: no system role at all.
+# As in the first Mistral models: no system role at all.
 NO_SYSTEM = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
@@ -42,7 +42,7 @@ NO_SYSTEM = (
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# As Hermes and Qwen do: tools are listed in the system message, calls and their results are tagged.
+# As in Hermes and Qwen: tools are listed in the system message, calls and their results are tagged.
 TOOLS = (
     "{% set first = messages[0] %}{% set has_system = first['role'] == 'system' %}"
     "{% if has_system or tools %}{{ '<|im_start|>system\n' }}"
@@ -60,30 +60,30 @@ TOOLS = (
     "{{ '<|im_end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# Stands for the text of a message that is continued; what follows it is cut off.
+# Placeholder for the text of a message that is continued; the prompt is cut at it.
 MARK = "continued-from-here-5b1f0c"
 BUILT_IN = {"chatml": CHATML, "fold": FOLD, "nosystem": NO_SYSTEM, "tools": TOOLS}
 
 
-# Of an error's words, which may be the template's own.
+# Characters of an error's message, which may be the template's own.
 MOST_WORDS = 500
 Limit = AbstractContextManager[object]
 NO_LIMIT: Limit = nullcontext()
-# The chat that every template has to be able to write.
+# A chat that every template must be able to render.
 PLAINEST = [{"role": "user", "content": "Why?"}]
 
 
 class OutOfTime(BaseException):
-    """Raised in the midst of a template that has run for too long. None of what it calls may catch it."""
+    """Raised in a template that has run for too long. Code called by it must not catch it."""
 
 
 class TemplateFails(Exception):
-    """It isn't the messages that are wrong; the message says what is."""
+    """The template fails, not because of the messages; the error's message says why."""
 
 
 class ChatTemplate:
     """`source` is Jinja, or the name of a built-in template; None means ChatML. `limit` is entered while the
-    template runs, and may raise OutOfTime. Raises StartupError for what is no template."""
+    template runs, and may raise OutOfTime. Raises StartupError for an invalid template."""
 
     def __init__(
         self,
@@ -95,14 +95,14 @@ class ChatTemplate:
         self.source = BUILT_IN.get(source or "chatml", source or "")
         self.specials = {"bos_token": bos_text, "eos_token": eos_text}
         self.limit = limit
-        # Why not even the plainest chat can be written.
+        # The error with which even the plainest chat fails.
         self._fault: BaseException | None = None
         environment = Sandbox()
         try:
             self.compiled = environment.from_string(self.source)
             names = {name.name for name in environment.parse(self.source).find_all(nodes.Name)}
         except Exception as error:
-            # Of what is nested deeply, or a slip of its own, the compiler of Python complains, too.
+            # Python's compiler also reports errors, for deep nesting or a bug in Jinja's output.
             raise StartupError(f"The model's chat template is not valid Jinja: {_words(error)}") from error
         self.has_tools = "tools" in names
         self.dialect = dialect_of(self.source) if self.has_tools else HERMES
@@ -111,11 +111,11 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Message], tools: Sequence[Tool] = (), variables: Variables = NO_VARIABLES
     ) -> str:
-        """The prompt up to where the assistant's answer begins, or goes on: a last message of the assistant's
-        that calls no tools is left open. What the template has no place for is written as text: tools, calls
-        and their results, and system messages that it refuses, which are folded into the user message that
-        follows. Raises BadRequest with the template's own words, or for `variables` that are not the
-        request's to set; TemplateFails where it isn't the request that is wrong, once that was checked."""
+        """The prompt up to the start of the assistant's answer, or its continuation: a last message of the
+        assistant without tool calls is left open. Content that the template has no place for is written as
+        text: tools, calls and their results; refused system messages are folded into the next user message.
+        Raises BadRequest with the template's own words, or for `variables` that a request may not set;
+        TemplateFails if the template is at fault, which is known after `check`."""
         begins = not is_open(messages)
         own = {"tools": list(tools) or None, "add_generation_prompt": begins, **self.specials}
         if taken := variables.keys() & {"messages", *own}:
@@ -140,7 +140,7 @@ class ChatTemplate:
     def _render(self, messages: Sequence[Message], variables: Variables) -> str:
         if variables["add_generation_prompt"]:
             return self._rendered(messages, variables)
-        # Templates trim and take apart what a message says; what is continued stays as it is.
+        # Templates trim and split message texts; a continued text must stay as it is.
         *before, last = messages
         marked = [*before, {**last, "content": MARK}]
         text, mark, _ = self._rendered(marked, variables).rpartition(MARK)
@@ -153,8 +153,8 @@ class ChatTemplate:
         return text + str(last["content"])
 
     def check(self) -> None:
-        """Finds out whether the template can write the plainest chat. Where it can't, and doesn't say itself
-        why, what goes wrong with others counts as its own fault from now on."""
+        """Checks whether the template can render the plainest chat. If it fails without a message of its own,
+        its later failures count as faults of the template."""
         own = {"tools": None, "add_generation_prompt": True, **self.specials}
         try:
             self._written({**own, "messages": PLAINEST})
@@ -169,7 +169,7 @@ class ChatTemplate:
         try:
             return self._written({**variables, "messages": messages})
         except (Exception, OutOfTime) as error:
-            # A template may stumble over what it did not expect in as many ways as any other code.
+            # A template may fail on unexpected input in as many ways as any other code.
             if self._fault and not isinstance(error, OwnWords):
                 raise TemplateFails(_words(error)) from error
             reason = f"The model's chat template refuses these messages: {_words(error)}"
@@ -188,13 +188,13 @@ class ChatTemplate:
 
 
 def _words(error: BaseException) -> str:
-    """What an error says, or what it is where it says nothing."""
+    """An error's message, or its type if it has none."""
     said = str(error)[:MOST_WORDS]
     return said if said and not isinstance(error, KeyError) else f"{type(error).__name__} {said}".strip()
 
 
 def fold_system(messages: Sequence[Message]) -> list[Message]:
-    """Moves each system text to the head of the next user message, two line breaks between them."""
+    """Moves each system text to the beginning of the next user message, separated by two line breaks."""
     folded: list[Message] = []
     pending = ""
     for message in messages:

@@ -1,10 +1,10 @@
-"""Tokenising long prompts without repeating what was tokenised before.
+"""Tokenises long prompts without repeating earlier work.
 
-Tokenizers look for the texts of special tokens first and treat what lies between them piece by piece. So a
-text may be cut after each of them and the parts tokenised alone. They are remembered: a system prompt, the
-earlier turns of a conversation, and the few words that a template writes between messages, which cost
-llama.cpp about as much as a question does. It treats BPE and SentencePiece vocabularies so (`tokenize` and
-`tokenizer_st_partition` in llama-vocab.cpp).
+Tokenizers find the texts of special tokens first and treat the text between them part by part. So a text may
+be cut after each special token and its parts tokenised separately. The parts are remembered: a system prompt,
+the earlier turns of a conversation, and the few words that a template writes between messages, which cost
+llama.cpp about as much as a question does. llama.cpp treats BPE and SentencePiece vocabularies this way
+(`tokenize` and `tokenizer_st_partition` in llama-vocab.cpp).
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 
-# Bytes of all that is remembered in one place, with what Python takes for an entry, a character and a number.
+# Bytes of one memory, and estimates of what Python needs for an entry, a character and a number.
 REMEMBERED_BYTES = 16 << 20
 ENTRY_BYTES, CHARACTER_BYTES, TOKEN_BYTES = 300, 4, 36
-# Characters of a last part that may be what a template ends every prompt with.
+# A shorter last part may be the text with which a template ends every prompt.
 ENDING = 200
 
 Encode = Callable[[str, bool], list[int]]
 
 
 class Memory:
-    """Tokens by what they were made from, within a bound of bytes; what was not used for longest goes first.
-    Nobody may change the lists."""
+    """Tokens by their source, bounded in bytes; the least recently used go first. The lists must not be
+    changed."""
 
     def __init__(self) -> None:
         self._known: OrderedDict[Hashable, tuple[list[int], int]] = OrderedDict()
@@ -46,9 +46,9 @@ class Memory:
 
 
 class RememberedTokens:
-    """`encode(text, first)` tokenises a part of a prompt, `first` meaning its beginning; `specials` are the
-    texts of all tokens it finds before it looks at anything else, `template` the source of what prompts are
-    made with."""
+    """`encode(text, first)` tokenises a part of a prompt; `first` is true at its beginning. `specials`: the
+    texts of all tokens that it finds before anything else. `template`: the source of the template of the
+    prompts."""
 
     def __init__(self, encode: Encode, specials: Sequence[str], template: str) -> None:
         self._encode = encode
@@ -58,7 +58,7 @@ class RememberedTokens:
         self._memory = Memory()
 
     def encode(self, text: str) -> list[int]:
-        """The same tokens as `encode(text, True)` gives."""
+        """The same tokens as from `encode(text, True)`."""
         parts = self._parts(text)
         tokens: list[int] = []
         for i, part in enumerate(parts):
@@ -67,7 +67,7 @@ class RememberedTokens:
         return tokens
 
     def _parts(self, text: str) -> list[str]:
-        """Parts that each end with a special token, but for the last."""
+        """Parts that each end with a special token, except the last."""
         ends = [match.end() for match in self._seam.finditer(text)] if self._seam else []
         return [text[start:end] for start, end in zip([0, *ends], [*ends, None], strict=True)]
 
@@ -86,5 +86,5 @@ def _stands_alone(text: str, specials: Sequence[str]) -> bool:
 
 
 def _overlap(one: str, other: str) -> bool:
-    """Whether an end of `one` is a beginning of `other`."""
+    """Whether a suffix of `one` is a prefix of `other`."""
     return any(one.endswith(other[:n]) for n in range(1, min(len(one), len(other))))

@@ -1,4 +1,4 @@
-"""Tokenizers, and which one reads a model's file."""
+"""Tokenizers, and the choice of one for a model's file."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from headstart.toyspec import ToySpec
 
 
 class Tokenizer(Protocol):
-    """`bos_text` and `eos_text` are what a chat template may write for these tokens; `template` is the
-    model's own chat template, or the name of a built-in one, or None. `specials`: the texts of tokens that
-    are found before anything else, so that a prompt may be cut after each; empty where that isn't so. `gap`:
-    the texts of the tokens that go before a text with a gap, where the gap is, and where it is to be filled;
-    None where the model knows no gaps. Token ids are below `n_vocab`. `ends`: a cached opening must end with
-    one of these tokens; empty: with any. `prefixes`: a space is put before text, before the first only or
-    before each that follows one of the tokens `added`."""
+    """`bos_text` and `eos_text`: the texts of these tokens for the chat template. `template`: the model's own
+    chat template, the name of a built-in one, or None. `specials`: the texts of tokens that are found before
+    anything else, so that a prompt may be cut after each; empty if that doesn't hold. `gap`: the texts of the
+    fill-in-the-middle tokens, for the start, the gap, and the place where it is filled; None if the model has
+    none. Token ids are below `n_vocab`. `ends`: a cached prefix must end with one of these tokens; if empty,
+    with any. `prefixes`: a space is added before text, only before the first or before each that follows one
+    of the tokens `added`."""
 
     bos_text: str
     eos_text: str
@@ -31,23 +31,23 @@ class Tokenizer(Protocol):
 
     @property
     def template(self) -> str | None:
-        """Raises StartupError for one that can't be read."""
+        """The model's chat template. Raises StartupError if it can't be read."""
 
     def encode(self, text: str, first: bool = True, *, parse_special: bool = True) -> list[int]:
-        """Token ids of a whole prompt: control tokens are recognised, a leading one added where the model
-        wants it (and not doubled). Not `first`: of what follows a special token within it. Not
-        `parse_special`: what looks like a control token is text."""
+        """Token ids of a whole prompt: control tokens are recognised, and a leading one is added if the model
+        wants it (but not twice). Not `first`: the text follows a special token within a prompt. Not
+        `parse_special`: control tokens are treated as text."""
 
     def piece(self, token: int) -> bytes:
-        """The bytes a generated token stands for; control tokens stand for none."""
+        """The bytes of a generated token; none for control tokens."""
 
     def written(self, token: int) -> bytes:
-        """The bytes of a prompt that the token was made from; control tokens by their names."""
+        """The bytes of a prompt from which the token was made; control tokens by their names."""
 
 
 def load_tokenizer(path: str) -> Tokenizer:
-    """Raises StartupError for a file that is not a GGUF model, or one of the NPU's without a tokenizer."""
-    # Each is imported alone: the libraries of the others take long to load.
+    """Raises StartupError if the file is not a GGUF model, or is an NPU model without a tokenizer."""
+    # Only the needed one is imported: the libraries of the others take long to load.
     if ToySpec.matches(path):
         from headstart.prompt.toy_tokenizer import ToyTokenizer
 

@@ -12,7 +12,7 @@ from headstart.toyspec import BOS, CONTROL, GAP, MERGES, N_BYTES, N_VOCAB, ToySp
 
 
 class ToyTokenizer:
-    """Bytes, merged greedily from the left where a merge fits, so that text merges across a careless cut."""
+    """Bytes, merged greedily from the left, so that text merges across a careless cut."""
 
     bos_text, eos_text, n_vocab = "<s>", "</s>", N_VOCAB
     ends: AbstractSet[int] = frozenset()
@@ -49,7 +49,7 @@ class ToyTokenizer:
 
 
 class _Merges:
-    """Each token is the first of these that fits, the longest of one kind before others, or a byte."""
+    """Each token is the first match: the longest of the first kind, then of the others, or a byte."""
 
     def __init__(self, *kinds: dict[int, bytes]) -> None:
         ordered = [text for kind in kinds for text in sorted(kind.values(), key=len, reverse=True)]

@@ -1,4 +1,5 @@
-"""What a model's tokens stand for, and what its template teaches: answers become text by it alone."""
+"""The bytes of a model's tokens and the properties of its template: all that is needed to turn answers into
+text."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ Prefixed = Literal["", "first", "each"]
 
 
 class Vocabulary:
-    """Made of what a prompt process has told. Bytes of tokens that there are not are none."""
+    """Built from the facts that a prompt process reported. Unknown token ids have no bytes."""
 
     def __init__(self, facts: Facts) -> None:
         self.facts = facts
@@ -26,23 +27,23 @@ class Vocabulary:
         self.n_vocab = len(self._ends)
 
     def written(self, token: int) -> bytes:
-        """The bytes of a prompt that the token was made from; control tokens by their names."""
+        """The bytes of a prompt from which the token was made; control tokens by their names."""
         if not 0 <= token < self.n_vocab:
             return b""
         return self.facts.written[self._ends[token - 1] if token else 0 : self._ends[token]]
 
     def piece(self, token: int) -> bytes:
-        """The bytes a generated token stands for; control tokens stand for none."""
+        """The bytes of a generated token; none for control tokens."""
         spoken = self.facts.spoken.get(token)
         return self.written(token) if spoken is None else spoken
 
     def text(self, tokens: Sequence[int]) -> str:
-        """The prompt that these are the tokens of, U+FFFD where they end within a character."""
+        """The text of these tokens, with U+FFFD if they end within a character."""
         return joined(tokens, self.written, self.facts.prefixed, self._added)
 
     def spelled(self, *, calls: bool) -> Callable[[int], bytes]:
-        """What the tokens of a chat's answer stand for: what marks reasoning, and `calls` if so asked, is
-        there to be read."""
+        """The bytes of tokens in a chat's answer, including the markers of reasoning and, with `calls`, of
+        calls."""
         texts = [*reasoning.MARKERS, *(self.dialect.markers if calls else ())]
         written = {self.markers[text]: text.encode() for text in texts if text in self.markers}
         piece = self.piece
@@ -52,7 +53,7 @@ class Vocabulary:
 def joined(
     tokens: Sequence[int], written: Callable[[int], bytes], prefixed: Prefixed, added: Collection[int]
 ) -> str:
-    """The text of which these are the tokens, without the spaces that a tokenizer puts before text."""
+    """The text of these tokens, without the spaces that a tokenizer adds before text."""
     parts = bytearray()
     is_prefixed = bool(prefixed)
     for token in tokens:

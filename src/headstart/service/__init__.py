@@ -1,1 +1,1 @@
-"""Where prompts, caches and engines meet, and the only place where they do."""
+"""The only layer in which prompts, caches and engines meet."""

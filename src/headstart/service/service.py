@@ -1,4 +1,4 @@
-"""Everything a running server has: its models, its caches, and the answers it gives."""
+"""The facade of a running server: its models, its caches and the generation of answers."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 
 
 class Service:
-    """Made, loaded and closed by whoever runs the server, to whom `say` tells what takes time; till loaded,
-    models answer ModelLoading."""
+    """Created, loaded and closed by the code that runs the server. `say` reports slow steps to the user.
+    Until a model is loaded, requests for it raise ModelLoading."""
 
     def __init__(self, settings: Settings, say: Notify = log.info) -> None:
         self.say = say
@@ -62,7 +62,7 @@ class Service:
         self.verifier = Verifier(self.caching, self.models.all)
 
     async def load(self) -> None:
-        """Returns when every model to be loaded at the start answers. Raises StartupError."""
+        """Returns when every model loaded at the start answers. Raises StartupError."""
         self.lifecycle.start()
         await self.models.load_first()
         self.remeasuring.start()
@@ -81,7 +81,7 @@ class Service:
         self.store.close()
 
     def target(self, name: str) -> tuple[ServedModel, str | None]:
-        """The model of this name, and the cache where the name is `model@cache` or an alias of one. Raises
+        """The model of this name, and the cache if the name is `model@cache` or an alias of one. Raises
         ModelNotFound."""
         wanted, cache = split(name, self.settings.aliases)
         if (model := self.models.find(wanted)) is None:
@@ -91,7 +91,8 @@ class Service:
         return model, cache
 
     def model(self, name: str) -> ServedModel:
-        """The model of this name or alias, which names no cache itself. Raises ModelNotFound."""
+        """The model of this name or alias. Raises ModelNotFound, also for a name with a cache
+        (`model@cache`)."""
         if "@" in name:
             raise ModelNotFound(
                 f"{name!r} names a cache too; here a model's name is wanted alone.", param="model"

@@ -1,1 +1,1 @@
-"""The file of a cache: its format, how it is written, checked and copied."""
+"""The cache file: its format, and how it is written, checked and copied."""

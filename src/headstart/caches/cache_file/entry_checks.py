@@ -1,5 +1,5 @@
-"""Entries that come from outside the program: out of a cache's file, or from any copy of it. None is used
-before it went through here."""
+"""Validation of entries from outside the program: from a cache file or any copy of its header. No entry is
+used before this check."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from pydantic import ValidationError
 from headstart.caches.entry import Content, Entry, Retention
 from headstart.contents import KeptContent, KeptTerms
 
-# Of a stored response's metadata what holds the response itself, which is as long as that is.
+# The metadata key of a stored response that holds the response itself; its value has no length limit.
 RECORD = "response"
 
 
 def entry_of(text: str | bytes) -> Entry:
-    """The entry that the JSON text describes, its messages as chats have them. Where it says that it belongs,
-    `model`, `name` and `owner`, may be anything: that must be compared with where it lies. Raises ValueError,
-    which names the field that isn't as it should be."""
+    """Decodes an entry from JSON, with its messages as chats have them. `model`, `name` and `owner` may be
+    anything: compare them with the file's path. Raises ValueError, which names the invalid field."""
     try:
         entry = msgspec.json.decode(text, type=Entry)
     except RecursionError:
@@ -26,7 +25,7 @@ def entry_of(text: str | bytes) -> Entry:
         raise ValueError("evicted: there are no such forms of what it holds")
     _check_terms(entry.terms, kept=True)
     content = checked(entry.content)
-    # Only what is derived has parts, whose end is its own.
+    # Only a derived cache has parts; in others they are dropped.
     parts = entry.parts if entry.origin == "derived" else []
     if (content, parts) == (entry.content, entry.parts):
         return entry
@@ -34,7 +33,7 @@ def entry_of(text: str | bytes) -> Entry:
 
 
 def checked(content: Content) -> Content:
-    """It, as caches hold it. Raises ValueError, which names the field that isn't as it should be."""
+    """The content in the form in which caches hold it. Raises ValueError, which names the invalid field."""
     try:
         kept = KeptContent.model_validate(asdict(content))
     except ValidationError as error:
@@ -43,7 +42,7 @@ def checked(content: Content) -> Content:
 
 
 def check_terms(terms: Retention) -> None:
-    """Raises ValueError for what a request couldn't say either."""
+    """Raises ValueError for retention that a request couldn't set either."""
     _check_terms(terms, kept=False)
 
 
@@ -58,7 +57,7 @@ def _check_terms(terms: Retention, *, kept: bool) -> None:
 
 
 def _told(error: ValidationError) -> str:
-    """The first thing that is wrong, and where."""
+    """The first error and its place."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     where = ".".join(map(str, first["loc"]))
     return f"{where}: {first['msg']}" if where else first["msg"]

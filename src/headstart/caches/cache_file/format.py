@@ -5,11 +5,10 @@
                `__metadata__`: format, entry (JSON), `blake3 <tensor>` of each, and `blake3` of the header
     tensors    in the header's order, without gaps
 
-Of a form whose state lies in a file of its own (`beside.py`) there is no tensor `<form>.state`; its size is
-in the metadata as `bytes <form>.state`, its hash as that of others is.
+A form whose state is in a sidecar file (`sidecar.py`) has no tensor `<form>.state`; the size is in the
+metadata as `bytes <form>.state`, the hash as for other tensors.
 
-Format 1 (`header.py`). The hash of the header is taken over its bytes, with zeros in the place of the hash
-itself.
+This is format 1 (`header.py`). The hash of the header covers its bytes, with zeros in place of the hash.
 """
 
 from __future__ import annotations
@@ -36,8 +35,7 @@ __all__ = ["LENGTH", "MAX_HEADER", "Corrupt", "hashed", "header_text", "opened",
 
 @dataclass(frozen=True)
 class Part:
-    """One form that is stored already: its token ids, and where its state is: `size` bytes at `offset` of a
-    file."""
+    """A stored form: its token ids, and its state as `size` bytes at `offset` of a file."""
 
     tokens: list[int]
     path: Path
@@ -50,8 +48,8 @@ def identity_of(stat: os.stat_result) -> Identity:
 
 
 def read(path: Path, *, whole: bool = True) -> Entry:
-    """Reads and checks the header, and all that it says. Not `whole`: also of a file that ends before its
-    states do, whose prompt is there all the same. Raises Corrupt, or OSError when it can't be opened."""
+    """Reads and checks the header and the entry in it. Not `whole`: also accepts a file that is truncated
+    within its states, since its content is intact. Raises Corrupt, or OSError if the file can't be opened."""
     with _opened(path) as file:
         header = read_header(file)
         stat = os.fstat(file.fileno())
@@ -65,7 +63,7 @@ def read(path: Path, *, whole: bool = True) -> Entry:
 
 
 def salvaged(path: Path) -> Entry | None:
-    """What a file that lost its end says of itself."""
+    """The entry of a truncated file; None if its header can't be read."""
     try:
         entry = read(path, whole=False)
     except (Corrupt, OSError):
@@ -74,9 +72,9 @@ def salvaged(path: Path) -> Entry | None:
 
 
 def verify(path: Path, identity: Identity, *, from_disk: bool = False) -> dict[Form, list[int]]:
-    """Checks every hash of the file, which must still be the one with this identity; returns the token ids of
-    each form. `from_disk`: what the disk has is checked, as far as the system can be made to read it again,
-    not what is in memory. Raises Corrupt, or OSError when the file can't be opened."""
+    """Checks every hash of the file, which must still have this identity; returns the token ids of each form.
+    `from_disk`: reads from the disk and not from the page cache, as far as the system allows. Raises Corrupt,
+    or OSError if the file can't be opened."""
     with _opened(path) as file:
         if from_disk and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -100,14 +98,14 @@ def verify(path: Path, identity: Identity, *, from_disk: bool = False) -> dict[F
     for form, size in header.beside.items():
         state = state_path(path, form)
         wanted = size, header.hash_of(f"{form}.state")
-        # One that is of another size, a whole disk perhaps, need not be read.
+        # A file of another size, which may be huge, need not be read.
         if os.lstat(state).st_size != size or hashed_file(state, from_disk=from_disk) != wanted:
             raise Corrupt(f"{state}: not the state that belongs to {path.name}")
     return tokens
 
 
 def _opened(path: Path) -> BufferedReader:
-    """Raises Corrupt for what is no file, or OSError."""
+    """Raises Corrupt if the path is no regular file, or OSError."""
     try:
         return opened(path)
     except NotAFile as error:

@@ -1,4 +1,4 @@
-"""The header of a cache's file, every field of it checked before anything uses it."""
+"""The header of a cache file. Every field is checked before it is used."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NO_HASH = "0" * 64
 BESIDE = "bytes "
 HASH = "blake3"
 METADATA = "__metadata__"
-# The header, its tensors, and the numbers of each.
+# Nesting: the header, its tensors, and the numbers of each.
 LEVELS = 3
 WIDTHS = {"tokens": ("I32", 4), "state": ("U8", 1)}
 Bytes = Annotated[int, Meta(ge=0, le=1 << 60)]
@@ -33,7 +33,7 @@ Decimal = Annotated[str, Meta(pattern=r"^(0|[1-9][0-9]{0,17})\Z")]
 
 
 class Corrupt(Exception):
-    """The file is not what was written."""
+    """The file is not as it was written."""
 
 
 class Tensor(Struct, frozen=True, forbid_unknown_fields=True):
@@ -44,8 +44,8 @@ class Tensor(Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class Header:
-    """`start`: where the tensors begin in the file. `beside`: the sizes of the states that lie in files of
-    their own. Each form has its tokens and its state, and each of these a hash."""
+    """`start`: the offset of the tensors in the file. `beside`: the sizes of the states in sidecar files.
+    Each form has token ids and a state, each with a hash."""
 
     metadata: Mapping[str, str]
     tensors: Mapping[str, Tensor]
@@ -53,7 +53,7 @@ class Header:
 
     @property
     def end(self) -> int:
-        """Where the file ends."""
+        """The end of the file's content."""
         return self.start + max((tensor.data_offsets[1] for tensor in self.tensors.values()), default=0)
 
     @property
@@ -79,7 +79,7 @@ class Header:
 
     @property
     def entry(self) -> Entry:
-        """What it says of the cache. Raises Corrupt."""
+        """The entry in the header. Raises Corrupt."""
         try:
             entry = entry_of(self.metadata["entry"])
         except (KeyError, ValueError) as error:
@@ -92,12 +92,12 @@ class Header:
         return msgspec.structs.replace(entry, forms=forms, identity=(0, 0, 0, 0))
 
     def hash_of(self, name: str) -> str:
-        """Of a tensor, or a state that lies beside the file."""
+        """The hash of a tensor, or of a state in a sidecar file."""
         return self.metadata[f"{HASH} {name}"]
 
 
 def header_text(entry: Entry, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
-    """The header as JSON, its own hash still to be put in by `hashed`."""
+    """The header as JSON; `hashed` fills in its own hash."""
     described = msgspec.structs.replace(entry, forms={}, identity=(0, 0, 0, 0))
     content = msgspec.json.encode(described).decode()
     own = {"format": FORMAT, HASH: NO_HASH, "entry": content, **metadata}
@@ -105,13 +105,12 @@ def header_text(entry: Entry, tensors: Mapping[str, Any], metadata: Mapping[str,
 
 
 def hashed(text: bytes) -> bytes:
-    """The header with its own hash in the place that `header_text` left for it."""
+    """The header with its own hash, in the place that `header_text` left for it."""
     return text.replace(NO_HASH.encode(), blake3(text).hexdigest().encode(), 1)
 
 
 def read_header(file: BinaryIO) -> Header:
-    """The header of the file, whose hash is right and whose fields are what they should be. Raises Corrupt or
-    OSError."""
+    """Reads the header and checks its hash and its fields. Raises Corrupt or OSError."""
     try:
         return _read(file)
     except Corrupt as error:
@@ -142,7 +141,7 @@ def _read(file: BinaryIO) -> Header:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Raises ValueError for a key that is there twice, of which others may take the first."""
+    """Raises ValueError for a duplicate key, since other readers may take the first value."""
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a key is there twice")
@@ -150,8 +149,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check(header: Header) -> None:
-    """The tensors are what a cache has, of the right type and size, one after the other without gaps, and all
-    have hashes. Raises Corrupt."""
+    """Checks that the tensors are those of a cache, have the right types and sizes, follow each other without
+    gaps, and all have hashes. Raises Corrupt."""
     sizes = {name: size for name, size in header.metadata.items() if name.startswith(BESIDE)}
     inside = set(header.tensors)
     outside = {name.removeprefix(BESIDE) for name in sizes}

@@ -1,9 +1,9 @@
-"""Copies of the headers of caches' files, for when a file's own can't be read any more.
+"""Copies of the headers of cache files, for a file whose own header can't be read any more.
 
-    <directory>/<shelf>/<name>.header
+    <directory>/<namespace>/<name>.header
 
-A copy is what the file begins with, so it is checked as that is, by the hash in it. It is used only where the
-file's own header can't be read. All copies can be deleted: a start makes them anew.
+A copy is identical to the beginning of the file, so the hash in it is checked in the same way. It is used
+only if the file's own header can't be read. All copies can be deleted: a start creates them again.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from headstart.caches.entry import Entry
 
 log = logging.getLogger(__name__)
 
-# No model can have this name, so it is never a model's directory of caches.
+# No model can have this name, so it never collides with a model's directory.
 DIRECTORY = ".headers"
 SUFFIX = ".header"
 SCRATCH = ".scratch"
 
 
 class Copies:
-    """Those in the cache directory `directory`. What can't be written is left out, with one warning: a copy
-    is needed only where a file is damaged later."""
+    """The header copies in the cache directory `directory`. If one can't be written, it is left out and the
+    first failure is logged: a copy is needed only if a file is damaged later."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory / DIRECTORY
@@ -37,14 +37,14 @@ class Copies:
         return self.directory / namespace / (name + SUFFIX)
 
     def keep(self, namespace: str, name: str, path: Path) -> None:
-        """Copies the header of the file at `path`, unless that was done."""
+        """Copies the header of the file at `path`, unless the copy is up to date."""
         try:
             self._write(self._path(namespace, name), _header(path))
         except OSError as error:
             self._failed(namespace, name, error)
 
     def put(self, entry: Entry) -> None:
-        """Makes a header that tells all of the entry but its states."""
+        """Writes a header with the entry but without its states."""
         text = format.hashed(format.header_text(entry.without_states(), {}, {}))
         try:
             self._write(self._path(entry.namespace, entry.name), LENGTH.pack(len(text)) + text)
@@ -56,7 +56,7 @@ class Copies:
             return
         for folder in (self.directory, copy.parent):
             folder.mkdir(mode=0o700, exist_ok=True)
-        # Always the same name: whatever interrupts this, no more than one is left.
+        # Always the same name: after an interruption at most one is left.
         scratch = copy.with_name(SCRATCH)
         scratch.unlink(missing_ok=True)
         try:
@@ -70,11 +70,11 @@ class Copies:
         if not self._was_told:
             log.warning("headers of caches can't be copied to %s: %s", self.directory, error)
         self._was_told = True
-        # An older version's must not be taken for this one's.
+        # An older version's copy must not be taken for this one's.
         self.delete(namespace, name)
 
     def read(self, namespace: str, name: str) -> Entry | None:
-        """What the copy tells of the cache; None without one that is as it was written."""
+        """The entry in the copy; None without an intact copy."""
         try:
             entry = format.read(self._path(namespace, name), whole=False)
         except (Corrupt, OSError):
@@ -85,9 +85,9 @@ class Copies:
         _delete(self._path(namespace, name))
 
     def keep_only(self, caches: Collection[tuple[str, str]]) -> None:
-        """Deletes those of all others, by shelf and name."""
+        """Deletes the copies of all other caches; `caches` are namespaces and names."""
         if self.directory.is_symlink():
-            # Whatever is there is not ours to delete.
+            # The files behind a link are not ours to delete.
             return
         for path in self.directory.glob("*/*"):
             name = path.name.removesuffix(SUFFIX)
@@ -99,7 +99,7 @@ def _delete(path: Path) -> None:
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
-        log.warning("the copy of a header is still there: %s", error)
+        log.warning("the copy of a header can't be deleted: %s", error)
 
 
 def _holds(copy: Path, header: bytes) -> bool:
@@ -111,7 +111,7 @@ def _holds(copy: Path, header: bytes) -> bool:
 
 
 def _header(path: Path) -> bytes:
-    """That of a file just found to be in order; whoever reads the copy checks its hash. Raises OSError."""
+    """The header of a file that was just checked; readers of the copy check its hash. Raises OSError."""
     with format.opened(path) as opened:
         start = opened.read(LENGTH.size)
         length = LENGTH.unpack(start)[0] if len(start) == LENGTH.size else MAX_HEADER

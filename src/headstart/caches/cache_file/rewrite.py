@@ -1,8 +1,8 @@
-"""A cache's file with another header and the same states.
+"""A cache file with a new header and the same states.
 
-The file itself is never changed: whoever reads it goes on. The states are copied by the kernel, unread and
-unhashed (their hashes are taken over, so damage stays visible); where the file system can share extents, and
-the header fits into its old room, nothing is copied at all.
+The old file is never changed, so its readers are not disturbed. The kernel copies the states without reading
+or hashing them here (their hashes are copied too, so damage stays detectable). If the file system can share
+extents and the new header fits into the old space, no data is copied at all.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from headstart.caches.entry import Entry
 from headstart.regular_files import NotAFile
 
 CHUNK = 8 << 20
-# What a kernel or file system says that can't copy between these files by itself.
+# Errors of a kernel or file system that can't copy between these files by itself.
 UNABLE = {errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
 
 
 def rewrite(source: Path, target: Path, entry: Entry) -> Entry:
-    """Writes into the empty file `target` what `source` holds, under the header of `entry`, and syncs.
-    Returns the entry as stored. Where the header of `source` can't be read any more, nor can its states be
-    used: `target` has none. Raises OSError."""
+    """Writes into the empty file `target` the states of `source` under the header of `entry`, and syncs.
+    Returns the entry as stored. If the header of `source` can't be read any more, its states are unusable:
+    `target` gets none. Raises OSError."""
     try:
         return _rewrite(source, target, entry)
     except (Corrupt, FileNotFoundError, NotAFile):
@@ -34,7 +34,7 @@ def rewrite(source: Path, target: Path, entry: Entry) -> Entry:
 
 
 def write_stub(target: Path, entry: Entry) -> Entry:
-    """Writes into the empty file `target` all of the cache but its states. Raises OSError."""
+    """Writes into the empty file `target` the cache without its states. Raises OSError."""
     stub = entry.without_states()
     return Writer(target, stub, {}).finish(stub)
 
@@ -52,7 +52,7 @@ def _rewrite(source: Path, target: Path, entry: Entry) -> Entry:
             room = room_for(len(text))
             new.seek(LENGTH.size + room)
         else:
-            # From the start, for the sake of file systems that share whole blocks.
+            # Copies from the start, because file systems share only whole blocks.
             start = 0
         _copy(old, start, new)
         text = hashed(text.ljust(room))
@@ -62,7 +62,7 @@ def _rewrite(source: Path, target: Path, entry: Entry) -> Entry:
 
 
 def _copy(old: BinaryIO, start: int, new: BinaryIO) -> None:
-    """All of `old` from `start` on, to where `new` stands."""
+    """Copies `old` from `start` on to the current position of `new`."""
     end = os.fstat(old.fileno()).st_size
     while start < end:
         n = _copy_some(old.fileno(), start, new.fileno(), min(end - start, CHUNK))

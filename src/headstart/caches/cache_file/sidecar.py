@@ -1,13 +1,13 @@
-"""States in files of their own beside the cache's file, where the runtime that computes them writes and reads
-nothing else.
+"""Sidecar files: states in files of their own next to the cache file, for a runtime that can't write and read
+them elsewhere.
 
-    NAME.headstart                    the cache: its text, its token ids, and of each state size and hash
-    NAME.rkllm_cache                  the state of its form for chats, as the NPU's runtime wrote it
-    NAME@completion.rkllm_cache       that of its form for completions
+    NAME.headstart                    the cache: its content, its token ids, size and hash of each state
+    NAME.rkllm_cache                  the state of its chat form, as the NPU's runtime wrote it
+    NAME@completion.rkllm_cache       the state of its completion form
 
-The cache's file is the truth: what lies beside it without its hash is not used. It is put in its place first
-and deleted last, so that whatever happens in between leaves a cache that is computed again from its text, and
-never a state that belongs to nothing.
+The cache file is authoritative: a sidecar file is used only if its hash is in it. The cache file is put in
+place first and deleted last, so that an interruption leaves a cache that is rebuilt from its content, and
+never a state without a cache.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from headstart.regular_files import check_written, opened
 
 CACHE_SUFFIX = ".headstart"
 SUFFIX = ".rkllm_cache"
-# No name has it, so no other cache's file is meant.
+# No cache name contains it, so no other cache's file has this name.
 FORM_MARK = "@"
 
 
 def state_path(path: Path, form: Form) -> Path:
-    """Where the state of a form lies; `path` is that of the cache's file, or of one being written."""
+    """The path of a form's sidecar file; `path` is that of the cache file, or of one being written."""
     stem = path.name.removesuffix(CACHE_SUFFIX)
     return path.with_name(stem + ("" if form == "chat" else FORM_MARK + form) + SUFFIX)
 
 
 def cache_path(path: Path) -> Path:
-    """Of the cache that the state at `path` belongs to."""
+    """The path of the cache file to which the sidecar file at `path` belongs."""
     return path.with_name(path.name.removesuffix(SUFFIX).partition(FORM_MARK)[0] + CACHE_SUFFIX)
 
 
 def hashed(path: Path, *, from_disk: bool = False) -> tuple[int, str]:
-    """The file's size and hash. Raises OSError, also when it changes meanwhile or is a link."""
+    """The file's size and hash. Raises OSError, also if the file changes meanwhile or is a link."""
     with opened(path) as file:
         if from_disk and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -59,7 +59,7 @@ def hashed(path: Path, *, from_disk: bool = False) -> tuple[int, str]:
 
 
 def take(source: Path, target: Path) -> None:
-    """Makes `target` the same file as `source`, or a copy of it, as the file system can. Raises OSError."""
+    """Makes `target` a hard link to `source`, or a copy if the file system can't link. Raises OSError."""
     target.unlink(missing_ok=True)
     try:
         os.link(source, target, follow_symlinks=False)
@@ -70,17 +70,17 @@ def take(source: Path, target: Path) -> None:
 
 
 def place(scratch: Path, final: Path, forms: Collection[Form]) -> None:
-    """Puts the states of a cache in their places, its own file being in its, and deletes those that it has no
-    more. Raises OSError."""
+    """Moves the states of a cache into place after its cache file, and deletes states that it no longer has.
+    Raises OSError."""
     for form in forms:
         state_path(scratch, form).replace(state_path(final, form))
     keep_only(final, forms)
 
 
 def keep_only(path: Path, forms: Collection[Form] = ()) -> None:
-    """Deletes the states beside the cache's file but for those of some forms. Raises OSError."""
+    """Deletes the sidecar files of the cache, except those of `forms`. Raises OSError."""
     for form in FORMS:
         if form not in forms:
-            # A folder of that name is no state.
+            # A folder of that name is not a sidecar file.
             with suppress(IsADirectoryError):
                 state_path(path, form).unlink(missing_ok=True)

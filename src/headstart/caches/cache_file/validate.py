@@ -1,4 +1,4 @@
-"""A cache's file that came from somewhere else: nothing about it is taken for granted."""
+"""Validation of a cache file from elsewhere; nothing in it is trusted."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from headstart.caches.entry import Entry
 
 
 def inspect(path: Path) -> Entry:
-    """What the file holds, once every hash and every field in it was found to be right; of a response without
-    the response itself, whose place isn't here. Raises Corrupt, or OSError when it can't be read.
+    """The entry of the file, after every hash and every field was checked. The entry of a response comes
+    without the response itself, which is of no use here. Raises Corrupt, or OSError if the file can't be
+    read.
 
-    The hashes show damage, not where a file comes from: whoever makes one up can make them fit."""
+    The hashes reveal damage but don't prove the origin of a file: a forger can compute them too."""
     entry = format.read(path)
     if entry.beside:
         raise Corrupt("its states are in other files, as those of the NPU's runtime are")

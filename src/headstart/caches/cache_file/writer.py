@@ -1,7 +1,7 @@
-"""A cache's file while it is being written.
+"""A cache file while it is being written.
 
-Room for the header is left at the start, so that each state can be on the disk once it was computed; the
-header with the hashes comes last. Till then the file is none that `format.read` accepts.
+Space for the header is reserved at the start, so that each state can go to the disk once it is computed; the
+header with the hashes is written last. Until then `format.read` rejects the file.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from headstart.caches.cache_file.sidecar import state_path, take
 from headstart.caches.entry import Entry, Form
 
 ALIGN = 64
-# Larger than any offset, to see how long a header may become.
+# Larger than any offset, to compute the longest possible header.
 FAR = 10**15
-# Its times may be written longer, and its terms changed later.
+# Room for longer times, and for later changes of the retention.
 SPARE = 1024
 
 
 class Writer:
-    """Writes into the file at `path`, which must exist and be empty. `entry` and the token ids of each form
-    must be known from the start; `finish` may be given the entry with other times. A state belongs where
-    `place` says: it is put there by `copy`, or by somebody else, who then tells it by `wrote`. Methods raise
-    OSError, with the file in an unknown state.
+    """Writes the empty, existing file at `path`. `entry` and the token ids of each form must be known from
+    the start; `finish` may get the entry with other times. A state's position is given by `place`: `copy`
+    writes it there, or the caller does and then calls `wrote`. Methods raise OSError, after which the file is
+    in an unknown state.
 
-    `beside`: each state is a file of its own. `end` is where the next state of others belongs."""
+    `beside`: each state is a sidecar file. `end`: the position of the next state in the cache file
+    otherwise."""
 
     def __init__(
         self, path: Path, entry: Entry, tokens: Mapping[Form, list[int]], *, beside: bool = False
@@ -56,21 +57,21 @@ class Writer:
 
     def _header_room(self, entry: Entry) -> int:
         far = {f"{form}.state": _tensor("U8", FAR, FAR, FAR) for form in self.tokens}
-        # Longer than the size of one that lies beside.
+        # A hash is longer than the size that is written for a sidecar file.
         hashes = {f"blake3 {form}.state": NO_HASH for form in self.tokens}
         return room_for(len(header_text(entry, self._tensors | far, self._hashes | hashes)))
 
     def place(self, form: Form) -> tuple[Path, int]:
-        """The file that the form's state, the next to come, belongs into, and where in it."""
+        """The file and the offset of the form's state, which must be the next one written."""
         return (state_path(self.path, form), 0) if self.beside else (self.path, self.end)
 
     @property
     def size(self) -> int:
-        """Bytes that are taken so far."""
+        """Bytes written so far."""
         return self.end + sum(self._sizes.values())
 
     def wrote(self, form: Form, size: int, blake3_hex: str) -> None:
-        """`size` bytes with this hash, the form's state, are on the disk in their place."""
+        """Records that the form's state, `size` bytes with this hash, is on the disk in its place."""
         if self.beside:
             self._sizes[form] = size
             self._hashes |= {f"{BESIDE}{form}.state": str(size), f"blake3 {form}.state": blake3_hex}
@@ -81,7 +82,7 @@ class Writer:
         self.end += size
 
     def copy(self, form: Form, part: Part) -> None:
-        """Takes the form's state from another file."""
+        """Copies the form's state from another file."""
         if self.beside:
             place, _ = self.place(form)
             take(part.path, place)
@@ -92,7 +93,7 @@ class Writer:
             self.wrote(form, part.size, format.hash_of(state))
 
     def finish(self, entry: Entry) -> Entry:
-        """Writes the header, once all states are there, and syncs; the entry with its forms and identity
+        """Writes the header, after all states, and syncs; returns the entry with its forms and identity
         filled in."""
         text = header_text(entry, self._tensors, self._hashes)
         assert len(text) <= self._room
@@ -109,12 +110,12 @@ class Writer:
 
 
 def expected_size(entry: Entry, n_tokens: int) -> int:
-    """At least as many bytes as the file of this cache has, with `n_tokens` ids, but without its states."""
+    """Upper bound of the cache file's size with `n_tokens` ids, without its states."""
     return room_for(len(header_text(entry, {}, {}))) + SPARE + 4 * n_tokens
 
 
 def room_for(length: int) -> int:
-    """The bytes to be kept for a header of this length, so that what follows is aligned."""
+    """The bytes to reserve for a header of this length, so that the data after it is aligned."""
     room = length + SPARE
     return room + -(LENGTH.size + room) % ALIGN
 

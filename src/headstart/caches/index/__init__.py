@@ -1,1 +1,1 @@
-"""Usage figures and hashes of weights, in SQLite."""
+"""The index: usage figures and hashes of weights, in SQLite."""

@@ -1,8 +1,8 @@
-"""The index: how often caches were used, and hashes of weights files.
+"""The index: usage figures of caches, and hashes of weights files.
 
-All of it is in memory while it is open. A thread writes what changes to `index.sqlite`, so that nobody waits
-for the disk or for another process's lock on it; what can't be written now is written later. No cache's text
-is in it.
+The open index is held in memory. A thread writes changes to `index.sqlite`, so that no request waits for the
+disk or another process's lock; what can't be written now is written later. The index contains no content of
+caches.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ UNUSED = Usage()
 
 
 class Weights(Struct, frozen=True):
-    """The SHA-256 that a model file had, and what file that was."""
+    """The SHA-256 of a model file, and the file's identity at that time."""
 
     identity: Identity
     sha256: Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
@@ -40,16 +40,16 @@ TYPES: dict[str, type[Record]] = {USAGE: Usage, WEIGHTS: Weights}
 
 
 class Index:
-    """Used from one thread. `earlier`: the entries that an index of an earlier release had, unchecked."""
+    """Used from one thread. `earlier`: the unchecked entries of an earlier release's index."""
 
     def __init__(self, path: Path) -> None:
         self.earlier: list[Entry] = []
         self._path = path
         self._records = Records(path)
         self._known: dict[RecordKey, Record] = {}
-        # What is to be written; None: to be deleted.
+        # Changes to write; None deletes the record.
         self._changes: dict[RecordKey, Record | None] = {}
-        # Held for changes in memory only.
+        # Held only while memory is changed.
         self._guard = Lock()
         self._was_open = False
         self._was_told = False
@@ -59,21 +59,21 @@ class Index:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="index")
 
     def close(self) -> None:
-        """Writes what is still to be written, if that can be now."""
+        """Writes outstanding changes, if possible."""
         self.save()
         self._is_closed = True
         self._writer.shutdown()
         self._records.close()
 
     def save(self) -> None:
-        """Has everything written that changed; doesn't wait for it."""
+        """Starts writing all changes; doesn't wait for it."""
         is_wanted = self._changes or self._records.must_wipe or not self._was_open
         if is_wanted and not (self._is_due or self._is_closed):
             self._is_due = True
             self._writer.submit(self._write)
 
     def settle(self) -> None:
-        """Returns when what changed before was written, or could not be."""
+        """Returns when earlier changes were written or could not be."""
         self._writer.submit(self._write).result()
 
     def _write(self) -> None:
@@ -84,7 +84,7 @@ class Index:
             except sqlite3.DatabaseError as error:
                 if not is_damage(error):
                     raise
-                # Somebody has changed or replaced it under a running server.
+                # Another process has changed or replaced it under a running server.
                 log.warning("the index %s is damaged (%s)", self._path, error)
                 self._records.close()
                 self._write_changes()
@@ -110,8 +110,8 @@ class Index:
             raise
 
     def _open(self) -> None:
-        """What it holds is added to what was counted since the start; but not if it was known already."""
-        # Only a start has use for an earlier release's entries.
+        """Opens the database. The first time, its records are added to those counted since the start."""
+        # An earlier release's entries are only of use at a start.
         earlier = self._records.open(migrate=not self._was_told)
         try:
             found = {} if self._was_open else self._read()
@@ -132,7 +132,7 @@ class Index:
             try:
                 found[kind, key] = msgspec.json.decode(value, type=TYPES[kind])
             except (KeyError, msgspec.MsgspecError) as error:
-                log.warning("a record of the index is left out: %s", error)
+                log.warning("a record of the index is ignored: %s", error)
         return found
 
     def _merge(self, key: RecordKey, record: Record) -> None:
@@ -157,30 +157,30 @@ class Index:
         self.save()
 
     def touch(self, namespace: str, name: str, when: float) -> None:
-        """Notes a use that is no hit."""
+        """Records a use that is not a hit."""
         with self._guard:
             self._put(usage_key(namespace, name), self.usage(namespace, name).plus(Usage(last_used=when)))
         self.save()
 
     def delete(self, namespace: str, name: str) -> None:
-        """Forgets how the cache was used."""
+        """Deletes the usage of the cache."""
         key = usage_key(namespace, name)
         with self._guard:
-            # Also one that is not known yet, because the database could not be opened.
+            # Also one not read yet because the database could not be opened.
             if self._known.pop(key, None) or not self._was_open:
                 self._changes[key] = None
         self.save()
 
     def keep_only(self, caches: Collection[tuple[str, str]]) -> None:
-        """Forgets how all but these, by shelf and name, were used."""
+        """Deletes the usage of all other caches; `caches` are namespaces and names."""
         kept = {usage_key(*cache) for cache in caches}
         for key in [key for key in self._known if key[0] == USAGE and key not in kept]:
             namespace, _, name = key[1].partition("/")
             self.delete(namespace, name)
 
     def ends(self, entry: Entry) -> float | None:
-        """When it ends, in seconds since 1970; None: never. Of an automatic one time counts from its last
-        use."""
+        """When the cache expires, in seconds since 1970; None: never. The lifetime of an automatic cache
+        counts from its last use."""
         if entry.expires is None or entry.origin != "automatic":
             return entry.expires
         last = self.usage(entry.namespace, entry.name).last_used or 0.0

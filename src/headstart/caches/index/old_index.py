@@ -1,7 +1,7 @@
-"""The index as earlier releases wrote it: rows without hashes, with a copy of each cache's entry.
+"""The index format of earlier releases: rows without hashes, with a copy of each cache's entry.
 
-Usage figures are taken over where they can be any. An entry is of use only for a cache whose file can't be
-read, since nothing shows whether it is as it was written. Hashes of weights are computed again.
+Usage figures are taken over if they are plausible. An entry is used only for a cache whose file can't be
+read, since nothing proves that the entry is unchanged. Hashes of weights are computed again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 TABLES = ("caches", "entries", "weights")
 DROP = "".join(f"DROP TABLE IF EXISTS {table}; " for table in TABLES)
-# All that their declarations say: a table that says more may do anything when it is read.
+# All words in their declarations: a table that declares more may run anything when it is read.
 WORDS = {
     *("CREATE", "TABLE", "TEXT", "BLOB", "INTEGER", "REAL", "NOT", "NULL", "DEFAULT", "0", "PRIMARY", "KEY"),
     *("caches", "entries", "weights", "shelf", "model", "name", "entry", "path", "identity", "sha256"),
@@ -34,14 +34,15 @@ FIGURES = ("hits", "last_used", "tokens_saved", "seconds_saved")
 
 @dataclass(frozen=True)
 class Old:
-    """`records` as this release keeps them."""
+    """`records` in the format of this release."""
 
     records: dict[tuple[str, str], bytes] = field(default_factory=dict)
     entries: list[Entry] = field(default_factory=list)
 
 
 def is_one(declared: Mapping[tuple[str, str], str | None]) -> bool:
-    """Whether a database that declares this, by type and name, is an index of then, and nothing else."""
+    """Whether a database with these declarations, by type and name, is exactly an index of earlier
+    releases."""
     tables = {name for kind, name in declared if kind == "table"}
     plain = all(
         set(re.findall(r"\w+", sql)) <= WORDS if sql else kind == "index"
@@ -51,7 +52,7 @@ def is_one(declared: Mapping[tuple[str, str], str | None]) -> bool:
 
 
 def read(database: sqlite3.Connection) -> Old:
-    """Leaves out rows that can't be read. Raises DatabaseError for a damaged database."""
+    """Reads the database; ignores invalid rows. Raises DatabaseError if it is damaged."""
     if (found := database.execute("PRAGMA integrity_check").fetchone()) != ("ok",):
         raise sqlite3.DatabaseError(*found)
     old = Old()
@@ -61,7 +62,7 @@ def read(database: sqlite3.Connection) -> Old:
         try:
             _take(old, dict(zip(columns, values, strict=True)))
         except (KeyError, TypeError, ValueError, msgspec.MsgspecError) as error:
-            log.warning("a row of the index is left out: %s", error)
+            log.warning("a row of the index is ignored: %s", error)
     return old
 
 

@@ -1,10 +1,10 @@
-"""Small records in an SQLite database, each with a hash of its own.
+"""Small records in an SQLite database, each with its own hash.
 
-Nothing in the file is believed for being there. A record is one only if its hash fits; tables are used only
-if they were declared as here; a damaged database is replaced by a new one. What isn't a regular file, or is
-somebody else's database, is left alone.
+Nothing in the file is trusted. A record counts only if its hash is right; tables are used only if they are
+declared as here; a damaged database is replaced by a new one. A file that isn't regular, or another program's
+database, is left alone.
 
-What is deleted is overwritten, in the database and in its log.
+Deleted data is overwritten, in the database and in its log.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ log = logging.getLogger(__name__)
 
 SCHEMA = "CREATE TABLE records (kind TEXT, key TEXT, value BLOB, blake3 BLOB, PRIMARY KEY (kind, key))"
 DECLARED = {("table", "records"): SCHEMA, ("index", "sqlite_autoindex_records_1"): None}
-# Says that a database is an index, whatever became of its tables.
+# Identifies a database as an index, whatever happened to its tables.
 APPLICATION = int.from_bytes(b"Head", "big")
-# Says that nothing is left of the rows that earlier releases, which overwrote nothing, had deleted.
+# Marks a database in which no rows deleted by earlier releases are left; those overwrote nothing.
 WIPED = 2
 MAKE = f"{SCHEMA}; PRAGMA application_id = {APPLICATION}; "
-# How long another process's lock is waited for: by the index's own thread, and by a start.
+# How long the index's own thread, and a start, wait for another process's lock.
 LOCK_SECONDS = 0.2
 SIDES = ("", "-wal", "-shm", "-journal")
-# SQLite's codes for what isn't a database, or has not the tables it should have. All others may pass, those
-# about locks and full disks among them. Extended codes have one of these in their lowest byte.
+# SQLite's codes for a file that isn't a database or lacks the right tables. All other errors, such as locks
+# and full disks, may be temporary. Extended codes have one of these in their lowest byte.
 DAMAGE = {
     sqlite3.SQLITE_ERROR,
     sqlite3.SQLITE_CORRUPT,
@@ -46,21 +46,21 @@ DAMAGE = {
     sqlite3.SQLITE_MISMATCH,
 }
 
-# By kind and key.
+# Kind and key.
 RecordKey = tuple[str, str]
-# What a database says that it has, by type and name.
+# The declarations in a database, by type and name.
 Declared = dict[tuple[str, str], str | None]
 
 
 def is_damage(error: Exception) -> bool:
-    """Whether the database is none, or not as it was made, rather than of no use at the moment."""
+    """Whether the error means a damaged database, not one that is unavailable at the moment."""
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)
     return isinstance(error, sqlite3.DatabaseError) and code & 0xFF in DAMAGE
 
 
 class Records:
     """Used by one thread at a time. Methods raise sqlite3.Error or OSError, with nothing changed.
-    `must_wipe`: deleted rows are still in the log; a write, though it be of nothing, wipes them."""
+    `must_wipe`: deleted rows are still in the log; the next write, even of nothing, wipes them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -72,15 +72,15 @@ class Records:
         return self._database is not None
 
     def open(self, *, migrate: bool = True) -> list[Entry]:
-        """Opens the database; makes a new one where there is none, or a damaged one. Unless told not to,
-        brings one of an earlier release up to date, and returns the entries that it had."""
+        """Opens the database; creates one if there is none or it is damaged. With `migrate`, converts one of
+        an earlier release and returns the entries in it."""
         try:
             return self._open(migrate)
         except sqlite3.DatabaseError as error:
             self.close()
             if not is_damage(error):
                 raise
-            log.warning("the index %s can't be read (%s): making a new one", self.path, error)
+            log.warning("the index %s can't be read (%s): creating a new one", self.path, error)
             for side in SIDES:
                 Path(f"{self.path}{side}").unlink(missing_ok=True)
         except OSError:
@@ -93,7 +93,7 @@ class Records:
         database = self._database = sqlite3.connect(
             self.path, timeout=LOCK_SECONDS, isolation_level=None, check_same_thread=False
         )
-        # Text that isn't UTF-8 any more fits no hash, and must not keep other rows from being read.
+        # Text that is not UTF-8 matches no hash, and must not prevent reading other rows.
         database.text_factory = lambda text: text.decode(errors="replace")
         declared = _declared(database)
         old = old_index.read(database) if old_index.is_one(declared) else None
@@ -131,7 +131,7 @@ class Records:
             self._database = None
 
     def all(self) -> Iterator[tuple[str, str, bytes]]:
-        """Kind, key and value of each record; those whose hash doesn't fit are deleted."""
+        """Kind, key and value of each record; those with a wrong hash are deleted."""
         assert self._database
         wrong = []
         for row, *record, seal in self._database.execute(
@@ -143,19 +143,19 @@ class Records:
                 case _:
                     wrong.append((row,))
         if wrong:
-            log.warning("the index %s: %d damaged records are left out", self.path, len(wrong))
+            log.warning("the index %s: %d damaged records are ignored", self.path, len(wrong))
             self._database.executemany("DELETE FROM records WHERE rowid = ?", wrong)
             self.must_wipe = True
 
     def write(self, changes: Mapping[RecordKey, bytes | None]) -> None:
-        """Puts each value in its place; None deletes the record. All of it is done or nothing."""
+        """Stores each value; None deletes the record. The changes are atomic."""
         assert self._database
         self._database.execute("BEGIN IMMEDIATE")
         self._finish(changes)
         self._wipe()
 
     def _finish(self, changes: Mapping[RecordKey, bytes | None]) -> None:
-        """Ends the transaction that is open with these changes."""
+        """Applies these changes and commits the open transaction."""
         assert self._database
         deleted = [key for key, value in changes.items() if value is None]
         put = [(*key, value, _seal(*key, value)) for key, value in changes.items() if value is not None]
@@ -170,8 +170,8 @@ class Records:
         self.must_wipe |= bool(deleted)
 
     def _wipe(self) -> None:
-        """Empties the log, in which deleted rows still are. Where another process is reading it, the next
-        write does."""
+        """Empties the log, which still contains deleted rows. If another process is reading it, the next
+        write empties it."""
         assert self._database
         if self.must_wipe:
             busy, _, _ = self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
@@ -183,7 +183,7 @@ def _seal(kind: str, key: str, value: bytes) -> bytes:
 
 
 def _check_files(path: Path) -> None:
-    """Makes an empty file where there is none. Raises OSError unless SQLite would open regular files only: it
+    """Creates an empty file if there is none. Raises OSError unless all of SQLite's files are regular: it
     would wait for a pipe, and follow a link."""
     for side in SIDES:
         try:
@@ -196,15 +196,15 @@ def _check_files(path: Path) -> None:
 
 
 def _declared(database: sqlite3.Connection) -> Declared:
-    """What the database says that it has, by type and name. Nothing of it is used before that is known:
-    SQLite does whatever a view, a trigger or an index says."""
+    """The database's declarations, by type and name. Check them before any other use: SQLite runs whatever a
+    view, a trigger or an index says."""
     rows = database.execute("SELECT type, name, sql FROM sqlite_master")
     return {(str(kind), str(name)): sql for kind, name, sql in rows}
 
 
 def _check_ours(database: sqlite3.Connection, declared: Declared, path: Path) -> None:
-    """Raises DatabaseError for an index whose tables are not as they were made, OSError for another
-    database."""
+    """Raises DatabaseError for an index whose tables differ from those created here, OSError for another
+    program's database."""
     if declared == DECLARED:
         return
     made = database.execute("PRAGMA application_id").fetchone() == (APPLICATION,)

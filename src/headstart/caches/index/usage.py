@@ -1,4 +1,4 @@
-"""How often a cache was used, and what that saved."""
+"""Usage figures of a cache: hits, and what they saved."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-# More than any server lives to count, and exact in JSON and as a float.
+# More than any server can count, and exact in JSON and as a float.
 MOST = 2**53
 # The years 1 to 9999.
 FIRST, LAST = -62_135_596_800, 253_402_300_799
@@ -19,8 +19,8 @@ Time = Annotated[float, Meta(ge=FIRST, le=LAST)]
 
 
 class Usage(Struct, frozen=True):
-    """Hits, when the last one was, and what all of them saved: tokens that needed no evaluation, and the
-    time this would have taken beyond that of restoring them."""
+    """The number of hits, the time of the last use, and what the hits saved: tokens that were not evaluated,
+    and the time of evaluating them minus that of restoring them."""
 
     hits: Count = 0
     last_used: Time | None = None
@@ -28,7 +28,7 @@ class Usage(Struct, frozen=True):
     seconds_saved: Seconds = 0.0
 
     def plus(self, later: Usage) -> Usage:
-        """Both together, within the limits of the fields."""
+        """The sum of both, within the limits of the fields."""
         return Usage(
             min(self.hits + later.hits, MOST),
             self.last_used if later.last_used is None else later.last_used,
@@ -42,5 +42,5 @@ def _within(seconds: float) -> float:
 
 
 def usage_key(namespace: str, name: str) -> tuple[str, str]:
-    """Kind and key of the record that holds the usage of a cache."""
+    """Kind and key of the usage record of a cache."""
     return USAGE, f"{namespace}/{name}"

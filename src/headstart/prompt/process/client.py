@@ -1,4 +1,5 @@
-"""The server's side of a prompt process: starts it, asks it in turn, starts it again when it ends."""
+"""The server's side of a prompt process: starts it, sends it requests of owners in turn, restarts it when it
+ends."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ log = logging.getLogger(__name__)
 
 RESTART_SECONDS = (0.0, 0.2, 1.0, 2.0)
 MOST_WAITING = 1024
-# By the clock, for what is stuck; the process itself ends when it has computed for half as long.
+# Wall-clock limit for a process that is stuck; it ends itself after half as much processor time.
 LOAD_SECONDS = 120.0
 
 
@@ -35,8 +36,8 @@ class Job:
 
 
 class PromptClient:
-    """The prompt process of the model of this `name`. A request that is not answered within `seconds` ends
-    it."""
+    """The prompt process of the model `name`. A request that isn't answered within `seconds` ends the
+    process."""
 
     def __init__(self, name: str, seconds: float) -> None:
         self.name, self.seconds = name, seconds
@@ -50,13 +51,13 @@ class PromptClient:
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """Raises ModelLoading until it is known; once it is, it stays so."""
+        """Raises ModelLoading until it is known; it stays known after that."""
         if self._vocabulary is None:
             raise ModelLoading(f"Model {self.name!r} is still loading.")
         return self._vocabulary
 
     async def start(self, load: Load) -> None:
-        """Runs a process from now on, until `close`. Raises StartupError with the reason why it can't."""
+        """Starts the process, which runs until `close`. Raises StartupError with the reason of a failure."""
         await self.close()
         self._load = _frame(load)
         try:
@@ -69,10 +70,10 @@ class PromptClient:
         self._task = asyncio.create_task(self._work(), name=f"prompts {self.name}")
 
     async def close(self) -> None:
-        """Ends the process; requests that wait fail. It can be started again."""
+        """Ends the process; waiting requests fail. It can be started again."""
         if task := self._task:
             task.cancel()
-            # Whoever is cancelled while they wait for it still is, and the next one waits for it, too.
+            # If the caller is cancelled during this wait, it stays cancelled; the next caller waits, too.
             await asyncio.wait([task])
             if self._task is task:
                 self._task = None
@@ -80,8 +81,8 @@ class PromptClient:
                 await self._give_back()
 
     async def ask(self, owner: str, request: Request) -> Reply:
-        """Raises BadRequest for what is refused, and Unavailable where it is the model that is wrong or there
-        is no process."""
+        """Raises BadRequest if the request is refused, and Unavailable if the model is at fault or no process
+        runs."""
         if self._task is None or self._task.done():
             raise ModelLoading(f"Model {self.name!r} is still loading.")
         if len(self._turns) >= MOST_WAITING:
@@ -119,7 +120,7 @@ class PromptClient:
             while True:
                 job = self._asking = await self._turns.next()
                 if job.reply.done():
-                    # Who asked has gone.
+                    # The requester has gone.
                     continue
                 try:
                     reply = await self._reply(job)
@@ -138,7 +139,7 @@ class PromptClient:
         await self._link.close()
 
     async def _reply(self, job: Job) -> Reply:
-        """A process that was ended from outside is asked a second time. Raises Ended or StartupError."""
+        """Repeats the request once if the process was ended from outside. Raises Ended or StartupError."""
         try:
             return await self._asked(job)
         except Ended as error:
@@ -155,7 +156,8 @@ class PromptClient:
         return reply
 
     async def _restart(self) -> None:
-        """The longer after, the more often it has ended at once. Raises Ended or StartupError."""
+        """Restarts the process, with a longer wait the more often it has ended without an answer. Raises
+        Ended or StartupError."""
         await asyncio.sleep(RESTART_SECONDS[min(self._failures, len(RESTART_SECONDS) - 1)])
         self._failures += 1
         self._link = await self._again()
@@ -193,14 +195,14 @@ def _frame(request: Request) -> bytes:
 
 
 def unfit(name: str, reason: str) -> Unavailable:
-    """Said of a model that no request can use."""
+    """The error for a model that no request can use."""
     error = Unavailable(f"Model {name!r} can't run: {reason}")
     error.retryable = False
     return error
 
 
 async def facts_of(path: str, template: str | None) -> Facts:
-    """What a model's file says, found out by a process that ends thereafter. Raises StartupError."""
+    """Facts of a model's file, read by a process that ends afterwards. Raises StartupError."""
     client = PromptClient("", LOAD_SECONDS)
     try:
         await client.start(Load(path, template))

@@ -1,4 +1,4 @@
-"""What the prompt process may take: memory in all, processor time for a template and for a whole request."""
+"""Limits of the prompt process: memory in total, processor time for a template and for a whole request."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from types import FrameType
 
 from headstart.prompt.template import OutOfTime
 
-# Beyond what Python and its libraries take: the largest vocabularies need a third of it.
+# In addition to what Python and its libraries take; the largest vocabularies need a third of it.
 MEMORY_BYTES = 1536 << 20
 TEMPLATE_SECONDS = 2.0
 LOAD_SECONDS = 60.0
 REQUEST_SECONDS = 5.0
-# Long runs of white space take llama.cpp longest, 1.4 µs a byte; and openings are tokenised twice.
+# Long runs of white space take llama.cpp longest, 1.4 µs a byte; and prefixes are tokenised twice.
 SECONDS_PER_BYTE = 8e-6
 
 
 def limit_memory() -> None:
-    """Allocations beyond it fail: as MemoryError, or by the end of the process."""
+    """Limits the process's memory: allocations beyond it fail with MemoryError or end the process."""
     pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 0
     most = pages * resource.getpagesize() + MEMORY_BYTES
     with suppress(ValueError, OSError):
@@ -29,14 +29,14 @@ def limit_memory() -> None:
 
 
 def end_after(seconds: float) -> None:
-    """The kernel ends the process once it has computed for so long; 0: no more. It is the processor's time,
-    so that a busy machine makes nothing a fault."""
+    """The kernel ends the process after so many seconds of processor time; 0 removes the limit. Processor
+    time doesn't depend on how busy the machine is."""
     signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
 
 
 class TemplateTime:
-    """Entered while a template runs, raises OutOfTime in it once it has had its time, all runs since `renew`
-    together."""
+    """Context in which a template runs; raises OutOfTime in it once all runs since `renew` together have used
+    up their time."""
 
     def __init__(self) -> None:
         self.left = TEMPLATE_SECONDS

@@ -15,17 +15,17 @@ from headstart.channel import HEADER
 from headstart.machine import signal_name
 from headstart.prompt.process.protocol import Reply
 
-# Nothing that a prompt process has to say is as long.
+# Larger than any reply of a prompt process.
 MOST_BYTES = 256 << 20
 END_SECONDS = 5.0
-# llama.cpp would start a debugger to tell where it fails.
+# Prevents llama.cpp from starting a debugger when it fails.
 ENVIRONMENT = {"GGML_NO_BACKTRACE": "1", "TOKENIZERS_PARALLELISM": "false"}
 # Signals that end a process from outside, whatever it was doing.
 FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
 
 
 class Ended(Exception):
-    """A process has ended, or was; the message says why. `at_fault`: what it was asked for may be why."""
+    """A process has ended or was ended; the message says why. `at_fault`: the request may be the cause."""
 
     def __init__(self, reason: str, *, at_fault: bool = True) -> None:
         super().__init__(reason)
@@ -33,7 +33,7 @@ class Ended(Exception):
 
 
 class Link:
-    """One process and the socket to it. Use `asked` by one task at a time."""
+    """One process and the socket to it. `asked` is used by one task at a time."""
 
     def __init__(
         self,
@@ -46,11 +46,11 @@ class Link:
 
     @classmethod
     async def opened(cls) -> Link:
-        """Raises Ended where no process can be started."""
+        """Starts a process. Raises Ended if that fails."""
         ours, theirs = socket.socketpair()
         try:
             process = await asyncio.create_subprocess_exec(
-                # -P: what lies in the current folder is no part of the program.
+                # -P: modules in the current folder are not imported.
                 *(sys.executable, "-P", "-m", "headstart.prompt.process.worker", str(theirs.fileno())),
                 pass_fds=[theirs.fileno()],
                 stdin=asyncio.subprocess.DEVNULL,
@@ -75,7 +75,7 @@ class Link:
         return self.reader.at_eof() or self.writer.is_closing() or self.process.returncode is not None
 
     async def asked(self, data: bytes, seconds: float) -> Reply:
-        """The reply to a request. Raises Ended, after which there is no process any more."""
+        """The reply to a request. Raises Ended, after which the process no longer runs."""
         try:
             async with asyncio.timeout(seconds):
                 self.writer.write(data)
@@ -91,7 +91,7 @@ class Link:
             await self.close()
             raise Ended(f"it answered with nonsense: {error}") from error
         except (asyncio.IncompleteReadError, OSError, RuntimeError) as error:
-            # uvloop says RuntimeError of a socket that it has closed.
+            # uvloop raises RuntimeError for a socket that it has closed.
             raise _explained(await self._code()) from error
 
     async def _code(self) -> int:

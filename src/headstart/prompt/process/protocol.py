@@ -1,7 +1,7 @@
-"""What crosses the socket between the server and a model's prompt process: one page, all frozen.
+"""Messages between the server and a model's prompt process: one page, all frozen.
 
-The first request is `Load`; each request is answered by one reply. Requests are JSON, since numbers in
-messages and tools may have any size; replies are MessagePack.
+The first request is `Load`; each request gets one reply. Requests are JSON, since numbers in messages and
+tools may have any size; replies are MessagePack.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Load(Struct, frozen=True, tag=True):
 
 
 class Chat(Struct, frozen=True, tag=True):
-    """A whole prompt; `variables` are what its template is told besides."""
+    """A whole prompt; `variables` are further template variables."""
 
     messages: Messages
     tools: list[dict[str, Any]] = []
@@ -29,7 +29,7 @@ class Chat(Struct, frozen=True, tag=True):
 
 
 class ChatOpening(Struct, frozen=True, tag=True):
-    """What all chats that begin with these messages and tools have in common."""
+    """The common prefix of all chats that begin with these messages and tools."""
 
     messages: Messages
     tools: list[dict[str, Any]] = []
@@ -44,8 +44,8 @@ class TextOpening(Struct, frozen=True, tag=True):
 
 
 class Plain(Struct, frozen=True, tag=True):
-    """A text by itself, nothing of which is remembered. `first`: with what the model wants around a prompt;
-    not `special`: what looks like a control token is text."""
+    """A text by itself, of which nothing is remembered. `first`: with the control tokens that the model adds
+    around a prompt; not `special`: control tokens are treated as text."""
 
     text: str
     first: bool = True
@@ -56,8 +56,8 @@ Wanted = Chat | ChatOpening | Text | TextOpening | Plain
 
 
 class Tokenise(Struct, frozen=True, tag=True):
-    """The tokens of each; of an `opening` besides, unless the template refuses it. `can_cut`: a state may be
-    used in part."""
+    """Requests the tokens of each item, and those of an `opening` unless the template refuses it. `can_cut`:
+    a state may be used in part."""
 
     wanted: list[Wanted]
     can_cut: bool
@@ -73,12 +73,12 @@ Request = Load | Tokenise | Render
 
 
 class Facts(Struct, frozen=True, tag=True):
-    """What is told once. `written`: what each token was made from, all in one, and `ends`: where each one's
-    bytes end in it, u32 of this machine. `spoken`: what tokens of an answer stand for where that is another,
-    as control tokens stand for nothing. `prefixed`: a space is put before text, before the first only or
-    before each that follows one of the tokens `added`. `gap` is as in Tokenizer. `dialect`: by the name of
-    the form of calls that the template teaches; `reasons`: it knows reasoning; `markers`: of what marks
-    calls and reasoning, what is one token."""
+    """Facts of a model, sent once. `written`: the bytes from which tokens are made, concatenated; `ends`: the
+    end of each token's bytes in it, u32 in native byte order. `spoken`: the bytes of tokens in answers, if
+    different; control tokens have none. `prefixed`: a space is added before text, only before the first or
+    before each that follows one of the tokens `added`. `gap` is as in Tokenizer. `dialect`: the name of the
+    template's tool-call format; `reasons`: the template supports reasoning; `markers`: the markers of calls
+    and reasoning that are one token."""
 
     written: bytes
     ends: bytes
@@ -103,7 +103,8 @@ class Rendered(Struct, frozen=True, tag=True):
 
 
 class Refused(Struct, frozen=True, tag=True):
-    """`always`: it isn't the request that is wrong, the model's template or file can't be used."""
+    """The request is refused. `always`: not the request is at fault, but the model's template or file, which
+    can't be used."""
 
     message: str
     param: str | None = None

@@ -1,4 +1,4 @@
-"""What the service asks of a model's prompts: tokens of chats and texts, and rendered chats."""
+"""Requests of the service to a model's prompt process: tokens of chats and texts, and rendered chats."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ from headstart.prompt.process.protocol import (
 
 Json = dict[str, Any]
 
-# Characters of texts that are tokenised in one turn, unless one alone has more.
+# Maximum characters of the texts tokenised in one turn, unless one text alone has more.
 TURN_CHARACTERS = 1 << 18
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Those of one model, for one owner, who takes turns with others. `can_cut`: a state may be used in part.
-    All of it raises BadRequest for what can't be rendered or is too long, and Unavailable."""
+    """The prompts of one model for one owner; owners take turns. `can_cut`: a state may be used in part. All
+    methods raise BadRequest for a prompt that can't be rendered or is too long, and Unavailable."""
 
     client: PromptClient
     owner: str
     can_cut: bool
 
     async def tokens(self, *wanted: Wanted) -> list[list[int]]:
-        """Of each, in one turn."""
+        """The tokens of each, in one turn."""
         return (await self._asked(Tokenise(list(wanted), self.can_cut))).lists
 
     async def with_opening(
         self, wanted: Wanted, opening: ChatOpening | TextOpening
     ) -> tuple[list[int], list[int] | None]:
-        """And the tokens of the opening; None where the template refuses it."""
+        """The tokens, and those of the `opening`; None if the template refuses it."""
         reply = await self._asked(Tokenise([wanted], self.can_cut, opening))
         return reply.lists[0], reply.opening
 
@@ -60,7 +60,7 @@ class Prompts:
     async def plain(
         self, texts: Sequence[str], *, first: bool = True, special: bool = True
     ) -> list[list[int]]:
-        """The tokens of each text by itself, in as many turns as others shouldn't wait for."""
+        """The tokens of each text by itself, split into turns so that other owners don't wait long."""
         tokens: list[list[int]] = []
         for part in _parts(texts):
             tokens += await self.tokens(*(Plain(text, first, special) for text in part))

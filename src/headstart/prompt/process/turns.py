@@ -1,4 +1,4 @@
-"""Who is next: of those who wait, one of each owner in turn."""
+"""A queue in which owners take turns."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class Turns(Generic[T]):
-    """Items of several owners: an owner's come out in their order, and between them those of others."""
+    """Items of several owners: those of one owner come out in order, alternating with those of others."""
 
     def __init__(self) -> None:
         self._waiting: RoundRobin[T] = RoundRobin()
@@ -31,5 +31,5 @@ class Turns(Generic[T]):
         return self.pop()
 
     def pop(self) -> T:
-        """Raises StopIteration where nothing waits."""
+        """Raises StopIteration if nothing waits."""
         return self._waiting.take()

@@ -1,7 +1,7 @@
 """The prompt process of one model: `python -m headstart.prompt.process.worker FD`.
 
-It runs what must not run in the server, since files decide what it does: the tokenizer, which is native code,
-and the chat template. It answers one request after another, and lives as long as its socket.
+It runs code that model files control and that must not run in the server: the tokenizer, which is native
+code, and the chat template. It answers one request after another until its socket is closed.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class PromptProcess:
         self.decoder = msgspec.json.Decoder(Request)
 
     def answer(self, data: bytes) -> Reply:
-        """What goes wrong with the request is its Refused; what native code does wrong ends the process."""
+        """Errors of the request are returned as Refused; errors in native code end the process."""
         limits.end_after(limits.REQUEST_SECONDS + limits.SECONDS_PER_BYTE * len(data))
         self.template_time.renew()
         try:
@@ -88,7 +88,7 @@ class PromptProcess:
         except StartupError as error:
             return Refused(str(error), always=True)
         except Exception as error:
-            # A file may be wrong in as many ways as there are.
+            # A file may be invalid in any way.
             log.warning("%s can't be read", load.path, exc_info=True)
             return Refused(f"{load.path} can't be read: {type(error).__name__}: {error}", always=True)
 
@@ -124,7 +124,7 @@ def received(channel: socket.socket) -> Iterator[bytes]:
 
 
 def main() -> None:
-    # The server decides when to stop: a Ctrl-C reaches the whole group, but requests are drained first.
+    # The server decides when to stop: Ctrl-C reaches the whole process group, but requests are drained first.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(level=os.environ.get("HEADSTART_LOG_LEVEL", "WARNING").upper())
@@ -134,7 +134,7 @@ def main() -> None:
     with suppress(BrokenPipeError, ConnectionResetError):
         for body in received(channel):
             channel.sendall(frame(process.answer(body)))
-    # Native destructors have nothing left to save, and crash now and then.
+    # Native destructors have nothing left to save, and sometimes crash.
     os._exit(0)
 
 

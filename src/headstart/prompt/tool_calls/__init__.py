@@ -1,1 +1,1 @@
-"""Formats in which models write calls of tools: one module a format."""
+"""Tool-call formats: one module each."""

@@ -1,4 +1,4 @@
-"""The forms of calls there are, and which one a model's template teaches."""
+"""The known tool-call formats, and the choice of one from a model's template."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Grammar(Protocol):
 
 @dataclass(frozen=True)
 class Dialect:
-    """`name`: by which processes speak of it. `signs`: one of them is in the templates that teach it.
-    `markers` may be special tokens, which are no text elsewhere. `parser` takes the names of the functions
-    there are, and how many calls there may be."""
+    """A tool-call format. `name`: its identifier between processes. `signs`: texts of which one is in each
+    template of this format. `markers`: texts that may be special tokens, which are otherwise not part of the
+    text. `parser` takes the names of the functions and the maximum number of calls."""
 
     name: str
     signs: tuple[str, ...]
@@ -34,7 +34,7 @@ MISTRAL_NAMED = Dialect(
     "mistral_named", (mistral.ARGS,), mistral.MARKERS, mistral.MistralParser, mistral.named_grammar
 )
 MISTRAL = Dialect("mistral", (mistral.OPEN,), mistral.MARKERS, mistral.MistralParser, mistral.list_grammar)
-# What asks for Python is answered by objects where it is made to: JSON's schemas are of those.
+# Gemma's Python calls are forced as objects, since JSON schemas describe those.
 GEMMA = Dialect("gemma", ("tool_code", "func_name1("), (), gemma.GemmaParser, llama.grammar)
 LLAMA = Dialect(
     "llama",
@@ -43,12 +43,12 @@ LLAMA = Dialect(
     llama.LlamaParser,
     llama.grammar,
 )
-# Of the signs that a template has, the first here counts.
+# The first format with a sign in the template is chosen.
 DIALECTS = (MISTRAL_NAMED, MISTRAL, HERMES, GEMMA, LLAMA)
 
 
 def dialect_of(template: str) -> Dialect:
-    """That of a template with tools; Hermes's where nothing is known of it, which is the default form too."""
+    """The format of a template with tools; Hermes, the default, if none is recognised."""
     known = (dialect for dialect in DIALECTS if any(sign in template for sign in dialect.signs))
     return next(known, HERMES)
 

@@ -1,10 +1,9 @@
-"""Calls as Google's guide to function calling has Gemma write them, in one of two ways.
+"""Calls in either of the two formats of Google's guide to function calling with Gemma.
 
     [look(where="up"), listen()]
     {"name": "look", "parameters": {"where": "up"}}
 
-Either may stand in a block of code, of the language tool_code or json. Calls in Python are read when they are
-complete.
+Either may be in a code block of the language tool_code or json. Python calls are parsed when complete.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from headstart.prompt.tool_calls.llama import LlamaParser
 from headstart.prompt.tool_calls.scanner import BracketEnd, CallHead, encoded
 
 FENCE, CODE, JSON = "```", "```tool_code", "```json"
-# What a list of calls begins with, as far as it goes.
+# The beginning of a list of calls, possibly incomplete.
 LIST = re.compile(r"\s*\[\s*(?:([A-Za-z_]\w*)\s*(\(?))?")
 
 
@@ -66,14 +65,14 @@ class GemmaParser(LlamaParser):
             self.state = self.read_code
 
     def read_code(self) -> list[Part] | None:
-        """Up to the end of the block, or the answer's."""
+        """A state: code up to the end of the block or of the answer."""
         size = self.held.find(FENCE)
         if size < 0 and not self.ending:
             return None
         return self._calls(size, size + len(FENCE)) if size >= 0 else self._calls(len(self.held), None)
 
     def _calls(self, size: int, end: int | None) -> list[Part]:
-        """Those that the first `size` characters say, which end with the block at `end`."""
+        """The calls in the first `size` characters; their block ends at `end`."""
         try:
             heads = _read_python(self.held[:size])
         except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -91,8 +90,8 @@ class GemmaParser(LlamaParser):
 
 
 def _read_python(text: str) -> list[CallHead]:
-    """Calls as statements or in lists. Raises SyntaxError, ValueError and what a parser raises when it has no
-    room."""
+    """Parses calls as statements or in lists. Raises SyntaxError, ValueError, and what a parser raises
+    without memory or stack."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         statements = ast.parse(text.strip()).body
@@ -117,7 +116,7 @@ def _read_call(node: ast.expr) -> CallHead:
 
 
 def _literal(node: ast.expr) -> Any:
-    """Its value; JSON's names of values are understood as well."""
+    """The literal's value; JSON's true, false and null are accepted too."""
     if isinstance(node, ast.Name) and node.id in ("true", "false", "null"):
         return {"true": True, "false": False, "null": None}[node.id]
     return ast.literal_eval(node)

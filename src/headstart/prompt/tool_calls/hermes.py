@@ -1,4 +1,4 @@
-"""Calls as Hermes and Qwen write them, and models that are told to by the default form.
+"""Calls in the format of Hermes and Qwen, which is also the default format.
 
 <tool_call>
 {"name": "look", "arguments": {"where": "up"}}

@@ -1,8 +1,8 @@
-"""Calls as Llama 3 writes them, an object that is all of the answer, and several with semicolons between.
+"""Calls in the format of Llama 3: an object that is the whole answer, or several separated by semicolons.
 
     {"name": "look", "parameters": {"where": "up"}}
 
-Built-in tools come after a token of their own, <|python_tag|>, which may precede an object, too.
+Calls of built-in tools begin with the token <|python_tag|>, which may also precede an object.
 """
 
 from __future__ import annotations
@@ -47,5 +47,5 @@ class LlamaParser(CallParser):
 
 
 def grammar(functions: list[Function], literal: Literal, *, several: bool) -> str:
-    """One call: these models are not made for several."""
+    """The rule for one call: these models don't support several."""
     return "calls: object\n" + objects(functions, "parameters")

@@ -1,4 +1,4 @@
-"""Calls as Mistral's models write them, the earlier ones as a list, the later ones each with its name.
+"""Calls in the formats of Mistral's models: earlier ones as a list, later ones each with its name.
 
 [TOOL_CALLS][{"name": "look", "arguments": {"where": "up"}}]
 [TOOL_CALLS]look[ARGS]{"where": "up"}
@@ -21,7 +21,7 @@ class MistralParser(CallParser):
     markers = (OPEN,)
 
     def new_id(self) -> str:
-        """Their templates take ids of nine letters and digits only."""
+        """An id of nine letters and digits, the only ones that their templates accept."""
         return "".join(secrets.choice(ID_CHARACTERS) for _ in range(9))
 
     def begin_call(self) -> None:
@@ -41,7 +41,7 @@ class MistralParser(CallParser):
         return []
 
     def read_name(self) -> list[Part] | None:
-        """Up to the arguments' first bracket."""
+        """A state: the name, up to the first bracket of the arguments."""
         before, bracket, _ = self.held.partition("{")
         if not bracket:
             return None if not self.ending and self._may_be_name(before) else self.give_back()

@@ -1,9 +1,9 @@
-"""What the parsers of all forms of calls have in common.
+"""The common part of the parsers of all tool-call formats.
 
-Text is read by states, methods that take what they can from `held` and say what it is, or None where they
-need more. Each decides at the first character that lets it, so how a text was cut makes no difference.
-Before the arguments begin a call that can't be read is given back as text. From there on it is a call: what
-the model writes up to where its brackets close are the arguments, be they JSON or not.
+Text is parsed by states: methods that take text from `held` and return its parts, or None if they need more.
+Each decides at the first character that allows it, so the result doesn't depend on how the text was split.
+Before its arguments begin, a malformed call is returned as text. After that it is a call: the text up to the
+closing bracket is its arguments, whether or not it is JSON.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def new_id() -> str:
 
 
 class CallParser:
-    """`names`: the functions there are; a call of another one is text. `most`: so many calls are read, the
-    rest is text. `markers` is what a call begins with; white space beside calls is dropped."""
+    """`names`: the known functions; a call of another one is text. `most`: the maximum number of calls; the
+    rest is text. `markers`: texts that begin a call; white space around calls is dropped."""
 
     markers: tuple[str, ...] = ()
 
@@ -34,9 +34,9 @@ class CallParser:
         self.most = most
         self.n_calls = 0
         self.held = ""
-        # No text will follow.
+        # No more text will follow.
         self.ending = False
-        # What is to be given back if it is no call after all.
+        # Text to return if it turns out to be no call.
         self.opening = ""
         self.after_call = False
         self.object = ObjectReader()
@@ -90,7 +90,7 @@ class CallParser:
         return [Part(call=CallDelta(self.n_calls - 1, arguments=fragment))]
 
     def read_head(self) -> list[Part] | None:
-        """The object that calls a function, up to its arguments."""
+        """A state: the object that calls a function, up to its arguments."""
         try:
             head = self.object.read(self.held)
         except ValueError:
@@ -103,7 +103,7 @@ class CallParser:
         return self.announce(head)
 
     def rest_of_object(self) -> list[Part] | None:
-        """After the arguments. A missing bracket is forgiven."""
+        """A state: after the arguments. A missing bracket is accepted."""
         rest = self.held.lstrip()
         if not rest:
             return None
@@ -117,7 +117,7 @@ class CallParser:
         return []
 
     def other_keys(self) -> list[Part] | None:
-        """What the object has besides says nothing, if it ends."""
+        """A state: other keys of the object, which are ignored once it ends."""
         size = self.end_of_brackets.find(self.held[self.n_scanned :])
         if size is None:
             self.n_scanned = len(self.held)
@@ -126,14 +126,14 @@ class CallParser:
         self.state = self.after_object
         return []
 
-    # For the forms
+    # For the formats
 
     @property
     def full(self) -> bool:
         return self.most is not None and self.n_calls >= self.most
 
     def begin_call(self) -> None:
-        """A marker was found, and taken from `held`."""
+        """Called after a marker was found and taken from `held`."""
         self.begin_object()
 
     def after_object(self) -> list[Part] | None:
@@ -146,7 +146,7 @@ class CallParser:
         self.state = self.read_head
 
     def announce(self, head: CallHead) -> list[Part]:
-        """The first delta of a call; what follows is its arguments, or what comes after them."""
+        """The first delta of a call; the arguments follow, or the text after them."""
         call = CallDelta(self.n_calls, self.new_id(), head.name, head.arguments or "")
         self.n_calls += 1
         self.opening = ""
@@ -158,7 +158,7 @@ class CallParser:
         return new_id()
 
     def give_back(self) -> list[Part]:
-        """It is no call: what began it is text, and what follows may be anything."""
+        """Returns the beginning of a malformed call as text; the text after it is parsed as usual."""
         text, self.opening = self.opening, ""
         self.state = self.read_text
         return said(text)
@@ -169,8 +169,8 @@ class CallParser:
         return []
 
     def skip(self, text: str) -> bool | None:
-        """Takes `text` and white space before it from `held`: whether it is there, None if that can't be told
-        yet. What the end cut off counts as there."""
+        """Takes `text` and white space before it from `held`. Returns whether it is there; None if that is
+        still undecided. Text cut off at the end of the answer counts as there."""
         rest = self.held.lstrip()
         if rest.startswith(text):
             self.held = rest[len(text) :]
@@ -182,7 +182,7 @@ class CallParser:
         return True if self.ending else None
 
     def _told_apart(self) -> int:
-        """How much of `held` is text whatever follows."""
+        """The number of characters of `held` that are text, whatever follows."""
         overlap = max((_overlap(self.held, marker) for marker in self.markers), default=0)
         size = len(self.held) - overlap
         return len(self.held[:size].rstrip())

@@ -1,5 +1,5 @@
-"""Tools for templates that have none: listed in the system message, calls and their results written as text,
-all in Hermes's form."""
+"""Tools for templates without them: listed in the system message, with calls and their results as text, in
+the Hermes format."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ OFFER = (
 
 
 def written_out(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[Message]:
-    """The same chat without tools, calls and messages of tools. Raises RecursionError for what is nested too
-    deeply."""
+    """The same chat with tools, calls and tool messages written as text. Raises RecursionError for too deep
+    nesting."""
     written: list[Message] = []
     answered = False
     for message in messages:

@@ -1,4 +1,4 @@
-"""Where brackets close in a text that comes in pieces, and what an object says that calls a function."""
+"""Finds the end of bracketed text that arrives in pieces, and parses objects that call a function."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import msgspec
 
 from headstart.json_scan import check_json
 
-# Keys that an object may begin with which calls a function.
+# Possible first keys of an object that calls a function.
 KEYS = ("name", "arguments", "parameters", "type", "function", "id")
 FIRST_KEY = re.compile(r'\s*\{\s*"([^"\\]*)"')
-# An object as models are taught to write it, up to where its arguments begin.
+# An object in the usual order of keys, up to where its arguments begin.
 HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
 
 
 class BracketEnd:
-    """Counts brackets outside strings; what is between them is not checked. `depth`: how many are open."""
+    """Counts brackets outside strings; doesn't check the text between them. `depth`: the number of open
+    ones."""
 
     opening, closing, quotes = "{[", "}]", '"'
 
@@ -28,8 +29,8 @@ class BracketEnd:
         self.escaped = False
 
     def find(self, text: str) -> int | None:
-        """How many characters of `text`, which goes on where the last one ended, belong to the value; None:
-        all of them, and it isn't complete."""
+        """The number of characters of `text`, which continues the last one, that belong to the value; None if
+        all do and the value is incomplete."""
         for at, character in enumerate(text):
             if self._ends(character):
                 return at + 1
@@ -52,8 +53,8 @@ class BracketEnd:
 
 @dataclass(frozen=True)
 class CallHead:
-    """A function is called; its arguments begin `size` characters on. `arguments`: all of them, where the
-    call was read as a whole and ends there."""
+    """The start of a call; its arguments begin after `size` characters. `arguments`: the whole arguments, if
+    the call was parsed completely and ends there."""
 
     name: str
     size: int
@@ -74,14 +75,15 @@ def may_begin_call(text: str) -> bool:
 
 
 class ObjectReader:
-    """Reads the object at the beginning of a text that grows."""
+    """Parses the object at the beginning of a growing text."""
 
     def __init__(self) -> None:
         self._end = BracketEnd()
         self._scanned = 0
 
     def read(self, text: str) -> CallHead | None:
-        """None: more is needed. Raises ValueError where it isn't a call. `text` begins as it did before."""
+        """The start of the call; None if more text is needed. Raises ValueError if it isn't a call. `text`
+        must extend the text of the last call."""
         if not may_begin_call(text):
             raise ValueError("not an object that calls a function")
         if found := HEAD.match(text):
@@ -101,7 +103,7 @@ def _decoded(text: str) -> Any:
 
 
 def _whole(call: Any, size: int) -> CallHead:
-    """Of an object whose keys come in another order. Raises ValueError."""
+    """The call in an object whose keys are in another order. Raises ValueError."""
     if isinstance(call, dict) and isinstance(call.get("function"), dict):
         call = call["function"]
     name = isinstance(call, dict) and (call.get("name") or call.get("function"))
@@ -116,7 +118,7 @@ def _whole(call: Any, size: int) -> CallHead:
 
 
 def encoded(arguments: dict[str, Any]) -> str:
-    """As JSON. Raises ValueError."""
+    """The arguments as JSON. Raises ValueError."""
     try:
         return msgspec.json.encode(arguments).decode()
     except (TypeError, OverflowError, RecursionError) as error:

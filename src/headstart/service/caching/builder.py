@@ -1,4 +1,4 @@
-"""Builds caches: has the engine compute states, and stores them."""
+"""Builds caches: the engine computes the states, this module stores them."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ OnProgress = Callable[[int, int], None]
 
 
 async def opening_if_any(model: ServedModel, form: Form, content: Content) -> list[int]:
-    """The same for whoever doesn't name a cache of this content: no tokens where the template refuses it,
-    which has nothing to do with what they ask for."""
+    """Like `opening_tokens`, for requests that don't name the cache: returns no tokens if the template
+    refuses the content, because that error doesn't concern the request."""
     try:
         return await opening_tokens(model, form, content)
     except BadRequest:
@@ -37,9 +37,9 @@ async def opening_if_any(model: ServedModel, form: Form, content: Content) -> li
 
 @dataclass(frozen=True)
 class Build:
-    """What is to be computed and stored; with `keep_states`, states that the previous version has already
-    are not computed again. `head`: a cache that this one begins like, so that what they have in common is
-    taken from it. `evicted`: forms that are stored without their states. `parts` are as in the entry."""
+    """A cache to compute and store. With `keep_states`, states that the previous version already has are not
+    computed again. `head`: a cache with a common prefix, whose state is the starting point. `evicted`: forms
+    stored without their states. `parts` are as in the entry."""
 
     model: ServedModel
     name: str
@@ -57,7 +57,8 @@ class Build:
 
     @property
     def repaired(self) -> Entry | None:
-        """The stored cache whose states are only computed again: whatever took its place meanwhile stays."""
+        """The stored cache whose states are only computed again. If another cache has replaced it meanwhile,
+        the other one stays."""
         return self.previous if self.previous and self.previous.version and not self.keep_states else None
 
 
@@ -67,8 +68,8 @@ class Builder:
         self.quota = quota
 
     async def build(self, build: Build) -> Entry:
-        """Raises BadRequest, ContextLengthExceeded, QuotaExceeded, CacheConflict, StorageError or what the
-        engine raises; then nothing has changed but for what was evicted."""
+        """Raises BadRequest, ContextLengthExceeded, QuotaExceeded, CacheConflict, StorageError or an error of
+        the engine; then nothing has changed except for evicted caches."""
         model = build.model
         build = dataclasses.replace(build, content=_checked(build.content))
         wanted: dict[Form, list[int]] = {}
@@ -79,7 +80,7 @@ class Builder:
                 wanted[form] = tokens
         progress = _Sum(sum(map(len, wanted.values())), build.on_progress)
         stats: dict[Form, Stats] = {}
-        # Of one length whether or not the figures are known from before.
+        # The header has the same length whether or not these figures are known from before.
         entry = replace(_entry(build, stats, self.store.clock()), prefill_ms={}, ttft_ms=0.0)
         with (
             self.quota.reserving(model.namespace, build.name) as room,
@@ -99,12 +100,12 @@ class Builder:
                 text = model.text(tokens, param=param)
                 stats[form] = await self._compute(model, tokens, head, save_to, text, progress)
                 writer.wrote(form, stats[form].saved_bytes, stats[form].saved_blake3)
-            # Where the size was not known before, or wrong.
+            # Corrects the reservation: the expected size was unknown or wrong.
             await room.hold(writer.size)
             return await self.store.put(writer, _entry(build, stats, self.store.clock()), build.repaired)
 
     async def _kept(self, build: Build, form: Form, tokens: list[int]) -> Part | None:
-        """The state as it is stored already, where the same prompt is given again."""
+        """The stored state of the previous version, if it has the same tokens."""
         entry = build.previous
         if not (build.keep_states and entry and form in entry.forms):
             return None
@@ -143,7 +144,7 @@ class Builder:
 
 
 def _checked(content: Content) -> Content:
-    """Raises BadRequest for what no cache can hold, whoever asks for it."""
+    """Raises BadRequest for content that no cache can hold."""
     try:
         return checked(content)
     except ValueError as error:
@@ -152,7 +153,7 @@ def _checked(content: Content) -> Content:
 
 
 def _entry(build: Build, stats: Mapping[Form, Stats], now: float) -> Entry:
-    """The cache that the build makes, `stats` being those of the forms computed."""
+    """The entry of the cache that the build creates; `stats` are those of the computed forms."""
     return Entry(
         model=build.model.name,
         name=build.name,
@@ -197,8 +198,8 @@ class _Sum:
 
 
 def _prefill_ms(build: Build, stats: Mapping[Form, Stats]) -> dict[Form, float]:
-    """What computing each form takes: now, where most of it was computed and not taken from a slot, or else
-    as it was known already."""
+    """Milliseconds that each form takes to compute: measured in this build if most of its tokens were
+    evaluated and not taken from a slot, otherwise as known from the previous version."""
     known = build.previous.prefill_ms if build.previous and build.previous.content == build.content else {}
     found = {form: known[form] for form in build.forms if form in known}
     for form, now in stats.items():
@@ -208,7 +209,8 @@ def _prefill_ms(build: Build, stats: Mapping[Form, Stats]) -> dict[Form, float]:
 
 
 def _ttft_ms(stats: Mapping[Form, Stats], previous: Entry | None) -> float:
-    """What the first token of the first form cost without the cache, now or when it was computed."""
+    """Time to first token of the first form without the cache, from this build or the one that computed the
+    state."""
     if stats:
         return next(iter(stats.values())).ttft_ms
     return previous.ttft_ms if previous else 0.0

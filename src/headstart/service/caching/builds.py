@@ -1,4 +1,4 @@
-"""Running builds, those that several callers share, and those that the configuration has promised."""
+"""Running builds, builds shared by several callers, and declared caches that are still to be built."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BuildKey:
-    """What a caller wants to be built. Those who want the same may wait for the same build."""
+    """A requested build. Callers with equal keys may wait for the same build."""
 
     content: Content
     forms: frozenset[Form]
@@ -32,7 +32,7 @@ class BuildKey:
 
 
 class SharedBuild:
-    """The build of what was `asked`; `task` is to be set as soon as it was started."""
+    """A build that several callers may join, identified by `asked`. Set `task` as soon as it was started."""
 
     task: asyncio.Task[Entry]
 
@@ -47,8 +47,8 @@ class SharedBuild:
             tell(computed, total)
 
     async def join(self, on_progress: OnProgress | None) -> Entry:
-        """The build's result, or its error. A caller that is cancelled leaves; the last one ends the build,
-        which nobody may join any more."""
+        """The build's result, or its error. A cancelled caller leaves; when the last one leaves, the build is
+        cancelled and can't be joined any more."""
         self._waiting += 1
         if on_progress:
             self._told.append(on_progress)
@@ -64,8 +64,8 @@ class SharedBuild:
 
 
 class Builds:
-    """Running builds, at most one of a name; the store leaves a cache's files alone while it is built. Used
-    from the event loop."""
+    """Running builds, at most one for each key; the store leaves a cache's files alone while it is built.
+    Used from the event loop."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -73,7 +73,7 @@ class Builds:
         self._shared: dict[CacheKey, SharedBuild] = {}
 
     async def close(self) -> None:
-        """Cancels all of them."""
+        """Cancels all builds."""
         for task in list(self._tasks.values()):
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
@@ -91,13 +91,13 @@ class Builds:
         return any(namespace.partition("@")[0] == model for namespace, _ in self._tasks)
 
     def check_none(self, key: CacheKey) -> None:
-        """Raises CacheConflict while the name is being built."""
+        """Raises CacheConflict while the cache is being built."""
         if key in self._tasks:
             raise CacheConflict(f"The cache {key[1]!r} is being built.", param="cache_name")
 
     def run(self, key: CacheKey, work: Coroutine[Any, Any, Entry]) -> asyncio.Task[Entry]:
-        """Starts `work`, which makes the cache of this key; requests for the cache wait for it. If another
-        build of it is running, `work` has to wait for that."""
+        """Starts `work`, which builds the cache of this key; requests for the cache wait for it. If another
+        build of the cache is running, `work` must wait for that one itself."""
         task = asyncio.create_task(work)
         self._tasks[key] = task
         self._store.use(key)
@@ -128,8 +128,8 @@ class Promise:
 
 
 class PendingDeclared:
-    """Declared caches that are still to be built. A promised name stays one: it belongs to whoever made the
-    promise."""
+    """Declared caches that are still to be built. A declared name stays reserved for the configuration, even
+    once its cache is built."""
 
     def __init__(self) -> None:
         self._promises: dict[CacheKey, Promise] = {}
@@ -141,18 +141,19 @@ class PendingDeclared:
         self._promises[key] = Promise()
 
     def settle(self, key: CacheKey, error: HeadstartError | None = None) -> None:
-        """The cache is there, or why it isn't."""
+        """Records that the cache was built, or that it failed with this error."""
         promise = self._promises[key]
         promise.error = error
         promise.settled.set()
 
     async def settled(self, key: CacheKey) -> None:
-        """Returns at once where nothing was promised. Raises the error of a promise that was not kept."""
+        """Waits until the declared cache is built or has failed; returns at once if the name isn't declared.
+        Raises the error if it has failed."""
         if promise := self._promises.get(key):
             await promise.settled.wait()
             if promise.error:
                 raise promise.error.with_traceback(None)
 
     def open(self) -> Iterator[CacheKey]:
-        """Those still to be kept."""
+        """Keys of the caches still to be built."""
         return (key for key, promise in self._promises.items() if not promise.settled.is_set())

@@ -40,8 +40,8 @@ class Caching:
         await self.builds.close()
 
     async def find(self, model: ServedModel, name: str) -> Entry:
-        """The named cache, the owner's or everyone's, waiting for it where its first build is running or it
-        was promised. Raises CacheNotFound, or why a promise was not kept."""
+        """The named cache of the owner or else the public one. Waits if it is declared or its first build is
+        running. Raises CacheNotFound, or the error of a failed declared build."""
         check_name(name, param="use_cache")
         for namespace in namespaces(model.namespace):
             key = CacheKey(namespace, name)
@@ -55,25 +55,25 @@ class Caching:
     async def unnamed(
         self, model: ServedModel, opening: Content, tokens: list[int], wanted: list[int] | None = None
     ) -> tuple[Entry, Start] | None:
-        """The cache whose chats begin with just these messages and tools, and what it does for a request of
-        `tokens` that doesn't name it; no build is waited for. `wanted` is as in `opened`."""
+        """For a chat that names no cache: the cache that begins with exactly these messages and tools, and
+        how a request of `tokens` starts from it. Doesn't wait for builds. `wanted` is as in `opened`."""
         for entry in self.namespaces.known(model, "chat"):
             if entry.tools == opening.tools and entry.content.opening == opening.messages:
                 return entry, await opened(self.store, model, entry, "chat", tokens, wanted=wanted)
         return None
 
     def count_hit(self, entry: Entry, boundary: int, stats: Stats) -> None:
-        """Of a request that began with `boundary` tokens of the cache. A write to the disk: for after the
-        answer's end."""
+        """Counts the hit of a request that began with `boundary` tokens of the cache. Writes to the disk:
+        call after the answer's end."""
         self.store.used(entry, min(stats.cached_tokens, boundary), stats.restore_ms)
 
     def touch(self, entry: Entry) -> None:
-        """Notes a use that is no hit."""
+        """Records a use that is not a hit."""
         self.store.touch(entry)
 
     def building(self, owner: str | None, model: str | None = None) -> list[tuple[str, str]]:
-        """Model and name of what `visible` would list and is being built or is to be; `owner` None: of what
-        is anybody's."""
+        """Model and name of each cache that `visible` would list and that is being built or is declared and
+        not yet built. `owner` None: those of all owners."""
         keys = {
             (*namespace.partition("@")[::2], name)
             for namespace, name in (*self.builds, *self.promises.open())
@@ -88,11 +88,11 @@ class Caching:
     async def open(
         self, model: ServedModel, entry: Entry, form: Form, tokens: list[int], wanted: list[int] | None = None
     ) -> Start | None:
-        """How a request whose prompt is `tokens` starts from the cache; None when the cache was replaced or
-        built again meanwhile, so that the request has to look at it anew. `wanted` is as in `opened`."""
+        """How a request with the prompt `tokens` starts from the cache. None if the cache was replaced or
+        rebuilt meanwhile: the caller must look it up again. `wanted` is as in `opened`."""
         model = model.seen_by(entry.owner)
         key = entry.key
-        # A build that ends while the old state is looked at is one that had begun before.
+        # Read before the state: a build that ends while the old state is checked had begun before.
         build = self.builds.of(key)
         opening = await opened(self.store, model, entry, form, tokens, self._head(model, entry), wanted)
         if opening.miss is None or opening.miss in KEEPS_STATE:
@@ -115,12 +115,13 @@ class Caching:
         on_progress: OnProgress | None = None,
         head: Entry | None = None,
     ) -> Entry:
-        """Computes and stores the states of `content`, in all forms unless some are named; version 1 of the
-        entry means that the name was new. Without `terms` it keeps those that it had. `head` is as in Build.
+        """Computes and stores the states of `content`, in all forms unless `forms` is given. An entry with
+        version 1 is a new cache. Without `terms`, an existing cache keeps its retention. `head` is as in
+        Build.
 
-        Callers that ask for the same at the same time get the result of one build; when the last of them is
-        cancelled, so is the build. Raises BadRequest, CacheConflict (also while something else is built under
-        this name), StorageError or what the engine raises; then nothing has changed."""
+        Callers with the same request at the same time share one build; it is cancelled when its last caller
+        is. Raises BadRequest, CacheConflict (also while another build of this name is running), StorageError
+        or an error of the engine; then nothing has changed."""
         check_own_name(name, param="cache_name")
         if not content.opening:
             raise BadRequest("The prompt is empty: there is nothing to keep.", param="prompt")
@@ -144,8 +145,9 @@ class Caching:
         return await joint.join(on_progress)
 
     async def _joint(self, model: ServedModel, name: str, asked: BuildKey) -> SharedBuild | None:
-        """The running build of the same; None once there is none of this name. One that everybody has left,
-        or that only makes the same content's states anew, is waited for. Raises CacheConflict."""
+        """The running build with this key, or None as soon as no build of this name runs. Waits for an
+        abandoned build, and for one that only recomputes the states of the same content. Raises CacheConflict
+        for other builds."""
         key = model.key(name)
         while task := self.builds.of(key):
             joint = self.builds.shared(key)
@@ -161,13 +163,13 @@ class Caching:
         return entry is not None and entry.content == content
 
     def terms(self, model: ServedModel, name: str) -> Retention:
-        """How the named cache is kept, or would be by default if it were new. Raises InvalidName."""
+        """Retention of the named cache, or the default for a new one. Raises InvalidName."""
         previous = self.namespaces.own(model, check_name(name, param="cache_name"))
         return previous.terms if previous else DEFAULT_RETENTION
 
     async def edit(self, model: ServedModel, name: str, given: Mapping[str, Any]) -> Entry:
-        """Changes the `given` ones of a cache's terms, and nothing else; waits for a build of it. Its time
-        begins anew where `ttl_seconds` is given. Raises BadRequest, CacheNotFound or StorageError."""
+        """Changes only the `given` fields of a cache's retention; waits for a running build of it. The
+        lifetime restarts if `ttl_seconds` is given. Raises BadRequest, CacheNotFound or StorageError."""
         check_name(name, param="name")
         while True:
             if build := self.builds.of(model.key(name)):
@@ -181,14 +183,14 @@ class Caching:
                 return amended
 
     def delete(self, model: ServedModel, name: str) -> None:
-        """Raises CacheNotFound, or CacheConflict while the name is being built or where it is declared."""
+        """Raises CacheNotFound, or CacheConflict if the cache is being built or declared."""
         check_name(name, param="name")
         self.check_not_declared(model, name, param="name")
         self.builds.check_none(model.key(name))
         self.store.delete(model.namespace, name)
 
     def rebuild(self, model: ServedModel, entry: Entry) -> None:
-        """Starts computing the states of `entry` again, unless that is being done or it was replaced;
+        """Starts recomputing the states of `entry`, unless a build of it is running or it was replaced;
         requests for it wait."""
         model = model.seen_by(entry.owner)
         if entry.key in self.builds or not self._is_latest(model, entry):
@@ -210,22 +212,23 @@ class Caching:
         self.builds.run(entry.key, work)
 
     def rebuild_after_miss(self, model: ServedModel, entry: Entry) -> None:
-        """Rebuilds what a request has missed. A response's state is not worth it: what goes on from it is
-        kept with a state of its own."""
+        """Rebuilds the cache that a request missed. Responses are not rebuilt: a response that continues them
+        is stored with a state of its own."""
         if entry.origin != "response":
             self.rebuild(model, entry)
 
     def derived(self, model: ServedModel, parts: Sequence[Entry], form: Form) -> Entry:
-        """The cache composed of these, which has version 0 as long as it isn't built. Raises BadRequest."""
+        """The derived cache of these parts; version 0 if it isn't built. Raises BadRequest."""
         entry = composed(model, parts, form)
         return self.namespaces.own(model, entry.name) or entry
 
     def _head(self, model: ServedModel, entry: Entry) -> Entry | None:
-        """The cache that a derived one begins like."""
+        """The first part of a derived cache, which is its prefix."""
         return self.namespaces.seen(model, entry.parts[0]) if entry.parts else None
 
     async def _derive(self, build: Build) -> Entry:
-        """A derived cache is not kept if one of its parts was replaced or deleted while it was built."""
+        """Builds a derived cache, and deletes it again if one of its parts was replaced or deleted
+        meanwhile."""
         entry = await self.builder.build(build)
         parts = [part for name in entry.parts if (part := self.namespaces.seen(build.model, name))]
         whole = len(parts) == len(entry.parts)
@@ -235,8 +238,7 @@ class Caching:
         return entry
 
     async def rebuilt(self, model: ServedModel, entry: Entry) -> Entry:
-        """The entry with its states computed again, once that is done. Raises StorageError or what the
-        engine raises."""
+        """The entry after its states were recomputed. Raises StorageError or an error of the engine."""
         self.rebuild(model, entry)
         if build := self.builds.of(entry.key):
             return await asyncio.shield(build)
@@ -253,5 +255,6 @@ class Caching:
             )
 
     def _is_latest(self, model: ServedModel, entry: Entry) -> bool:
-        """Whether the entry is the cache of its name; one of version 0 is as long as there is none."""
+        """Whether the entry is the current cache of its name. For version 0: whether there is no cache of
+        that name."""
         return self.namespaces.own(model, entry.name) == (entry if entry.version else None)

@@ -1,4 +1,4 @@
-"""What caches there are for whom: those of an API key, and everyone's."""
+"""The caches that an API key may use: its own and the public ones."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from headstart.service.models.model import ServedModel
 
 
 class NamespaceCatalog:
-    """Looks only; nothing is waited for."""
+    """Lookups that never wait."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
 
     def look_up(self, model: ServedModel, name: str, *, param: str) -> Entry:
-        """The named cache, the owner's or everyone's, as it is now. Raises InvalidName or CacheNotFound."""
+        """The named cache of the owner or else the public one, in its current state. Raises InvalidName or
+        CacheNotFound."""
         check_name(name, param=param)
         return self.seen(model, name) or self.store.find(model.namespace, name, param=param)
 
     def only_shared(self, model: ServedModel, name: str, *, param: str) -> ServedModel | None:
-        """The model as everyone sees it, where the named cache is everyone's and the owner has none of this
+        """A view of the model without an owner, if the named cache is public and the owner has none of this
         name. Raises InvalidName."""
         check_name(name, param=param)
         if not model.owner or self.own(model, name) or not self.at(model.name, name):
@@ -31,35 +32,35 @@ class NamespaceCatalog:
         return model.seen_by("")
 
     def seen(self, model: ServedModel, name: str) -> Entry | None:
-        """The named cache, the owner's or everyone's."""
+        """The named cache of the owner or else the public one."""
         entries = (self.at(namespace, name) for namespace in namespaces(model.namespace))
         return next((entry for entry in entries if entry), None)
 
     def known(self, model: ServedModel, form: Form) -> Iterator[Entry]:
-        """The caches of a form, the owner's first and then everyone's, whether or not they have a state now:
-        requests are cut where a cache ends, so that the answer is the same."""
+        """The caches with a form, the owner's before the public ones, including evicted ones: prefill is cut
+        where a cache ends even without its state, so that the answer is the same."""
         entries = (
             entry for namespace in namespaces(model.namespace) for entry in self.store.known(namespace)
         )
         return (entry for entry in entries if form in entry.forms or form in entry.evicted)
 
     def visible(self, owner: str, model: str | None = None) -> list[Entry]:
-        """The owner's caches and everyone's, by model and name; of two with the same name the owner's.
-        Responses are left out."""
+        """The owner's caches and the public ones, sorted by model and name; the owner's hides a public one of
+        the same name. Stored responses are left out."""
         wanted = [e for e in self.store.entries() if e.owner in ("", owner) and model in (None, e.model)]
         named = [e for e in wanted if e.origin != "response"]
         by_name = {(e.model, e.name): e for e in sorted(named, key=lambda entry: entry.owner)}
         return [by_name[key] for key in sorted(by_name)]
 
     def known_opening(self, model: ServedModel, text: str) -> str:
-        """The longest cached completion prompt that `text` begins with; "" for none."""
+        """The longest cached completion prompt that is a prefix of `text`; "" for none."""
         known = self.known(model, "completion")
         begun = [entry for entry in known if entry.prompt and text.startswith(entry.prompt)]
         fitting = (entry.prompt for entry in begun if self.at(entry.namespace, entry.name) == entry)
         return max(fitting, key=len, default="")
 
     def own(self, model: ServedModel, name: str) -> Entry | None:
-        """The model's own cache of this name."""
+        """The cache of this name in the model's namespace."""
         return self.at(model.namespace, name)
 
     def at(self, namespace: str, name: str) -> Entry | None:

@@ -1,5 +1,5 @@
-"""Several caches used as one. What they are together is a derived cache, which is named by its content: it is
-found again as long as its parts are what they were, and otherwise another one is made."""
+"""Several caches used as one. Their combination is a derived cache, named by the hash of its content: it is
+found again while its parts are unchanged; otherwise a new one is created."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from headstart.names import check_name
 from headstart.service.models.model import ServedModel
 
 MOST_PARTS = 8
-# Names that begin so are given here only.
+# Prefix reserved for derived caches.
 DERIVED = "derived-"
 
 
 def check_own_name(name: str, *, param: str) -> str:
-    """The name, if one may give it to a cache. Raises InvalidName."""
+    """The name, if a client may give it to a cache. Raises InvalidName."""
     if check_name(name, param=param).startswith(DERIVED):
         raise InvalidName(f"Names that begin with {DERIVED!r} are the server's own.", param=param)
     return name
 
 
 def check_parts(names: Sequence[str]) -> None:
-    """Raises BadRequest unless the named caches may be used together."""
+    """Raises BadRequest unless these caches can be combined."""
     if not names:
         raise BadRequest("use_cache names no cache: leave it out.", param="use_cache")
     if len(names) > MOST_PARTS:
@@ -39,7 +39,7 @@ def check_parts(names: Sequence[str]) -> None:
 
 
 def text_of(entry: Entry) -> str:
-    """What a completion with the cache begins with. Raises BadRequest."""
+    """The prompt of the cache, with which a completion begins. Raises BadRequest if the cache has none."""
     if not entry.prompt:
         raise BadRequest(
             f"The cache {entry.name!r} holds chat messages: completions can't use it.", param="use_cache"
@@ -48,8 +48,8 @@ def text_of(entry: Entry) -> str:
 
 
 def composed(model: ServedModel, parts: Sequence[Entry], form: Form) -> Entry:
-    """The derived cache of these parts in one form, in version 0 and without its state: its name tells
-    whether there is one. Raises BadRequest."""
+    """The derived cache of these parts in one form, as version 0 and without a state. A lookup of its name
+    shows whether it is stored. Raises BadRequest."""
     for part in parts:
         if part.origin == "derived":
             raise BadRequest(

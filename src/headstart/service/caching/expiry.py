@@ -1,4 +1,4 @@
-"""What happens to caches by time alone: their end, and a limit that became lower."""
+"""Periodic clean-up of expired caches, and eviction under a lowered quota."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ SWEEP_SECONDS = 10.0
 
 
 class Lifecycle:
-    """Sweeps now and then, from `start` to `close`. A cache whose time is over is refused at once, whenever
-    its file goes; how long it is to the next sweep doesn't depend on the wall clock."""
+    """Sweeps periodically, from `start` to `close`. An expired cache is refused at once, even before its file
+    is deleted. The interval between sweeps doesn't depend on the wall clock."""
 
     def __init__(self, store: Store, quota: Quota) -> None:
         self.store = store
@@ -38,7 +38,7 @@ class Lifecycle:
             try:
                 await self.sweep()
             except StorageError as error:
-                log.warning("caches can't be swept: %s", error.message)
+                log.warning("removing expired and surplus caches failed: %s", error.message)
             await asyncio.sleep(SWEEP_SECONDS)
 
     async def sweep(self) -> None:

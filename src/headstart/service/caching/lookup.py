@@ -1,4 +1,4 @@
-"""Whether a request may start from a cache's state, or why it may not."""
+"""Decides whether a request can start from a cache's state; if not, gives the miss reason."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from headstart.tokens import common_prefix
 
 log = logging.getLogger(__name__)
 
-# Stands for whatever a request has after the cache.
+# Stands for any token after the cache's prefix.
 NO_TOKEN = -1
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a named cache does for a request: `boundary` tokens come from `restore`, or why they don't. Then
-    `restore` may be another state, which has `shared` tokens in common with the request."""
+    """How a request starts. `restore`: the state to load; it covers `boundary` tokens. On a miss, `miss` is
+    the reason, and `restore` may be the state of another cache that has `shared` tokens in common with the
+    request."""
 
     boundary: int
     restore: StateRef | None = None
@@ -40,13 +41,13 @@ async def opened(
     head: Entry | None = None,
     wanted: list[int] | None = None,
 ) -> Start:
-    """What the cache does for a request whose prompt is `tokens`, as things are. Where it has no state now,
-    or is composed of others and not yet built, its `head` may help: a cache that it begins like.
-    `wanted`: the cache's opening_tokens, if they are known. Raises ModelLoading."""
+    """How a request with the prompt `tokens` starts from the cache at present. If the cache is evicted, or
+    derived and not yet built, the state of `head`, a cache with a common prefix, is used. `wanted`: the
+    cache's `opening_tokens`, if known. Raises ModelLoading."""
     try:
         wanted = await opening_tokens(model, form, entry.content) if wanted is None else wanted
     except BadRequest as error:
-        # Another template took it, or nothing was ever rendered of it.
+        # The content was accepted by another template, or has never been rendered.
         log.warning("cache %s of %s can't be used: %s", entry.name, entry.namespace, error.message)
         return Start(0, miss="template_changed")
     boundary = min(common_prefix(wanted, tokens), len(tokens) - 1)
@@ -78,13 +79,12 @@ async def opened(
 
 
 def _most_bytes(model: ServedModel, n_tokens: int) -> int:
-    """That a state of so many tokens takes; 0: that isn't known."""
+    """Upper bound of a state's size in bytes; 0 if unknown."""
     return model.info.state_bytes + n_tokens * model.info.state_token_bytes
 
 
 async def miss_reason(store: Store, model: ServedModel, entry: Entry) -> MissReason | None:
-    """Why a request that begins with the cache would not start from its state as things are; None: it
-    would. Raises ModelLoading."""
+    """The miss reason of a request that begins with the cache; None if it would hit. Raises ModelLoading."""
     for form in tuple(entry.forms) or entry.content.forms:
         try:
             wanted = await opening_tokens(model, form, entry.content)

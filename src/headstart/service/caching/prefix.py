@@ -1,4 +1,4 @@
-"""Where a prompt can start whose own state isn't there: in that of another cache it begins like."""
+"""The state of a cache with a common prefix, for a prompt without a usable state of its own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from headstart.tokens import common_prefix
 
 @dataclass(frozen=True)
 class Prefix:
-    """A verified state, and how many tokens it has in common with the prompt."""
+    """A verified state and the number of tokens that it has in common with the prompt."""
 
     restore: StateRef | None = None
     shared: int | None = None
@@ -27,8 +27,8 @@ NOTHING = Prefix()
 async def prefix_of(
     store: Store, model: ServedModel, entry: Entry | None, form: Form, tokens: list[int]
 ) -> Prefix:
-    """What a prompt of these tokens can take from the cache; NOTHING also where its state is damaged, which
-    those find out who ask for it by name."""
+    """The prefix that a prompt of these tokens shares with the cache. NOTHING also if the state is damaged,
+    which is reported to requests that name the cache."""
     if entry is None or form not in entry.forms or not model.info.can_cut:
         return NOTHING
     if model.fingerprint.changed_since(entry.fingerprint):
@@ -48,5 +48,5 @@ def opening_of(form: Form, content: Content) -> ChatOpening | TextOpening:
 
 
 async def opening_tokens(model: ServedModel, form: Form, content: Content) -> list[int]:
-    """The tokens of a form's state, as they would be computed now."""
+    """The tokens of a form's state, rendered with the current template."""
     return await model.prompts.one(opening_of(form, content))

@@ -1,4 +1,4 @@
-"""How many bytes caches may take, and making room for new ones."""
+"""Limits on the bytes of caches, and eviction to make room for new ones."""
 
 from __future__ import annotations
 
@@ -18,27 +18,26 @@ log = logging.getLogger(__name__)
 
 
 class Quota:
-    """`limit`: bytes that the files of all caches may take, 0 for no limit; `shares`: what those of an owner
-    may.
+    """`limit`: bytes that the files of all caches may take, 0 for no limit; `shares`: limits by owner.
 
-    A cache that is being replaced doesn't count: till the new file is in its place, both are on the disk.
-    What is being built counts as large as it may become. Used from the event loop."""
+    A cache that is being replaced doesn't count, although both files are on the disk until the new one is in
+    place. A cache that is being built counts with its expected size. Used from the event loop."""
 
     def __init__(self, store: Store, limit: int = 0, shares: Mapping[str, int] | None = None) -> None:
         self.store = store
         self.limit = limit
         self.shares = shares or {}
-        # How many, by whose caches they were.
+        # Number of evictions by owner.
         self.evictions: Counter[str] = Counter()
         self._reserved: dict[CacheKey, int] = {}
         self._deciding = asyncio.Lock()
 
     def used(self, owner: str | None = None) -> int:
-        """Bytes that files take, an owner's or all, as last seen."""
+        """Bytes of the files of an owner or of all, as last read."""
         return sum(entry.size_bytes for entry in self._known(owner))
 
     def limit_of(self, owner: str) -> int:
-        """Bytes that an owner's caches may take; 0: no limit."""
+        """Bytes that an owner's caches may take; 0 for no limit."""
         return min(filter(None, (self.limit, self.shares.get(owner, 0))), default=0)
 
     def _known(self, owner: str | None) -> Iterator[Entry]:
@@ -46,7 +45,7 @@ class Quota:
 
     @contextmanager
     def reserving(self, namespace: str, name: str) -> Iterator[Reservation]:
-        """Room for one cache, until its file is in its place or given up."""
+        """Reserves room for one cache until its file is in place or the build has failed."""
         key = CacheKey(namespace, name)
         try:
             yield Reservation(self, key)
@@ -54,8 +53,8 @@ class Quota:
             self._reserved.pop(key, None)
 
     async def hold(self, key: CacheKey, size: int) -> None:
-        """Makes room for `size` bytes of the cache, by evicting others if it must. Raises QuotaExceeded, with
-        nothing evicted, where that would not do, or StorageError."""
+        """Makes room for `size` bytes of the cache, by eviction if needed. Raises QuotaExceeded, with nothing
+        evicted, if eviction can't free enough, or StorageError."""
         async with self._deciding:
             limits = self._limits(key[0])
             for owner, limit in limits.items():
@@ -65,21 +64,21 @@ class Quota:
             self._reserved[key] = size
 
     def check_possible(self, namespace: str, size: int) -> None:
-        """Raises QuotaExceeded for what would not fit if there were nothing else."""
+        """Raises QuotaExceeded if `size` exceeds a limit by itself."""
         for limit in self._limits(namespace).values():
             if size > limit:
                 raise _exceeded(size, limit, limit)
 
     async def trim(self) -> None:
-        """Evicts until what there is fits, as far as that can be: the limit may have become lower, or files
-        have been put into the directory."""
+        """Evicts until all caches fit, as far as possible: the limit may have been lowered, or files may have
+        been added to the directory."""
         async with self._deciding:
             for owner, limit in (*self.shares.items(), (None, self.limit)):
                 if limit:
                     await self._evict(owner, self._taken(owner, None) - limit)
 
     def _limits(self, namespace: str) -> Mapping[str | None, int]:
-        """Those that hold for caches of the shelf, by whose caches they are about; None is everyone's."""
+        """The limits that apply to caches of the namespace, by owner; None is the limit of all caches."""
         owner = namespace.partition("@")[2]
         limits = {owner: self.shares.get(owner, 0), None: self.limit}
         return {scope: limit for scope, limit in limits.items() if limit}
@@ -92,17 +91,17 @@ class Quota:
         return sum(size for key, size in sizes.items() if key != but)
 
     def _missing(self, owner: str | None, limit: int, key: CacheKey, size: int) -> int:
-        """Bytes that have to be freed. Raises QuotaExceeded where they can't be."""
+        """Bytes to free. Raises QuotaExceeded if that is impossible."""
         free = limit - self._taken(owner, key)
         gain = 0 if size <= free else sum(_gain(entry) for entry in self._candidates(owner, key))
         if free + gain < size:
-            # How much others have, and have pinned, is nothing to tell a key.
+            # An API key must not learn how much others store and have pinned.
             others = owner is None and "@" in key[0]
             raise _exceeded(size, limit, None if others else free + gain)
         return size - free
 
     def _candidates(self, owner: str | None, but: CacheKey | None = None) -> list[Entry]:
-        """What may be evicted, the least worth first."""
+        """Caches that may be evicted, least worth first."""
         now = self.store.clock()
         found = [
             (rank(entry, self.store.usage(entry), now), entry)
@@ -112,7 +111,8 @@ class Quota:
         return [entry for _, entry in sorted(found, key=lambda pair: pair[0])]
 
     async def _evict(self, owner: str | None, missing: int, but: CacheKey | None = None) -> int:
-        """Gives up the least valuable states until `missing` bytes are free; how many are still missing."""
+        """Evicts the states of least worth until `missing` bytes are free; returns the bytes still
+        missing."""
         for entry in self._candidates(owner, but) if missing > 0 else ():
             if missing <= 0:
                 break
@@ -120,8 +120,8 @@ class Quota:
         return missing
 
     async def evict(self, entry: Entry) -> int:
-        """Takes its states away. The bytes it has freed: none where the cache was replaced meanwhile, or is
-        being built."""
+        """Evicts the cache. Returns the bytes freed: 0 if the cache was replaced meanwhile or is being
+        built."""
         if self.store.is_in_use(entry.key):
             return 0
         if keeps_text(entry):
@@ -137,7 +137,7 @@ class Quota:
             freed = entry.size_bytes
         self.evictions[entry.owner] += 1
         level = logging.INFO if entry.origin == "response" else logging.WARNING
-        log.log(level, "evicted cache %s of %s: %d bytes are free", entry.name, entry.namespace, freed)
+        log.log(level, "evicted cache %s of %s: freed %d bytes", entry.name, entry.namespace, freed)
         return freed
 
 
@@ -147,7 +147,7 @@ class Reservation:
         self.key = key
 
     async def hold(self, size: int) -> None:
-        """Takes `size` bytes instead of what was held before; see Quota.hold."""
+        """Reserves `size` bytes in place of the previous reservation; see Quota.hold."""
         await self.quota.hold(self.key, size)
 
 
@@ -156,7 +156,7 @@ def _gain(entry: Entry) -> int:
 
 
 def _exceeded(size: int, limit: int, free: int | None) -> QuotaExceeded:
-    """`free` None: it is not to be told."""
+    """`free` None: the figure must not be disclosed."""
     most = "not as many" if free is None else f"no more than {max(free, 0) / 1e6:.2f} MB"
     return QuotaExceeded(
         f"There is no room: {size / 1e6:.2f} MB are needed, and of the {limit / 1e6:.2f} MB that caches may "

@@ -1,4 +1,4 @@
-"""Measures again, when the server is idle, what was measured while the machine did other work."""
+"""Repeats measurements, while the server is idle, that were made while the machine did other work."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from headstart.service.models.tuning_store import Tunings
 
 log = logging.getLogger(__name__)
 
-# Each try waits so many times longer than the one before, the first one for as long as the setting says.
+# Factor by which the wait grows with each try; the first wait is `idle_seconds`.
 BACK_OFF = 6
 MOST_BACK_OFF = BACK_OFF**3
 LOOK_SECONDS = 0.25
@@ -36,8 +36,8 @@ Measure = Callable[[EngineSettings, socket.socket, dict[str, str]], Tuning]
 
 
 class Remeasuring:
-    """Used from the event loop. What it starts ends as soon as a request comes. `idle_seconds`: how long no
-    request must have run before; 0: it never measures."""
+    """Used from the event loop. Measuring stops as soon as a request arrives. `idle_seconds`: how long the
+    server must have been idle before; 0 turns it off."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Remeasuring:
         self._tunings = Tunings(store.directory)
         self._attempts: Counter[str] = Counter()
         self._not_before: dict[str, float] = {}
-        # Whose caches were looked at since the start.
+        # Models whose caches were checked since the start.
         self._fitted: set[str] = set()
         self._running: asyncio.Task[None] | None = None
 
@@ -85,7 +85,7 @@ class Remeasuring:
         return [model for model in self.models.all.values() if model.engine.state == "ready"]
 
     async def _look_at(self, model: ServedModel) -> None:
-        """A fault here is no reason to leave the other models alone."""
+        """Errors are logged, so that the other models are still measured."""
         try:
             plan = model.plan(self.store)
             if plan.again and monotonic() >= self._not_before.get(model.name, 0.0):
@@ -118,11 +118,11 @@ class Remeasuring:
         try:
             await self.models.reload(model)
         except HeadstartError as error:
-            log.warning("%s can't be run as was measured: %s", model.name, error.message)
+            log.warning("%s can't be run with the measured settings: %s", model.name, error.message)
             self._tunings.forget(plan.key)
 
     async def _measured(self, asked: EngineSettings) -> Tuning | None:
-        """None where that failed, or something came between."""
+        """Returns None if measuring failed or was interrupted."""
         ours, theirs = socket.socketpair()
         self.models.used.clear()
         used = asyncio.create_task(self.models.used.wait())
@@ -131,7 +131,7 @@ class Remeasuring:
             while not (work.done() or used.done()) and self.models.is_idle:
                 await asyncio.wait([work, used], timeout=LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            # Ends the measuring process, if there still is one.
+            # Ends the measuring process if it is still running.
             ours.close()
             used.cancel()
             await asyncio.wait([work])
@@ -141,12 +141,12 @@ class Remeasuring:
         except EOFError:
             return None
         except ModelError as error:
-            log.warning("measuring again failed: %s", error)
+            log.warning("repeated measurement failed: %s", error)
             return None
 
     async def _fit(self, model: ServedModel) -> None:
-        """Computes caches again that have other arithmetic than their model, one at a time, while nobody uses
-        it. One that can't be is computed again when it is next used."""
+        """Rebuilds caches with numerics other than their model's, one at a time, while the server is idle. A
+        cache that can't be rebuilt now is rebuilt at its next use."""
         self._fitted.add(model.name)
         for entry in self._unfit(model, Numerics.of(model.info.settings)):
             while not self.models.is_idle:
@@ -156,7 +156,7 @@ class Remeasuring:
                     await self.caching.rebuilt(used.seen_by(entry.owner), entry)
 
     def _unfit(self, model: ServedModel, arithmetic: Numerics) -> list[Entry]:
-        """Those with states that are worth computing again, which a response's aren't."""
+        """Caches with states that are worth rebuilding; those of responses aren't."""
         return [
             entry
             for entry in model.entries(self.store)

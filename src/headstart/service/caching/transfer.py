@@ -1,4 +1,4 @@
-"""Caches' files on their way out and in."""
+"""Export and import of cache files."""
 
 from __future__ import annotations
 
@@ -40,8 +40,9 @@ WRITE_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Exported:
-    """A cache's file, open: it stays as it is whatever becomes of the cache. `digest`: the hash of its
-    header, hence, since this has those of all else, of the whole. Whoever gets it closes it."""
+    """An open cache file: its content doesn't change, whatever happens to the cache. `digest`: the hash of
+    its header, and so of the whole file, since the header contains the hashes of the rest. The receiver
+    closes it."""
 
     entry: Entry
     opened: BinaryIO
@@ -56,8 +57,8 @@ class Files:
         self.quota = quota
 
     async def export(self, model: ServedModel, name: str) -> Exported:
-        """Raises CacheNotFound, BadRequest where states aren't in the cache's file, or StorageError for one
-        whose header is damaged."""
+        """Raises CacheNotFound, BadRequest if the states are in sidecar files, or StorageError if the header
+        is damaged."""
         entry = self.store.find(model.namespace, check_name(name, param="name"), param="name")
         if entry.beside:
             raise BadRequest(
@@ -82,11 +83,11 @@ class Files:
         overwrite: bool = True,
         rebuild: bool = False,
     ) -> Entry:
-        """Makes a file that comes in `chunks`, of `size` bytes if that is known, the cache of this name.
-        `rebuild`: only what it is the cache of is taken, and its states are computed here.
+        """Imports a file received in `chunks`, of `size` bytes if known, as the cache of this name.
+        `rebuild`: only the content is taken, and the states are computed here.
 
-        Raises DamagedFile, CacheMismatch, CacheConflict, QuotaExceeded or StorageError, or what `chunks` or a
-        build raises; then nothing has changed but for what was evicted."""
+        Raises DamagedFile, CacheMismatch, CacheConflict, QuotaExceeded or StorageError, or an error of
+        `chunks` or of a build; then nothing has changed except for evicted caches."""
         check_own_name(name, param="name")
         self.caching.check_not_declared(model, name, param="name")
         self._check_free(model, name, overwrite)
@@ -172,7 +173,7 @@ def _open(path: Path, entry: Entry) -> Exported:
 
 
 async def _check_renders(model: ServedModel, entry: Entry) -> None:
-    """Raises BadRequest, as creating the cache would, where the model can't be given its text."""
+    """Raises BadRequest, as creating the cache would, if the model can't render or hold its content."""
     for form in entry.content.forms:
         tokens = await opening_tokens(model, form, entry.content)
         model.check_fits(len(tokens) + 1, param="prompt" if entry.prompt else "messages")

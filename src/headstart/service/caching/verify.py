@@ -1,4 +1,4 @@
-"""Looks at every cache as the disk has it, tells which would hit, and repairs the others if asked to."""
+"""Verifies every cache from the disk, reports which would hit, and repairs the others on request."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from headstart.service.models.model import ServedModel
 
 @dataclass(frozen=True)
 class VerifyScope:
-    """Which caches are looked at, all unless a model or a name is given. `repair`: those damaged or unfit are
-    computed again from their prompts, and a file from which none can be read is set aside; or, with
-    `remove_unreadable`, deleted. `owner`: only what belongs to this API key; "": everything."""
+    """The caches to verify: all, unless a model or a name is given. `repair`: damaged or unfit caches are
+    rebuilt from their content, and a file that can't be read is set aside or, with `remove_unreadable`,
+    deleted. `owner`: only the caches of this API key; "" for all."""
 
     model: str | None = None
     name: str | None = None
@@ -38,7 +38,8 @@ class VerifyScope:
 
 
 class Verifier:
-    """Works beside requests; what they replace or delete meanwhile is looked at anew or left out."""
+    """Runs concurrently with requests; a cache that they replace is verified again, one that they delete is
+    left out."""
 
     def __init__(self, caching: Caching, models: Mapping[str, ServedModel]) -> None:
         self.caching = caching
@@ -46,7 +47,7 @@ class Verifier:
         self.models = models
 
     async def verify(self, wish: VerifyScope) -> AsyncGenerator[Verdict, None]:
-        """Raises CacheNotFound when one is named that isn't there."""
+        """Raises CacheNotFound if `name` is given and there is no such cache."""
         found = await asyncio.to_thread(orphan_files, self.store.directory)
         self.store.reconcile()
         n_verdicts = 0
@@ -62,7 +63,7 @@ class Verifier:
             raise CacheNotFound(f"There is no cache {wish.name!r}.", param="cache_name")
 
     async def _entry(self, entry: Entry, wish: VerifyScope) -> Verdict | None:
-        """None: it was deleted meanwhile."""
+        """None if the cache was deleted meanwhile."""
         model = self._model(entry)
         verdict = await self._look(model, entry)
         try:
@@ -97,12 +98,12 @@ class Verifier:
         return judged(entry, miss, words)
 
     def _model(self, entry: Entry) -> ServedModel | None:
-        """As the cache's owner sees it."""
+        """The model as its owner's requests use it."""
         model = self.models.get(entry.model)
         return model and model.seen_by(entry.owner)
 
     def _knows(self, stray: OrphanFile) -> bool:
-        """Whether there is a copy of the prompt that the file itself doesn't tell."""
+        """Whether the store knows the cache of this file, from a copy of its header."""
         if not (NAMESPACE.fullmatch(stray.namespace) and NAME.fullmatch(stray.name)):
             return False
         try:
@@ -127,8 +128,8 @@ class Verifier:
         )
 
 
-# Its states may be used; a hash or the length is wrong, or it can't be read at all; its states were computed
-# by or for something else; the file is named after another cache or can't be opened.
+# ok: its states are usable. damaged: a hash or the length is wrong, or it can't be read. unfit: its states
+# were computed by or for something else. stray: the file is named after another cache or can't be opened.
 State = Literal["ok", "damaged", "unfit", "stray"]
 Action = Literal["rebuilt", "set_aside", "removed", "failed"]
 
@@ -138,9 +139,9 @@ UNFIT: frozenset[MissReason] = frozenset(
 
 
 class Verdict(Struct, frozen=True):
-    """`would_hit`: whether a request would start from its state; None where nobody can say, because its model
-    isn't served. `detail`: in words what is wrong, or was done. `action`: what was done about it. `owner`:
-    the API key whose cache it is; None: everyone's."""
+    """`would_hit`: whether a request would start from the cache's state; None if unknown because its model
+    isn't served. `detail`: the fault or the repair in words. `action`: the repair. `owner`: the API key that
+    owns the cache; None if it is public."""
 
     cache_name: str
     model: str
@@ -153,11 +154,11 @@ class Verdict(Struct, frozen=True):
 
     @property
     def is_wrong(self) -> bool:
-        """Something is wrong with it, and still is."""
+        """Whether the cache has a fault that is not repaired."""
         return self.state != "ok" and self.action not in ("rebuilt", "removed")
 
     def of(self, namespace: str) -> Verdict:
-        """The same, with the owner of what is on this shelf."""
+        """A copy with the owner of this namespace."""
         return replace(self, owner=namespace.partition("@")[2] or None)
 
     def after(self, action: Action, detail: str) -> Verdict:
@@ -166,7 +167,8 @@ class Verdict(Struct, frozen=True):
 
 
 def judged(entry: Entry, miss: MissReason | None, detail: str = "") -> Verdict:
-    """Of a cache whose model is known. One that can't hit for what it is, too short or given up, is ok."""
+    """The verdict on a cache of a known model. One that misses without a fault, because it is too short or
+    evicted, is "ok"."""
     state: State = "damaged" if miss == "corrupt" else "unfit" if miss in UNFIT else "ok"
     return Verdict(
         entry.name, entry.model, state, miss is None, miss, detail or (miss or "").replace("_", " ")

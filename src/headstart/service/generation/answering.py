@@ -1,4 +1,4 @@
-"""One answer of a request: tokens to deltas."""
+"""One answer of a request: from tokens to deltas."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from headstart.service.interface.answer import Delta, Ended, TokenLogprob
 
 
 class Answering:
-    """`said`: all of its text so far. `stopped`: a stop string has come, no more tokens count."""
+    """`said`: the whole text so far. `stopped`: a stop string was found; further tokens are ignored."""
 
     def __init__(self, choice: int, vocabulary: Vocabulary, text: AnswerText, parser: Parser) -> None:
         self.choice = choice
@@ -36,7 +36,7 @@ class Answering:
         yield from self._deltas(self.text.add(token.token))
 
     def end(self, reason: FinishReason) -> Iterator[Delta | Ended]:
-        """What was held back, and the end."""
+        """The text that was held back, and the end."""
         text = self.text.end()
         self.said += text
         left = [*self.parser.add(text), *self.parser.end()]
@@ -60,7 +60,8 @@ class Answering:
             logprobs = []
 
     def _told(self, *, all_of_them: bool = False) -> list[TokenLogprob]:
-        """The logprobs of tokens whose text has been said; a stop string's are never told."""
+        """Removes and returns the logprobs of tokens whose text was returned; those of a stop string are
+        never returned."""
         n = len(self.said)
         told = [each for each in self._untold if all_of_them or each.offset < n]
         self._untold = self._untold[len(told) :]

@@ -1,5 +1,5 @@
-"""Several requests answered as one, one after the other: each has the slots to itself, as if it had been sent
-alone."""
+"""Several requests answered as one. They run one after the other, and each has all slots, as if it had been
+sent alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Events = AsyncGenerator[Delta | Ended | Result, None]
 
 
 async def together(runs: Sequence[Events], n: int) -> Events:
-    """The events of all `runs`, each of which has `n` answers, numbered through; one Result for them all."""
+    """The events of all `runs`, each with `n` answers, numbered consecutively; one Result for all."""
     results: list[Result] = []
     for at, run in enumerate(runs):
         async with aclosing(run) as events:
@@ -30,7 +30,7 @@ async def together(runs: Sequence[Events], n: int) -> Events:
 
 
 def joined(results: Sequence[Result]) -> Result:
-    """One account: sums, a hit if all were hits, and else the first one's."""
+    """Combines results: counts are summed; it is a hit if all were; other fields are the first one's."""
     misses = [result.miss for result in results if result.miss]
     return replace(
         results[0],

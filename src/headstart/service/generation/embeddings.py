@@ -1,4 +1,4 @@
-"""Embeddings: texts, or what they were tokenised to, through the engine to vectors."""
+"""Embeddings: from texts or their tokens, through the engine, to vectors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Input = str | list[int]
 
 
 async def input_tokens(model: ServedModel, inputs: Sequence[Input]) -> list[list[int]]:
-    """The tokens of each input. Raises BadRequest, naming the first input that can't be embedded, and
+    """The tokens of each input. Raises BadRequest, naming the first input that can't be embedded, or
     ModelLoading."""
     texts = iter(await tokenised(model, [text for text in inputs if isinstance(text, str)]))
     tokens = [next(texts) if isinstance(given, str) else given for given in inputs]
@@ -29,7 +29,7 @@ async def input_tokens(model: ServedModel, inputs: Sequence[Input]) -> list[list
 
 
 def check_dimensions(model: ServedModel, dimensions: int | None) -> None:
-    """Raises BadRequest for embeddings that the model doesn't have, and ModelLoading."""
+    """Raises BadRequest if the model has no embeddings or none with these dimensions, or ModelLoading."""
     size = model.info.embedding_size
     if not size:
         raise BadRequest(f"Model {model.name!r} ranks texts; it makes no embeddings.", param="model")
@@ -41,8 +41,8 @@ def check_dimensions(model: ServedModel, dimensions: int | None) -> None:
 
 
 async def embed(model: ServedModel, inputs: list[list[int]]) -> AsyncGenerator[bytes, None]:
-    """The vector of each input, in their order: float32, little-endian, of length 1. Closing it early ends
-    the work. Raises Unavailable or EngineError."""
+    """The vector of each input, in order: float32, little-endian, of length 1. Closing it early cancels the
+    work. Raises Unavailable or EngineError."""
     with model.engine.submit(Embed(0, inputs)) as running:
         async for event in running:
             if isinstance(event, Vector):

@@ -1,4 +1,4 @@
-"""What a request asks for that the model's engine doesn't have."""
+"""Checks for parameters that the model's engine doesn't have."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from headstart.service.models.model import ServedModel
 
 
 def check(model: ServedModel, given: Collection[str], *, because: str | None = None) -> None:
-    """`given`: the parameters by which a request asks for something, `because` the one that makes them
-    needed. Raises BadRequest for one that the engine doesn't have, or ModelLoading."""
+    """Raises BadRequest if the engine lacks one of the `given` parameters, or ModelLoading. `because`: the
+    request's parameter that requires them, to be named in the error."""
     for lacking in model.info.lacks:
         if lacking in given:
             name = because or lacking
@@ -23,7 +23,7 @@ def check(model: ServedModel, given: Collection[str], *, because: str | None = N
 
 
 def overridden(info: ModelInfo, sampling: Sampling, given: Collection[str]) -> list[str]:
-    """The parameters that a request has, but that are others for all requests."""
+    """The `given` sampling parameters that differ from those fixed for all requests."""
     fixed = info.sampling
     if fixed is None:
         return []
@@ -32,7 +32,7 @@ def overridden(info: ModelInfo, sampling: Sampling, given: Collection[str]) -> l
 
 
 def refusal(model: ServedModel, names: list[str]) -> BadRequest:
-    """To be raised."""
+    """The error for these parameters; the caller raises it."""
     return BadRequest(f"{warning(model.info, names)} Leave it out, or ask for just that.", param=names[0])
 
 
@@ -42,5 +42,5 @@ def warning(info: ModelInfo, names: list[str]) -> str:
 
 
 def check_bias(model: ServedModel, bias: dict[int, float]) -> None:
-    """Raises BadRequest for tokens that the model doesn't have."""
+    """Raises BadRequest for a token that the model doesn't have."""
     check_tokens(model.vocabulary, list(bias), param="logit_bias")

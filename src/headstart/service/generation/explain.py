@@ -1,4 +1,5 @@
-"""Why a request started from a cache or didn't: the closest cache, and where the prompt leaves it."""
+"""Explains why a request started from a cache or didn't: the closest cache, and where the prompt differs from
+it."""
 
 from __future__ import annotations
 
@@ -14,9 +15,9 @@ from headstart.service.caching.builder import opening_if_any
 from headstart.service.models.model import ServedModel
 from headstart.tokens import common_prefix
 
-# Characters shown of what both have before the first difference, and of what each has from there.
+# Number of characters shown before the first difference, and of each text after it.
 SHOWN = 40
-# Tokens that surely make so many characters: one has at most four bytes.
+# So many tokens surely make SHOWN characters: a character has at most four bytes.
 ENOUGH = 4 * SHOWN
 
 WORDS: dict[MissReason, str] = {
@@ -37,9 +38,9 @@ WORDS: dict[MissReason, str] = {
 
 
 class Explanation(Struct, frozen=True):
-    """`matched_tokens` of the closest cache's `cache_tokens` are what the prompt begins with.
-    `first_difference`: the index of the token that differs, None where all of the cache fits; then the texts
-    are empty. Control tokens are written by their names."""
+    """`matched_tokens` of the closest cache's `cache_tokens` are a prefix of the prompt. `first_difference`:
+    the index of the first token that differs; None if all of the cache matches, and then the texts are empty.
+    Control tokens are written as their names."""
 
     closest_cache: str | None
     matched_tokens: int
@@ -54,8 +55,8 @@ class Explanation(Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Closest:
-    """A cache that a request names, or begins most like; `tokens`: those of its state, as they would be
-    computed now; `changes`: in words, what is another than it was when they were."""
+    """The cache that a request names, or the one with the longest common prefix. `tokens`: the tokens of its
+    state, rendered now. `changes`: differences between the fingerprints, in words."""
 
     entry: Entry
     tokens: list[int]
@@ -64,8 +65,8 @@ class Closest:
 
 
 def longest_match(known: Iterable[Sequence[int]], tokens: Sequence[int]) -> int:
-    """How many tokens the best of the known lists has in common with `tokens`. Cheap: a list is compared
-    only if it has the right token where the best so far ended."""
+    """The length of the longest prefix that any of the known lists has in common with `tokens`. Cheap:
+    compares a list only if it has the right token where the best so far ended."""
     best = 0
     for other in known:
         if best < len(other) and best < len(tokens) and other[best] == tokens[best]:
@@ -76,7 +77,7 @@ def longest_match(known: Iterable[Sequence[int]], tokens: Sequence[int]) -> int:
 async def closest(
     model: ServedModel, form: Form, known: Iterable[Entry], texts: Iterable[str]
 ) -> Closest | None:
-    """Of the known caches the one that the request's texts begin most like; None where there is none."""
+    """The known cache with the longest common prefix with the request's texts; None if there is none."""
     text = "".join(texts)
     candidates = [entry for entry in known if form in entry.content.forms]
     if not candidates:
@@ -96,12 +97,12 @@ def _text(entry: Entry) -> str:
 
 
 def _likeness(one: str, other: str) -> tuple[int, int]:
-    """The second counts where all differ at once, by a space at the start or a capital."""
+    """The second value decides if all differ at the first character, by leading white space or a capital."""
     return _shared(one, other), _shared(one.lstrip().lower(), other.lstrip().lower())
 
 
 def _shared(one: str, other: str) -> int:
-    """Characters that both begin with, found by halving: comparing texts is quicker than counting."""
+    """The length of the common prefix, found by bisection: comparing texts is faster than counting."""
     fits, least, most = 0, 0, min(len(one), len(other))
     while least <= most:
         middle = (least + most) // 2
@@ -115,7 +116,7 @@ def _shared(one: str, other: str) -> int:
 def explained(
     found: Closest | None, tokens: Sequence[int], *, named: bool, miss: MissReason | None, stats: Stats
 ) -> Explanation:
-    """`named`: the request named the cache; `miss`: why it was not used then."""
+    """`named`: the request named the cache; `miss`: then, why the cache was not used."""
     if found is None:
         reason = "The request names no cache, and there is none it could be compared with."
         return Explanation(None, 0, 0, len(tokens), None, "", "", "", reason + _from_memory(stats))

@@ -1,4 +1,4 @@
-"""Who may work next, where only so many may at once and nobody is to hold up another by asking for much."""
+"""A fair queue for a limited number of places: an owner with many requests doesn't delay the others."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Turn = asyncio.Future[None]
 
 
 class FairQueue:
-    """`places`: how many may work at once. The others wait, at most `most` of them, and owners take turns, so
-    that an owner who asks for little waits for what is being done and for one turn of each other owner.
+    """`places`: how many requests run at once. At most `most` wait, and owners take turns, so that an owner
+    with few requests waits only for running ones and one turn of each other owner.
 
-    Where `most` wait already, a newcomer is refused; but if another owner has two more waiting than the
-    newcomer's owner has, the last of those is refused in its place. Used from the event loop."""
+    If `most` are waiting, a new request is refused; but if another owner has two more waiting than the new
+    request's owner, that owner's last one is refused instead. Used from the event loop."""
 
     def __init__(self, most: int, places: int = 1) -> None:
         self.most = most
@@ -30,8 +30,8 @@ class FairQueue:
 
     @asynccontextmanager
     async def turn(self, owner: str) -> AsyncIterator[None]:
-        """A place, from its turn until the end; who is cancelled while waiting takes none. Raises
-        Overloaded."""
+        """Holds a place from its turn until the end of the context; a request cancelled while waiting takes
+        none. Raises Overloaded."""
         if self._free:
             self._free -= 1
         else:
@@ -68,7 +68,7 @@ class FairQueue:
             last.set_exception(error)
 
     def _pass_on(self) -> None:
-        """Gives a place that has become free to the next one who still waits for it."""
+        """Gives a freed place to the next request that still waits."""
         while self._waiting:
             turn = self._waiting.take()
             if not turn.done():

@@ -1,4 +1,4 @@
-"""A prepared request through the engine, to its answers and a true account of it all."""
+"""Runs a prepared request through the engine; yields its answers and a result with the engine's figures."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ from headstart.service.origins.conversations import Conversations
 
 @dataclass(frozen=True)
 class Result:
-    """The account of a request, whose answers have `n_tokens` tokens together. `cache_hit` is None when no
-    cache was named, else whether the engine started from its state; all counts are the engine's. `matched`:
-    how many of the prompt's tokens the closest known state begins with. `explanation`: only where it was
-    asked for. `saved_as`: the name under which the chat is being kept. `warning`: how it was answered
-    otherwise than asked."""
+    """The result of a request. `n_tokens`: tokens of all answers together. `cache_hit`: None if no cache was
+    named, otherwise whether the engine started from its state; all counts are the engine's. `matched`: the
+    number of prompt tokens in the closest known state's prefix. `explanation`: only if requested. `saved_as`:
+    the name under which the chat is being stored. `warning`: how the answer differs from the request."""
 
     n_tokens: int
     stats: Stats
@@ -48,8 +47,8 @@ class Generation:
         self.conversations = conversations
 
     async def run(self, prepared: Prepared) -> AsyncGenerator[Delta | Ended | Result, None]:
-        """Yields what the answers grow by, an Ended for each, and last, one Result, which is there at once
-        after the last Ended. Closing it early ends the sequences."""
+        """Yields the answers' deltas, an Ended for each answer, and finally one Result, immediately after the
+        last Ended. Closing it early ends the sequences."""
         answers = [_answering(prepared, choice) for choice in range(prepared.submit.n)]
         stats: Stats | None = None
         result: Result | None = None
@@ -65,7 +64,7 @@ class Generation:
                         if answer.stopped:
                             running.cancel(answer.choice)
                     case Finished(reason=reason):
-                        # The first one is the one that the prompt was prefilled for.
+                        # The prompt was prefilled for the first answer.
                         if answer.choice == 0:
                             stats = event.stats
                         left = list(answer.end(reason))
@@ -81,7 +80,7 @@ class Generation:
         miss = _miss(prepared, stats)
         if n_tokens == 0 or prepared.opening.miss is None:
             self._heal(prepared, miss)
-        # What is to be remembered is written to the disk after the answer's end has been sent.
+        # Writes to the disk wait until the answer's end has been sent.
         later = asyncio.get_running_loop().call_soon
         if prepared.unnamed:
             later(self.automatic.answered, prepared.model, prepared.unnamed, stats)
@@ -104,7 +103,7 @@ class Generation:
         )
 
     def _heal(self, prepared: Prepared, miss: MissReason | None) -> None:
-        """Has a state that could not be used computed again, once the request itself has its first token."""
+        """Rebuilds a state that could not be used; called once the request itself has its first token."""
         if prepared.entry and miss and miss not in KEEPS_STATE:
             self.caching.rebuild_after_miss(prepared.model, prepared.entry)
 
@@ -116,7 +115,8 @@ def _answering(prepared: Prepared, choice: int) -> Answering:
 
 
 def _miss(prepared: Prepared, stats: Stats) -> MissReason | None:
-    """Why the named state was not used, by what the engine says it started from; None without a name."""
+    """Why the named state was not used, according to the engine's figures; None if it was, or no cache was
+    named."""
     if prepared.entry is None:
         return None
     if prepared.opening.miss:
@@ -124,7 +124,7 @@ def _miss(prepared: Prepared, stats: Stats) -> MissReason | None:
     info, boundary = prepared.model.info, prepared.opening.boundary
     if not info.counts_reuse:
         return "not_counted"
-    # Where the runtime cuts what it reuses is its own affair, but most of the cache must have been.
+    # The runtime decides how much it reuses, but it must be most of the cache.
     needed = (boundary + 1) // 2 if info.state_files else boundary
     return None if stats.cached_tokens >= needed else "restore_failed"
 

@@ -15,27 +15,27 @@ from headstart.errors import Unavailable
 log = logging.getLogger(__name__)
 
 TIME = signal.SIGPROF
-# What a compiler without memory or stack ends by.
+# Signals that end a compiler which runs out of memory or stack.
 CRASHES = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGTRAP)
 ENDED = "compiling it takes too much time or memory"
 TRIES = 3
 
 
 class TookTooLong(Exception):
-    """A check has used up its processor time."""
+    """A check has used all its processor time."""
 
 
 class Checker:
-    """Checks one grammar at a time, each in `seconds` of processor time. Has a process from the first grammar
-    on, until `close`; one that ended is started anew."""
+    """Checks one grammar at a time, each within `seconds` of processor time. The process starts with the
+    first grammar and runs until `close`; if it ends, it is restarted."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self._process: asyncio.subprocess.Process | None = None
 
     async def fault(self, grammar: str) -> str:
-        """Why the grammar can't be compiled; "" where it can. Raises TookTooLong, or Unavailable where the
-        check is ended again and again by something else than what it does."""
+        """Why the grammar can't be compiled; "" if it can. Raises TookTooLong, or Unavailable if something
+        other than the check itself ends it repeatedly."""
         question = json.dumps([grammar, self.seconds]).encode() + b"\n"
         for _ in range(TRIES):
             answer = await self._ask(question)
@@ -50,7 +50,7 @@ class Checker:
         raise Unavailable("The process that checks grammars was ended from outside.")
 
     async def _ask(self, question: bytes) -> str | int | None:
-        """The fault, or the signal that ended the check; None: the process itself has ended."""
+        """The fault, or the signal that ended the check; None if the process itself has ended."""
         answer = b""
         try:
             process = self._process = self._process or await _started()
@@ -68,7 +68,7 @@ class Checker:
             if not answer.endswith(b"\n"):
                 await self.close()
         if not answer.endswith(b"\n"):
-            log.warning("the process that checks grammars ended and is started anew")
+            log.warning("the process that checks grammars ended and is restarted")
             return None
         found: str | int = json.loads(answer)
         return found
@@ -83,10 +83,10 @@ class Checker:
 
 async def _started() -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
-        # -P: what lies in the current folder is no part of the program.
+        # -P: modules in the current folder are not imported.
         *(sys.executable, "-P", "-m", "headstart.engine.grammar_check"),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
-        # It forks, so it is to have no threads; numpy's would be of no use.
+        # The process forks, so it must have no threads; those of numpy are not needed.
         env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
     )

@@ -1,8 +1,8 @@
-"""What an answer is to look like, as grammars for the engine. None of these functions checks that its grammar
-compiles: `service/grammars.py` does, for all of them.
+"""Grammars for the engine that restrict an answer's format. The functions here don't check that a grammar
+compiles: `Grammars.check` does, for all of them.
 
-White space in JSON: between any two parts at most one space, or a line break and indentation. A model that is
-free to write more may write it forever.
+White space in JSON: between any two parts at most one space, or a line break and indentation. A model that
+may write more can repeat it forever.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from headstart.service.generation.grammar_checker import ENDED, Checker, TookToo
 Schema = dict[str, Any]
 
 WHITESPACE = r"[ ]|\n[ ]{0,24}"
-# Of a schema's own wishes ("x-guidance") none is left: they could undo what is promised here.
+# Replaces a schema's own options ("x-guidance"): they could break these guarantees.
 JSON: dict[str, Any] = {
     "item_separator": ",",
     "key_separator": ":",
@@ -40,7 +40,7 @@ GBNF = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE)
 
 
 def json_grammar(schema: Schema, param: str) -> str:
-    """Answers that are JSON of this schema. Raises BadRequest for what is no JSON."""
+    """Answers that are JSON with this schema. Raises BadRequest if the schema is not valid JSON."""
     return f'{{"grammars": [{{"json_schema": {_text(schema, param)}}}]}}'
 
 
@@ -56,22 +56,22 @@ def _text(schema: Schema, param: str) -> str:
 
 
 def choice_grammar(choices: list[str]) -> str:
-    """One of these texts."""
+    """Answers that are one of these texts."""
     return lark_grammar("start: " + " | ".join(json.dumps(choice) for choice in choices))
 
 
 def regex_grammar(regex: str) -> str:
-    """Answers that match the whole of it, in the syntax of Rust's `regex`."""
+    """Answers that match the whole expression, in the syntax of Rust's `regex`."""
     return LLMatcher.grammar_from_regex(regex)
 
 
 def lark_grammar(lark: str) -> str:
-    """In llguidance's Lark syntax; the answer is what `start` matches."""
+    """A grammar in llguidance's Lark syntax; answers match `start`."""
     return LLMatcher.grammar_from_lark(lark)
 
 
 def written_grammar(text: str, param: str) -> str:
-    """In Lark's syntax or, told by its `::=`, GBNF. Raises BadRequest."""
+    """A grammar in Lark's syntax or in GBNF, which is recognised by `::=`. Raises BadRequest."""
     if not GBNF.search(text):
         return lark_grammar(text)
     try:
@@ -83,7 +83,7 @@ def written_grammar(text: str, param: str) -> str:
 
 MAX_BYTES = 256 << 10
 REMEMBERED = 4096
-# Of processor time: honest schemas take some milliseconds.
+# Processor time: ordinary schemas take some milliseconds.
 QUICK_SECONDS = 0.1
 MOST_SECONDS = 2.0
 
@@ -92,7 +92,7 @@ Key = tuple[str, bytes]
 
 @dataclass
 class Lane:
-    """One process, and the queue before it."""
+    """One process and its queue."""
 
     checker: Checker
     queue: FairQueue
@@ -100,7 +100,7 @@ class Lane:
 
 @dataclass
 class Flight:
-    """A check that is being done or waited for; `running`: it can't be taken back any more."""
+    """A check that is running or waiting. `running`: it can't be cancelled any more."""
 
     task: asyncio.Task[str] = field(init=False)
     n_asking: int = 0
@@ -108,8 +108,8 @@ class Flight:
 
 
 class Grammars:
-    """No more than `max_waiting` checks wait in either queue. Processes are started when they are first
-    needed, run until `close`, and are started anew when one has ended."""
+    """Checks grammars in two processes, first with a short time limit. At most `max_waiting` checks wait in
+    each queue. Processes start when first needed, run until `close`, and are restarted if they end."""
 
     def __init__(self, max_waiting: int) -> None:
         self.max_waiting = max_waiting
@@ -119,8 +119,8 @@ class Grammars:
         self._flights: dict[Key, Flight] = {}
 
     async def check(self, grammar: str, param: str, owner: str = "") -> None:
-        """Raises BadRequest, with `param`, for a grammar that can't be compiled, or Unavailable where that
-        can't be found out now."""
+        """Raises BadRequest, with `param`, for a grammar that can't be compiled, or Unavailable if it can't
+        be checked now."""
         data = grammar.encode()
         if len(data) > MAX_BYTES:
             raise BadRequest(
@@ -136,8 +136,8 @@ class Grammars:
             raise BadRequest(f"{param} can't be used: {fault}", param=param)
 
     async def _joined(self, key: Key, grammar: str) -> str:
-        """The fault, "" for none, from the one flight of this grammar that its owner has. A flight that all
-        have left is taken out of its queue."""
+        """The fault, "" for none, from the owner's only check of this grammar. A check that all requests have
+        left is taken out of its queue."""
         flight = self._flights.get(key)
         if flight is None:
             flight = self._flights[key] = Flight()
@@ -151,7 +151,7 @@ class Grammars:
         finally:
             flight.n_asking -= 1
             if not flight.n_asking and not flight.running and not flight.task.done():
-                # Nobody may join it from now on.
+                # No request may join it from now on.
                 self._flights.pop(key, None)
                 flight.task.cancel()
 
@@ -159,7 +159,7 @@ class Grammars:
         if (flight := self._flights.get(key)) and flight.task is task:
             del self._flights[key]
         if not task.cancelled():
-            # An error is looked at, also where everybody has left.
+            # Retrieves the error, also if all requests have left.
             task.exception()
 
     async def _found(self, flight: Flight, key: Key, grammar: str) -> str:
@@ -174,11 +174,11 @@ class Grammars:
             return self._remembered(key[1], ENDED)
 
     async def _tried(self, lane: Lane, flight: Flight, key: Key, grammar: str) -> str:
-        """Raises TookTooLong. What is found is remembered before another's turn comes."""
+        """Raises TookTooLong. The finding is stored before another owner's turn comes."""
         owner, digest = key
         async with lane.queue.turn(owner):
             if digest in self._faults:
-                # Another owner's flight was faster.
+                # Another owner's check was faster.
                 return self._faults[digest]
             flight.running = True
             try:

@@ -1,4 +1,4 @@
-"""From a request to what the engine is asked: its tokens, where prefill is cut, the state it starts from."""
+"""From a request to the engine's input: its tokens, where prefill is cut, the state it starts from."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ Json = dict[str, Any]
 
 
 class Preparation:
-    """All of it raises BadRequest, CacheNotFound, CacheConflict, ContextLengthExceeded, StorageError or
-    Unavailable."""
+    """Prepares requests. All methods raise BadRequest, CacheNotFound, CacheConflict, ContextLengthExceeded,
+    StorageError or Unavailable."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class Preparation:
         return await self._explaining(prepared, "chat", texts_of(messages)) if options.explain else prepared
 
     async def _chat_without_cache(self, model: ServedModel, chat: Chat, options: Options) -> Prepared:
-        """It may start from a cache with the same opening, though it names none."""
+        """A chat that names no cache may start from a cache with the same prefix."""
         begun = self._begun(model, chat)
         tokens, wanted = await model.prompts.with_opening(chat.prompt, opening_of("chat", begun))
         model.check_fits(len(tokens), param="messages")
@@ -91,23 +91,23 @@ class Preparation:
         head = None
         if unnamed and unnamed.entry is None:
             head, opening = await self._from_shorter(model, chat, tokens, opening)
-            # What is marked isn't counted, but kept at once.
+            # A breakpoint's prefix is cached at once, not counted.
             unnamed = None if begun in [place.content for place in places] else unnamed
         prepared = self._prepared(model, tokens, options, None, opening, "chat", unnamed)
         return replace(prepared, marked=BreakpointPlan(places, head)) if places else prepared
 
     def _begun(self, model: ServedModel, chat: Chat) -> Content:
-        """The longest opening of the chat that a cache has or could have."""
+        """The longest prefix of the chat that a cache has or could have."""
         return chat.opening(list(self.caching.namespaces.known(model, "chat")))
 
     async def _marked_opening(
         self, model: ServedModel, chat: Chat, tokens: list[int], last: PlacedBreakpoint
     ) -> tuple[Content, Start]:
-        """The longest opening that a cache has, or is to have up to the `last` mark, and the cut at its end.
-        Marks take the place of the system prompt."""
+        """The longest prefix that a cache holds, or will hold up to the `last` breakpoint, and the cut at its
+        end. Breakpoints replace the system prompt here."""
         begun = chat.held(self.caching.namespaces.known(model, "chat")) or last.content
         opening = _cut(await opening_if_any(model, "chat", begun), tokens)
-        # A state that can't be cut helps only those that begin with all of it.
+        # A state that can't be cut helps only requests that begin with all of it.
         if last.boundary > opening.boundary and model.info.can_cut:
             return last.content, Start(last.boundary)
         return begun, opening
@@ -115,7 +115,7 @@ class Preparation:
     async def _from_shorter(
         self, model: ServedModel, chat: Chat, tokens: list[int], opening: Start
     ) -> tuple[Entry | None, Start]:
-        """Where the opening has no cache: the longest one that it begins like, and how to start from that."""
+        """If the prefix has no cache: the longest cached prefix of the chat, and how to start from it."""
         held = chat.held(self.caching.namespaces.known(model, "chat"))
         found = await self.caching.unnamed(model, held, tokens) if held else None
         if found is None or found[1].restore is None:
@@ -140,7 +140,8 @@ class Preparation:
         return entry, chat, tokens, opening
 
     async def _differing(self, model: ServedModel, chat: Chat, entry: Entry, tokens: list[int]) -> Start:
-        """The cache is of another prompt then, which may begin alike."""
+        """How to start if the chat doesn't begin with the named cache's content: a common prefix may still be
+        used."""
         model.check_fits(len(tokens), param="messages")
         opening = _cut(await opening_if_any(model, "chat", self._begun(model, chat)), tokens)
         head = await prefix_of(self.caching.store, model, entry, "chat", tokens)
@@ -149,7 +150,7 @@ class Preparation:
     async def count(
         self, model: ServedModel, messages: list[Json], options: Options, tools: list[Json] | None = None
     ) -> int:
-        """How many tokens the prompt of such a chat has."""
+        """The number of tokens in the prompt of such a chat."""
         own = Chat(messages, tools or [], options.variables)
         if options.use_cache is None:
             chat = replace(own, messages=self.automatic.with_default(messages))
@@ -184,7 +185,7 @@ class Preparation:
 
     async def _named(self, model: ServedModel, names: Sequence[str], form: Form) -> Entry:
         """The cache of this name, or the one composed of several. Raises CacheNotFound, BadRequest, or
-        StorageError where it is a conversation that could not be saved."""
+        StorageError for a conversation that could not be saved."""
         check_parts(names)
         parts = []
         for name in names:
@@ -240,7 +241,8 @@ class Preparation:
         )
 
     def _check_parameters(self, model: ServedModel, options: Options) -> str:
-        """What has to be said about them. Raises BadRequest for those that the engine doesn't have."""
+        """A warning about overridden parameters, or "". Raises BadRequest for parameters that the engine
+        doesn't have."""
         engine_support.check(model, options.given)
         if options.sampling.grammar:
             engine_support.check(model, ["grammar"])
@@ -250,7 +252,7 @@ class Preparation:
         return engine_support.warning(model.info, names) if names else ""
 
     async def _to_be_read(self, prepared: Prepared, chat: Chat, options: Options) -> Prepared:
-        """Its answers are read as the chat's tools and the model's template say."""
+        """Adds how answers are read, according to the chat's tools and the model's template."""
         submit = prepared.submit
         how = reading(prepared.model.vocabulary, chat.tools, options.calling, submit.tokens)
         if how.grammar:
@@ -261,12 +263,12 @@ class Preparation:
         return replace(prepared, submit=submit, parser=how.parser, piece=how.piece)
 
     async def _explaining(self, prepared: Prepared, form: Form, texts: Sequence[str]) -> Prepared:
-        """The same request, whose result will say why it started from a cache or didn't."""
+        """The same request, whose result will explain why it started from a cache or didn't."""
         store, model = self.caching.store, prepared.model
         known = [prepared.entry] if prepared.entry else store.entries(model.namespace)
         return replace(prepared, explain=True, closest=await closest(model, form, known, texts))
 
 
 def _cut(opening: list[int], tokens: list[int]) -> Start:
-    """Cuts the prefill where a cache of the opening would end, so that the answer is the same."""
+    """Cuts the prefill where a cache of this prefix would end, so that the answer is the same."""
     return Start(max(min(common_prefix(opening, tokens), len(tokens) - 1), 0))

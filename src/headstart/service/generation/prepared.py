@@ -1,4 +1,4 @@
-"""What a request asks for, and what the engine is to be sent for it."""
+"""A prepared request: what is sent to the engine, and how its answers are read."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from headstart.service.origins.conversations import Saving
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request ready for the engine. `names`: the caches it names, of which `entry` is made. `unnamed`: what
-    it begins with, where it is a chat that names none. `parser` makes what reads one of its answers, whose
-    tokens stand for what `piece` says; None: for their text. `warning`: how it is answered otherwise than
-    asked."""
+    """A request ready for the engine. `names`: the caches it names; `entry` is that cache or their
+    combination. `unnamed`: the implicit match of a chat that names no cache. `parser` creates the parser of
+    one answer. `piece`: the bytes of a token for that parser; None: those of its text. `warning`: how the
+    answer differs from the request."""
 
     model: ServedModel
     submit: Submit

@@ -1,4 +1,4 @@
-"""Texts to token ids and back, as they are asked for by clients."""
+"""Texts to token ids and back, for clients."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from headstart.service.models.model import ServedModel
 
 T = TypeVar("T")
 
-# Tokens that are gone through in less than a millisecond.
+# So many tokens are processed in less than a millisecond.
 MANY = 2000
 
 
 async def tokenised(
     model: ServedModel, texts: Sequence[str], *, special: bool = True, parse_special: bool = True
 ) -> list[list[int]]:
-    """The tokens of each text; `special`: with what the model wants before and after it; nothing of them is
-    remembered. Raises BadRequest or Unavailable."""
+    """The tokens of each text. `special`: with the control tokens that the model adds around a prompt.
+    Nothing is remembered of the texts. Raises BadRequest or Unavailable."""
     return await model.prompts.plain(texts, first=special, special=parse_special)
 
 
 async def worked_out(work: Callable[[], T], n_tokens: int) -> T:
-    """What `work` does with so many tokens; of many, on another thread, so that the event loop goes on."""
+    """The result of `work` on so many tokens; for many, run in another thread, so that the event loop isn't
+    blocked."""
     return work() if n_tokens <= MANY else await asyncio.to_thread(work)
 
 
 def pieces(model: ServedModel, tokens: Sequence[int]) -> list[bytes]:
-    """What of a text each of the tokens, which are the model's, was made from."""
+    """The bytes of text from which each of these token ids, all of them the model's, was made."""
     return [model.vocabulary.written(token) for token in tokens]

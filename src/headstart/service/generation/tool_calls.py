@@ -1,4 +1,4 @@
-"""Which functions an answer may call, how its text is read, and the grammar that makes it call one."""
+"""The functions that an answer may call, how its text is read, and the grammar that forces a call."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from headstart.prompt.vocabulary import Vocabulary
 from headstart.service.interface.options import Calling
 
 Tool = Mapping[str, Any]
-# Tokens of a prompt's end that may open the answer's reasoning.
+# So many tokens at the prompt's end are searched for the start of reasoning.
 ENDING = 16
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How an answer is read: what its tokens stand for, and what its text says. `grammar`: what it is made to
-    match; "" for anything."""
+    """How an answer is read: `piece` gives the bytes of its tokens, `parser` reads its text. `grammar`: what
+    the answer must match; "" for anything."""
 
     piece: Callable[[int], bytes]
     parser: Callable[[], Parser]
@@ -33,7 +33,7 @@ class Reading:
 def reading(
     vocabulary: Vocabulary, tools: Sequence[Tool], calling: Calling, prompt: Sequence[int]
 ) -> Reading:
-    """Raises BadRequest where a call is asked for that can't be made."""
+    """Raises BadRequest if a required call is impossible."""
     functions = _functions(tools, calling)
     ending = _ending(vocabulary, prompt)
     calls = calling.choice != "none" and bool(tools)
@@ -45,7 +45,7 @@ def reading(
 
 
 def _functions(tools: Sequence[Tool], calling: Calling) -> list[Function]:
-    """Those that must be called."""
+    """The functions of which one must be called; none unless a call is required."""
     if calling.choice != "required":
         return []
     if not tools:
@@ -81,7 +81,7 @@ def _parser(vocabulary: Vocabulary, tools: Sequence[Tool], calling: Calling, *, 
 
 
 def _grammar(vocabulary: Vocabulary, functions: list[Function], calling: Calling, ending: str) -> str:
-    """Reasoning, where the model does, and calls. Whether it compiles is not checked."""
+    """Reasoning, if the model has it, followed by calls. Doesn't check that the grammar compiles."""
     several = calling.parallel and calling.name is None
 
     def literal(marker: str) -> str:

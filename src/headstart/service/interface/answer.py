@@ -1,4 +1,4 @@
-"""The answers to a request: as deltas while they come, as choices in the end."""
+"""The answers to a request: deltas while they are generated, choices at the end."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ FinishReason = Literal["stop", "length", "tool_calls"]
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token of the answer, whose text begins at character `offset` of it; `top` are the likeliest tokens in
-    its place. Natural logarithms of the model's own probabilities."""
+    """A token of the answer. `offset`: the character of the answer at which its text begins. `top`: the
+    likeliest tokens at its position. Values are natural logarithms of the model's own probabilities."""
 
     token: bytes
     logprob: float
@@ -24,8 +24,8 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Delta:
-    """What the answer number `choice` grows by; never nothing. All tokens have logprobs, those of reasoning
-    and calls as well, and they come no later than the text they stand for."""
+    """An addition to the answer number `choice`, never empty. All tokens have logprobs, also those of
+    reasoning and calls, and these come no later than the tokens' text."""
 
     choice: int
     text: str = ""

@@ -1,4 +1,4 @@
-"""A chat as the model gets it: messages, the tools it may call, and a cached opening before both."""
+"""A chat as the model gets it: messages, the tools it may call, and a cached prefix before both."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from headstart.prompt.process import protocol
 
 @dataclass(frozen=True)
 class Chat:
-    """`messages` and `tools` as templates take them. `variables`: what else a template is told, which makes
-    no difference to openings."""
+    """`messages` and `tools` as templates take them. `variables`: further template variables, which don't
+    affect cached prefixes."""
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]]
     variables: Variables = field(default_factory=dict)
 
     def after(self, cached: Content) -> Chat:
-        """The cached opening and then this chat. What the chat repeats of the opening, all of it or its first
-        system messages, is not said twice. Without tools of its own it has the cache's."""
+        """The cached prefix followed by this chat. Messages that repeat the prefix, all of it or its first
+        system messages, are left out. A chat without tools gets the cache's."""
         opening = cached.opening
         own = self.messages[_repeated(opening, self.messages) :]
-        # Tools that are equal may be written in another order, which would be another prompt.
+        # Equal tools may be written in another order, which would be another prompt.
         others = self.tools and self.tools != cached.tools
         return replace(self, messages=[*opening, *own], tools=self.tools if others else cached.tools)
 
     def answered(self, text: str) -> Chat:
-        """With the answer, which may continue the last message."""
+        """The chat with the answer, which may continue the last message."""
         if is_open(self.messages):
             *before, last = self.messages
             return replace(self, messages=[*before, {**last, "content": last["content"] + text}])
@@ -42,19 +42,19 @@ class Chat:
         return protocol.Chat(self.messages, self.tools, dict(self.variables))
 
     def opening(self, known: Iterable[Entry]) -> Content:
-        """Its longest opening that a cache would hold: that of one of the `known` caches, or its first system
-        messages."""
+        """The chat's longest prefix that a cache could hold: that of one of the `known` caches, or its first
+        system messages."""
         system = Content(messages=_system(self.messages), tools=self.tools)
         return max(system, self.held(known) or system, key=_length)
 
     def held(self, known: Iterable[Entry]) -> Content | None:
-        """Its longest opening that one of the `known` caches has."""
+        """The chat's longest prefix that one of the `known` caches holds."""
         openings = (Content(messages=entry.content.opening, tools=entry.tools) for entry in known)
         return max(filter(self.begins_with, openings), key=_length, default=None)
 
     def up_to(self, n_messages: int, n_characters: int) -> Content:
-        """Its first messages, of the last of them the first characters. But for a system prompt, which a
-        user's message follows, it is left open who goes on."""
+        """The first messages, with only the first characters of the last one. The last message is left
+        unfinished, except a complete system prompt, since a user's message follows that."""
         *whole, last = self.messages[:n_messages]
         if last["role"] != "system" or n_characters < len(last["content"]):
             last = {**last, "content": last["content"][:n_characters], UNFINISHED: True}
@@ -80,7 +80,7 @@ def _begins(message: dict[str, Any], opening: dict[str, Any]) -> bool:
 
 
 def _length(opening: Content) -> tuple[int, bool, int]:
-    """By which the longer of two openings of a chat is told."""
+    """Sort key that orders prefixes of one chat by length."""
     if not opening.messages:
         return 0, True, 0
     last = opening.messages[-1]
@@ -88,7 +88,7 @@ def _length(opening: Content) -> tuple[int, bool, int]:
 
 
 def _repeated(opening: list[dict[str, Any]], messages: list[dict[str, Any]]) -> int:
-    """How many of the first `messages` are those of the opening."""
+    """The number of first `messages` that repeat those of `opening`."""
     if messages[: len(opening)] == opening:
         return len(opening)
     pairs = zip(_system(opening), messages, strict=False)

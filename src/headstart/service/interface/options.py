@@ -1,4 +1,4 @@
-"""Parameters of a generation request besides its prompt."""
+"""Parameters of a generation request, other than its prompt."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from headstart.protocol import Sampling
 
 @dataclass(frozen=True)
 class Calling:
-    """`none`: calls are text; `required`: the answer is a call, of the function `name` where there is one.
-    `parallel`: there may be several calls. `reasoning`: it is told apart from the text."""
+    """How tools may be called. `none`: calls are text; `required`: the answer is a call, of the function
+    `name` if given. `parallel`: several calls are allowed. `reasoning`: reasoning is separated from the
+    text."""
 
     choice: Literal["none", "auto", "required"] = "auto"
     name: str | None = None
@@ -23,9 +24,9 @@ class Calling:
 
 @dataclass(frozen=True)
 class Breakpoint:
-    """The chat up to here is to be kept for `ttl_seconds` after its last use: its first `messages` messages,
-    of the last of them `characters` characters. Its tools always belong to it, since templates write them at
-    the start."""
+    """A position up to which the chat is cached, for `ttl_seconds` after the last use: the first `messages`
+    messages, with `characters` characters of the last one. Tools are always included, since templates write
+    them at the start."""
 
     messages: int
     characters: int
@@ -34,13 +35,13 @@ class Breakpoint:
 
 @dataclass(frozen=True)
 class Options:
-    """What a request says besides its prompt. `max_tokens` None: to the end of the context. `reuse` False:
-    every prompt token is evaluated, nothing is taken from a cache or an earlier request. `use_cache`: the
-    caches to start from, in their order, or none. `save_as`: the name under which a chat is kept once it is
-    answered; for `overwrite` see Saving. `explain`: the result is to say why it started from a cache or
-    didn't. `n`: how many answers. `variables`: what a chat's template is told besides. `whole`: the chat has
-    in its messages what it shares with the cache. `marks`: up to where a chat is to be kept, if it names no
-    cache. `given`: the names of the parameters by which it asks for something."""
+    """Parameters of a request. `max_tokens` None: up to the end of the context. `reuse` False: all prompt
+    tokens are evaluated, none taken from a cache or an earlier request. `use_cache`: the caches to start
+    from, in this order, or none. `save_as`: the name under which a chat is stored after its answer; for
+    `overwrite` see Saving. `explain`: the result explains why the request started from a cache or didn't.
+    `n`: number of answers. `variables`: further variables of the chat template. `whole`: the messages include
+    the cached prefix. `marks`: breakpoints of a chat that names no cache. `given`: names of parameters set to
+    a non-default value."""
 
     max_tokens: int | None = None
     sampling: Sampling = field(default_factory=Sampling)

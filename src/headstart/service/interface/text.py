@@ -1,4 +1,4 @@
-"""What completions continue: texts, tokens as they are, gaps in texts."""
+"""Prompts of completions: texts, token ids, and gaps in texts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from headstart.prompt.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class Text:
-    """`tokens`, where they are there, instead of a text; a `suffix` is what comes after the answer."""
+    """A prompt: `tokens`, if given, instead of `text`. `suffix` is the text after the answer."""
 
     text: str
     tokens: Sequence[int] | None = None
@@ -24,14 +24,14 @@ class Text:
         return not (self.text or self.tokens or self.suffix)
 
     def said(self, vocabulary: Vocabulary) -> str:
-        """The prompt as it was sent; of tokens, the text that they were made from."""
+        """The prompt as it was sent, as text; token ids are detokenised."""
         if self.tokens is None:
             return self.text
         return b"".join(map(vocabulary.written, self.tokens)).decode(errors="replace")
 
     def whole(self, vocabulary: Vocabulary, cached: str = "") -> str:
-        """All that the model reads, with the cached text before it: a prompt that is a gap in a text is
-        written as the model was trained to fill it. Raises BadRequest if it was not."""
+        """The whole prompt as text, after the cached text. A gap in a text is written with the model's
+        fill-in-the-middle tokens. Raises BadRequest if the model has none."""
         said = cached + self.said(vocabulary)
         if not self.suffix:
             return said.removeprefix(vocabulary.bos_text) if self.tokens else said
@@ -45,7 +45,7 @@ class Text:
         return f"{before}{said.removeprefix(before)}{after}{self.suffix}{between}"
 
     async def read(self, prompts: Prompts, cached: str = "") -> list[int]:
-        """The tokens of all that the model reads. Raises BadRequest."""
+        """The tokens of the whole prompt, including the cached text. Raises BadRequest."""
         if self.tokens is None:
             whole = self.whole(prompts.client.vocabulary, cached)
             return await prompts.one(protocol.Text(whole))
@@ -57,7 +57,7 @@ class Text:
 
 
 def check_tokens(vocabulary: Vocabulary, tokens: Sequence[int], *, param: str) -> None:
-    """Raises BadRequest for one that the model doesn't have."""
+    """Raises BadRequest for a token id that the model doesn't have."""
     if unknown := [token for token in tokens if not 0 <= token < vocabulary.n_vocab]:
         raise BadRequest(
             f"The model has no token {unknown[0]}: its tokens are 0 to {vocabulary.n_vocab - 1}.",

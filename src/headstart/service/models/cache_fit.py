@@ -1,4 +1,4 @@
-"""Which caches fit what a model is run with now, told before any is computed again."""
+"""Reports which caches no longer fit a model's current settings, before any of them is rebuilt."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def misfits(entries: Iterable[Entry], fingerprint: Fingerprint) -> dict[str, lis
 
 
 def warnings(model: str, unfit: Mapping[str, Sequence[str]]) -> list[str]:
-    """Sentences for whoever starts the server, one for each reason."""
+    """One warning for each reason, for the user who starts the server."""
     return [
         f"{_caches(len(names))} of {model} no longer fit{'s' if len(names) == 1 else ''}: {reason}. Computed "
         f"again at first use: {in_words(names)}"
@@ -28,7 +28,7 @@ def warnings(model: str, unfit: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def kept_back(model: str, now: Numerics, preferred: Numerics) -> str:
-    """Said where measuring prefers another arithmetic than existing caches were computed with."""
+    """Notice that measuring prefers other numerics than those of existing caches."""
     stays, goes = now.shown(), preferred.shown()
     others = [name for name in stays if stays[name] != goes[name]]
     return (
@@ -38,7 +38,7 @@ def kept_back(model: str, now: Numerics, preferred: Numerics) -> str:
 
 
 def doubted(model: str, tuning: Tuning) -> str:
-    """Said where what was measured can't be relied on."""
+    """Notice that a measurement is unreliable."""
     times = "once" if tuning.tries == 1 else f"{tuning.tries} times"
     return (
         f"{model} was measured {times}, and what was found can't be relied on ({tuning.doubt}). It runs with "
@@ -47,7 +47,7 @@ def doubted(model: str, tuning: Tuning) -> str:
 
 
 def measured_again(model: str, tuning: Tuning, n_caches: int) -> str:
-    """Said where another try counts."""
+    """Notice that a repeated measurement is used."""
     sure = "what was found is sure" if tuning.is_sure else "the best figures of all tries count, unsure"
     caches = f" {_caches(n_caches)} of it are computed again." if n_caches else ""
     shown = tuning.arithmetic.shown()
@@ -59,7 +59,7 @@ def _values(shown: Mapping[str, str], names: Sequence[str]) -> str:
 
 
 def arithmetic_of(entries: Iterable[Entry], weights: str) -> Numerics:
-    """What most caches of these weights were computed with; all open where there are none."""
+    """The numerics of most caches of these weights; all unset if there are none."""
     prints = [entry.fingerprint for entry in entries if entry.fingerprint.weights == weights]
     found = Counter(Numerics.of(fingerprint.settings) for fingerprint in prints)
     whole = [arithmetic for arithmetic in found if arithmetic.is_whole]
@@ -67,7 +67,7 @@ def arithmetic_of(entries: Iterable[Entry], weights: str) -> Numerics:
 
 
 def in_words(names: Sequence[str], most: int = 5) -> str:
-    """A list of names that doesn't become too long."""
+    """A list of names, shortened to `most`."""
     more = [f"and {len(names) - most} more"] if len(names) > most else []
     return ", ".join([*names[:most], *more])
 

@@ -1,4 +1,4 @@
-"""A model being served: its prompts, its engine, and what its states depend on."""
+"""A served model: its prompts, its engine, and its fingerprint."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Notify = Callable[[str], None]
 
 
 class ServedModel:
-    """`owner`: the API key for whom it is seen, which says what caches it has; "" for everyone."""
+    """A model as the API key `owner` sees it, which determines its caches; "" for the public ones."""
 
     owner = ""
 
@@ -48,8 +48,8 @@ class ServedModel:
         self._begins = False
 
     async def begin(self, store: Store) -> None:
-        """Has the prompt process read the model's file, which may hang or crash it or take its memory, before
-        anything else does. Raises StartupError."""
+        """Reads the model's file in the prompt process before anything else does, because reading may hang,
+        crash or exhaust memory. Raises StartupError."""
         await self.close()
         self._begins = True
         try:
@@ -67,14 +67,14 @@ class ServedModel:
             self._begins = False
 
     async def close(self) -> None:
-        """Ends both processes; it can be loaded again. The engine counts as closed at once."""
+        """Ends both processes; the model can be loaded again. The engine counts as closed at once."""
         try:
             await self.engine.close()
         finally:
             await self._prompts.close()
 
     async def evict(self) -> None:
-        """Ends what `begin` has begun, where loading goes no further; why it failed stays known."""
+        """Undoes `begin` if loading is not continued; the error of a failed engine stays known."""
         if self.engine.state == "failed":
             await asyncio.gather(self.engine.launcher.discard(), self._prompts.close())
         else:
@@ -87,9 +87,9 @@ class ServedModel:
     async def load(
         self, store: Store, say: Notify, measuring: asyncio.Lock, *, within_memory: bool = False
     ) -> None:
-        """After `begin`: returns when the model answers requests. Raises StartupError, or OutOfMemory where
-        no more memory is to be taken than is available. Models are measured one at a time; what takes the
-        user's time, or will, is said."""
+        """Call after `begin`. Returns when the model answers requests. Raises StartupError, or OutOfMemory
+        with `within_memory` if the model needs more memory than is available. One model is measured at a
+        time; slow steps, now or later, are reported by `say`."""
         tunings = Tunings(store.directory)
         plan = self.plan(store)
         self.engine.settings = msgspec.structs.replace(plan.settings, within_memory=within_memory)
@@ -111,21 +111,21 @@ class ServedModel:
             say(warning)
 
     def plan(self, store: Store) -> Plan:
-        """With what it is to be run as things are now; its weights must have been hashed."""
+        """The current plan of how to run the model; its weights must have been hashed."""
         tunings = Tunings(store.directory)
         return make_plan(self.path, self._weights, self.settings, tunings, self.entries(store))
 
     @property
     def namespace(self) -> str:
-        """Where its caches are."""
+        """The namespace of its caches."""
         return namespace_name(self.name, self.owner)
 
     def key(self, name: str) -> CacheKey:
-        """That of the cache of this name in its namespace."""
+        """The key of the cache of this name in the model's namespace."""
         return CacheKey(self.namespace, name)
 
     def seen_by(self, owner: str) -> ServedModel:
-        """The same model and engine with the caches of `owner`; to be made anew for each request."""
+        """The same model and engine with the namespace of `owner`. Create a new view for each request."""
         if owner == self.owner:
             return self
         view = copy.copy(self)
@@ -133,7 +133,7 @@ class ServedModel:
         return view
 
     def entries(self, store: Store) -> list[Entry]:
-        """Its caches, whomever they belong to."""
+        """Its caches, of all owners."""
         return [entry for entry in store.entries() if entry.model == self.name]
 
     @property
@@ -143,7 +143,7 @@ class ServedModel:
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """Raises ModelLoading until it is known."""
+        """Raises ModelLoading until the prompt process knows it."""
         return self._prompts.vocabulary
 
     @property
@@ -158,8 +158,8 @@ class ServedModel:
         return Fingerprint(self._weights, self.info.engine, self.info.settings, self.vocabulary.template_hash)
 
     def text(self, tokens: Sequence[int], *, param: str) -> str:
-        """What an engine that takes text is to be given for these tokens; "" for others. Raises BadRequest
-        for what its text would end at."""
+        """The text of these tokens for an engine that takes text; "" for other engines. Raises BadRequest for
+        a NUL character, which would end the text."""
         text = self.vocabulary.text(tokens) if self.info.takes_text else ""
         if "\0" in text:
             raise BadRequest("The NPU's runtime takes no text with a NUL character.", param=param)
@@ -172,7 +172,7 @@ class ServedModel:
 
 
 def template_of(name: str, settings: Settings) -> str | None:
-    """The source of the template that is configured for the model, if any. Raises StartupError."""
+    """The source of the chat template configured for the model, if any. Raises StartupError."""
     template = settings.templates.get(name)
     if template is None:
         return None
@@ -183,7 +183,7 @@ def template_of(name: str, settings: Settings) -> str | None:
 
 
 async def facts(path: str, settings: Settings, name: str) -> Facts:
-    """What the file of the model of this name says, without loading the model. Raises StartupError."""
+    """Properties of the model file, read without loading the model. Raises StartupError."""
     return await facts_of(path, template_of(name, settings))
 
 
@@ -192,7 +192,7 @@ def model_path(path: str) -> str:
 
 
 def toy_weights(path: str) -> str:
-    """What stands for the SHA-256 of a toy model's weights. Raises StartupError."""
+    """Substitute for the SHA-256 of a toy model's weights. Raises StartupError."""
     try:
         return hashlib.sha256(ToySpec.parse(path).weights.encode()).hexdigest()
     except ValueError as error:

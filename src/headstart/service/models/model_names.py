@@ -1,4 +1,4 @@
-"""Which model and cache the name in a request means: `model`, an alias, or `model@cache`."""
+"""Resolves a name in a request to a model and a cache: `model`, an alias, or `model@cache`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from headstart.caches.entry import Entry
 
 
 def split(name: str, aliases: Mapping[str, str]) -> tuple[str, str | None]:
-    """The model and the cache, None where none is named. One that the name itself has wins over its alias's;
-    neither need exist."""
+    """The model and the cache, or None if no cache is named. A cache in the name itself takes precedence over
+    its alias's. Neither need exist."""
     alias, at, cache = name.partition("@")
     model, has_own, own = aliases.get(alias, alias).partition("@")
     if at:
@@ -18,5 +18,6 @@ def split(name: str, aliases: Mapping[str, str]) -> tuple[str, str | None]:
 
 
 def choices(entries: Iterable[Entry]) -> list[str]:
-    """The names under which a client can choose caches as if they were models: those that people made."""
+    """The `model@cache` names by which clients choose caches as models: those of client-created and declared
+    caches."""
     return [f"{entry.model}@{entry.name}" for entry in entries if entry.origin in ("client", "declared")]

@@ -1,4 +1,4 @@
-"""With what a model is run: what is set, what is remembered, what its caches were computed with."""
+"""How a model is run: from settings, stored measurements, and the numerics of its caches."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from headstart.protocol import EngineSettings, RkllmSettings, Sampling
 from headstart.service.models.cache_fit import arithmetic_of
 from headstart.service.models.tuning_store import Key, Tunings
 
-# Why it is computed as it is: that was set; its caches were computed so; the user agreed to it though they
-# weren't; it was measured as the fastest, or will be; or nothing is measured.
+# The source of a part of the numerics. set: configured; caches: that of existing caches; agreed: the user
+# accepted it although caches differ; measured: it was the fastest, or will be measured; default: nothing is
+# measured.
 Why = Literal["set", "caches", "agreed", "measured", "default"]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`settings.tuning` is None where the worker is to measure, measuring is turned off, or what was measured
-    is `doubted`: not to be relied on. `given`: what is set of the arithmetic. `why`: of each of its parts, by
-    the setting's name. `again`: how another try is to be made; None where nothing is to be gained by one.
-    `overrides`: caches are to have what was measured at last, whatever they were computed with."""
+    """`settings.tuning` is None if the worker is to measure, if measuring is off, or if the measurement is
+    `doubted`, that is, unreliable. `given`: the configured numerics. `why`: the source of each part of the
+    numerics, by the setting's name. `again`: settings for another try, or None if there is nothing to gain.
+    `overrides`: caches are rebuilt with the measured numerics, whatever theirs are."""
 
     key: Key
     settings: EngineSettings
@@ -44,7 +45,8 @@ class Plan:
         return self.settings.tune and self.settings.tuning is None
 
     def kept_back(self, tuning: Tuning) -> Numerics | None:
-        """What measuring prefers but existing caches wouldn't fit; None where nothing is kept back."""
+        """The numerics that measuring prefers but that existing caches wouldn't fit; None if nothing is kept
+        back."""
         preferred = tuning.best(self.given)
         return preferred if "caches" in self.why.values() and preferred != tuning.arithmetic else None
 
@@ -52,7 +54,7 @@ class Plan:
 def make_plan(
     path: str, weights: str, settings: Settings, tunings: Tunings, entries: Sequence[Entry]
 ) -> Plan:
-    """Never flips the arithmetic that a model's caches have, unless the user wants it."""
+    """Never changes the numerics of a model's caches unless the user wants it."""
     if is_rkllm(path):
         key = Key.here(weights, engine_version(path), settings.threads)
         return Plan(key, engine_settings(path, settings), Numerics(), {})
@@ -60,7 +62,7 @@ def make_plan(
     given = Numerics(settings.flash_attention, settings.weights)
     agreed = tunings.agreed(key) if settings.tune else None
     overriding = tunings.overriding(key) if settings.tune else None
-    # What another measurement may not change, and what it may.
+    # `fixed` is what another measurement may not change.
     fixed: list[tuple[Why, Numerics]] = [("set", given), ("agreed", agreed or Numerics())]
     sources: list[tuple[Why, Numerics]] = [
         *fixed,
@@ -91,7 +93,7 @@ def make_plan(
 
 
 def _joined(sources: Sequence[tuple[Why, Numerics]]) -> Numerics:
-    """What each leaves open is as the next says."""
+    """Joins the sources: the first one that sets a part decides it."""
     joined = Numerics()
     for _, source in sources:
         joined = joined.or_else(source)
@@ -99,7 +101,7 @@ def _joined(sources: Sequence[tuple[Why, Numerics]]) -> Numerics:
 
 
 def engine_settings(path: str, settings: Settings) -> EngineSettings:
-    """As far as they don't depend on what is known of the model."""
+    """The settings that don't depend on what is known of the model."""
     return EngineSettings(
         path=path,
         slots=settings.slots,

@@ -1,4 +1,4 @@
-"""The models of a server: each is loaded when it is first asked for, and unloaded when room is needed."""
+"""The models of a server. Each is loaded at its first request, and unloaded when room is needed."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ IDLE_CHECK_SECONDS = 1.0
 
 
 class Models:
-    """Used from the event loop. `on_loaded` is told of each model when it was loaded for the first time;
-    `is_building`: whether a cache of the model is being built. Raises StartupError when there is no model."""
+    """Used from the event loop. `on_loaded` is called once for each model, after its first load;
+    `is_building` returns whether a cache of the model is being built. Raises StartupError if there is no
+    model."""
 
     def __init__(
         self,
@@ -43,21 +44,21 @@ class Models:
         self._users: Counter[str] = Counter()
         self._last_used: dict[str, float] = {}
         self._loads: dict[str, asyncio.Task[None]] = {}
-        # A model is loaded or unloaded, not both at once; and room is made for one at a time.
+        # A model is loaded or unloaded, never both at once; and room is made for one model at a time.
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._making_room = asyncio.Lock()
         self._measuring = asyncio.Lock()
         self._idle_check: asyncio.Task[None] | None = None
-        # Set whenever somebody begins to use a model.
+        # Set whenever a request begins to use a model.
         self.used = asyncio.Event()
         if not self.all:
             raise StartupError(f"There is no model in {settings.models_dir}: no file named *.gguf.")
-        # Without these the server is not ready.
+        # The server is ready only when these are loaded.
         self.first = self._first()
         self._starting = set(self.first)
 
     def rescan(self) -> None:
-        """Looks what the folder of models has now. What is configured by name stays as it is."""
+        """Reads the models folder again. Models configured by name stay."""
         if self.settings.models_dir is None:
             return
         found = models_in(self.settings.models_dir)
@@ -75,14 +76,14 @@ class Models:
         return self.all.get(name)
 
     def _first(self) -> list[str]:
-        """Those to be loaded at the start. Declared caches need theirs."""
+        """Names of the models to load at the start, including those of declared caches."""
         names = list(self.all)
         wanted = {"first": names[:1], "all": names, "none": []}[self.settings.preload]
         declared = [cache.model or names[0] for cache in self.settings.caches.values()]
         return [name for name in names if name in (*wanted, *declared)]
 
     async def load_first(self) -> None:
-        """Returns when those to be loaded at the start answer. Raises StartupError."""
+        """Returns when the models to load at the start answer. Raises StartupError."""
         self._idle_check = asyncio.create_task(self._unload_idle())
         await asyncio.gather(*(self._load_at_start(self.all[name]) for name in self.first))
 
@@ -102,8 +103,8 @@ class Models:
 
     @asynccontextmanager
     async def use(self, model: ServedModel) -> AsyncIterator[ServedModel]:
-        """The model, loaded, as it was seen; it is not unloaded within. Raises Unavailable, or ModelNotFound
-        where its file has gone since it was seen."""
+        """The loaded model, as seen by the same owner; it isn't unloaded within the context. Raises
+        Unavailable, or ModelNotFound if its file has been removed."""
         name = model.name
         self._users[name] += 1
         self.used.set()
@@ -120,7 +121,7 @@ class Models:
         engine = self.all[name].engine
         starting = name in self._starting or (name not in self._loads and engine.state == "loading")
         if starting or engine.state == "ready":
-            # What is loaded at the start or started anew after a crash is not waited for.
+            # Requests don't wait for models that load at the start or restart after a crash.
             return
         if name not in self._loads:
             self._loads[name] = asyncio.create_task(self._load(self.all[name]))
@@ -140,7 +141,8 @@ class Models:
         """Raises Unavailable."""
         async with self._turns[model.name]:
             try:
-                # Other models are loaded meanwhile, however long a file takes to be read.
+                # Outside `_making_room`: other models can load meanwhile, however long reading this file
+                # takes.
                 await model.begin(self.store)
             except StartupError as error:
                 raise unfit(model.name, str(error)) from error
@@ -155,7 +157,7 @@ class Models:
         self._tell(model)
 
     async def _keep_within(self, most: int, wanted: str) -> None:
-        """Leaves room for one more where only so many may be loaded. Raises OutOfMemory."""
+        """Unloads models until one more may be loaded under the limit `most`. Raises OutOfMemory."""
         while most and len(self._loaded(but=wanted)) >= most:
             if not await self._unload_another(wanted):
                 raise OutOfMemory(
@@ -163,9 +165,10 @@ class Models:
                 )
 
     async def _fits(self, model: ServedModel) -> bool:
-        """Whether the model is loaded; otherwise another one was unloaded for it. Raises Unavailable."""
+        """Loads the model. Returns False if another model was unloaded for it instead: try again. Raises
+        Unavailable."""
         try:
-            # A model alone may take what there is, and more.
+            # The only loaded model may take more memory than is available.
             within_memory = bool(self._loaded(but=model.name))
             await model.load(self.store, self.say, self._measuring, within_memory=within_memory)
         except OutOfMemory as error:
@@ -178,15 +181,15 @@ class Models:
         return True
 
     async def _unload_another(self, wanted: str) -> bool:
-        """Unloads the idle model that was not used for longest; whether there was one."""
+        """Unloads the least recently used idle model; returns whether there was one."""
         idle = [name for name in self._loaded(but=wanted) if not self.is_busy(name)]
         if idle:
             await self._stop(min(idle, key=lambda name: self._last_used.get(name, 0.0)))
         return bool(idle)
 
     async def unload(self, model: ServedModel, *, force: bool = False) -> bool:
-        """Ends the model's worker; whether there was one. Raises ModelBusy while it is in use; with `force`
-        its requests fail."""
+        """Ends the model's worker; returns whether there was one. Raises ModelBusy if it is in use; with
+        `force` its requests fail instead."""
         if self.is_busy(model.name) and not force:
             raise ModelBusy(f'Model {model.name!r} is in use; "force": true unloads it all the same.')
         was_loaded = self.is_loaded(model.name)
@@ -194,8 +197,8 @@ class Models:
         return was_loaded
 
     async def reload(self, model: ServedModel) -> None:
-        """Starts an idle model's worker anew, as is planned now; one that isn't idle, or not loaded, stays as
-        it is. Requests that come meanwhile wait. Raises Unavailable."""
+        """Restarts the worker of an idle, loaded model with the current plan; other models are left alone.
+        Requests that arrive meanwhile wait. Raises Unavailable."""
         if not self.is_busy(model.name) and self.is_loaded(model.name):
             await self._stop(model.name)
             async with self.use(model):
@@ -206,7 +209,7 @@ class Models:
         return not any(map(self.is_busy, self.all))
 
     async def _stop(self, name: str) -> None:
-        # Nothing is waited for before the engine counts as closed: who asks for it from then on loads it.
+        # The engine counts as closed before the first await: a request from then on loads it again.
         async with self._turns[name]:
             await self.all[name].close()
         log.info("model %s was unloaded", name)
@@ -233,8 +236,8 @@ class Models:
             try:
                 await self._unload_unused(seconds)
             except Exception:
-                # The next look must come all the same.
-                log.exception("models that are not used can't be unloaded")
+                # The next check must happen all the same.
+                log.exception("idle models can't be unloaded")
 
     async def _unload_unused(self, seconds: float) -> None:
         for name in self._loaded():
@@ -244,6 +247,6 @@ class Models:
 
     @property
     def ready(self) -> bool:
-        """Whether those loaded at the start answer, or were unloaded since and would be loaded again."""
+        """Whether the models loaded at the start answer, or were unloaded since and would be loaded again."""
         states = [self.all[name].engine.state for name in self.first if name not in self._loads]
         return not self._starting and all(state in ("ready", "available") for state in states)

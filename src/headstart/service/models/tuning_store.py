@@ -1,7 +1,7 @@
-"""What was measured of models on machines: `tuning.json` in the cache directory.
+"""Stored measurements of models on machines: `tuning.json` in the cache directory.
 
-A file that is damaged or can't be written costs another measurement, and never a start. What it says is not
-trusted: values that can't be make it a damaged one.
+A damaged or unwritable file costs another measurement and never prevents a start. Its content is not trusted:
+impossible values make the file damaged.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ MOST_BYTES = 4 << 20
 
 
 class Key(Struct, frozen=True):
-    """What measured figures depend on. `weights` is the SHA-256 of the model file, `engine` the version,
-    `threads` a number that was set, or 0."""
+    """Everything that a measurement depends on. `weights` is the SHA-256 of the model file, `engine` its
+    version, `threads` the configured number, or 0."""
 
     weights: str
     engine: str
@@ -42,8 +42,9 @@ class Key(Struct, frozen=True):
 
 
 class Remembered(Struct, frozen=True):
-    """`agreed`: the user took this arithmetic although caches had been computed with another. `overrides`:
-    measuring did, which had been in doubt when they were computed."""
+    """A stored measurement. `agreed`: the user accepted these numerics although caches had been computed with
+    others. `overrides`: measuring chose them although caches have others, which were computed while it was in
+    doubt."""
 
     key: Key
     measured: float
@@ -53,7 +54,7 @@ class Remembered(Struct, frozen=True):
 
 
 class Doubted(Struct, frozen=True):
-    """The last of several tries that can't be relied on, with the best figures of all of them."""
+    """The last of several unreliable tries, with the best figures of all of them."""
 
     key: Key
     measured: float
@@ -69,13 +70,14 @@ NOTHING = _Content([])
 
 
 class Tunings:
-    """The file in `directory`, read when it is asked for something."""
+    """The file in `directory`, read at each call."""
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / FILE
 
     def all(self) -> list[Remembered]:
-        """What counts. Raises ValueError when the file is damaged, OSError when it can't be read."""
+        """The reliable measurements. Raises ValueError if the file is damaged, OSError if it can't be
+        read."""
         return self._read().tunings
 
     def _read(self) -> _Content:
@@ -94,35 +96,35 @@ class Tunings:
         try:
             return self._read()
         except (OSError, ValueError) as error:
-            log.warning("what was measured before is not used: %s", error)
+            log.warning("stored measurements are not used: %s", error)
             return NOTHING
 
     def known(self) -> list[Remembered]:
         return list(self._known().tunings)
 
     def find(self, key: Key, wanted: Numerics) -> Tuning | None:
-        """What was measured last with the arithmetic that measuring would choose of what is wanted."""
+        """The latest measurement with the numerics that measuring would choose within `wanted`."""
         tunings = (known.tuning for known in reversed(self.known()) if known.key == key)
         return next((tuning for tuning in tunings if _is_choice(tuning, wanted)), None)
 
     def doubted(self, key: Key) -> Tuning | None:
-        """What was measured and can't be relied on, where another try may do better."""
+        """The unreliable measurement of this key, which another try may improve."""
         return next((known.tuning for known in self._known().doubted if known.key == key), None)
 
     def overriding(self, key: Key) -> Numerics | None:
-        """What caches are to have because a measurement that agrees with itself says so, at last."""
+        """The numerics that caches are rebuilt with because a reliable repeated measurement chose them."""
         found = (known for known in self.known() if known.key == key and known.overrides)
         return next((known.tuning.arithmetic for known in found), None)
 
     def agreed(self, key: Key) -> Numerics | None:
-        """What the user agreed to."""
+        """The numerics that the user agreed to."""
         agreed = (known for known in self.known() if known.key == key and known.agreed)
         return next((known.tuning.arithmetic for known in agreed), None)
 
     def put(self, key: Key, tuning: Tuning, *, agreed: bool = False, overrides: bool = False) -> None:
-        """Replaces what was known with this key and arithmetic, and all that could not be relied on; agreeing
-        to one arithmetic, or overriding with one, ends what was said of another. One that doesn't count is
-        only kept for the next try. Only warns when the file can't be written."""
+        """Replaces the measurement with this key and numerics, and unreliable ones of this key. Agreeing to
+        one choice of numerics, or overriding with one, ends that of another. An unreliable measurement is
+        only kept for the next try. Only warns if the file can't be written."""
         content = self._known()
         doubted = [known for known in content.doubted if known.key != key]
         if not tuning.counts:
@@ -140,7 +142,7 @@ class Tunings:
         self._keep(_Content([*kept, Remembered(key, time(), tuning, agreed, overrides)], doubted))
 
     def forget(self, key: Key) -> None:
-        """The model is measured anew at its next start."""
+        """Deletes the measurements of this key: the model is measured again at its next start."""
         content = self._known()
         tunings = [known for known in content.tunings if known.key != key]
         self._keep(_Content(tunings, [known for known in content.doubted if known.key != key]))
@@ -149,11 +151,12 @@ class Tunings:
         try:
             _write(self.path, msgspec.json.format(msgspec.json.encode(content), indent=2))
         except OSError as error:
-            log.warning("what was measured can't be kept in %s: %s", self.path, error)
+            log.warning("the measurement can't be stored in %s: %s", self.path, error)
 
 
 def _bytes_of(path: Path) -> bytes:
-    """Raises OSError, or ValueError for what can't be such a file: a named pipe would be waited for."""
+    """Raises OSError, or ValueError for a file that is not a regular one (reading a named pipe would block)
+    or is too large."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(handle, "rb") as file:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -165,14 +168,14 @@ def _bytes_of(path: Path) -> bytes:
 
 
 def _is_choice(tuning: Tuning, wanted: Numerics) -> bool:
-    """Whether it was measured with the arithmetic that is to be had, and with threads that there are."""
+    """Whether it was measured with the requested numerics, and with no more threads than CPUs."""
     fits = wanted.allows(tuning.arithmetic) and tuning.threads <= available_cpus()
-    # Measuring may have preferred to stay with what caches had, where little was to be gained.
+    # Measuring may have stayed with the numerics of the caches where little was to be gained.
     return fits and tuning.arithmetic == tuning.best(wanted)
 
 
 def _fault(tuning: Tuning) -> str:
-    """What is impossible about it beside single values; "" for nothing."""
+    """The inconsistency between its values; "" for none."""
     if not all(tried.is_whole for tried in (tuning.arithmetic, *tuning.ranking)):
         return "an arithmetic that is not whole"
     if tuning.hits and len(tuning.hits) != len(tuning.ranking):
@@ -187,7 +190,7 @@ def _are_plain(texts: Sequence[str]) -> bool:
 
 
 def _write(path: Path, data: bytes) -> None:
-    # Always the same name: whatever interrupts this, no more than one is left, and the next time takes it.
+    # Always the same name: after an interruption at most one is left, and the next write reuses it.
     scratch = path.with_name(f".{path.name}")
     flags = os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_NOFOLLOW
     with os.fdopen(os.open(scratch, flags, 0o600), "wb") as file:

@@ -1,4 +1,4 @@
-"""System prompts that become caches by themselves, and requests that start from a cache they don't name."""
+"""Automatic caches of frequent system prompts, and implicit matches."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ImplicitMatch:
-    """What a request begins with that names no cache: an opening of `boundary` tokens, and the cache with
-    just this one, if there is one."""
+    """The beginning of a request that names no cache: its prefix `begun` of `boundary` tokens, and the cache
+    with exactly this prefix, if there is one."""
 
     begun: Content
     boundary: int
@@ -39,14 +39,14 @@ class ImplicitMatch:
 
 
 class Automatic:
-    """Used from the event loop. What it makes it makes after answers have ended, one at a time."""
+    """Used from the event loop. Builds caches after answers have ended, one at a time."""
 
     def __init__(self, settings: Settings, caching: Caching) -> None:
         self.settings = settings
         self.caching = caching
         self.default = [{"role": "system", "content": settings.default_system or ""}]
         self._seen = RecentUse(settings.automatic_window)
-        # Those that alone are larger than the quota.
+        # Names of caches that alone exceed the quota.
         self._too_large: set[str] = set()
         self._turn = asyncio.Lock()
         self._tasks: set[asyncio.Task[Entry | None]] = set()
@@ -70,15 +70,15 @@ class Automatic:
         boundary: int,
         wanted: list[int] | None = None,
     ) -> ImplicitMatch | None:
-        """What there is for a request of `tokens` that begins with these messages and tools; `wanted`: the
-        tokens of these, if they are known."""
+        """The implicit match of a request of `tokens` that begins with these messages and tools; `wanted`:
+        the tokens of these, if known."""
         if not begun.messages:
             return None
         found = await self.caching.unnamed(model, begun, tokens, wanted)
         return ImplicitMatch(begun, boundary, *found) if found else ImplicitMatch(begun, boundary)
 
     def answered(self, model: ServedModel, unnamed: ImplicitMatch, stats: Stats) -> None:
-        """To be told once the answer's end has been sent: this may write to the disk, and build."""
+        """Call after the last byte of the answer was sent; may write to disk and start a build."""
         entry, opening = unnamed.entry, unnamed.opening
         if entry is None or opening is None:
             self._count(model, unnamed)
@@ -92,7 +92,7 @@ class Automatic:
         is_default = unnamed.begun == Content(messages=self.default)
         if not settings.automatic or not (is_default or unnamed.boundary > settings.automatic_tokens):
             return
-        # What the configuration says is no secret of a key's.
+        # The configured system message is not private to a key.
         model = model.seen_by("") if is_default else model
         name = automatic_name(unnamed.begun)
         enough = 1 if is_default else settings.automatic_after
@@ -102,7 +102,8 @@ class Automatic:
             task.add_done_callback(self._tasks.discard)
 
     def is_worth_keeping(self, begun: Content, n_tokens: int) -> bool:
-        """Whether a cache of this may be made: it has the least length, and wasn't found too large."""
+        """Whether an automatic cache of this prefix may be built: it is long enough and wasn't found too
+        large."""
         return n_tokens > self.settings.automatic_tokens and automatic_name(begun) not in self._too_large
 
     async def make(
@@ -112,8 +113,8 @@ class Automatic:
         terms: Retention = DEFAULT_RETENTION,
         head: Entry | None = None,
     ) -> Entry | None:
-        """The cache of what chats begin with; `head` is one that it begins like. None where that can't be
-        made, which is no error: nobody asked for it by name."""
+        """Builds the cache of a prefix of chats; `head` is a cache with a common prefix. Returns None if that
+        fails, which is no error: no client requested it by name."""
         name = automatic_name(begun)
         prompt = Content(begun.messages[0]["content"])
         content = prompt if begun == Content(messages=prompt.opening) else begun
@@ -130,7 +131,7 @@ class Automatic:
                     head=head,
                 )
                 if entry in self._trim():
-                    log.info("%s of %s alone is larger than automatic_quota_mb", name, model.namespace)
+                    log.info("%s of %s alone exceeds automatic_quota_mb", name, model.namespace)
                     self._give_up(name)
                     return None
                 return entry
@@ -144,8 +145,8 @@ class Automatic:
         self._too_large.add(name)
 
     def _trim(self) -> list[Entry]:
-        """Deletes the automatic caches not used for longest until the others keep within their quota; those
-        that were deleted."""
+        """Deletes the least recently used automatic caches until the others are within their quota; returns
+        the deleted ones."""
         store, deleted = self.caching.store, []
         entries = [e for e in store.entries() if e.origin == "automatic" and not e.terms.pinned]
         entries.sort(key=lambda entry: store.usage(entry).last_used or entry.updated)
@@ -165,19 +166,20 @@ def automatic_name(begun: Content) -> str:
     return "auto-" + hashlib.sha256(msgspec.json.encode(written)).hexdigest()[:12]
 
 
-# Of each shelf; what was not seen for longest is forgotten first.
+# Limit for each namespace; the least recently used are forgotten first.
 MOST = 1000
 
 
 class RecentUse:
-    """Times are seconds of any clock that doesn't go back; `window` says for how long one counts."""
+    """Counts recent uses. Times are seconds of a monotonic clock; a use counts for `window` seconds."""
 
     def __init__(self, window: float) -> None:
         self.window = window
         self._shelves: dict[str, OrderedDict[str, deque[float]]] = {}
 
     def again(self, namespace: str, what: str, now: float, enough: int) -> bool:
-        """Whether it has been seen `enough` times now, this one included; then counting begins anew."""
+        """Counts a use. Returns whether there are `enough` recent ones, including this one; then counting
+        restarts."""
         seen = self._shelves.setdefault(namespace, OrderedDict())
         times = seen.setdefault(what, deque())
         seen.move_to_end(what)

@@ -1,7 +1,8 @@
-"""Places in a chat up to which its client wants its state kept, so that later ones start from there.
+"""Breakpoints: positions in a chat up to which its client wants the state kept, so that later chats start
+from there.
 
-What is kept is an automatic cache whose time begins anew with each use. It is made after the answer, from
-what is in memory then, and found by later chats as any cache is that they begin with.
+The state is stored as an automatic cache whose lifetime restarts with each use. It is built after the answer,
+from the state that is still in memory, and later chats find it as they find any cache of their prefix.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from headstart.service.models.model import ServedModel
 from headstart.service.origins.automatic import Automatic
 from headstart.tokens import common_prefix
 
-# How long the end of the server waits for what it said it would keep.
+# How long a stopping server waits for outstanding caches.
 CLOSING_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class PlacedBreakpoint:
-    """A mark in a prompt: the state of its first `boundary` tokens is that of `content`. `is_new`: it isn't
-    kept yet."""
+    """A breakpoint in a prompt: the state of its first `boundary` tokens is that of `content`. `is_new`: it
+    isn't stored yet."""
 
     content: Content
     boundary: int
@@ -38,15 +39,14 @@ class PlacedBreakpoint:
 
 @dataclass(frozen=True)
 class BreakpointPlan:
-    """The marks of a prompt that are to be kept, the longest last. `head`: what the request started from
-    where there was no state of the longest yet."""
+    """The breakpoints of a prompt, the longest last. `head`: the cache that the request started from if the
+    longest breakpoint had no state yet."""
 
     places: Sequence[PlacedBreakpoint] = ()
     head: Entry | None = None
 
     def written(self, cached_tokens: int) -> dict[float, int]:
-        """How many of the tokens that had to be evaluated are written to new states, by the seconds these
-        are kept."""
+        """The number of evaluated tokens that are written to new states, by the seconds these are kept."""
         written: dict[float, int] = {}
         at = cached_tokens
         for place in filter(lambda place: place.is_new, self.places):
@@ -72,8 +72,8 @@ class Breakpoints:
     async def place(
         self, model: ServedModel, chat: Chat, marks: Sequence[Breakpoint], tokens: list[int]
     ) -> list[PlacedBreakpoint]:
-        """Where the marks are among the chat's tokens, the last one last; without those that are too short to
-        be kept, or too large."""
+        """The positions of the breakpoints in the chat's tokens, in order; without those whose prefix is too
+        short or too large to be cached."""
         found: dict[int, PlacedBreakpoint] = {}
         for mark in marks:
             content = chat.up_to(mark.messages, mark.characters)
@@ -87,8 +87,8 @@ class Breakpoints:
         return [found[boundary] for boundary in sorted(found)]
 
     def answered(self, model: ServedModel, marked: BreakpointPlan) -> None:
-        """To be told once the answer's end has been sent: keeps what isn't kept yet, and notes a use of what
-        is."""
+        """Call after the last byte of the answer was sent: stores what isn't stored yet, and records a use of
+        the rest."""
         missing = []
         for place in reversed(marked.places):
             entry = self._kept(model, place.content)
@@ -106,7 +106,7 @@ class Breakpoints:
     async def _keep(
         self, model: ServedModel, missing: Sequence[PlacedBreakpoint], head: Entry | None
     ) -> None:
-        """The longest first, whose tokens are in memory as they are; the others begin as it does."""
+        """Stores the longest first, since its tokens are still in memory; the others are prefixes of it."""
         for place in missing:
             if entry := self._kept(model, place.content):
                 with suppress(HeadstartError):
@@ -117,7 +117,7 @@ class Breakpoints:
                 head = await self.automatic.make(model, place.content, terms, head) or head
 
     def _kept(self, model: ServedModel, content: Content) -> Entry | None:
-        """The cache of just this."""
+        """The cache with exactly this content."""
         known = self.caching.namespaces.known(model, "chat")
         return next(
             (e for e in known if e.tools == content.tools and e.content.opening == content.messages), None
@@ -125,6 +125,6 @@ class Breakpoints:
 
 
 def _ends_early(entry: Entry, place: PlacedBreakpoint) -> bool:
-    """Whether the cache was made by a mark that wanted less."""
+    """Whether the cache was created for a breakpoint with a shorter lifetime."""
     ttl = entry.terms.ttl_seconds
     return entry.origin == "automatic" and ttl is not None and ttl < place.ttl_seconds

@@ -1,7 +1,7 @@
-"""Keeps conversations as caches, each turn under the name of the one before it if so asked.
+"""Stores conversations as caches, each turn under the name of the one before it if requested.
 
-A turn is saved after its answer was sent, so the next one may come before that. It waits; and where saving
-failed it is told so, because the cache is then a turn behind, and the answer would be one to something else.
+A turn is saved after its answer was sent, so the next request may arrive earlier: it waits. If saving failed,
+the request fails, because the cache lacks the last turn and the answer would be to another conversation.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from headstart.service.caching.derived import check_own_name
 from headstart.service.interface.chat import Chat
 from headstart.service.models.model import ServedModel
 
-# How long the end of the server waits for conversations to be saved.
+# How long a stopping server waits for conversations to be saved.
 CLOSING_SECONDS = 10.0
 CHAT: tuple[Form, ...] = ("chat",)
 
 
 @dataclass(frozen=True)
 class Saving:
-    """What is to become of a chat once it is answered. `overwrite` None: it may replace a conversation, but
-    no cache of another kind. `head`: the name of the cache that it started from. `terms` None: as what it
-    replaces is kept. Without `states` only its text is kept."""
+    """How to store a chat after its answer. `overwrite` None: it may replace a conversation, but no other
+    cache. `head`: the name of the cache that it started from. `terms` None: the retention of the cache that
+    it replaces. Without `states` only its content is stored."""
 
     model: ServedModel
     name: str
@@ -50,7 +50,7 @@ class Conversations:
     def __init__(self, caching: Caching) -> None:
         self.caching = caching
         self._saving: dict[tuple[str, str], asyncio.Task[Entry]] = {}
-        # With what is there instead.
+        # The error, and the cache under the name at that time.
         self._failed: dict[tuple[str, str], tuple[HeadstartError, Entry | None]] = {}
 
     async def close(self) -> None:
@@ -68,11 +68,11 @@ class Conversations:
         _check_replaceable(self._current(model, name), overwrite)
 
     def save(self, saving: Saving, answer: str) -> asyncio.Task[Entry]:
-        """Begins to save the chat with its answer; whoever asks for the name from now on waits for it."""
+        """Starts saving the chat with its answer; requests for the name wait for it from now on."""
         return self.keep(replace(saving, chat=saving.chat.answered(answer)))
 
     def keep(self, saving: Saving) -> asyncio.Task[Entry]:
-        """The same for a chat that has its answer."""
+        """Like `save`, for a chat that includes its answer."""
         before = self.caching.builds.of(saving.key)
         task = self.caching.builds.run(saving.key, self._save(saving, before))
         self._saving[saving.key] = task
@@ -80,7 +80,7 @@ class Conversations:
         return task
 
     def being_saved(self, owner: str, name: str) -> asyncio.Task[Entry] | None:
-        """What saves a conversation of this name on one of the owner's shelves."""
+        """The task that saves a conversation of this name in one of the owner's namespaces."""
         saved = (
             task
             for (namespace, of), task in self._saving.items()
@@ -90,7 +90,7 @@ class Conversations:
 
     async def settled(self, model: ServedModel, name: str) -> None:
         """Returns when no conversation is being saved under this name. Raises StorageError if the last one
-        could not be, or BadRequest if it is more than a cache may hold."""
+        could not be saved, or BadRequest if it is too large for a cache."""
         key = model.key(name)
         while task := self._saving.get(key):
             await asyncio.wait([task])
@@ -107,7 +107,7 @@ class Conversations:
         try:
             entry = await self._build(saving, previous)
         except (BadRequest, StorageError) as error:
-            # Nothing that is a turn behind has a response's name.
+            # A response has its own name, so no older turn is stored under it.
             if saving.origin == "conversation":
                 self._failed[saving.key] = (error, previous)
             raise
@@ -115,8 +115,8 @@ class Conversations:
         return entry
 
     async def _build(self, saving: Saving, previous: Entry | None) -> Entry:
-        """What the engine can't compute now is kept without its state, and so is a response for whose state
-        there is no room."""
+        """Builds the cache. It is stored without a state if the engine can't compute that now, or if it is a
+        response and there is no room for the state."""
         content = Content(messages=saving.chat.messages, tools=saving.chat.tools)
         kept = previous.terms if previous else DEFAULT_RETENTION
         head = self._current(saving.model, saving.head) if saving.head else previous

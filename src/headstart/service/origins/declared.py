@@ -1,4 +1,4 @@
-"""Caches that the configuration declares: brought about after a start, in the background."""
+"""Declared caches: built in the background after a start."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from headstart.service.models.model import Notify, ServedModel
 
 log = logging.getLogger(__name__)
 
-# How often a build is begun whose worker dies: the text may be what kills it.
+# Attempts at a build whose worker dies: the text may be the cause.
 ATTEMPTS = 3
 WAIT_SECONDS = 0.2
 
@@ -32,11 +32,11 @@ class Declaration:
 
     @property
     def key(self) -> CacheKey:
-        """In the model's own namespace: declared caches are everyone's."""
+        """The key in the model's public namespace: declared caches are public."""
         return CacheKey(self.model, self.name)
 
     def is_met_by(self, entry: Entry, fingerprint: Fingerprint) -> bool:
-        """Whether nothing is to be computed or written. States given up for others are left so."""
+        """Whether the cache needs no build or change. Evicted states are not rebuilt."""
         return (
             (entry.origin, entry.content, entry.terms) == ("declared", self.content, self.terms)
             and {*entry.forms, *entry.evicted} == set(self.forms)
@@ -45,7 +45,7 @@ class Declaration:
 
 
 def declarations(settings: Settings) -> list[Declaration]:
-    """Raises StartupError for a text that can't be read."""
+    """The declared caches of the configuration. Raises StartupError for a text that can't be read."""
     first = next(iter(settings.model_paths), "")
     return [
         Declaration(
@@ -60,8 +60,8 @@ def declarations(settings: Settings) -> list[Declaration]:
 
 
 class Declared:
-    """From its making on, requests that name a declared cache wait until it is as declared. A build that
-    fails is told to them; it is tried again at the next start."""
+    """As soon as this object exists, requests that name a declared cache wait until it is as declared. A
+    failed build is reported to them; it is tried again at the next start."""
 
     def __init__(self, settings: Settings, caching: Caching, say: Notify) -> None:
         self.declarations = declarations(settings)
@@ -73,7 +73,7 @@ class Declared:
             caching.promises.make(declaration.key)
 
     def start(self, model: ServedModel) -> None:
-        """Brings about the model's caches, one after the other; it must have been loaded."""
+        """Builds the model's declared caches, one after the other; the model must be loaded."""
         self._tasks.append(asyncio.create_task(self._reconcile(model)))
 
     async def close(self) -> None:
@@ -86,14 +86,14 @@ class Declared:
         try:
             await self._bring_about(model, declared)
         except Exception as error:
-            log.exception("the declared caches of %s were not looked at", model.name)
+            log.exception("the declared caches of %s were not checked", model.name)
             self._settle_others(declared, _as_known(error))
         except asyncio.CancelledError:
             self._settle_others(declared, Unavailable("The server is being stopped."))
             raise
 
     def _settle_others(self, declared: Sequence[Declaration], error: HeadstartError) -> None:
-        """Whoever waits for those that are still open would do so for ever."""
+        """Fails the caches not yet built; requests would wait for them forever."""
         promised = set(self.caching.promises.open())
         for one in declared:
             if one.key in promised:
@@ -101,7 +101,7 @@ class Declared:
 
     async def _bring_about(self, model: ServedModel, declared: Sequence[Declaration]) -> None:
         missing = [one for one in declared if not self._is_met(model, one)]
-        # Those that are there already wait for no build.
+        # Existing caches wait for no build.
         for one in declared:
             if one not in missing:
                 self.caching.promises.settle(one.key)
@@ -125,10 +125,10 @@ class Declared:
                     self.caching.delete(model, entry.name)
                     self.say(f"Deleted cache {entry.name} of {model.name}: it is declared no more")
                 except HeadstartError as error:
-                    log.warning("cache %s of %s is declared no more, but %s", entry.name, model.name, error)
+                    log.warning("cache %s of %s is no longer declared, but %s", entry.name, model.name, error)
 
     async def _failure(self, model: ServedModel, declaration: Declaration) -> HeadstartError | None:
-        """Builds it; why that failed."""
+        """Builds the cache; returns the error if that fails."""
         try:
             entry = await self._build(model, declaration)
         except HeadstartError as error:
@@ -143,7 +143,7 @@ class Declared:
         return failure
 
     async def _build(self, model: ServedModel, declaration: Declaration) -> Entry:
-        """Comes back after what passes: a full queue, a worker that died."""
+        """Builds the cache; retries after temporary errors: a full queue, a worker that died."""
         deaths = 0
         while True:
             try:

@@ -1,4 +1,4 @@
-"""Responses that are kept, so that others can go on from them: caches named by the responses' ids."""
+"""Stored responses, from which others can continue: caches named by the responses' ids."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ Json = dict[str, Any]
 
 
 class Record(Struct, frozen=True):
-    """A response as it was answered. Its chat begins with `opening` messages of the `caches` that it named,
-    then come its instructions, if they are none of those, and then what is carried on."""
+    """A response as it was sent. Its chat begins with `opening` messages of the `caches` that it named; then
+    come its instructions, unless they are among those, and then the messages that are carried on."""
 
     body: Json
     opening: Annotated[int, Meta(ge=0)] = 0
@@ -43,7 +43,7 @@ class Record(Struct, frozen=True):
     def __post_init__(self) -> None:
         if not isinstance(self.body.get("instructions"), str | None):
             raise ValueError("instructions are a text")
-        # Of a request's tools and schemas, some levels further in.
+        # The body contains the request's tools and schemas some levels further down.
         if depth(self.body) > 2 * MAX_DEPTH:
             raise ValueError("it is nested too deeply")
 
@@ -73,18 +73,18 @@ class Responses:
         await asyncio.gather(*self._keeping, return_exceptions=True)
 
     def of(self, owner: str) -> list[Entry]:
-        """The owner's, the oldest first."""
+        """The owner's responses, oldest first."""
         known = (entry for entry in self.store.known() if entry.origin == "response")
         return sorted((entry for entry in known if entry.owner == owner), key=lambda entry: entry.updated)
 
     async def find(
         self, owner: str, name: str, *, param: str, error: type[ResponseNotFound] = ResponseNotFound
     ) -> Kept:
-        """The owner's response of this id, waiting for it while it is being saved. Raises `error`."""
+        """The owner's response with this id; waits while it is being saved. Raises `error`."""
         if saving := self.conversations.being_saved(owner, name):
             await asyncio.wait([saving])
         for entry in [entry for entry in self.of(owner) if entry.name == name]:
-            # It may have ended meanwhile, or have been deleted from the disk.
+            # It may have expired meanwhile, or been deleted from the disk.
             if kept := self._read(entry.namespace, name):
                 return kept
         raise error(
@@ -110,8 +110,8 @@ class Responses:
             await asyncio.wait([build])
 
     def continued(self, kept: Kept, instructions: str | None, said: Sequence[Json]) -> list[Json]:
-        """The messages of a chat that goes on from the response with what is `said`. Its instructions are not
-        carried on: those given now take their place."""
+        """The messages of a chat that continues the response with the messages `said`. The response's
+        instructions are replaced by those given now."""
         opening, rest = kept.entry.messages[: kept.record.opening], kept.entry.messages[kept.record.opening :]
         own = instructing(kept.record.body.get("instructions"))
         # The configured system message is for chats that have none.
@@ -122,12 +122,12 @@ class Responses:
         return messages if opening else self.automatic.with_default(messages)
 
     def options(self, options: Options, kept: Kept, model: ServedModel) -> Options:
-        """The same for a request that goes on from the response, whose state is of use to its own model."""
+        """The options of a request that continues the response; its state is usable only by its own model."""
         own = kept.entry.namespace == model.namespace
         return replace(options, use_cache=(kept.entry.name,) if own else None, whole=True)
 
     def keep(self, saving: Saving, answer: Choice, record: Record) -> None:
-        """Begins to keep what was answered; see Conversations.keep."""
+        """Starts storing the answer; see Conversations.keep."""
         chat = Chat([*saving.chat.messages, spoken(answer)], saving.chat.tools)
         saving = replace(
             saving,
@@ -141,14 +141,14 @@ class Responses:
         task.add_done_callback(self._keeping.discard)
 
     async def _kept(self, saving: asyncio.Task[Entry], owner: str) -> None:
-        """Makes room again once it is kept, so that responses never take much more than they may."""
+        """Makes room after it is stored, so that responses never exceed their quota by much."""
         await asyncio.wait([saving])
         try:
             for entry in self._movable(self.of(owner))[: -self.settings.responses_kept]:
                 self.store.delete(entry.namespace, entry.name)
             await self._trim()
         except HeadstartError as error:
-            log.warning("old responses are still there: %s", error.message)
+            log.warning("old responses can't be deleted: %s", error.message)
 
     async def _trim(self) -> None:
         with_states = [entry for entry in self.store.known() if entry.origin == "response" and entry.forms]
@@ -164,25 +164,25 @@ class Responses:
 
 
 def instructing(instructions: str | None) -> list[Json]:
-    """Instructions as the messages that a chat begins with."""
+    """Instructions as the first messages of a chat."""
     return [{"role": "system", "content": instructions}] if instructions else []
 
 
 def spoken(answer: Choice) -> Json:
-    """The answer as a message of the chat; templates leave earlier turns' reasoning out."""
+    """The answer as a message of the chat, without reasoning, which templates omit in earlier turns."""
     calls = [called(call.id, call.name, call.arguments) for call in answer.calls]
     message: Json = {"role": "assistant", "content": answer.text}
     return message | ({"tool_calls": calls} if calls else {})
 
 
 def called(call_id: str, name: str, arguments: str) -> Json:
-    """A call as templates want it."""
+    """A call in the form that templates take."""
     function = {"name": name, "arguments": arguments_of(arguments)}
     return {"id": call_id, "type": "function", "function": function}
 
 
 async def n_tokens(model: ServedModel, text: str) -> int:
-    """How many tokens a part of an answer has, if it is tokenised alone."""
+    """The number of tokens in a part of an answer, tokenised by itself."""
     return len(await model.prompts.one(Text(text))) if text else 0
 
 
