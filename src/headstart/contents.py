@@ -1,5 +1,5 @@
-"""What chats and caches are made of, and how caches are kept: the models that everything goes through which
-says so, be it a request's body, a cache's file, the configuration, or what was stored of an answer."""
+"""The pydantic models of messages, tools, cache content and retention. All sources use them: request bodies,
+cache files, the configuration, and stored answers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from headstart.json_scan import depth, is_deeper
 from headstart.limits import MAX_DEPTH, MAX_MESSAGES, MAX_TOOLS
 
-# Arguments of calls lie some levels within a message.
+# The arguments of calls are nested some levels deep in a message.
 MAX_ARGUMENTS_DEPTH = MAX_DEPTH - 8
 # A hundred years.
 MAX_TTL = 36525 * 86400
@@ -21,7 +21,7 @@ MAX_KEY = 64
 
 
 def _encodable(text: str) -> str:
-    # JSON can write half a surrogate pair, which is no text and can't be tokenised.
+    # JSON can encode half a surrogate pair, which is not text and can't be tokenised.
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -31,12 +31,12 @@ def _encodable(text: str) -> str:
 
 Utf8 = Annotated[str, AfterValidator(_encodable)]
 T = TypeVar("T")
-# Where many items are wrong, or are of another alternative of a union, the first is enough.
+# Validation stops at the first wrong item, also where the items belong to another alternative of a union.
 Many = Annotated[list[T], Field(fail_fast=True)]
 
 
 def is_json(value: Any) -> bool:
-    """Whether it can be kept as JSON; half a surrogate pair and NaN can't, nor what is nested too deeply."""
+    """Whether the value can be stored as JSON; half a surrogate pair, NaN and too deep nesting can't."""
     try:
         return depth(value) <= MAX_DEPTH and bool(msgspec.json.decode(msgspec.json.encode(value)) == value)
     except (ValueError, OverflowError, RecursionError):
@@ -44,7 +44,7 @@ def is_json(value: Any) -> bool:
 
 
 def _json(value: dict[str, Any]) -> dict[str, Any]:
-    """Raises ValueError for what can't be kept."""
+    """Raises ValueError for a value that can't be stored."""
     if depth(value) > MAX_DEPTH:
         raise ValueError(f"Input should be nested at most {MAX_DEPTH} levels deep")
     if not is_json(value):
@@ -53,7 +53,7 @@ def _json(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _function(value: dict[str, Any]) -> dict[str, Any]:
-    """Raises ValueError for what is no function, or can't be kept."""
+    """Raises ValueError for a value that is no function or can't be stored."""
     function = value.get("function")
     if value.get("type", "function") != "function" or not isinstance(function, dict):
         raise ValueError('Input should be {"type": "function", "function": {"name": ...}}')
@@ -65,8 +65,8 @@ def _function(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def arguments_of(text: str) -> Any:
-    """The object that a call's arguments are the text of, as templates want it; the text where they are
-    none, having been cut off say, or one that is nested too deeply."""
+    """A call's arguments as the object that templates expect. Returns `text` unchanged if it is no JSON
+    object (it may be cut off) or is nested too deeply."""
     try:
         parsed = None if is_deeper(text.encode(), MAX_ARGUMENTS_DEPTH) else msgspec.json.decode(text)
     except (msgspec.DecodeError, RecursionError, UnicodeEncodeError):
@@ -75,7 +75,7 @@ def arguments_of(text: str) -> Any:
 
 
 def _kept_call(value: dict[str, Any]) -> dict[str, Any]:
-    """Templates want the arguments as an object, OpenAI's clients send its text."""
+    """Parses the arguments: templates expect an object, OpenAI's clients send its JSON text."""
     function = _function(value)["function"]
     arguments = function.get("arguments")
     if not isinstance(arguments, str):
@@ -84,7 +84,7 @@ def _kept_call(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _call(value: dict[str, Any]) -> dict[str, Any]:
-    """The same for one that is sent, whose arguments may not be nested too deeply."""
+    """As `_kept_call`, for a call in a request: raises ValueError if its arguments are nested too deeply."""
     call = _kept_call(value)
     arguments = call["function"].get("arguments")
     if isinstance(arguments, str) and is_deeper(arguments.encode(), MAX_ARGUMENTS_DEPTH):
@@ -98,7 +98,7 @@ ToolCall = Annotated[dict[str, Any], AfterValidator(_call)]
 
 
 class Open(BaseModel):
-    """Takes unknown fields, too."""
+    """Accepts unknown fields."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -136,7 +136,7 @@ class ChatMessage(Open):
         return self
 
     def plain(self) -> dict[str, Any]:
-        """Role and text, as chat templates want them, and what there is to say about tools."""
+        """The message as chat templates expect it: role, text, and the fields for tools that are set."""
         parts = self.content if isinstance(self.content, list) else []
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in parts)
         message: dict[str, Any] = {
@@ -155,9 +155,10 @@ class ChatMessage(Open):
 
 
 class KeptMessage(ChatMessage):
-    """A message of a cache. `unfinished`, of the last one: chats begin with its text and go on as they do."""
+    """A message of a cache. `unfinished` (last one only): chats begin with its text and continue it as they
+    like."""
 
-    # An answer is kept whatever the model wrote as arguments.
+    # An answer is stored whatever the model wrote as arguments.
     tool_calls: list[Annotated[dict[str, Any], AfterValidator(_kept_call)]] | None = None
     unfinished: Literal[True] | None = None
 
@@ -166,7 +167,7 @@ class KeptMessage(ChatMessage):
 
 
 class KeptContent(BaseModel):
-    """What a cache holds the state of: a prompt, or messages and tools."""
+    """The content of a cache: a prompt, or messages and tools."""
 
     prompt: Utf8 = ""
     messages: list[KeptMessage] = Field([], max_length=MAX_MESSAGES)
@@ -191,7 +192,7 @@ Metadata = Annotated[dict[Key, Value], Field(max_length=MAX_PAIRS)]
 
 
 class KeptTerms(BaseModel):
-    """How a cache is kept."""
+    """The retention of a cache."""
 
     ttl_seconds: Ttl | None = None
     pinned: bool = False
