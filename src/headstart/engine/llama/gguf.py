@@ -24,7 +24,8 @@ def _forward_log(level: int, text: bytes, _user: object) -> None:
 
 
 def open_model(path: str, *, weights: bool = True) -> Any:
-    """The model as a llama.cpp handle; without `weights` only metadata and vocabulary. Raises ModelError."""
+    """The model as a llama.cpp handle; without `weights`, only its description is loaded. Raises
+    ModelError."""
     lib.llama_log_set(_forward_log, None)
     lib.llama_backend_init()
     if not Path(path).is_file():
