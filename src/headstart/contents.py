@@ -104,21 +104,21 @@ class Open(BaseModel):
 
 
 class TextPart(Open):
-    type: Literal["text"] = Field(description="Messages hold text only.")
-    text: Utf8 = Field(description="A part of the message's text; the parts are joined as they are.")
+    type: Literal["text"] = Field(description="Messages contain text only.")
+    text: Utf8 = Field(description="A part of the message's text; parts are joined without separators.")
 
 
 class ChatMessage(Open):
     role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
         description="`developer` is the same as `system`."
     )
-    content: Utf8 | Many[TextPart] | None = Field(None, description="The text, or parts of it.")
-    tool_calls: Many[ToolCall] | None = Field(None, description="Calls that an assistant's message made.")
+    content: Utf8 | Many[TextPart] | None = Field(None, description="The text, or a list of its parts.")
+    tool_calls: Many[ToolCall] | None = Field(None, description="The calls made by an assistant message.")
     reasoning_content: Utf8 | None = Field(
-        None, description="What an assistant's message was reasoned to be, for templates that write it."
+        None, description="The reasoning of an assistant message, for templates that include it."
     )
-    tool_call_id: Utf8 | None = Field(None, description="Of a tool's message: the call it answers.")
-    name: Utf8 | None = Field(None, description="Who speaks, for templates that write it.")
+    tool_call_id: Utf8 | None = Field(None, description="The id of the call that a tool message answers.")
+    name: Utf8 | None = Field(None, description="The speaker's name, for templates that include it.")
 
     @model_validator(mode="after")
     def _has_content(self) -> ChatMessage:

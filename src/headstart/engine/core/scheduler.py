@@ -229,8 +229,8 @@ class Scheduler:
         return self._pieces(s for s in self._unpooled() if not s.is_prefilling)
 
     def prefilling(self) -> Work:
-        """Whole chunks of sequences outside the pool that are not, within the bounds of a step, the one
-        served longest ago first."""
+        """Whole chunks of prefilling sequences outside the pool, within the bounds of a step; the sequence
+        served longest ago comes first."""
         return self._chunks(s for s in self._unpooled() if s.is_prefilling)
 
     def pooled(self) -> Work:

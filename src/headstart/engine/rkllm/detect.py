@@ -1,4 +1,4 @@
-"""Detects the release of a librkllmrt.so. A wrong guess corrupts memory, so three signs must agree: the
+"""Detects the release of librkllmrt.so. A wrong guess corrupts memory, so three signs must agree: the
 version text in the file, the exported functions, and the offsets of the default parameters.
 
 `python -m headstart.engine.rkllm.detect librkllmrt.so` prints it from a process of its own.
@@ -50,7 +50,7 @@ class Detected:
 
 def detect(library: str, forced: str = "") -> Detected:
     """`library`: a path, or a name to search for in the library directories. `forced`: a release whose layout
-    is then used without checks. Raises ModelError."""
+    is then used without detection. Raises ModelError."""
     path = located(library)
     versions = versions_in(path)
     if forced:
