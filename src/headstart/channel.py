@@ -11,16 +11,16 @@ import msgspec
 T = TypeVar("T")
 
 HEADER = struct.Struct("<I")
-# The longest message there may be is a request with as many token ids as a body can hold.
+# The longest message is a request with as many token ids as a body can hold.
 MOST_BYTES = 1 << 30
 
 
 class Unsendable(ValueError):
-    """A message that can't be written as a frame: a number or a text outside the format, or too long."""
+    """A message that can't be encoded as a frame: a number or text outside the format, or too long."""
 
 
 class Garbled(ValueError):
-    """Received bytes that are no frames. What follows them can't be told apart either."""
+    """Received bytes that are no valid frame. The frames after them can't be found either."""
 
 
 def frame(message: msgspec.Struct) -> bytes:
@@ -35,7 +35,7 @@ def frame(message: msgspec.Struct) -> bytes:
 
 
 class Frames(Generic[T]):
-    """Cuts received bytes into messages of one type. What is left of a frame at the end is no message."""
+    """Splits received bytes into messages of one type. An incomplete frame stays in the buffer."""
 
     def __init__(self, kind: object) -> None:
         self.decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(kind)

@@ -1,23 +1,23 @@
-"""Everything that can go wrong in a way a client must know about.
+"""All errors that clients can receive.
 
     HeadstartError
     ├── BadRequest                 400  the request can't be served as it is
-    │   ├── InvalidName            400  a cache name outside the allowed alphabet
+    │   ├── InvalidName            400  a cache name with forbidden characters or length
     │   ├── ContextLengthExceeded  400  prompt longer than the model's context
-    │   │   └── InputTooLong       400  the same of a text to be embedded
-    │   ├── TextTooLong            400  a text longer than any is tokenised
-    │   └── DamagedFile            400  what was sent is no cache's file
+    │   │   └── InputTooLong       400  the same for an input of an embedding request
+    │   ├── TextTooLong            400  a text beyond the limit for tokenising
+    │   └── DamagedFile            400  the uploaded file is no valid cache file
     ├── Unauthorized               401  no API key that the server knows
-    ├── AdminRequired              403  the API key is no admin, and this touches others' work
+    ├── AdminRequired              403  the operation affects other keys, and the API key is no admin
     ├── NotFound                   404
     │   ├── ModelNotFound          404
     │   ├── CacheNotFound          404
-    │   └── ResponseNotFound       404  no response of this id is kept
-    │       └── PreviousNotFound   404  the one to go on from
+    │   └── ResponseNotFound       404  no response of this id is stored
+    │       └── PreviousNotFound   404  the same for `previous_response_id`
     ├── MethodNotAllowed           405
     ├── CacheConflict              409  the named cache is being built, or may not be replaced
+    │   └── CacheMismatch          409  the uploaded states have another fingerprint
     ├── ModelBusy                  409  the model is answering requests
-    │   └── CacheMismatch          409  the states that were sent were computed otherwise than here
     ├── RequestTimeout             408  the request came too slowly
     ├── BodyTooLarge               413
     ├── AddressTooLong             414
@@ -25,13 +25,13 @@
     ├── EngineError                500  the engine could not serve this one request
     ├── StorageError               500  the cache directory can't be read or written
     │   ├── StorageFull            507
-    │   └── QuotaExceeded          507  caches may not take as many bytes
+    │   └── QuotaExceeded          507  the cache does not fit into its quota
     └── Unavailable                503  come back later
         ├── ModelLoading           503
         ├── OutOfMemory            503  there is no memory for one more model
         ├── Overloaded             503  the queue is full
         ├── EngineDied             503  the worker process ended; it is being restarted
-        ├── PromptsDied            503  the process that makes a model's prompts ended; it is started again
+        ├── PromptsDied            503  the prompt process ended; it is being restarted
         └── ShuttingDown           503  the server is being stopped
 
 Each class carries its HTTP status, its OpenAI error type and its code; `headstart.api.errors` turns any of
@@ -96,7 +96,7 @@ class InputTooLong(ContextLengthExceeded):
 
 
 class TextTooLong(BadRequest):
-    """Of a text that no context would hold, so that its tokens aren't counted."""
+    """The text is longer than any context allows, so its tokens aren't counted."""
 
     code = "context_length_exceeded"
 

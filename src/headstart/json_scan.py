@@ -1,4 +1,4 @@
-"""How much there is in JSON that others wrote, measured on its bytes before anything parses it."""
+"""Measures untrusted JSON by its bytes, before it is parsed: depth and numbers of values."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ _STEPS = [(byte in b"[{") - (byte in b"]}") for byte in range(256)]
 
 
 class JsonScan:
-    """Measures a JSON text that comes in pieces. Where it isn't JSON, all is measured that a parser gets to
-    see before it notices. A piece takes about as long as parsing it, whatever it holds; nothing recurses."""
+    """Measures a JSON text that arrives in pieces. In invalid JSON it measures at least the part that a
+    parser would read before the error. A piece takes about as long as parsing it, whatever it contains; no
+    recursion."""
 
     def __init__(self) -> None:
         self.depth = 0
@@ -23,7 +24,7 @@ class JsonScan:
         self._held = b""
 
     def feed(self, piece: bytes) -> None:
-        """Raises ValueError, which says of what there is too much, once there is."""
+        """Raises ValueError, which names the exceeded limit, as soon as one is exceeded."""
         outside = self._outside_strings(piece)
         brackets = outside.translate(None, _NOT_BRACKETS)
         self.values += outside.count(b",")
@@ -42,7 +43,7 @@ class JsonScan:
 
     def _outside_strings(self, piece: bytes) -> bytes:
         piece = self._held + piece
-        # A backslash at the end belongs to what comes next, unless another one escapes it.
+        # A trailing backslash escapes the next piece's first byte, unless it is escaped itself.
         cut = len(piece) - (len(piece) - len(piece.rstrip(b"\\"))) % 2
         piece, self._held = piece[:cut], piece[cut:]
         if b"\\" in piece:
@@ -57,7 +58,7 @@ class JsonScan:
 
 
 def check_json(text: str | bytes) -> None:
-    """Raises ValueError for a JSON text that is too deep or has too much in it."""
+    """Raises ValueError for a JSON text that is too deep or has too many values."""
     JsonScan().feed(text.encode(errors="surrogatepass") if isinstance(text, str) else text)
 
 
@@ -67,7 +68,7 @@ NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 def depth(value: object) -> int:
-    """How many lists and objects lie within each other in what was parsed; 0 for what is neither."""
+    """The nesting depth of lists and objects in a parsed value; 0 for a value that is neither."""
     found, level = 0, [value]
     while level := [each for each in level if isinstance(each, list | dict)]:
         found += 1
@@ -76,8 +77,8 @@ def depth(value: object) -> int:
 
 
 def is_deeper(text: bytes, most: int) -> bool:
-    """Whether more than `most` lists and objects are open at once in JSON text. Where that isn't JSON, as far
-    as a parser reads it."""
+    """Whether JSON text is nested more than `most` levels deep; in invalid JSON, as far as a parser reads
+    it."""
     level, quoted = 0, False
     for part in text.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"'):
         for bracket in b"" if quoted else part.translate(BRACKETS, NOT_BRACKETS):

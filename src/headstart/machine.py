@@ -1,4 +1,4 @@
-"""What the machine is, as far as speed depends on it. Nothing here fails; what can't be told is left out."""
+"""The properties of the machine that affect speed. Nothing here fails; unknown values get a fallback."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def cpu_model() -> str:
 
 
 def available_cpus() -> int:
-    """Those this process may run on."""
+    """The number of CPUs that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def physical_cores() -> int | None:
-    """Cores behind the CPUs this process may run on; None where that can't be told."""
+    """The number of cores behind the CPUs that this process may run on; None if unknown."""
     if not hasattr(os, "sched_getaffinity"):
         return None
     try:
@@ -42,8 +42,8 @@ def physical_cores() -> int | None:
 
 
 def available_bytes() -> int:
-    """Memory that programs can still take, what only caches files being given up; as far as the control group
-    of this process lets it."""
+    """Memory that programs can still allocate, counting the page cache as free, within the limit of this
+    process's control group."""
     available = memory_bytes()
     try:
         fields = dict(line.split(":", 1) for line in MEMORY_INFO.read_text().splitlines() if ":" in line)
@@ -55,7 +55,7 @@ def available_bytes() -> int:
         counted = dict(line.split() for line in (CONTROL_GROUP / "memory.stat").read_text().splitlines())
         available = min(available, limit - used + int(counted["file"]))
     except (OSError, ValueError, KeyError):
-        # No limit, or none that can be read.
+        # There is no limit, or it can't be read.
         pass
     return available
 
@@ -65,7 +65,7 @@ def memory_bytes() -> int:
 
 
 def signal_name(number: int) -> str:
-    """Most of the real-time signals have none of their own."""
+    """The name of a signal; `signal N` for most real-time signals, which have no name."""
     try:
         return signal.Signals(number).name
     except ValueError:

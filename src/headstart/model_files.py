@@ -1,4 +1,4 @@
-"""Models by the files of a folder."""
+"""Model files: their formats, and the models in a folder."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import re
 from pathlib import Path
 
 SUFFIX = ".gguf"
-# Models that Rockchip's NPU runtime runs.
+# The format of Rockchip's NPU runtime.
 RKLLM_SUFFIX = ".rkllm"
-# A model may have several files, of which the first leads to the others.
+# A model may be split into several files; the first is the one to load.
 PART = re.compile(r"-(\d{5})-of-\d{5}$")
-# Files that are read beside a model's.
+# Prefix of projector files, which accompany a model and are none themselves.
 PROJECTOR = "mmproj"
 
 
 def is_rkllm(path: str) -> bool:
-    """Whether the NPU's runtime is what runs the model."""
+    """Whether the NPU runtime runs the model."""
     return path.endswith(RKLLM_SUFFIX)
 
 
 def models_in(folder: Path) -> dict[str, str]:
-    """Names and paths. A name is the file's, with hyphens for what no name may have; of several files with
-    one name the first counts. A folder that can't be read has none."""
+    """Names and paths of the models in `folder`. A name is the file's, with hyphens for forbidden characters;
+    of several files with one name the first counts. Empty if the folder can't be read."""
     found: dict[str, str] = {}
     try:
         files = sorted(path for path in folder.iterdir() if path.suffix == SUFFIX and path.is_file())

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from headstart.errors import InvalidName
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
-# A folder of caches: a model's, or what one API key has of it (model@key).
+# A folder of caches: a model's public ones, or those of one API key (model@key).
 NAMESPACE = re.compile(rf"{NAME.pattern}(@{NAME.pattern})?", re.ASCII)
 
 
@@ -29,7 +29,7 @@ def namespaces(own: str) -> list[str]:
 
 
 def check_name(name: str, *, param: str) -> str:
-    """Returns the name; raises InvalidName unless it is one."""
+    """Returns `name`; raises InvalidName if it is no valid name."""
     if not NAME.fullmatch(name):
         raise InvalidName(
             f"{name[:80]!r} is not a name: 1 to 64 letters, digits, dots, underscores and hyphens, "

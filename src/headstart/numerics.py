@@ -1,4 +1,4 @@
-"""How a model's values are computed, as far as it can be chosen and changes the bytes of a state."""
+"""The choices that change the bytes of a state, and the tuning measured for a model on a machine."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from typing import Annotated, Literal, get_args
 
 from msgspec import Meta, Struct
 
-# As they are in the model file, or converted to Q8_0.
+# As in the model file, or converted to Q8_0.
 Weights = Literal["file", "q8_0"]
 
 
 class Numerics(Struct, frozen=True):
-    """`None` leaves a part open: that is how it is asked for. What is computed with has no open part."""
+    """The choices that change a state's bytes. `None` leaves one open, as in settings; a loaded model has
+    none open."""
 
     flash_attention: bool | None = None
     weights: Weights | None = None
 
     @classmethod
     def of(cls, kept: Mapping[str, str]) -> Numerics:
-        """What a state was computed with, from the settings in its fingerprint."""
+        """The numerics of a state, from the settings in its fingerprint."""
         flash_attention = {"on": True, "off": False}.get(kept.get("flash_attention", ""))
         named = kept.get("weights", "file")
         return cls(
@@ -30,7 +31,7 @@ class Numerics(Struct, frozen=True):
         return self.or_else(other) == other
 
     def or_else(self, other: Numerics) -> Numerics:
-        """What is open here is as there."""
+        """These numerics, with open choices taken from `other`."""
         return Numerics(
             other.flash_attention if self.flash_attention is None else self.flash_attention,
             other.weights if self.weights is None else self.weights,
@@ -41,29 +42,29 @@ class Numerics(Struct, frozen=True):
         return self.flash_attention is not None and self.weights is not None
 
     def shown(self) -> dict[str, str]:
-        """By the names of the settings."""
+        """The choices under the names of the settings; open ones by default."""
         whole = self.or_else(DEFAULT)
         return {"flash_attention": "on" if whole.flash_attention else "off", "weights": str(whole.weights)}
 
     def kept(self) -> dict[str, str]:
-        """As in a fingerprint. "file" is not named there: states are older than this choice."""
+        """The choices as in a fingerprint, which omits weights "file": states are older than this choice."""
         return {name: value for name, value in self.shown().items() if value != "file"}
 
 
 DEFAULT = Numerics(flash_attention=False, weights="file")
 
 
-# Milliseconds, within what a sane file says.
+# Milliseconds, within plausible bounds: the file is untrusted.
 Ms = Annotated[float, Meta(ge=0, le=1e9)]
-# After so many measurements that can't be relied on, the best figures of all of them count.
+# After this many doubtful measurements the best figures of all of them are used.
 MOST_TRIES = 5
-# What other arithmetic has to save of a hit before caches are computed again for it.
+# The share of a hit's time that other numerics must save before caches are computed again for them.
 GAIN = 0.10
 
 
 def preferred(hits: Mapping[Numerics, float], allowed: Numerics, kept: Numerics) -> Numerics:
-    """The first of what was tried, best first with what a hit took, that is allowed; but `kept`, which caches
-    have, where that saves less than a tenth."""
+    """The fastest allowed numerics of `hits` (best first, with the time of a hit); but `kept`, those of
+    existing caches, if the fastest saves less than a tenth."""
     best = next(tried for tried in hits if allowed.allows(tried))
     if kept in hits and allowed.allows(kept) and hits[best] > (1 - GAIN) * hits[kept]:
         return kept
@@ -71,19 +72,19 @@ def preferred(hits: Mapping[Numerics, float], allowed: Numerics, kept: Numerics)
 
 
 class Tuning(Struct, frozen=True):
-    """What was measured of a model on a machine; milliseconds. One call of llama_decode, of `n` tokens after
-    which a sequence holds `d`, takes pass_ms + n * (token_ms + d * attend_ms).
+    """The measurements of a model on a machine; times in milliseconds. One call of llama_decode with `n`
+    tokens, after which a sequence holds `d`, takes pass_ms + n * (token_ms + d * attend_ms).
 
     `ubatch`: the smallest power of two from 16 to 256 whose prefill throughput is within 5 % of the best.
     `share_from`: tokens of a common prefix from which a unified cache decodes 4 sequences faster than
-    streams; 0: never. `ranking`: all that was tried, the best first; `arithmetic`, with which all other
-    figures were taken, is the first of them that was allowed, or what caches have where nothing saves a tenth
-    of a hit against it. `hits`: what a hit took with each of the ranking. `measured`: the figures behind the
+    streams; 0: never. `ranking`: all measured numerics, the best first. `arithmetic`: the first of them that
+    was allowed, or those of existing caches where none saves a tenth of a hit against them; all other figures
+    were measured with it. `hits`: the time of a hit for each of `ranking`. `measured`: the figures behind the
     choices.
 
-    `tries`: how often it was measured; 0: by a release that didn't tell how sure it was. `doubts`: of figures
-    that can't be relied on, why. Where there are some, figures are the best of all tries. `depth`: how many
-    tokens were held where figures say so; another try holds as many, or more."""
+    `tries`: the number of measurements; 0: by a release that didn't report doubts. `doubts`: names of
+    doubtful figures, with the reasons. If there are any, figures are the best of all tries. `depth`: tokens
+    in the sequence, where a figure's name has a depth; another try uses as many or more."""
 
     arithmetic: Numerics
     threads: Annotated[int, Meta(ge=1, le=4096)]
@@ -105,19 +106,19 @@ class Tuning(Struct, frozen=True):
 
     @property
     def counts(self) -> bool:
-        """Whether it is to be run with; else there is to be another try."""
+        """Whether workers use the tuning; else another measurement is needed."""
         return not self.doubts or self.tries >= MOST_TRIES
 
     @property
     def is_final(self) -> bool:
-        """Whether there is nothing to be gained by another try."""
+        """Whether another measurement would gain nothing."""
         return self.is_sure or self.tries >= MOST_TRIES
 
     @property
     def doubt(self) -> str:
-        """The first of its doubts, for people; "" where there are none."""
+        """The first doubt in words; "" if there is none."""
         return next((f"{name}: {why}" for name, why in self.doubts.items()), "")
 
     def best(self, allowed: Numerics) -> Numerics | None:
-        """What measuring would choose; None where nothing that is allowed was tried."""
+        """The best allowed numerics; None if none of the allowed was measured."""
         return next((tried for tried in self.ranking if allowed.allows(tried)), None)

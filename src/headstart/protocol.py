@@ -1,6 +1,6 @@
-"""What crosses the socket between the server and a model's worker process: one page, all frozen.
+"""The messages between the server and a model's worker process: one page, all frozen.
 
-The engine speaks token ids and paths; text crosses only for one whose runtime takes nothing else. A request
+The engine handles token ids and paths; text crosses only for an engine whose runtime requires it. A request
 is one `Submit`, answered by any number of `Progress` and `Token` events and exactly one terminal event,
 `Finished` or `Failed`, also after `Cancel`; or one `Embed`, answered by `Vector` events and `Embedded` or
 `Failed`.
@@ -20,11 +20,11 @@ Source = Literal["none", "slot", "file"]
 
 class Sampling(Struct, frozen=True):
     """Sampling parameters of one request; `temperature` 0 is greedy. Penalties look back over the last
-    `repeat_last_n` tokens, the prompt's included, as in llama.cpp. `seed` None: a fresh one each time.
+    `repeat_last_n` tokens, the prompt's included, as in llama.cpp. `seed` None: a random one each time.
 
-    `logit_bias`: what is added to the logits of tokens. `ignore_eos`: no token that ends an answer is chosen.
-    `logprobs`: how many of the likeliest tokens are told with each token; None: not even its own probability.
-    `grammar`: what the answer must match, as llguidance writes it; "" for anything."""
+    `logit_bias`: values added to the logits of tokens. `ignore_eos`: tokens that end an answer are not
+    chosen. `logprobs`: the number of likeliest tokens reported with each token; None: not even the token's
+    own probability. `grammar`: an llguidance grammar that the answer must match; "": none."""
 
     temperature: float = 0.8
     top_p: float = 0.95
@@ -42,8 +42,9 @@ class Sampling(Struct, frozen=True):
 
 
 class RkllmSettings(Struct, frozen=True):
-    """What only the NPU's runtime knows. `library` and `abi` "", `cpus` and `cpu_mask` 0, `log_level` None:
-    found out, or by the machine. `sampling`: for all requests, where the runtime can't have it for each."""
+    """Settings of the NPU runtime. `library` and `abi` "", `cpus` and `cpu_mask` 0, `log_level` None:
+    detected, or chosen by the machine. `sampling`: for all requests, if the runtime doesn't accept it per
+    request."""
 
     library: str = ""
     abi: str = ""
@@ -55,16 +56,16 @@ class RkllmSettings(Struct, frozen=True):
 
 
 class EngineSettings(Struct, frozen=True):
-    """How a worker runs its model. For `slots` and `ctx` (tokens a slot) 0 means: by the model and the
-    machine. `share_from`: how many tokens sequences must have in common to be run in the pool; 0: never.
+    """How a worker runs its model. For `slots` and `ctx` (tokens per slot) 0 means: chosen by the model and
+    the machine. `share_from`: the number of common tokens from which sequences run in the pool; 0: never.
 
-    For `threads` and `prefill_chunk` 0, for the others None means: by `tuning`. Where there is none, the
-    worker measures if `tune` says so; else, or if measuring fails, it takes defaults. `conversions`: the
-    directory of converted weights and how the names of this model's begin; "": there can be none.
+    For `threads` and `prefill_chunk` 0, for the others None means: chosen by `tuning`. If there is none, the
+    worker measures if `tune` is set; else, or if measuring fails, it uses defaults. `conversions`: the
+    directory of converted weights and the common prefix of this model's file names; "": there can be none.
     `within_memory`: loading fails rather than take more memory than is available.
 
-    Of a measurement: `tried`: what earlier ones found that can't be relied on. `kept`: the arithmetic that
-    caches have, which is chosen unless another saves a tenth of a hit."""
+    For a measurement: `tried`: the doubtful results of earlier ones. `kept`: the numerics of existing caches,
+    which are chosen unless others save a tenth of a hit."""
 
     path: str
     slots: int
@@ -84,9 +85,9 @@ class EngineSettings(Struct, frozen=True):
 
 
 class StateRef(Struct, frozen=True):
-    """Where a verified state lies: `nbytes` at `offset` of the file at `path`, computed from `n_tokens`
-    tokens. `identity` is what was verified: (device, inode, size, mtime in
-    ns); the engine refuses a file that has another."""
+    """The place of a verified state: `nbytes` at `offset` of the file at `path`, computed from `n_tokens`
+    tokens. `identity` is that of the verified file: (device, inode, size, mtime in ns); the engine refuses a
+    file with another."""
 
     path: str
     offset: int
@@ -96,7 +97,7 @@ class StateRef(Struct, frozen=True):
 
 
 class SaveTo(Struct, frozen=True):
-    """Where a state is to be written: at `offset` of the file at `path`, which must exist."""
+    """The place to write a state to: `offset` of the file at `path`, which must exist."""
 
     path: str
     offset: int = 0
@@ -106,8 +107,8 @@ class SaveTo(Struct, frozen=True):
 
 
 class Begin(Struct, frozen=True, tag=True):
-    """Comes first, and once: a worker is started before it is known whether and how the model is to be
-    loaded."""
+    """The first message, sent once: a worker is started before it is known whether and how to load the
+    model."""
 
     settings: EngineSettings
 
@@ -115,21 +116,21 @@ class Begin(Struct, frozen=True, tag=True):
 class Submit(Struct, frozen=True, tag=True):
     """One sequence: prefill `tokens`, then generate up to `max_tokens`, or save the state.
 
-    `n`: so many answers, no more than there are slots, each as if it were a request of its own with the ids
-    from `id` on and, of seeds, with the numbers from `seed` on. The prompt is prefilled once for all of them;
-    until that is done cancelling one cancels all.
+    `n`: the number of answers, at most the number of slots. Each is as if it were a request of its own; their
+    ids count up from `id`, their seeds from `seed`. The prompt is prefilled once for all of them; until then,
+    cancelling one cancels all.
 
-    `boundary`: where prefill is cut so that the values don't depend on whether the first `boundary` tokens
-    were computed or restored; 0 for none, below the number of tokens unless nothing is generated. Of a state
-    in `restore` no more than `boundary` tokens are used. `shared`: `restore` is the state of another opening,
-    which has so many tokens in common with this one; it is used up to a place where both are cut, if the
-    model can cut states at all. None: it is this opening's own. `reuse=False`: every token is evaluated. What
-    is saved was prefilled, whatever was decoded before.
+    `boundary`: the position where prefill is cut, so that the values don't depend on whether the first
+    `boundary` tokens were computed or restored; 0 for none, below the number of tokens unless nothing is
+    generated. At most `boundary` tokens of the state in `restore` are used. `shared`: `restore` is the state
+    of another prefix, which has that many tokens in common with this one; it is used up to a place where both
+    are cut, if the model can cut states at all. None: it is this prefix's own state. `reuse=False`: every
+    token is evaluated. A saved state was prefilled, whatever was decoded before.
 
-    `owner`: for whom it is. What was computed for another is shared for the first `public` tokens only, which
-    everybody may know to have been computed.
+    `owner`: the owner of the request. The state of another owner is shared for the first `public` tokens
+    only, since everybody may know that these were computed.
 
-    `text`: what `tokens` were made from, where `ModelInfo.takes_text` says that the engine needs it.
+    `text`: the text of `tokens`, if the engine needs it (`ModelInfo.takes_text`).
     """
 
     id: int
@@ -148,7 +149,7 @@ class Submit(Struct, frozen=True, tag=True):
 
 
 class Embed(Struct, frozen=True, tag=True):
-    """The embeddings of some inputs, each of at least one token and no more than `embedding_tokens`."""
+    """Requests the embedding of each input; an input has from 1 to `embedding_tokens` tokens."""
 
     id: int
     inputs: list[list[int]]
@@ -165,21 +166,20 @@ Command = Begin | Submit | Embed | Cancel
 
 
 class ModelInfo(Struct, frozen=True):
-    """`n_ctx`: tokens a sequence may hold. `can_cut`: a state may be shortened to any prefix of its tokens.
-    `engine` and `settings` name what a saved state depends on besides the weights. `pool_tokens`: how many
-    tokens sequences with a common prefix may hold together; 0: there is no pool. `step_tokens`: prompt tokens
-    that can be evaluated at once, of several sequences.
+    """`n_ctx`: the most tokens of a sequence. `can_cut`: a state can be shortened to any prefix of its
+    tokens. `engine` and `settings`: everything that a saved state depends on besides the weights.
+    `pool_tokens`: the most tokens that sequences in the pool hold together; 0: there is no pool.
+    `step_tokens`: the most prompt tokens, of several sequences, that can be evaluated at once.
 
-    A state of n tokens takes at most `state_bytes` + n * `state_token_bytes` bytes; 0 for both: that isn't
-    known.
+    A state of n tokens takes at most `state_bytes` + n * `state_token_bytes` bytes; 0 for both: unknown.
 
-    `generates`: false for a model that only makes embeddings. These have `embedding_size` numbers; 0: there
-    are none. `embedding_tokens`: how many tokens may be embedded as one.
+    `generates`: false for a model that only makes embeddings. An embedding has `embedding_size` numbers; 0:
+    the model makes none. `embedding_tokens`: the most tokens of an input.
 
-    Of an engine whose runtime does more by itself: `takes_text`: prompts are given to it as text, too.
-    `state_files`: each state is a file that the runtime writes and reads alone. `counts_reuse`: it says what
-    it evaluated; else nobody can tell whether a state was used. `lacks`: parameters of requests that it
-    doesn't have. `sampling`: the same for all requests; None: each has its own."""
+    For an engine whose runtime does more by itself: `takes_text`: it needs prompts as text, too.
+    `state_files`: each state is a sidecar file that only the runtime writes and reads. `counts_reuse`: it
+    counts the evaluated tokens; else nobody knows whether a state was used. `lacks`: unsupported parameters
+    of requests. `sampling`: the parameters in force for all requests; None: each request has its own."""
 
     n_ctx: int
     slots: int
@@ -201,14 +201,14 @@ class ModelInfo(Struct, frozen=True):
 
 
 class Ready(Struct, frozen=True, tag=True):
-    """`tuning`: what the worker was told or has measured; None where it runs with defaults."""
+    """`tuning`: the received or measured one; None if the worker runs with defaults."""
 
     info: ModelInfo
     tuning: Tuning | None = None
 
 
 class LoadFailed(Struct, frozen=True, tag=True):
-    """`out_of_memory`: it would have taken more than is available."""
+    """`out_of_memory`: the model needs more memory than is available."""
 
     message: str
     out_of_memory: bool = False
@@ -216,8 +216,8 @@ class LoadFailed(Struct, frozen=True, tag=True):
 
 class Stats(Struct, frozen=True):
     """Counted by the engine, times in milliseconds. cached + evaluated = prompt tokens; `ttft_ms` is from
-    arrival in the worker to the first sampled token (or the computed state). Of a saved state: its size, and
-    its hash, taken before it was written."""
+    arrival in the worker to the first sampled token (or the computed state). `saved_bytes` and
+    `saved_blake3`: size and hash of a saved state, hashed before it was written."""
 
     prompt_tokens: int
     cached_tokens: int
@@ -243,8 +243,8 @@ class Progress(Struct, frozen=True, tag=True):
 
 
 class Token(Struct, frozen=True, tag=True):
-    """With the natural logarithms of its probability and of the likeliest tokens', where they were asked for;
-    they are the model's own, before penalties, temperature and whatever else chose it."""
+    """A generated token. `logprob` and `top`, if requested: the natural logarithms of its probability and of
+    those of the likeliest tokens, by the model alone, before penalties, temperature and other sampling."""
 
     id: int
     token: int
@@ -275,8 +275,8 @@ FailureKind = Literal["engine", "grammar", "memory", "storage", "storage_full", 
 
 
 class Failed(Struct, frozen=True, tag=True):
-    """`kind` "grammar": the one for the answer can't be followed. "died" is what the client says for a worker
-    that can't say anything any more."""
+    """`kind` "grammar": the answer's grammar can't be followed. "died" is reported by the client on behalf of
+    a worker that has ended."""
 
     id: int
     kind: FailureKind
@@ -287,7 +287,7 @@ RequestEvent = Progress | Token | Finished | Vector | Embedded | Failed
 
 
 class Step(Struct, frozen=True, tag=True):
-    """All events of one engine step, in order: one message a step, however many tokens it made."""
+    """All events of one engine step, in order: one message per step, however many tokens it has."""
 
     events: list[RequestEvent]
 

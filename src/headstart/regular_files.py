@@ -1,5 +1,5 @@
-"""Files that are files. A path may lead to anything: a pipe waits for ever for its writer, a device does what
-it does, a folder is open before it turns out that nothing can be read."""
+"""Opens regular files only. An untrusted path may lead to anything else: opening a pipe waits forever for its
+writer, opening a device may have side effects, and a folder opens but can't be read."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ LARGE = 1 << 30
 
 
 class NotAFile(OSError):
-    """What is at the path is no regular file."""
+    """The path does not lead to a regular file."""
 
 
 def opened(path: str | Path, *, follow: bool = False) -> BufferedReader:
-    """The regular file at the path, to be read; nothing else is opened, and nothing is waited for. A link is
-    taken for what it leads to only with `follow`. Raises OSError, which is NotAFile for anything else."""
+    """Opens the regular file at the path for reading, without blocking. Symbolic links are followed only with
+    `follow`. Raises OSError; NotAFile if the path leads to anything else."""
     look = os.stat if follow else os.lstat
     _check(path, look(path))
     extra = os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
@@ -27,7 +27,7 @@ def opened(path: str | Path, *, follow: bool = False) -> BufferedReader:
     def opener(name: str, flags: int) -> int:
         handle = os.open(name, flags | extra)
         try:
-            # It may have been exchanged meanwhile.
+            # The file may have been replaced since the first check.
             _check(path, os.fstat(handle))
         except BaseException:
             os.close(handle)
@@ -49,15 +49,15 @@ def read_text(path: str | Path, *, follow: bool = False) -> str:
 
 
 def check_written(file: BufferedReader) -> None:
-    """Raises OSError for a large file that is mostly holes: it can be as large as any disk, and take no room
-    on this one, but long to read."""
+    """Raises OSError for a large file that is mostly holes: it takes no disk space, but can take very long to
+    read."""
     size = os.fstat(file.fileno()).st_size
     if size > LARGE and 2 * _written(file.fileno()) < size:
         raise OSError(errno.EINVAL, "most of it was never written", str(file.name))
 
 
 def _written(handle: int) -> int:
-    """How many bytes of the file are not holes, as far as its file system tells."""
+    """The number of bytes of the file that are not holes, as far as its file system reports them."""
     at, written = 0, 0
     with suppress(OSError):
         while True:
@@ -77,7 +77,7 @@ def is_file(path: str | Path, *, follow: bool = False) -> bool:
 
 
 def shown(path: str | Path) -> str:
-    """The path as text that can be printed and sent, whatever bytes its names have."""
+    """The path as printable text, whatever bytes it has."""
     text = os.fsencode(path).decode(errors="backslashreplace")
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
 

@@ -1,4 +1,4 @@
-"""Things that wait, of several owners who take turns."""
+"""A queue in which several owners take turns."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ T = TypeVar("T")
 
 
 class RoundRobin(Generic[T]):
-    """Each owner's things are taken in their order, and no owner's second before every other's first."""
+    """Each owner's items leave in order, and no owner's second item before every other owner's first."""
 
     def __init__(self) -> None:
-        # Whose turn is next comes first; no queue in it is empty.
+        # In the order of turns; no queue in it is empty.
         self._queues: dict[str, deque[T]] = {}
 
     def __len__(self) -> int:
@@ -26,7 +26,7 @@ class RoundRobin(Generic[T]):
         self._queues.setdefault(owner, deque()).append(thing)
 
     def take(self) -> T:
-        """The next one. Raises StopIteration where there is none."""
+        """Removes and returns the next item. Raises StopIteration if there is none."""
         owner = next(iter(self._queues))
         queue = self._queues.pop(owner)
         thing = queue.popleft()
@@ -35,7 +35,7 @@ class RoundRobin(Generic[T]):
         return thing
 
     def remove(self, owner: str, thing: T) -> None:
-        """Does nothing where it waits no more."""
+        """Does nothing if the item isn't queued."""
         queue = self._queues.get(owner, deque())
         with suppress(ValueError):
             queue.remove(thing)
@@ -43,6 +43,6 @@ class RoundRobin(Generic[T]):
             self._queues.pop(owner, None)
 
     def last_of_longest(self) -> tuple[str, T]:
-        """The owner with the most things, and the last of them. There must be one."""
+        """The owner with the most items, and the last of them. The queue must not be empty."""
         owner = max(self._queues, key=self.count)
         return owner, self._queues[owner][-1]

@@ -1,4 +1,4 @@
-"""Token lists compared."""
+"""Comparison of token lists."""
 
 from __future__ import annotations
 

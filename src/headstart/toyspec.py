@@ -1,7 +1,7 @@
-"""What the toy model's tokenizer and engine must agree on, and how its fault switches are written.
+"""The vocabulary that the toy model's tokenizer and engine share, and the syntax of its switches.
 
 A toy model is named by a path such as `toy:template=fold,ms_per_token=2`. It needs no weights: its
-tokens are bytes, some merged ones and control tokens; what it predicts is a hash of its history.
+tokens are bytes, some merged ones and control tokens; its prediction is a hash of the history.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ N_VOCAB = EOS + 1 + len(GAP)
 
 @dataclass(frozen=True)
 class ToySpec:
-    """`load_ms` slows loading down, `ms_per_token` evaluation; `memory_mb` is what it says to take;
-    `can_cut=0` behaves like a recurrent model; `crash=decode` kills the process by a signal at its first
-    evaluation; `eos=0` never ends an answer by itself; `gap=1` knows the tokens of texts with a gap;
-    `weights` stands for the content of a weights file. The first `busy` measurements find the machine busy;
-    `attention=1`: measuring prefers flash attention, by a fifth."""
+    """`load_ms` slows down loading, `ms_per_token` evaluation; `memory_mb` is the memory that it claims to
+    need; `can_cut=0` behaves like a recurrent model; `crash=decode` kills the process by a signal at its
+    first evaluation; `eos=0` never ends an answer by itself; `gap=1` has the tokens of texts with a gap;
+    `weights` stands for the content of a weights file. The first `busy` measurements report a busy machine;
+    with `attention=1` flash attention measures a fifth faster."""
 
     template: str = "chatml"
     load_ms: float = 0.0
@@ -44,7 +44,7 @@ class ToySpec:
 
     @classmethod
     def parse(cls, path: str) -> ToySpec:
-        """Raises ValueError for a switch that does not exist."""
+        """Raises ValueError for an unknown switch."""
         kinds = {name: type(default) for name, default in asdict(cls()).items()}
         values: dict[str, object] = {}
         for item in filter(None, path.removeprefix(PREFIX).split(",")):

@@ -1,5 +1,5 @@
 """The engine: token ids in, token ids out, in a worker process of its own, one for each model.
 
-`client` runs in the server and speaks to `worker` over a socket; `loop`, `scheduler`, `sequence` and the
-models run in the worker only.
+`client` runs in the server and speaks to `worker` over a socket; `core` and the models run in the worker
+only.
 """

@@ -55,13 +55,13 @@ FAILURES = {
     "died": EngineDied,
 }
 
-# available: there is no worker, but one can be started.
+# "available": there is no worker, but one can be started.
 State = Literal["available", "loading", "ready", "failed"]
 
 
 class Running:
-    """A submitted request: iterate over its events, the last of them Finished, one for each of its `n`
-    answers, whose ids follow each other, or Embedded. Use it as a context manager: leaving it early cancels
+    """A submitted request, an iterator over its events. It ends after Embedded, or after one Finished for
+    each of its `n` answers, whose ids are consecutive. Use it as a context manager: leaving it early cancels
     the sequences, which then end within one engine step."""
 
     def __init__(self, first_id: int, n: int, engine: EngineClient) -> None:
@@ -75,7 +75,7 @@ class Running:
         self._events.put_nowait(event)
 
     def cancel(self, answer: int = 0) -> None:
-        """Asks for the end of one answer; Finished is still to come."""
+        """Requests the end of one answer; its Finished event still follows."""
         self.engine.cancel(self.id + answer)
 
     def __enter__(self) -> Running:
@@ -87,7 +87,7 @@ class Running:
             self.engine.cancel(open_id)
 
     async def __aiter__(self) -> AsyncIterator[RequestEvent]:
-        """Raises an error of the tree when one of the answers fails."""
+        """Raises a HeadstartError when one of the answers fails."""
         while self._open:
             event = await self._events.get()
             if isinstance(event, Finished | Embedded | Failed):
@@ -98,7 +98,7 @@ class Running:
 
 
 class EngineClient:
-    """One worker and its requests. `max_waiting` bounds the requests beyond those the slots can hold."""
+    """One worker and its requests. `max_waiting`: the most requests besides those in slots."""
 
     def __init__(self, name: str, settings: EngineSettings, max_waiting: int) -> None:
         self.name = name
@@ -126,13 +126,13 @@ class EngineClient:
         self._supervisor = asyncio.create_task(self._supervise(), name=f"engine {self.name}")
 
     def fail(self, reason: str) -> None:
-        """Says why no worker is to be started; `start` tries all the same."""
+        """Marks the model as failed without starting a worker; `start` can still be called."""
         self.state, self.failure = "failed", reason
         self._settled.set()
 
     async def wait_ready(self) -> ModelInfo:
-        """Returns when the model is loaded. Raises StartupError when it can't be or was closed, or
-        OutOfMemory where it was not to take more than there is."""
+        """Returns when the model is loaded. Raises StartupError if it can't be loaded or was closed,
+        OutOfMemory if `within_memory` is set and memory is short."""
         await self._settled.wait()
         if self.out_of_memory:
             raise OutOfMemory(self.failure)
@@ -153,7 +153,7 @@ class EngineClient:
             self._settled.set()
 
     def check_available(self) -> None:
-        """Raises Unavailable when a request could not be taken now."""
+        """Raises Unavailable if a request would not be accepted now."""
         if self.state == "failed":
             raise Unavailable(f"Model {self.name!r} can't run: {self.failure}")
         if self._writer is None or self.info is None or self.state != "ready":
@@ -162,8 +162,9 @@ class EngineClient:
             raise Overloaded("As many requests are running and waiting as may.")
 
     def submit(self, request: Submit | Embed) -> Running:
-        """Sends the request to the worker, giving it an `id`. Raises Unavailable when it can't be taken, and
-        BadRequest for what the model doesn't do or can't be sent; then no place in the queue is taken."""
+        """Sends the request to the worker with a new `id`. Raises Unavailable if it isn't accepted,
+        BadRequest if the model doesn't support it or it can't be encoded; then it takes no place in the
+        queue."""
         self.check_available()
         if isinstance(request, Submit) and self.info and not self.info.generates:
             raise BadRequest(
@@ -175,7 +176,7 @@ class EngineClient:
             self._write(frame(msgspec.structs.replace(request, id=running.id)))
         except Unsendable as error:
             raise BadRequest(f"The engine can't be sent this request: {error}.") from error
-        # Only what was sent is waited for.
+        # Registered only after it was sent: nothing waits for an unsent request.
         self._next_id += n
         self._requests |= dict.fromkeys(running.ids, running)
         return running
@@ -190,18 +191,18 @@ class EngineClient:
             self._write(frame(Cancel(request_id)))
 
     def _write(self, data: bytes) -> None:
-        """Raises EngineDied where nobody can read it, or will."""
+        """Raises EngineDied if no worker will read it."""
         writer = self._writer
         if writer is None or writer.is_closing():
             raise EngineDied(DIED)
         try:
             writer.write(data)
         except (OSError, RuntimeError) as error:
-            # Event loops differ in what they raise for a connection whose end they have just noticed.
+            # Event loops differ in the error they raise when they have just noticed the connection's end.
             raise EngineDied(DIED) from error
 
     async def _supervise(self) -> None:
-        """Runs one worker after the other, until it is cancelled or gives up; then the model has failed."""
+        """Runs one worker after the other, until cancelled, or until it gives up and the model is failed."""
         failures, loaded = 0, False
         while True:
             try:
@@ -209,7 +210,7 @@ class EngineClient:
             except OSError as error:
                 was_ready, self.failure = False, f"the worker process can't be started: {error}"
             except Exception as error:
-                # Whatever it is, nobody else would notice that no worker runs any more.
+                # Any exception: nobody else would notice that no worker runs any more.
                 log.exception("the worker of %s can't be run", self.name)
                 was_ready, self.failure = False, f"the worker process can't be run: {error}"
             failures = 0 if was_ready else failures + 1
@@ -222,8 +223,8 @@ class EngineClient:
             await asyncio.sleep(RESTART_SECONDS[failures])
 
     async def _run_worker(self) -> bool:
-        """Runs one worker process to its end; whether it had become ready. Its requests have all failed then,
-        however it ends. Raises OSError where it can't be started."""
+        """Runs one worker process to its end and returns whether it had become ready. However it ends, all
+        its requests have failed then. Raises OSError if it can't be started."""
         process, ours = await self.launcher.take()
         ready, reason = False, "it was stopped"
         try:
@@ -232,7 +233,7 @@ class EngineClient:
             async for message in messages(reader):
                 ready = self._dispatch(message) or ready
         except Garbled as error:
-            log.error("what the worker of %s sends can't be read: %s", self.name, error)
+            log.error("unreadable message from the worker of %s: %s", self.name, error)
             kill(process)
         finally:
             self._disconnect()
@@ -249,7 +250,7 @@ class EngineClient:
         match message:
             case Ready(info=info, tuning=tuning):
                 self.info, self.state, self.failure = info, "ready", ""
-                # A worker that takes this one's place need not measure again.
+                # A worker that replaces this one need not measure again.
                 self.settings = msgspec.structs.replace(self.settings, tuning=tuning)
                 self._settled.set()
                 return True

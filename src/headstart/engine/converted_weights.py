@@ -1,5 +1,5 @@
-"""Files of converted weights: `<directory>/<source>-q8_0-<hash>.gguf`. The name says what a file was made
-from and what it must contain (its BLAKE3), so that one that is damaged or was never finished is not used.
+"""Files of converted weights: `<directory>/<source>-q8_0-<hash>.gguf`. The name has the SHA-256 of the source
+and the BLAKE3 hash of the content, so that a damaged or unfinished file is not used.
 
 `conversions` is `<directory>/<source>`: the directory, and the first part of the names.
 """
@@ -19,10 +19,10 @@ from headstart.regular_files import is_file
 
 log = logging.getLogger(__name__)
 
-# No model can have this name, so it is never a model's directory of caches.
+# No model can have this name, so no namespace has this directory.
 DIRECTORY = ".weights"
 HASH_DIGITS = 32
-# Always the same name: whatever interrupts a conversion, no more than one is left.
+# Always the same name, so that interrupted conversions leave one file at most.
 SCRATCH = ".unfinished.gguf"
 
 
@@ -31,15 +31,15 @@ def conversions_of(source_sha256: str, cache_dir: Path) -> str:
 
 
 def found(conversions: str) -> list[Path]:
-    """What there is, unverified."""
+    """The existing files, unverified."""
     start = Path(conversions)
     paths = sorted(start.parent.glob(f"{start.name}-q8_0-*.gguf")) if conversions else []
     return [path for path in paths if is_file(path)]
 
 
 def obtain(conversions: str, make: Callable[[Path], None]) -> Path:
-    """The file, verified; where there is none that fits its name, `make` writes it. Raises OSError, and what
-    `make` raises."""
+    """The verified file; `make` writes it if no file has the hash in its name. Raises OSError, and the errors
+    of `make`."""
     directory = Path(conversions).parent
     with _locked(directory):
         for path in found(conversions):
@@ -62,14 +62,15 @@ def obtain(conversions: str, make: Callable[[Path], None]) -> Path:
 
 
 def discard(conversions: str) -> None:
-    """Deletes the files. Whoever runs with one of them goes on doing so."""
+    """Deletes the files. A process that has one of them open can still use it."""
     for path in found(conversions):
         path.unlink(missing_ok=True)
 
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """One process at a time: two models may have the same weights, and a doctor measure beside a server."""
+    """Admits one process at a time: two models may have the same weights, and `headstart doctor` may measure
+    while a server runs."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     try:

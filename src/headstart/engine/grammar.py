@@ -1,8 +1,8 @@
-"""Grammars of answers: which tokens an answer may go on with, so that it will match.
+"""Grammars: the tokens that may follow in an answer that has to match.
 
 They are llguidance's: a JSON schema, a regular expression or a Lark grammar, compiled for the tokens of one
-model. A grammar may ask for more time or memory than there is: LIMITS bound what one step may take,
-`engine/checking.py` what compiling does.
+model. A grammar may need unbounded time or memory: LIMITS bound the work of a step, `engine/grammar_check.py`
+that of compiling.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-# A step that takes all of its fuel takes 14 ms; the worst one found took 0.4 s, and ended its request. A
+# A step that uses all its fuel takes 14 ms; the worst one found took 0.4 s, and ended its request. A lexer
 # state takes some 700 bytes.
 LIMITS = LLParserLimits(
     initial_lexer_fuel=500_000, max_lexer_states=100_000, max_grammar_size=100_000, verbose_errors=False
@@ -25,7 +25,7 @@ Tokens = np.ndarray[Any, np.dtype[np.intp]]
 
 
 class GrammarError(Exception):
-    """A grammar can't be compiled, or asks for more than a step may take. `fault`: why."""
+    """A grammar can't be compiled, or exceeds the limits of a step. `fault`: the reason."""
 
     def __init__(self, fault: str) -> None:
         super().__init__(f"The grammar of the answer can't be followed: {fault}")
@@ -33,7 +33,7 @@ class GrammarError(Exception):
 
 
 class Matcher:
-    """What one answer may go on with. All of it raises GrammarError."""
+    """The position of one answer in its grammar. All methods raise GrammarError."""
 
     def __init__(self, matcher: LLMatcher, n_vocab: int) -> None:
         self.matcher = matcher
@@ -41,12 +41,12 @@ class Matcher:
         self.mask = np.zeros((n_vocab + 31) // 32, dtype=np.int32)
 
     def allows(self, token: int) -> bool:
-        """Whether it may come next; takes much less time than finding all that may."""
+        """Whether the token may come next; much faster than `allowed`."""
         return self.matcher.validate_tokens([token]) == 1
 
     def allowed(self) -> Tokens:
-        """The tokens that may come next, in their order; never none. Where the answer may end, all that end
-        one are among them."""
+        """The tokens that may come next, in ascending order; never empty. If the answer may end, all tokens
+        that end an answer are among them."""
         self.matcher.unsafe_compute_mask_ptr(self.mask.ctypes.data, self.mask.nbytes)
         self._check()
         bits = np.unpackbits(self.mask.view(np.uint8), bitorder="little", count=self.n_vocab)
@@ -56,7 +56,7 @@ class Matcher:
         return allowed
 
     def accept(self, token: int) -> None:
-        """The token, one of those allowed, has been chosen."""
+        """Advances by the chosen token, which must be allowed."""
         self.matcher.consume_token(token)
         self._check()
 
@@ -65,19 +65,19 @@ class Matcher:
             raise GrammarError(reason(self.matcher.get_error()))
 
     def copy(self) -> Matcher:
-        """A matcher for another answer that has begun alike. Both share what one of them finds out, and the
-        limit of the states that this takes."""
+        """A matcher for another answer with the same tokens so far. Both share their lexer states, and the
+        limit on these."""
         return Matcher(self.matcher.deep_copy(), self.n_vocab)
 
     @property
     def ended(self) -> bool:
-        """Whether the answer is complete, and nothing but its end can follow."""
+        """Whether the answer is complete and nothing can follow."""
         return self.matcher.is_stopped()
 
 
 class Grammars:
-    """Compiles grammars for one model. `tokenizer` makes what they are compiled for, which takes a large part
-    of a second, when it is needed first."""
+    """Compiles grammars for one model. `tokenizer` is called at the first grammar, and takes a large part of
+    a second."""
 
     def __init__(self, tokenizer: Callable[[], LLTokenizer]) -> None:
         self._make_tokenizer = tokenizer
@@ -101,8 +101,8 @@ def compiled(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
 
 
 def reason(error: str) -> str:
-    """What is wrong, without what only its developers can use."""
+    """The error message of llguidance without the parts for its developers, cut after 500 characters."""
     text = error.replace("<non-verbose/>", "").strip().replace("NoExtensionBias", "nothing can match it")
-    # An option that requests don't have.
+    # Requests don't have this option.
     text = text.replace("Enable 'coerce_one_of' option to approximate oneOf with anyOf", "Use anyOf")
     return text if len(text) <= 500 else text[:500] + "..."

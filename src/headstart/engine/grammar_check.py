@@ -1,10 +1,10 @@
-"""A process that says whether grammars compile: `python -m headstart.engine.grammar_check`.
+"""A process that checks whether grammars compile: `python -m headstart.engine.grammar_check`.
 
-Reads questions from its standard input, `[grammar, seconds]` in JSON on a line, and answers each with a line:
-the reason why the grammar can't be used, "" for none, or the number of the signal that ended the check.
+It reads one JSON line per question from standard input, `[grammar, seconds]`, and answers each with a JSON
+line: the reason why the grammar can't be used, "" for none, or the number of the signal that ended the check.
 
 A grammar can make the compiler run for hours, take all memory or overflow its stack. So each is compiled in a
-fork of this process, which ends by its own limits; the next one need not wait for a new start.
+fork of this process, which its limits end; the next one need not wait for a new start.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 from headstart.engine.grammar import LIMITS, STACK_BYTES, GrammarError, Matcher, compiled, reason
 
 MEMORY_BYTES = 4 << 30
-# However busy the machine is. What hangs uses no processor time.
+# Clock time, for a check that hangs without using processor time; long enough for a busy machine.
 REAL_SECONDS = 60
-# Who takes longer than this is not to hold up the engine.
+# Checks that may take longer than this run at a lower priority, so as not to delay the engine.
 NICE_FROM_SECONDS = 1.0
 END = 256
 
 
 class Bytes:
-    """A vocabulary of single bytes: the least that a grammar can be compiled for."""
+    """A vocabulary of single bytes, the smallest that a grammar can be compiled for."""
 
     eos_token_id = END
     bos_token_id = None
@@ -46,8 +46,8 @@ class Checker:
         self.tokenizer = LLTokenizer(TokenizerWrapper(Bytes()))
 
     def fault(self, grammar: str) -> str:
-        """Why the grammar can't be used, "" where that isn't known. Tokens that it names are a model's, which
-        says more when it compiles the grammar itself."""
+        """The reason why the grammar can't be used; "" if there is none, or if it is unknown: a grammar may
+        name tokens of a model, and fail only when the worker compiles it."""
         failed, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=LIMITS)
         if failed:
             return reason(messages[0])
@@ -61,7 +61,7 @@ class Checker:
 
     def answer(self, grammar: str, seconds: float) -> str | int:
         """The fault that a fork of this process finds in `seconds` of processor time; else the signal that
-        ended it, SIGABRT where it ended in another way."""
+        ended the fork, SIGABRT if it ended in another way."""
         reading, writing = os.pipe()
         child = os.fork()
         if not child:
@@ -76,13 +76,13 @@ class Checker:
         return str(json.loads(found)) if found else int(signal.SIGABRT)
 
     def _check(self, grammar: str, seconds: float, writing: int) -> None:
-        """Does not return."""
+        """Runs in the fork; does not return."""
         try:
             if seconds >= NICE_FROM_SECONDS:
                 os.nice(5)
             _limit(resource.RLIMIT_AS, MEMORY_BYTES)
             signal.alarm(REAL_SECONDS)
-            # Of the processor's time, so that a busy machine makes nothing a fault; its signal ends the fork.
+            # Processor time, so that a busy machine causes no faults; its signal ends the fork.
             signal.setitimer(signal.ITIMER_PROF, seconds)
             thread = threading.Thread(
                 target=lambda: os.write(writing, json.dumps(self.fault(grammar)).encode())

@@ -1,4 +1,4 @@
-"""Which model a path names, and whether it works."""
+"""Selects the implementation of a model by its path."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from headstart.toyspec import ToySpec
 
 
 def load(settings: EngineSettings) -> Model:
-    """Loads the model named by `settings.path` and evaluates one token, so that a broken native build fails
-    here and not at the first request. Raises ModelError."""
+    """Loads the model at `settings.path` and evaluates one token, so that a broken native build fails here
+    and not at the first request. Raises ModelError."""
     model = _load(settings)
     model.evaluate([Piece(0, 0, [0], sample=True)])
     model.clear(0)
@@ -20,13 +20,13 @@ def load(settings: EngineSettings) -> Model:
 
 
 def prepare(path: str) -> None:
-    """Imports what loading the model will take."""
+    """Imports the libraries that loading the model needs."""
     if not (ToySpec.matches(path) or is_rkllm(path)):
         import headstart.engine.llama.model  # noqa: F401
 
 
 def only_embeds(path: str) -> bool:
-    """Whether the model's file says that it can't generate text."""
+    """Whether the model makes embeddings only, by its file."""
     if ToySpec.matches(path):
         return False
     from headstart.engine.llama.gguf import only_embeds
@@ -35,9 +35,9 @@ def only_embeds(path: str) -> bool:
 
 
 def engine_version(path: str) -> str:
-    """What computes the states of this model, as its ModelInfo says it; nothing is loaded to tell."""
+    """The `engine` of the model's ModelInfo, without loading anything; without the version for NPU models."""
     if is_rkllm(path):
-        # Only its library knows.
+        # Only the library knows its version.
         return "rkllm"
     return "toy" if ToySpec.matches(path) else f"llama-cpp-python {version('llama-cpp-python')}"
 

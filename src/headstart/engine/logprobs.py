@@ -1,4 +1,4 @@
-"""What a model thinks of the tokens it might go on with."""
+"""Probabilities of the next token."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-# Of each token of the vocabulary the natural logarithm of its probability; float32.
+# The natural logarithm of each token's probability; float32.
 Logprobs = npt.NDArray[np.float32]
 
 

@@ -1,4 +1,4 @@
-"""What the engine asks of a model. Two are real: `llama` (llama.cpp) and `toy`."""
+"""The interface between engine and model. Implementations: `llama` (llama.cpp) and `toy`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from headstart.engine.grammar import Grammars, Matcher
 from headstart.engine.logprobs import Logprobs
 from headstart.protocol import ModelInfo, Sampling
 
-# Room in a step for the prompt tokens of several short prompts, however small the chunks are.
+# A step has room for at least this many prompt tokens, for several short prompts, however small the chunks
+# are.
 LEAST_STEP_TOKENS = 96
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """`tokens` to evaluate at positions `start`... of sequence `seq`; `sample`: the last one's logits are
-    wanted."""
+    """`tokens` to evaluate from position `start` of sequence `seq` on; `sample`: compute the logits of the
+    last one."""
 
     seq: int
     start: int
@@ -34,8 +35,8 @@ class TooLarge(ModelError):
 
 
 class Sampler(Protocol):
-    """Chooses tokens for one sequence; remembers what it chose, for penalties and the random stream.
-    `ended`: what it chose is complete by its grammar, and nothing may follow."""
+    """Chooses tokens for one sequence; remembers its choices, for penalties and the random stream. `ended`:
+    the answer is complete by its grammar, and nothing may follow."""
 
     @property
     def ended(self) -> bool: ...
@@ -44,26 +45,26 @@ class Sampler(Protocol):
 
 
 class Embedder(Protocol):
-    """Makes embeddings, one at a time, in memory of its own. `whole`: an input can't be evaluated in
+    """Computes embeddings, one at a time, in memory of its own. `whole`: an input can't be evaluated in
     pieces."""
 
     whole: bool
 
     def clear(self) -> None:
-        """Forgets what was evaluated; must have been called before another input, and after a failure."""
+        """Forgets the evaluated tokens; call it before each input, and after a failure."""
 
     def evaluate(self, start: int, tokens: Seq[int]) -> None:
         """Evaluates the input's tokens from position `start` on. Raises ModelError."""
 
     def vector(self) -> bytes:
-        """The embedding of what was evaluated: float32, little-endian, of length 1. Raises ModelError where
+        """The embedding of the evaluated tokens: float32, little-endian, of length 1. Raises ModelError if
         there is none."""
 
 
 class Model(Protocol):
     """A loaded model with room for `info.slots` sequences of `info.n_ctx` tokens, numbered from 0, each with
-    a KV stream of its own. Where `info.pool_tokens` is not 0 there is also a pool: that many KV cells shared
-    by sequences numbered from `info.slots`, as many as there are slots and one more.
+    a KV stream of its own. If `info.pool_tokens` is not 0, there is also a pool: that many KV cells, shared
+    by `info.slots` + 1 sequences numbered from `info.slots`.
 
     After a failed `evaluate` the sequences of its pieces hold unknown values and must be cleared.
     """
@@ -72,19 +73,19 @@ class Model(Protocol):
     grammars: Grammars
 
     def evaluate(self, pieces: Seq[Piece]) -> None:
-        """Computes the KV values of all pieces in one batch: sequences of the pool only, or none of them.
+        """Computes the KV values of all pieces in one batch. Either all sequences are in the pool, or none.
         Raises ModelError."""
 
     def sampler(self, sampling: Sampling, history: Seq[int], matcher: Matcher | None = None) -> Sampler:
-        """A sampler for a sequence whose prompt is `history`. With a `matcher`, which is its own from then
-        on, it chooses what this allows."""
+        """A sampler for a sequence whose prompt is `history`. With a `matcher`, which it then owns, it
+        chooses among the tokens that this allows."""
 
     def sample(self, row: int, sampler: Sampler) -> int:
-        """The next token of piece number `row` of the last `evaluate`, which must have said `sample`.
-        Raises GrammarError."""
+        """The token after piece number `row` of the last `evaluate`; the piece must have `sample` set. Raises
+        GrammarError."""
 
     def logprobs(self, row: int) -> Logprobs:
-        """What the model itself thinks of all tokens in that place."""
+        """The logarithmic probabilities of all tokens after piece number `row`, by the model alone."""
 
     def is_end(self, token: int) -> bool:
         """Whether the token ends an answer."""
@@ -93,22 +94,22 @@ class Model(Protocol):
         """Forgets the sequence."""
 
     def cut(self, seq: int, n_tokens: int) -> bool:
-        """Keeps the first `n_tokens` tokens only; False, leaving unknown values, where that can't be done."""
+        """Keeps the first `n_tokens` tokens only; False, leaving unknown values, if that is impossible."""
 
     def copy(self, source: int, seq: int, n_tokens: int) -> bool:
         """Fills a cleared sequence with the first `n_tokens` tokens of another; False, leaving unknown
-        values, where that can't be done. Within the pool both then use the same cells."""
+        values, if that is impossible. Within the pool both then use the same cells."""
 
     def settle(self, seq: int) -> None:
-        """Puts what the sequence holds where restoring its state would put it, so that what follows is
-        computed in the same order. Raises ModelError, leaving unknown values."""
+        """Moves the sequence's cells to where a restore of its state would place them, so that later tokens
+        are computed in the same order. Raises ModelError, leaving unknown values."""
 
     def save(self, seq: int) -> memoryview:
-        """A copy of the sequence's state, which any sequence can be restored from. Raises ModelError."""
+        """A copy of the sequence's state, from which any sequence can be restored. Raises ModelError."""
 
     def restore(self, seq: int, memory: memoryview, start: int, end: int) -> bool:
         """Fills a cleared sequence from the state at `start` to `end` of `memory`; False, leaving unknown
-        values, if it doesn't fit. The state and what lies before it may be overwritten."""
+        values, if it doesn't fit. The state and the bytes before it may be overwritten."""
 
     def embedder(self) -> Embedder:
-        """Takes memory when it is made. Raises ModelError; TooLarge where there is too little."""
+        """Creates an embedder, which takes memory at once. Raises ModelError; TooLarge if memory is short."""

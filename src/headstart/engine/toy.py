@@ -28,12 +28,12 @@ from headstart.toyspec import BOS, CONTROL, EOS, GAP, MERGES, N_BYTES, N_VOCAB, 
 DEFAULT_SLOTS = 4
 EMBEDDING_SIZE = 16
 LETTERS = b"etaoinshrdlucmfwypvbgkjqxz  \n"
-# What it writes every other time where a grammar allows it, so that texts, lists and answers come to an end.
+# Chosen every other time if a grammar allows them, so that texts, lists and answers end.
 CLOSING = (EOS, ord('"'), ord("}"), ord("]"))
 
 
 class ToyVocabulary:
-    """Its tokens, as grammars are compiled for them."""
+    """The toy model's tokens in the form that grammars are compiled for."""
 
     eos_token_id, bos_token_id = EOS, BOS
     tokens = (*(bytes([i]) for i in range(N_BYTES)), *MERGES, *(name.encode() for name in CONTROL | GAP))
@@ -43,7 +43,7 @@ class ToyVocabulary:
         return list(text)
 
 
-# Tokens that the toy thinks of as the next one, each half as likely as the one before.
+# The number of candidates for the next token, each half as likely as the one before.
 CANDIDATES = 32
 UNLIKELY = -30.0
 
@@ -117,7 +117,7 @@ class ToyModel:
             embedding_tokens=n_ctx,
         )
         self.histories: list[list[int]] = [[] for _ in range(2 * slots + 1)]
-        # How many tokens of its history a sequence of the pool shares with the one it was copied from.
+        # The number of tokens that a sequence of the pool shares with the one it was copied from.
         self.shared = [0] * len(self.histories)
         self.rows: list[list[int]] = []
         self.grammars = Grammars(lambda: LLTokenizer(TokenizerWrapper(ToyVocabulary())))
@@ -169,7 +169,7 @@ class ToyModel:
         return scores
 
     def _candidates(self, row: int, salt: int) -> Iterator[int]:
-        """What may come next, the likeliest first, some of it more than once."""
+        """Candidates for the next token, the likeliest first; some may occur more than once."""
         code = self._code(row, salt)
         while True:
             if self.spec.eos and code % 61 == 0:

@@ -1,5 +1,5 @@
-"""What measuring asks of a model; `engine/llama/trial.py` is the real one, tests have others whose costs are
-known. Which tokens are evaluated is theirs to choose: only the time counts."""
+"""The interface between measuring and a model. `engine/llama/trial.py` implements it; tests have
+implementations of known cost. Implementations choose the tokens to evaluate: only the time counts."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class TrialShape:
-    """Room for `sequences` sequences of `tokens` tokens each, with a KV stream for each or (not `streams`) in
-    one cache that holds `tokens` in all; up to `batch` tokens evaluated at once."""
+    """A context with `sequences` sequences: each with a KV stream of `tokens` tokens or, without `streams`,
+    all in one cache of `tokens` tokens. At most `batch` tokens are evaluated at once."""
 
     sequences: int
     tokens: int
@@ -33,23 +33,24 @@ class TrialShape:
 
 
 class Trial(Protocol):
-    """A context of its own, to be timed."""
+    """A context to be timed."""
 
     def evaluate(self, spans: Sequence[Span]) -> float:
-        """Evaluates all spans in one call, wanting the last logits of each; the milliseconds it took. Raises
-        ModelError."""
+        """Evaluates all spans in one call, with the last logits of each, and returns the milliseconds it
+        took. Raises ModelError."""
 
     def set_threads(self, n: int) -> None: ...
 
     def cut(self, seq: int, n_tokens: int) -> bool:
-        """Keeps the first `n_tokens` tokens, 0 always being possible; False, changing nothing, where a state
-        can't be cut."""
+        """Keeps the first `n_tokens` tokens; False, changing nothing, if the state can't be cut there. 0 is
+        always possible."""
 
     def share(self, source: int, seq: int) -> None:
-        """Without streams: an empty sequence uses all cells of another."""
+        """Lets the empty sequence `seq` use all cells of `source`; only without streams."""
 
     def save(self, seq: int) -> Any:
-        """The sequence's state, for any trial of the same model and flash attention, whatever its weights."""
+        """The sequence's state, usable in any trial of the same model and flash attention, with any
+        weights."""
 
     def restore(self, seq: int, state: Any) -> None:
         """Fills an empty sequence. Raises ModelError."""
@@ -59,14 +60,14 @@ class Trial(Protocol):
 
 
 class Trials(Protocol):
-    """A model to be tried. `can_share`: its sequences can use the same cells. `weights`: the formats there
-    are, the file's own first. `watch`: sees what else the machine does."""
+    """A model to be measured. `can_share`: sequences can use the same cells. `weights`: the available
+    formats, the file's own first. `watch`: observes other load on the machine."""
 
     watch: Watch
     can_share: bool
     weights: Sequence[Weights]
 
     def trial(self, shape: TrialShape) -> Trial:
-        """Raises ModelError when there can't be such a context."""
+        """Creates a context. Raises ModelError if that is impossible."""
 
     def close(self) -> None: ...

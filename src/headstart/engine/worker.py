@@ -1,7 +1,7 @@
 """The worker process of one model: `python -m headstart.engine.worker FD PATH`.
 
-It loads nothing until its settings come, which is not before the prompt process could read the model's file.
-It lives as long as its socket: when the server goes away, however that happens, so does the worker.
+It loads no model until it receives its settings, which the server sends once the prompt process has read the
+model's file. It ends when its socket closes, however the server ended.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class Worker:
     engine: Engine | RkllmEngine
 
     def __init__(self, channel: socket.socket) -> None:
-        """Raises ModelError; EOFError when the channel is closed meanwhile."""
+        """Waits for the settings and loads the model. Raises ModelError; EOFError if the channel is closed
+        meanwhile."""
         self.channel = channel
         self.frames: Frames[Command] = Frames(Command)
         settings = self._settings()
@@ -51,7 +52,7 @@ class Worker:
     def _settings(self) -> EngineSettings:
         while True:
             for command in self.frames.feed(self._received()):
-                # Nothing else is sent before this was answered.
+                # The server sends nothing else before Ready.
                 assert isinstance(command, Begin)
                 return command.settings
 
@@ -65,7 +66,8 @@ class Worker:
         self.channel.sendall(frame(message))
 
     def run(self) -> None:
-        """Steps while there is work, sleeps while there is none, ends when the server closes the socket."""
+        """Steps while there is work, sleeps while there is none, returns when the server closes the
+        socket."""
         try:
             while True:
                 for key, _ in self.selector.select(0 if self.engine.busy else None):
@@ -81,7 +83,7 @@ class Worker:
 
 
 def _llama(settings: EngineSettings, wake: Wake, channel: socket.socket) -> tuple[Engine, Ready]:
-    """Raises ModelError, or EOFError when the channel is closed meanwhile."""
+    """Raises ModelError, or EOFError if the channel is closed meanwhile."""
     tuning = find_tuning(settings, channel)
     settings = settled(settings, tuning)
     model = load(settings)
@@ -106,13 +108,14 @@ def _cuts(settings: EngineSettings) -> Chunking:
 
 
 def main() -> None:
-    # The server decides when to stop: a Ctrl-C reaches the whole group, but requests are drained first.
+    # The server decides when to stop: a Ctrl-C reaches the whole process group, but requests are drained
+    # first.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(level=os.environ.get("HEADSTART_LOG_LEVEL", "WARNING").upper())
     channel = socket.socket(fileno=int(sys.argv[1]))
     with suppress(Exception):
-        # Loading says what is wrong with the engine.
+        # Loading fails in the same way, and reports the error.
         prepare(sys.argv[2])
     try:
         worker = Worker(channel)
@@ -123,7 +126,7 @@ def main() -> None:
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
     worker.run()
-    # Native destructors have nothing left to save, and crash now and then; the memory goes with the process.
+    # Skips native destructors: they have nothing to save, and crash now and then.
     os._exit(0)
 
 

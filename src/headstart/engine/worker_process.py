@@ -1,4 +1,4 @@
-"""A model's worker process, seen from the server: how it is started, read, ended, and what its end means."""
+"""The server's side of a worker process: starts it, reads its messages, ends it, and explains its exit."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ CRASHES = ("SIGILL", "SIGSEGV", "SIGBUS", "SIGABRT", "SIGFPE")
 
 
 async def started(path: str) -> tuple[asyncio.subprocess.Process, socket.socket]:
-    """A worker process for the model at `path`, and this side's end of its socket. Raises OSError."""
+    """Starts a worker process for the model at `path`; also returns the server's end of its socket. Raises
+    OSError."""
     ours, theirs = socket.socketpair()
     try:
         process = await asyncio.create_subprocess_exec(
-            # -P: what lies in the current folder is no part of the program.
+            # -P: don't import modules from the current folder.
             *(sys.executable, "-P", "-m", "headstart.engine.worker", str(theirs.fileno()), path),
             pass_fds=[theirs.fileno()],
             stdin=asyncio.subprocess.DEVNULL,
@@ -40,7 +41,7 @@ async def started(path: str) -> tuple[asyncio.subprocess.Process, socket.socket]
 
 
 async def connected(ours: socket.socket) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """The socket as streams, which own it from now on. Raises OSError."""
+    """The socket as streams, which then own it. Raises OSError."""
     try:
         return await asyncio.open_connection(sock=ours)
     except BaseException:
@@ -49,9 +50,9 @@ async def connected(ours: socket.socket) -> tuple[asyncio.StreamReader, asyncio.
 
 
 async def messages(reader: asyncio.StreamReader) -> AsyncIterator[WorkerMessage]:
-    """What the worker sends until its end. Raises Garbled."""
+    """The worker's messages until its end. Raises Garbled."""
     frames: Frames[WorkerMessage] = Frames(WorkerMessage)
-    # A reset, or a broken pipe where the end was noticed while something was sent: the end, in any case.
+    # A reset, or a broken pipe if a send noticed the end: the worker has ended in any case.
     with suppress(OSError):
         while data := await reader.read(READ_BYTES):
             for message in frames.feed(data):
@@ -59,8 +60,8 @@ async def messages(reader: asyncio.StreamReader) -> AsyncIterator[WorkerMessage]
 
 
 async def ended(process: asyncio.subprocess.Process) -> int:
-    """The worker leaves by itself when its socket closes, after the step it is in. It is not waited for
-    longer than 10 seconds, nor by whoever is cancelled."""
+    """Waits for the worker's end and returns its exit status. The worker ends by itself when its socket
+    closes, after its current step; it is killed after 10 seconds, or at once if the caller is cancelled."""
     try:
         return await asyncio.wait_for(asyncio.shield(process.wait()), 10)
     except TimeoutError:
@@ -72,15 +73,16 @@ async def ended(process: asyncio.subprocess.Process) -> int:
 
 
 def kill(process: asyncio.subprocess.Process) -> None:
-    """Ends it at once, if it hasn't ended."""
+    """Kills the process if it is still running."""
     with suppress(ProcessLookupError):
         process.kill()
 
 
 def worker_environment() -> dict[str, str]:
-    """OpenMP's threads wait for each other by spinning, by default so long that a second busy process on the
-    same CPUs makes decoding tens of times slower. Huge pages make it quick to clear a KV cache at the start.
-    (Figures for both in docs/architecture.md.) What the user has set is kept."""
+    """The environment of workers; variables set by the user are kept. OpenMP's threads wait for each other by
+    spinning, by default so long that a second busy process on the same CPUs makes decoding tens of times
+    slower. Huge pages make it quick to clear a KV cache at the start. Figures for both:
+    docs/architecture.md."""
     ours = {"GLIBC_TUNABLES": HUGE_PAGES}
     if "OMP_WAIT_POLICY" not in os.environ:
         ours["GOMP_SPINCOUNT"] = SPIN_COUNT
@@ -88,7 +90,7 @@ def worker_environment() -> dict[str, str]:
 
 
 def explain_exit(code: int, path: str) -> str:
-    """What the end of the worker of the model at `path` means, in words."""
+    """Explains in words why the worker of the model at `path` ended."""
     if code >= 0:
         return f"the worker process exited with status {code}"
     name = signal_name(-code)

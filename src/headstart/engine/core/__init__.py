@@ -1,1 +1,1 @@
-"""The engine loop: scheduling, sequences, state, independent of what evaluates tokens."""
+"""The engine loop: scheduling, sequences, state I/O; independent of the model behind it."""

@@ -1,4 +1,4 @@
-"""What the scheduler asks of the engine."""
+"""The actions that the scheduler requests from the engine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from headstart.engine.core.sequence import Sequence, Slot
 from headstart.protocol import StateRef
 
-# Where a slot's first tokens come from: a file, another slot, or (None) what it holds already.
+# The source of a slot's first tokens: a file, another slot, or (None) the slot itself.
 Origin = StateRef | Slot | None
 
 
@@ -23,7 +23,7 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Fill:
-    """Let the pool's trunk hold `tokens`, which `origin` begins with."""
+    """Load `tokens`, with which `origin` begins, into the pool's shared prefix slot (`trunk`)."""
 
     trunk: Slot
     tokens: list[int]
@@ -32,15 +32,15 @@ class Fill:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """Forget what an idle seat of the pool holds."""
+    """Clear an idle pool slot (`seat`)."""
 
     seat: Slot
 
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """Let a sequence go on in `slot` with all that `origin` holds: its own place until now, or one that holds
-    the same."""
+    """Continue a sequence in `slot` with all tokens of `origin`: its present slot, or one with the same
+    tokens."""
 
     sequence: Sequence
     slot: Slot

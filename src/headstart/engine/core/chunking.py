@@ -1,7 +1,7 @@
-"""Where prefill is cut into chunks: at the same places, however a prompt came to its state.
+"""Cuts prefill into chunks: at the same places, whether a prefix was computed or restored.
 
 llama.cpp's results may differ in the last bits with the number of tokens in a batch. So the cuts are a
-function of the position alone, and not of what else is running.
+function of the position alone, not of other load.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ SMALLEST = 4
 
 @dataclass(frozen=True, slots=True)
 class Chunking:
-    """Chunks of `chunk` tokens, halved (down to 4) until one takes at most `longest_ms`: evaluating n tokens
-    after d others is taken to cost pass_ms + n * (token_ms + (d + n) * attend_ms)."""
+    """Chunks of `chunk` tokens, halved (down to 4) until one takes at most `longest_ms`. The assumed cost of
+    n tokens after d others is pass_ms + n * (token_ms + (d + n) * attend_ms)."""
 
     chunk: int
     longest_ms: float = float("inf")
@@ -23,7 +23,7 @@ class Chunking:
     attend_ms: float = 0.0
 
     def cost(self, start: int, n_tokens: int) -> float:
-        """Milliseconds of prefilling `n_tokens` tokens after `start` others."""
+        """Milliseconds for prefilling `n_tokens` tokens after `start` others."""
         return self.pass_ms + n_tokens * (self.token_ms + (start + n_tokens) * self.attend_ms)
 
     def size(self, start: int) -> int:
@@ -33,14 +33,14 @@ class Chunking:
         return size
 
     def end(self, start: int, boundary: int, end: int) -> int:
-        """Where the chunk that starts at `start` ends: on a grid counted from 0 before the boundary and from
+        """The end of the chunk that starts at `start`: on a grid counted from 0 before the boundary and from
         the boundary after it, and never across the boundary or `end`."""
         base, limit = (0, min(boundary, end)) if start < boundary else (boundary, end)
         size = self.size(start)
         return min(base + ((start - base) // size + 1) * size, limit)
 
     def last(self, base: int, limit: int) -> int:
-        """The last cut of a prefill that begins at `base`, at or before `limit`."""
+        """The last cut at or before `limit` of a prefill that begins at `base`."""
         at = base
         while (following := self.end(at, base, limit + self.chunk)) <= limit:
             at = following

@@ -1,4 +1,4 @@
-"""Embeddings, made between the steps of what is being generated: a bounded part at a time."""
+"""Embeddings, computed in bounded parts between the steps of generation."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from headstart.engine.core.chunking import Chunking
 from headstart.engine.model import Embedder, Model, ModelError, TooLarge
 from headstart.protocol import Embed, Embedded, Failed, FailureKind, RequestEvent, Vector
 
-# Inputs evaluated in a step: each costs a pass over the weights, however short it is.
+# The most inputs per step: each costs a pass over the weights, however short it is.
 INPUTS_A_STEP = 4
 
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """A request of which `done` inputs have their vectors, and `computed` tokens of the next one are
-    evaluated."""
+    """A request: `done` inputs have their vectors, and `computed` tokens of the next one are evaluated."""
 
     request: Embed
     done: int = 0
@@ -29,16 +28,16 @@ class Job:
 
     @property
     def tokens(self) -> list[int]:
-        """Of the input whose turn it is."""
+        """The tokens of the current input."""
         return self.request.inputs[self.done]
 
 
 class Embeddings:
-    """Requests for embeddings; each ends in exactly one Embedded or Failed event. Their inputs take turns,
-    but one that is begun is finished first. Inputs are evaluated alone and cut by their own length, so that
-    an embedding is the same to the bit whatever else is asked for.
+    """Embedding requests; each ends in exactly one Embedded or Failed event. Requests take turns after each
+    input. Inputs are evaluated alone and cut by their own length, so that an embedding is the same to the
+    bit, whatever else is requested.
 
-    What makes them is made, and takes memory, when it is first needed."""
+    The embedder is created, and takes memory, at the first request."""
 
     def __init__(self, model: Model, cuts: Chunking) -> None:
         self.model = model
@@ -59,7 +58,7 @@ class Embeddings:
             yield Embedded(request_id)
 
     def step(self) -> list[RequestEvent]:
-        """Evaluates about as much as one chunk of a prompt, and tells what came of it."""
+        """Evaluates about one chunk's worth of tokens, and returns the resulting events."""
         events: list[RequestEvent] = []
         n_left, ms_left = self.cuts.size(0), self.cuts.longest_ms
         for _ in range(INPUTS_A_STEP):
@@ -79,7 +78,7 @@ class Embeddings:
         return events
 
     def _advance(self, job: Job) -> int:
-        """Evaluates the next piece of the input; its number of tokens. Raises ModelError."""
+        """Evaluates the next piece of the input and returns its number of tokens. Raises ModelError."""
         self.embedder = embedder = self.embedder or self.model.embedder()
         tokens, start = job.tokens, job.computed
         if start == 0:
@@ -89,7 +88,7 @@ class Embeddings:
         return job.computed - start
 
     def _ended(self, job: Job) -> list[RequestEvent]:
-        """The input has its vector. Raises ModelError where there is none."""
+        """Takes the vector of an evaluated input. Raises ModelError if there is none."""
         assert self.embedder
         vector = Vector(job.request.id, self.embedder.vector())
         self.jobs.popleft()

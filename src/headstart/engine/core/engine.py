@@ -1,4 +1,4 @@
-"""The engine: one step places waiting sequences, evaluates a batch, samples, and tells what happened."""
+"""The engine: one step starts waiting sequences, evaluates a batch, samples, and reports the events."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ log = logging.getLogger(__name__)
 class Engine:
     """Runs sequences on a model. Every submitted request ends in exactly one Finished or Failed event.
 
-    Disks are waited for on other threads. `wake` is called from these when a step has something new to do: a
-    state was written, or one that a sequence waits for is in memory, or its grammar is compiled.
+    Other threads wait for disks. They call `wake` when a step has something new to do: a state was written,
+    or a sequence's state is in memory or its grammar compiled.
     """
 
     def __init__(
@@ -77,15 +77,15 @@ class Engine:
                     self._finish(sequence, "cancelled")
 
     def _add(self, sequence: Sequence) -> None:
-        """Where others run, a state that isn't in memory is read by another thread before the sequence may
-        start: restoring it would make them wait for the disk."""
+        """If others run, another thread reads a state that isn't in memory before the sequence may start:
+        restoring it would make them wait for the disk."""
         self.scheduler.add(sequence)
         self.compiler.begin(sequence)
         if self.scheduler.running and (state := self.scheduler.restores(sequence)):
             self.reader.begin(sequence, state)
 
     def step(self) -> list[RequestEvent]:
-        """Advances every running sequence, and returns what happened, in order."""
+        """Advances every running sequence, and returns the events in order."""
         self.reader.finish()
         for sequence, fault in self.compiler.finish():
             if self.scheduler.find(sequence.request.id) is sequence:
@@ -128,7 +128,7 @@ class Engine:
         sequence.restored = monotonic()
 
     def _load(self, slot: Slot, origin: StateRef | Slot | None, keep: int) -> bool:
-        """Whether the slot now holds the first `keep` tokens of `origin`, or of what it held before."""
+        """Loads the first `keep` tokens of `origin`, or of the slot's own state; False if that failed."""
         if origin is None:
             return self.model.cut(slot.id, keep)
         self.model.clear(slot.id)
@@ -157,8 +157,8 @@ class Engine:
             self._act(Drop(left))
 
     def _restore(self, seq: int, state: StateRef, keep: int) -> bool:
-        """Whether the cleared sequence now holds the state's first `keep` tokens; a file that is gone or
-        changed is no error, only a miss."""
+        """Fills the cleared sequence with the state's first `keep` tokens; False if that failed. A file that
+        is gone or changed is no error, only a miss."""
         try:
             with state_file.mapped(state) as mapping, memoryview(mapping) as view:
                 restored = self.model.restore(seq, view, state.offset, state.offset + state.nbytes)
@@ -199,8 +199,8 @@ class Engine:
             self.events.append(Progress(sequence.request.id, sequence.computed, sequence.n_prompt))
 
     def _settle(self, sequence: Sequence) -> bool:
-        """At the boundary, a state that can only be used whole is made to lie where it would after a restore:
-        the last cells of a window may lie elsewhere when computed. False: the sequence has failed."""
+        """At the boundary, moves a state that can only be used whole to where a restore would place it:
+        computed cells of a window may lie elsewhere. False: the sequence has failed."""
         assert sequence.slot is not None
         try:
             if not self.model.info.can_cut:
@@ -211,7 +211,7 @@ class Engine:
         return True
 
     def _sample(self, sequence: Sequence, row: int) -> None:
-        """Chooses the sequence's next token, and the first ones of all other answers to its prompt."""
+        """Chooses the sequence's next token, and the first tokens of all other answers to its prompt."""
         asked = sequence.request.sampling.logprobs
         logprobs = None if asked is None else self.model.logprobs(row)
         siblings = sequence.divide()
@@ -250,7 +250,8 @@ class Engine:
             self._finish(sequence, "length")
 
     def _complete(self, sequence: Sequence) -> None:
-        """A sequence that generates nothing has its prompt computed: save it, if so asked."""
+        """Ends a sequence that generates nothing and has its prompt computed; saves its state if
+        requested."""
         sequence.first_token = monotonic()
         place = sequence.request.save_to
         if place is None:

@@ -1,4 +1,4 @@
-"""Compiles the grammars of sequences before these start, on another thread."""
+"""Compiles the grammars of sequences on a thread, before the sequences start."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from headstart.round_robin import RoundRobin
 
 
 class Compiler:
-    """Gives sequences their matchers, and marks them as `compiling` until then; their owners take turns.
-    `wake` is called from its thread when one is done. It is started with the first of them."""
+    """Gives sequences their matchers, and marks them as `compiling` until then; owners take turns. `wake` is
+    called from its thread after each. The thread starts at the first grammar."""
 
     def __init__(self, grammars: Grammars, wake: Callable[[], object]) -> None:
         self.grammars = grammars
@@ -50,8 +50,8 @@ class Compiler:
             self.wake()
 
     def finish(self) -> Iterator[tuple[Sequence, str]]:
-        """Lets the sequences start whose grammars have been compiled; yields those whose could not be, and
-        why."""
+        """Marks the sequences whose grammars have been compiled as ready to start; yields those with a faulty
+        grammar, and the fault."""
         for sequence, fault in drained(self.done):
             sequence.compiling = False
             if fault:
@@ -59,7 +59,8 @@ class Compiler:
 
 
 def _start(run: Callable[[], None]) -> None:
-    """The stack's size is set for threads that are started from then on."""
+    """Starts the thread. The stack size applies to threads started after it is set, so it is reset
+    afterwards."""
     usual = threading.stack_size(STACK_BYTES)
     threading.Thread(target=run, name="grammar-compiler", daemon=True).start()
     threading.stack_size(usual)

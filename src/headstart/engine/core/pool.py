@@ -1,8 +1,8 @@
-"""The pool: one KV cache in which running sequences that begin alike hold what they share once.
+"""The pool: one KV cache in which running sequences with a common prefix store that prefix once.
 
 Decoding several sequences reads a shared prefix's cells once for all of them, but each token also pays for
-every other used cell. So the pool holds a single prefix at a time, and what ended sequences leave in it goes
-when it becomes more than a little. Sequences with nothing to share run in their slots' own KV streams.
+every other used cell. So the pool holds a single prefix at a time, and the remains of ended sequences are
+dropped when they exceed a small bound. Sequences with nothing to share run in their slots' own KV streams.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from headstart.engine.core.actions import Action, Drop, Fill, Move, Start
 from headstart.engine.core.sequence import Sequence, Slot
 from headstart.protocol import StateRef, Submit
 
-# What ended sequences may leave, in cells, while others run; a long prefix makes a few more matter less.
+# The most cells of ended sequences while others run; with a long prefix, up to an eighth of it.
 IDLE_CELLS = 128
-# Room for the first tokens of an answer; more is found when it is needed.
+# Cells reserved for the first tokens of an answer; more are freed when needed.
 ANSWER_CELLS = 64
 
 
 class Pool:
-    """Bookkeeping only. `trunk` holds the shared prefix; `seats` are the sequences that begin with it."""
+    """Bookkeeping only. `trunk` is the shared prefix slot, `seats` are the pool slots of sequences that begin
+    with the shared prefix."""
 
     def __init__(self, n_slots: int, cells: int) -> None:
         self.cells = cells
@@ -32,7 +33,7 @@ class Pool:
         return self.trunk.tokens
 
     def holds_opening(self, request: Submit) -> bool:
-        """Whether the shared prefix is the request's opening, prefilled as such."""
+        """Whether the shared prefix is the request's cached prefix, prefilled with the same boundary."""
         boundary = request.boundary
         return self.trunk.boundary == boundary and self.prefix == request.tokens[:boundary]
 
@@ -46,25 +47,25 @@ class Pool:
 
     @property
     def in_use(self) -> int:
-        """Cells that running sequences have beyond the prefix."""
+        """The number of cells that running sequences have beyond the shared prefix."""
         return sum(self._own_cells(seat) for seat in self.seats if seat.sequence)
 
     def _own_cells(self, seat: Slot) -> int:
         return max(len(seat.tokens) - len(self.prefix), 0)
 
     def idle(self) -> list[Slot]:
-        """Seats that ended sequences have left something in, the longest unused first."""
+        """Pool slots that hold the state of ended sequences, the longest unused first."""
         left = (seat for seat in self.seats if seat.tokens and not seat.sequence)
         return sorted(left, key=lambda seat: seat.last_used)
 
     def excess(self) -> Iterator[Slot]:
-        """Idle seats to drop because running sequences pay for them."""
+        """Idle pool slots to drop, because running sequences pay for their cells."""
         idle = self.idle()
         while idle and sum(map(self._own_cells, idle)) > max(IDLE_CELLS, len(self.prefix) // 8):
             yield idle.pop(0)
 
     def continued_by(self, sequence: Sequence) -> Slot | None:
-        """An idle seat whose tokens the sequence all begins with: a conversation that goes on."""
+        """An idle pool slot with whose tokens the sequence begins: a continued conversation."""
         tokens = sequence.request.tokens
         for seat in self.idle():
             n = len(seat.tokens)
@@ -74,7 +75,7 @@ class Pool:
         return None
 
     def empty_seat(self) -> Slot:
-        """Any, where all others are taken, the one longest unused."""
+        """An empty pool slot; if there is none, the longest unused idle one."""
         return (
             next((seat for seat in self.seats if not seat.tokens and not seat.sequence), None)
             or self.idle()[0]
@@ -82,8 +83,8 @@ class Pool:
 
 
 def join(pool: Pool, sequence: Sequence, needed: int) -> Iterator[Action]:
-    """Seats one that begins with the shared prefix and needs so many cells more."""
-    # Alone in the pool it computes the same bits as in a slot of its own, if nothing lies before it.
+    """Starts a sequence that begins with the shared prefix in a pool slot; it needs `needed` more cells."""
+    # Alone in the pool, with no idle cells before its own, it computes the same bits as in a slot of its own.
     for seat in pool.idle():
         if pool.running and pool.free >= needed:
             break
@@ -92,13 +93,14 @@ def join(pool: Pool, sequence: Sequence, needed: int) -> Iterator[Action]:
 
 
 def refill(pool: Pool, sequence: Sequence, origin: StateRef | Slot) -> Iterator[Action]:
-    """Makes the sequence's opening, which `origin` holds, the shared prefix of a pool that nobody uses."""
+    """Makes the sequence's cached prefix, which `origin` holds, the shared prefix; no sequence may run in the
+    pool."""
     yield from _fill(pool, sequence, sequence.request.tokens[: sequence.request.boundary], origin)
     yield from _sit(pool, sequence)
 
 
 def gathers(pool: Pool, parent: Sequence, n_siblings: int, share_from: int) -> bool:
-    """Whether a sequence's whole prompt is to become the shared prefix, for it and its siblings."""
+    """Whether the whole prompt of a sequence should become the shared prefix, for it and its siblings."""
     assert parent.slot
     n_tokens = len(parent.slot.tokens)
     answer = min(parent.request.max_tokens, ANSWER_CELLS)

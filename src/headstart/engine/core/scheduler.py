@@ -1,8 +1,8 @@
 """Decides, and only decides: no I/O, no clock, no native call.
 
 There is no prefill phase and no decode phase: every running sequence has tokens that are not computed yet.
-Those with one, all sharing a batch, are decoding; the others take turns for the prompt tokens of a step, of
-each one chunk at most.
+Sequences past their prompt have one, and decode in one batch; the others take turns for the prompt tokens of
+a step, at most one chunk each.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ Work = list[tuple[Sequence, Piece]]
 
 
 class Scheduler:
-    """`step_tokens`: prompt tokens evaluated in a step at most. `share_from`: tokens that sequences have in
-    common when they are run in the pool; 0: never. Each action that an iterator yields must have been done
-    before it is asked for the next."""
+    """`step_tokens`: the most prompt tokens of a step. `share_from`: the number of common tokens from which
+    sequences run in the pool; 0: never. The caller must execute each action of an iterator before taking the
+    next."""
 
     def __init__(
         self,
@@ -59,8 +59,8 @@ class Scheduler:
         return None
 
     def admit(self) -> Iterator[Action]:
-        """Starts waiting sequences, first come first served, as long as there is a slot for each of their
-        answers. One whose prefix another is just computing waits for it."""
+        """Starts waiting sequences, first come, first served, as long as there is a slot for each of their
+        answers. A sequence whose prefix another one is computing waits for it."""
         self.step += 1
         for sequence in list(self.waiting):
             n_taken = sum(len(other.ids) for other in self.running)
@@ -101,8 +101,8 @@ class Scheduler:
             yield Start(sequence, best if keep else _least_useful(free), keep, None)
 
     def _origin(self, sequence: Sequence) -> StateRef | Slot | None:
-        """Where the sequence's whole opening can be had from, or else its beginning, without its being
-        computed again."""
+        """The state or slot from which the sequence can start: one with its whole cached prefix, else one
+        with the beginning of it."""
         request = sequence.request
         if not request.reuse:
             return None
@@ -111,19 +111,20 @@ class Scheduler:
         return self._holder(request) or request.restore
 
     def _usable(self, origin: Origin, request: Submit) -> int:
-        """Of `origin`, a state's or a slot's whole opening."""
+        """The number of usable tokens of `origin`: a state, or a slot that holds the whole cached prefix."""
         if not isinstance(origin, StateRef):
             return request.boundary
         if request.shared is None:
             return min(origin.n_tokens, request.boundary)
-        # Before the boundary of either of them both are cut on one grid.
+        # Before both boundaries, both prefills are cut on the same grid.
         return self.cuts.last(0, min(request.shared, request.boundary)) if self.can_cut else 0
 
     def _restores_whole(self, request: Submit) -> bool:
         return bool(request.restore) and self._usable(request.restore, request) == request.boundary
 
     def restores(self, sequence: Sequence) -> StateRef | None:
-        """The state that, as things are, the sequence will be restored from: nothing idle holds it."""
+        """The state from which the sequence would be restored now; None if an idle slot or the pool serves it
+        better."""
         request = sequence.request
         if request.restore is None or not request.reuse:
             return None
@@ -134,7 +135,7 @@ class Scheduler:
         return request.restore if held < self._usable(request.restore, request) else None
 
     def _holder(self, request: Submit) -> Slot | None:
-        """A slot, also one in use, that holds the exact values of the request's opening."""
+        """A slot, idle or in use, that holds the exact values of the request's cached prefix."""
         tokens, boundary = request.tokens, request.boundary
         if not (0 < boundary < len(tokens) and self.can_cut):
             return None
@@ -154,8 +155,8 @@ class Scheduler:
         return any(other.computed < request.boundary and other.opens_like(sequence) for other in self.running)
 
     def _seat(self, pool: Pool, sequence: Sequence, keep: int) -> Iterator[Action] | None:
-        """How the sequence starts in the pool; None where a slot of its own is better. `keep`: tokens that a
-        free slot holds already."""
+        """The actions that start the sequence in the pool; None if a slot of its own is better. `keep`: the
+        number of its tokens that a free slot holds already."""
         request, boundary = sequence.request, sequence.request.boundary
         if not request.reuse or not request.max_tokens or boundary < self.share_from:
             return None
@@ -175,12 +176,12 @@ class Scheduler:
         return join(pool, sequence, needed)
 
     def _has_company(self, sequence: Sequence) -> bool:
-        """Whether another sequence could use the same opening now."""
+        """Whether another sequence could use the same prefix now."""
         others = (other for other in (*self.running, *self.waiting) if other is not sequence)
         return any(other.request.max_tokens and other.opens_like(sequence) for other in others)
 
     def relieve(self) -> Iterator[Action]:
-        """Keeps what idle seats hold within bounds, and the next batch of the pool within its cells."""
+        """Keeps idle pool slots within bounds, and the next batch of the pool within its cells."""
         if not (pool := self.pool):
             return
         if pool.running:
@@ -203,8 +204,8 @@ class Scheduler:
         self._take(sequence, slot)
 
     def place(self, siblings: list[Sequence], parent: Sequence) -> Iterator[Action]:
-        """Finds a place for each of the siblings, which begin with all that the parent's holds: in the pool
-        if they can be there, where they use the same cells. Places were kept for them."""
+        """Gives each sibling a slot with all tokens of the parent's: in the pool if possible, where they use
+        the same cells. Slots were kept free for them."""
         if not siblings:
             return
         if self.pool and gathers(self.pool, parent, len(siblings), self.share_from):
@@ -224,15 +225,16 @@ class Scheduler:
         return [sequence for sequence in self.running if sequence.slot and sequence.slot.pooled]
 
     def decoding(self) -> Work:
-        """One token of each sequence in a slot of its own that has its prompt behind it."""
+        """One token of each sequence outside the pool that is past its prompt."""
         return self._pieces(s for s in self._unpooled() if not s.is_prefilling)
 
     def prefilling(self) -> Work:
-        """Whole chunks of those that haven't, within one step's bounds, the one served longest ago first."""
+        """Whole chunks of prefilling sequences outside the pool, within the bounds of a step; the sequence
+        served longest ago comes first."""
         return self._chunks(s for s in self._unpooled() if s.is_prefilling)
 
     def pooled(self) -> Work:
-        """Both of those in the pool: there a mixed batch costs less than two."""
+        """The next tokens of all sequences in the pool: there a mixed batch costs less than two."""
         members = self._members()
         return self._pieces(s for s in members if not s.is_prefilling) + self._chunks(
             s for s in members if s.is_prefilling
@@ -257,12 +259,12 @@ class Scheduler:
         return work
 
     def served(self, work: Work) -> None:
-        """The pieces have been evaluated in this step."""
+        """Records that the pieces were evaluated in this step."""
         for sequence, _ in work:
             sequence.last_step = self.step
 
     def remove(self, sequence: Sequence) -> None:
-        """Ends a sequence; its slot is free, and keeps what it holds for later requests."""
+        """Ends a sequence; its slot becomes free, and keeps its state for later requests."""
         if sequence.slot is None:
             if sequence in self.waiting:
                 self.waiting.remove(sequence)
@@ -272,7 +274,7 @@ class Scheduler:
         sequence.slot.last_used = self.step
 
     def check_integrity(self) -> None:
-        """Holds whenever no step is running; called by tests and when the engine becomes idle."""
+        """Asserts invariants that hold whenever no step is running; called by tests."""
         places = [*self.slots, *(self.pool.seats if self.pool else ())]
         assert {id(s.slot) for s in self.running} == {id(s) for s in places if s.sequence}
         assert sum(len(sequence.ids) for sequence in self.running) <= len(self.slots)

@@ -16,9 +16,9 @@ from headstart.tokens import common_prefix
 
 @dataclass(eq=False, slots=True)
 class Slot:
-    """`tokens` are those whose KV values it holds. The first `exact` of them have the values that a prefill
-    from nothing, alone and cut at `boundary`, gives; later ones were decoded one by one, or in the pool
-    beside others (`pooled`), and may differ in the last bits. They were computed for `owner`."""
+    """`tokens`: the tokens whose KV values the slot holds, computed for `owner`. The first `exact` of them
+    have the values of a prefill from nothing, alone and cut at `boundary`; later ones were decoded one by
+    one, or computed together with others in the pool (`pooled`), and may differ in the last bits."""
 
     id: int
     pooled: bool = False
@@ -35,9 +35,9 @@ class Slot:
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """Prompt and generated tokens; evaluation catches up with their number. `reading`: its state is on its
-    way into memory; `compiling`: its grammar isn't ready. Times are monotonic seconds, 0 until they happen.
-    While its prompt is prefilled it stands for all answers that its request wants."""
+    """Prompt and generated tokens; evaluation catches up with their number. `reading`: its state is being
+    read into memory; `compiling`: its grammar is being compiled. Times are monotonic seconds, 0 until they
+    happen. During prefill it stands for all answers of its request."""
 
     request: Submit
     tokens: list[int]
@@ -58,7 +58,7 @@ class Sequence:
 
     @property
     def ids(self) -> range:
-        """Of the answers it stands for."""
+        """The ids of the answers that the sequence stands for."""
         return range(self.request.id, self.request.id + self.request.n)
 
     @property
@@ -78,7 +78,8 @@ class Sequence:
         return self.computed < self.n_prompt
 
     def divide(self) -> list[Sequence]:
-        """The sequences of all other answers, which have no place yet; from now on it stands for one."""
+        """Returns sequences, without slots, for all other answers; this one then stands for a single
+        answer."""
         whole = self.request
         if whole.n == 1:
             return []
@@ -99,13 +100,13 @@ class Sequence:
         ]
 
     def opens_like(self, other: Sequence) -> bool:
-        """Whether both begin with the same tokens, and this one could have them from the other."""
+        """Whether both have the same cached prefix, and the other may use this one's values for it."""
         one, boundary = self.request, self.request.boundary
         same = boundary == other.request.boundary and one.tokens[:boundary] == other.request.tokens[:boundary]
         return one.reuse and same and may_share(one.owner, other.request)
 
     def next_piece(self, cuts: Chunking) -> Piece:
-        """What to evaluate next: the one token just generated, or prompt tokens up to the next cut."""
+        """The tokens to evaluate next: the one just generated, or prompt tokens up to the next cut."""
         assert self.slot is not None
         end = len(self.tokens)
         if self.is_prefilling:
@@ -122,11 +123,12 @@ def _answer(request: Submit, number: int) -> Submit:
 
 
 def reusable(slot: Slot, request: Submit, cuts: Chunking, *, can_cut: bool) -> int:
-    """How many tokens of the slot the request may start from; at least one of its own is always left.
+    """The number of the slot's tokens from which the request may start; it always evaluates at least one
+    token.
 
-    What was prefilled is reused up to a place where this request's own prefill would be cut, which makes its
-    output the same as without reuse. Decoded tokens are reused too, by a request that continues them, but
-    never saved. What can't be cut is reused whole or not at all.
+    Prefilled tokens are reused up to a place where the request's own prefill would be cut, so that its output
+    is the same as without reuse. A request that continues decoded tokens reuses them too, but never saves
+    them. A state that can't be cut is reused whole or not at all.
     """
     if not request.reuse:
         return 0
@@ -142,7 +144,7 @@ def reusable(slot: Slot, request: Submit, cuts: Chunking, *, can_cut: bool) -> i
 
 
 def may_share(owner: str, request: Submit) -> bool:
-    """Whether the request may start from its opening as it was computed for `owner`."""
+    """Whether the request may use a state of its cached prefix that was computed for `owner`."""
     return owner == request.owner or request.boundary <= request.public
 
 

@@ -1,4 +1,4 @@
-"""Files that hold a sequence's state, as the engine reads and writes them."""
+"""Reads and writes files that hold the state of a sequence."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from headstart.protocol import SaveTo, StateRef
 from headstart.regular_files import opened
 
 READ_BYTES = 4 << 20
-# The disk, the user's quota, or the size that the system lets a file have (ulimit -f).
+# The disk is full, or the user's quota or the limit on file sizes (ulimit -f) is reached.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Of what mincore says of a page only the lowest bit counts.
+# mincore defines only the lowest bit of each page's byte.
 LOWEST_BIT = bytes(number & 1 for number in range(256))
 
 
 @contextmanager
 def mapped(state: StateRef) -> Iterator[mmap.mmap]:
-    """The whole file. What is written to the mapping never reaches it. Raises OSError, also when the file is
-    not the one that was verified."""
+    """Maps the whole file; writes to the mapping never reach the file. Raises OSError, also if the file is
+    not the verified one."""
     with opened(state.path) as file:
         stat = os.fstat(file.fileno())
         if (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) != state.identity:
@@ -36,15 +36,16 @@ def mapped(state: StateRef) -> Iterator[mmap.mmap]:
 
 
 def is_in_memory(state: StateRef) -> bool:
-    """Whether the page cache has all of the state, so that reading it waits for no disk. Raises OSError."""
+    """Whether the page cache has the whole state, so that reading it doesn't wait for the disk. Raises
+    OSError."""
     with mapped(state) as mapping:
         begin = state.offset // mmap.PAGESIZE * mmap.PAGESIZE
         return resident_pages(mapping, begin, state.offset + state.nbytes)[1] == 0
 
 
 def resident_pages(mapping: mmap.mmap, begin: int, end: int) -> tuple[int, int]:
-    """How many pages between two places of a writable mapping, the first at a page's start, are in memory and
-    how many are not, by mincore; none are said to be where the system doesn't tell."""
+    """The numbers of pages between `begin` (a page's start) and `end` of a writable mapping that are in
+    memory and that are not, by mincore; if the system doesn't report it, none are counted as in memory."""
     pages = -(-(end - begin) // mmap.PAGESIZE)
     vector = (ctypes.c_ubyte * pages)()
     first = ctypes.c_char.from_buffer(mapping, begin)
@@ -57,7 +58,7 @@ def resident_pages(mapping: mmap.mmap, begin: int, end: int) -> tuple[int, int]:
 
 
 def bring_into_memory(state: StateRef) -> None:
-    """Reads the state once, so that the page cache has it. Unlike touching the pages of a mapping this lets
+    """Reads the state once, so that the page cache has it. Unlike touching the pages of a mapping, this lets
     other threads run while it waits. Raises OSError."""
     buffer = bytearray(READ_BYTES)
     with opened(state.path) as file:
@@ -67,8 +68,8 @@ def bring_into_memory(state: StateRef) -> None:
 
 
 def write(place: SaveTo, state: memoryview) -> str:
-    """Returns when the state is on the disk, with its BLAKE3 hash. Raises OSError. The file must exist: if
-    whoever asked for it has removed it, nothing is left behind."""
+    """Writes the state, syncs it to the disk, and returns its BLAKE3 hash. Raises OSError. The file must
+    exist: if the requester has removed it, none is created."""
     found = blake3(state).hexdigest()
     with os.fdopen(os.open(place.path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "wb") as file:
         file.seek(place.offset)

@@ -1,4 +1,4 @@
-"""Reads states into memory before sequences start from them, on another thread."""
+"""Reads and writes states on threads of their own."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 
 
 class Reader:
-    """Marks sequences as `reading` while their states are on the way. `wake` is called from its thread when
-    one is there."""
+    """Reads states into memory before sequences start from them, and marks these as `reading` meanwhile.
+    `wake` is called from its thread after each."""
 
     def __init__(self, wake: Callable[[], object]) -> None:
         self.wake = wake
@@ -26,7 +26,7 @@ class Reader:
         self.read: SimpleQueue[Sequence] = SimpleQueue()
 
     def begin(self, sequence: Sequence, state: StateRef) -> None:
-        """Unless the state is in memory. A file that can't be looked at is none to wait for."""
+        """Starts reading, unless the state is in memory already or the file can't be opened."""
         try:
             if state_file.is_in_memory(state):
                 return
@@ -45,14 +45,13 @@ class Reader:
         self.wake()
 
     def finish(self) -> None:
-        """Lets the sequences start whose states have been read."""
+        """Marks the sequences whose states have been read as ready to start."""
         for sequence in drained(self.read):
             sequence.reading = False
 
 
 class Writer:
-    """Hashes and writes states one after the other on another thread, from which `wake` is called after
-    each."""
+    """Hashes and writes states, one after the other. `wake` is called from its thread after each."""
 
     def __init__(self, wake: Callable[[], object]) -> None:
         self.wake = wake
@@ -63,7 +62,7 @@ class Writer:
         self._pool.submit(self._write, sequence, place, state)
 
     def finished(self) -> Iterator[RequestEvent]:
-        """The ends of the sequences whose states have been written since."""
+        """The terminal events of sequences whose states have been written since the last call."""
         return drained(self._written)
 
     def _write(self, sequence: Sequence, place: SaveTo, state: memoryview) -> None:
@@ -82,7 +81,7 @@ T = TypeVar("T")
 
 
 def drained(queue: SimpleQueue[T]) -> Iterator[T]:
-    """What is in the queue now, and what comes while it is read."""
+    """The items in the queue, including those that arrive during the iteration."""
     try:
         while True:
             yield queue.get_nowait()

@@ -1,4 +1,4 @@
-"""What is told of a sequence."""
+"""The events and statistics of a sequence."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from headstart.protocol import Stats, Token
 
 
 def told(sequence: Sequence, token: int, logprobs: Logprobs | None) -> Token:
-    """Its next token, with probabilities where there are any."""
+    """The event for the sequence's next token, with probabilities if there are any."""
     if logprobs is None:
         return Token(sequence.request.id, token)
     top = likeliest(logprobs, sequence.request.sampling.logprobs or 0)
@@ -18,7 +18,7 @@ def told(sequence: Sequence, token: int, logprobs: Logprobs | None) -> Token:
 
 
 def stats(sequence: Sequence, saved_bytes: int = 0, saved_blake3: str = "") -> Stats:
-    """As things are now."""
+    """The statistics up to now."""
     now = monotonic()
     placed = sequence.placed or now
     restored = sequence.restored or placed

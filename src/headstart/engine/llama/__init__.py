@@ -1,1 +1,1 @@
-"""llama.cpp behind the engine, by llama-cpp-python's low-level API."""
+"""The model interface on llama.cpp, by llama-cpp-python's low-level API."""

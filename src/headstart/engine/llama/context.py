@@ -1,8 +1,8 @@
-"""One llama.cpp context: a KV cache and what is computed with it.
+"""One llama.cpp context: a KV cache, and evaluation with it.
 
 A sequence's state has the same bytes in every context, whatever the number of its sequences and streams, so
-that it can be saved in one and restored in another (`forms.py`; where the form isn't known, states stay as
-llama.cpp writes them, which is the same for the same number of sequences).
+that it can be saved in one and restored in another (`forms.py`). States of an unknown form stay as llama.cpp
+writes them, which is the same for the same number of sequences.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from headstart.engine.llama.forms import HEADER, HEADROOM, LENGTH, Form
 from headstart.engine.llama.gguf import attends_to_everything
 from headstart.engine.model import ModelError, Piece
 
-# Of a state the second part alone: cells within a window, or of recurrent layers.
+# Flags for the second part of a state alone: cells within a window, or of recurrent layers.
 PARTIAL = lib.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
 
 
 @dataclass(frozen=True)
 class Shape:
-    """`cells`: tokens the KV cache holds in all. `streams`: each of the `sequences` has its own part of it;
-    else they share all of it. `batch`: tokens evaluated at once. `embeddings`: each token's embedding is
-    wanted, and not what follows it."""
+    """`cells`: the number of tokens in the KV cache. `streams`: each of the `sequences` has its own part of
+    it; else they share all of it. `batch`: the most tokens evaluated at once. `embeddings`: compute each
+    token's embedding instead of logits."""
 
     cells: int
     sequences: int
@@ -39,7 +39,7 @@ class Shape:
 
 
 class LlamaContext:
-    """Raises ModelError when it can't be made."""
+    """A context of `model`. Raises ModelError if it can't be created."""
 
     def __init__(self, model: Any, shape: Shape) -> None:
         self.shape = shape
@@ -61,7 +61,7 @@ class LlamaContext:
         return Form.of(empty.tobytes(), n_partial, self.shape.sequences if self.shape.streams else 1)
 
     def evaluate(self, pieces: Seq[Piece]) -> None:
-        # Written through numpy views: a ctypes store a field a token would cost more than the copy.
+        # Written through numpy views: a ctypes store per field and token would cost more than the copy.
         n_tokens = sum(len(piece.tokens) for piece in pieces)
         assert 0 < n_tokens <= self.shape.batch
         batch = self.batch
@@ -72,7 +72,7 @@ class LlamaContext:
         logits[:] = self.shape.embeddings
         self.sampled_at = [0] * len(pieces)
         at = 0
-        # With streams llama.cpp evaluates together only sequences whose numbers follow each other.
+        # With streams, llama.cpp evaluates together only sequences with consecutive numbers.
         for row, piece in sorted(enumerate(pieces), key=lambda item: item[1].seq):
             end = at + len(piece.tokens)
             tokens[at:end] = piece.tokens
@@ -88,13 +88,13 @@ class LlamaContext:
             raise ModelError(f"llama_decode returned {status}")
 
     def logits(self, row: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """What may follow piece number `row`; valid until the next evaluation."""
+        """The logits after piece number `row`; valid until the next evaluation."""
         logits = lib.llama_get_logits_ith(self.context, self.sampled_at[row])
         return np.ctypeslib.as_array(logits, (self.n_vocab,))
 
     def most_likely(self, row: int) -> int:
-        """The token after piece number `row`; the first of several. Faster than a sampler, which makes a
-        record of each token of the vocabulary first."""
+        """The most likely token after piece number `row`, the first of equals. Faster than a sampler, which
+        first creates a record for each token of the vocabulary."""
         return int(self.logits(row).argmax())
 
     def close(self) -> None:
@@ -105,8 +105,8 @@ class LlamaContext:
         lib.llama_memory_seq_rm(self.memory, seq, -1, -1)
 
     def cut(self, seq: int, n_tokens: int) -> bool:
-        """False, changing nothing, where that can't be done. llama.cpp itself would also cut a state of which
-        it has a window's last cells only, and leave a gap."""
+        """Keeps the first `n_tokens` tokens; False, changing nothing, if that is impossible. llama.cpp itself
+        would also cut a state of which it has only a window's last cells, and leave a gap."""
         if n_tokens == 0:
             self.clear(seq)
             return True
@@ -115,13 +115,13 @@ class LlamaContext:
         return bool(lib.llama_memory_seq_rm(self.memory, seq, n_tokens, -1))
 
     def share(self, source: int, seq: int, n_tokens: int) -> None:
-        """`seq`, cleared, begins with the first `n_tokens` tokens of `source`; both use the same cells."""
+        """Fills the cleared `seq` with the first `n_tokens` tokens of `source`; both use the same cells."""
         assert not self.shape.streams
         lib.llama_memory_seq_cp(self.memory, source, seq, 0, n_tokens)
 
     def save(self, seq: int) -> tuple[memoryview, int, int]:
-        """Memory with a copy of the sequence's state, which lies from the first to the second of the numbers.
-        Raises ModelError."""
+        """A copy of the sequence's state: the memory that holds it, and its start and end there. Raises
+        ModelError."""
         size = lib.llama_state_seq_get_size(self.context, seq)
         memory = np.empty(HEADROOM + size + LENGTH.size, dtype=np.uint8)
         if lib.llama_state_seq_get_data(self.context, _pointer(memory[HEADROOM:]), size, seq) != size:
@@ -133,8 +133,8 @@ class LlamaContext:
         return memory.data, start, end
 
     def restore(self, seq: int, memory: memoryview, start: int, end: int) -> bool:
-        """Fills a cleared sequence from the state at `start` to `end` of `memory`, which is overwritten, and
-        up to HEADROOM bytes before it; False, leaving unknown values, if it doesn't fit."""
+        """Fills a cleared sequence from the state at `start` to `end` of `memory`, overwriting it and up to
+        HEADROOM bytes before it; False, leaving unknown values, if it doesn't fit."""
         if end - start < HEADER.size + LENGTH.size:
             return False
         if self.form is None:
@@ -167,7 +167,7 @@ def _params(shape: Shape) -> Any:
     params.embeddings = shape.embeddings
     if shape.embeddings:
         params.pooling_type = lib.LLAMA_POOLING_TYPE_NONE
-    # Layers with a sliding window keep just that. More would take memory for each slot, only to allow cutting
-    # what has not been restored: a saved state has no more than the window.
+    # Layers with a sliding window keep only the window. More would take memory for each slot, only to allow
+    # cutting computed states: a restored one has no more than the window.
     params.swa_full = False
     return params

@@ -1,5 +1,5 @@
-"""Weights converted to Q8_0, for which llama.cpp has fast matrix kernels where it has none for the file's own
-format. Q8_0 rounds finely: what it changes is measured by bench/divergence.py (figures in docs/settings.md).
+"""Converts weights to Q8_0, for which llama.cpp has fast matrix kernels, unlike for some other formats. Q8_0
+rounds finely: bench/divergence.py measures its effect (figures in docs/settings.md).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from headstart.protocol import EngineSettings
 log = logging.getLogger(__name__)
 
 Q8_0 = lib.LLAMA_FTYPE_MOSTLY_Q8_0
-# Formats that are not tried unasked: as fast as Q8_0 already, or nothing to be rounded without being told to.
+# Formats converted only on request: they are as fast as Q8_0, or unrounded.
 LEFT_ALONE = {
     lib.LLAMA_FTYPE_ALL_F32,
     lib.LLAMA_FTYPE_MOSTLY_F16,
@@ -28,7 +28,8 @@ LEFT_ALONE = {
     lib.LLAMA_FTYPE_MOSTLY_Q4_0,
     Q8_0,
 }
-# Nor are files beyond this size, or whose conversion would take more of the memory.
+# Larger files, and files whose conversion would take a larger share of memory, are converted only on request,
+# too.
 MOST_BYTES = 1 << 30
 MEMORY_SHARE = 1 / 8
 # A block of 32 weights has one 16-bit scale.
@@ -37,7 +38,7 @@ BYTES_PER_WEIGHT = 34 / 32
 
 @dataclass(frozen=True)
 class Format:
-    """`kind`: llama.cpp's number of the format most of the weights have; None where the file doesn't say."""
+    """`kind`: llama.cpp's number for the format of most weights; None if the file doesn't have it."""
 
     kind: int | None
     n_weights: int
@@ -63,12 +64,12 @@ class Format:
 
 
 def weights_path(settings: EngineSettings) -> str:
-    """The file to compute with, converted now where it must be. Raises ModelError."""
+    """The file to compute with; converts it first if necessary. Raises ModelError."""
     return settings.path if settings.arithmetic.weights != "q8_0" else _converted(settings)
 
 
 def weights_to_try(settings: EngineSettings) -> dict[Weights, str]:
-    """The files to be measured, the model's own first. Raises ModelError."""
+    """The files to measure, the model's own first. Raises ModelError."""
     wanted = settings.arithmetic.weights == "q8_0"
     worth_trying = Format.of(settings.path).is_worth_trying
     files: dict[Weights, str] = {}

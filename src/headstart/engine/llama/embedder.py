@@ -1,7 +1,7 @@
 """Embeddings by llama.cpp, in a context of their own.
 
-The context gives each token's embedding; they are pooled here, so that a long input may be evaluated in
-pieces. Models that read an input in both directions, as encoders do, must have it whole.
+The context returns each token's embedding; they are pooled here, so that a long input may be evaluated in
+pieces. Models that read an input in both directions, as encoders do, need it whole.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ FLOAT_BYTES = 4
 
 
 class LlamaEmbedder:
-    """`shape`: of the context; where an input must be whole and is longer than the batch, it is made anew.
-    Raises ModelError when it can't be made."""
+    """`shape`: that of the context, which is created anew when an input must be whole and is longer than the
+    batch. Raises ModelError if it can't be created."""
 
     def __init__(self, model: Any, shape: Shape, pooling: Pooling) -> None:
         assert shape.embeddings
@@ -48,7 +48,7 @@ class LlamaEmbedder:
         self.pooled.add(np.ctypeslib.as_array(embeddings, (len(tokens), size)))
 
     def _make_room(self, n_tokens: int) -> None:
-        """Raises ModelError; what there was remains."""
+        """Replaces the context by one with a larger batch. Raises ModelError; the old one remains then."""
         assert self.whole
         needed = n_tokens**2 * lib.llama_model_n_head(self.model) * FLOAT_BYTES
         if not self.context.shape.flash_attention and needed > available_bytes():

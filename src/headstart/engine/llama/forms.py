@@ -1,15 +1,15 @@
-"""The form of a state, and how it is made the same for any number of sequences and streams.
+"""The form of a state, and its conversion to one that is the same for any number of sequences and streams.
 
-llama.cpp writes a sequence's state as u32 magic, i32 sequence, then a part for each memory the model has:
+llama.cpp writes a sequence's state as u32 magic, i32 sequence, then a part for each memory of the model:
 
     attention:  u32 streams, u32 cells of stream 0, [cells], u32 cells of stream 1, ...
     recurrent:  u32 cells, [cells]
 
-Full attention is one part of the first kind. A sliding window makes it two: the second is of the layers that
-have the window, and holds its last cells only. Hybrid models have a part of each kind, recurrent ones just
-the second. With one sequence all streams but one are empty. Saved is the form for sequence 0 of one stream;
-where there are two parts, followed by the length of the second (u64). Reading puts the empty streams first,
-which llama.cpp accepts for any sequence.
+Full attention has one part of the first kind. A sliding window adds another: it belongs to the layers with
+the window, and holds the window's last cells only. Hybrid models have a part of each kind, recurrent ones
+only the second. In the state of one sequence all streams but one are empty. The saved form is that of
+sequence 0 of one stream; if there are two parts, the length of the second (u64) follows. Reading puts the
+empty streams first, which llama.cpp accepts for any sequence.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-# Bytes before a state that reading it may overwrite.
+# The number of bytes before a state that reading it may overwrite.
 HEADROOM = 4 * 64
 HEADER = struct.Struct("<Ii")
 COUNT = struct.Struct("<I")
 LENGTH = struct.Struct("<Q")
-# From, to, and whether it is what llama.cpp calls a partial state: the second part alone.
+# Start, end, and whether it is what llama.cpp calls a partial state: the second part alone.
 Reading = tuple[int, int, bool]
 
 
 @dataclass(frozen=True)
 class Form:
-    """Of states in a context with `streams` streams: whether there is a part for attention, a second one for
-    attention within a window, or one for recurrent layers."""
+    """The form of states in a context with `streams` streams: the flags say whether there is a part for
+    attention, a second one for attention within a window, and one for recurrent layers."""
 
     streams: int
     attention: bool
@@ -39,8 +39,8 @@ class Form:
 
     @classmethod
     def of(cls, empty: bytes, n_partial: int, streams: int) -> Form | None:
-        """By the state of a sequence without tokens, and the length of its partial state. None: a form that
-        is not known here."""
+        """The form by the state of a sequence without tokens and the length of its partial state; None if it
+        is unknown."""
         words = [word for (word,) in COUNT.iter_unpack(empty[HEADER.size :])]
         part = [streams] + [0] * streams
         second = words[len(part) :]
@@ -56,7 +56,7 @@ class Form:
 
     @property
     def is_plain(self) -> bool:
-        """A single part, whose cells are tokens."""
+        """Whether states have a single part, whose cells are tokens."""
         return not (self.window or self.recurrent)
 
     @property
@@ -64,10 +64,10 @@ class Form:
         return self.attention and not self.is_plain
 
     def saved(self, memory: memoryview, start: int, end: int, seq: int, n_second: int) -> tuple[int, int]:
-        """Turns the state of sequence `seq`, whose second part takes `n_second` bytes, into what is saved;
-        where it begins and ends. There must be room for a LENGTH after it."""
+        """Converts the state of sequence `seq`, whose second part takes `n_second` bytes, to the saved form,
+        and returns its start and end. There must be room for a LENGTH after the state."""
         magic, _ = HEADER.unpack_from(memory, start)
-        # How many bytes tell of streams before and after the sequence's own that they are empty.
+        # The number of bytes for empty streams before and after the sequence's own.
         before, after = COUNT.size * seq, COUNT.size * (self.streams - 1 - seq)
         if self.has_two_parts:
             split = end - n_second
@@ -88,8 +88,8 @@ class Form:
         return start, end
 
     def readings(self, memory: memoryview, start: int, end: int) -> Iterator[Reading]:
-        """What to hand to llama.cpp of a saved state, in this order, each once the one before has been read;
-        nothing if it isn't such a state. Up to HEADROOM bytes before it, and it itself, are overwritten."""
+        """The parts of a saved state to pass to llama.cpp, in this order, each after the one before was read;
+        none if it is no such state. The state and up to HEADROOM bytes before it are overwritten."""
         magic, _ = HEADER.unpack_from(memory, start)
         split = end
         if self.has_two_parts:
@@ -105,8 +105,8 @@ class Form:
         if not self.window:
             yield first, end, False
             return
-        # There is no room for more streams between the parts. So the first is read with an empty one after
-        # it, which lies over the second; and the second alone, its beginning over the first's end.
+        # There is no room for more streams between the parts. So the first is read with an empty part after
+        # it, which temporarily overwrites the second; then the second alone, its header over the first's end.
         none = COUNT.pack(self.streams) + bytes(COUNT.size * self.streams)
         covered = bytes(memory[split : split + len(none)])
         memory[split : split + len(none)] = none
@@ -115,7 +115,8 @@ class Form:
         yield self._begin(memory, split + COUNT.size, magic), end, True
 
     def _begin(self, memory: memoryview, own: int, magic: int) -> int:
-        """Writes what comes before the cells of the last stream, which begin at `own`; where that begins."""
+        """Writes the bytes before the cells of the last stream, which begin at `own`, and returns their
+        start."""
         start = own - HEADER.size - COUNT.size * self.streams
         HEADER.pack_into(memory, start, magic, 0)
         COUNT.pack_into(memory, start + HEADER.size, self.streams)

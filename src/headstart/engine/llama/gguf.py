@@ -1,4 +1,4 @@
-"""A model file as llama.cpp opens it."""
+"""Opens model files with llama.cpp and reads their metadata."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from headstart.engine.model import ModelError
 
 log = logging.getLogger("llama.cpp")
 LOG_LEVELS = {2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}
-# Said of each context in which we pool embeddings ourselves.
+# Logged for each context whose embeddings are pooled here.
 EXPECTED = b"model default pooling_type"
 
 
@@ -24,7 +24,8 @@ def _forward_log(level: int, text: bytes, _user: object) -> None:
 
 
 def open_model(path: str, *, weights: bool = True) -> Any:
-    """llama.cpp's handle of the model; without `weights` it only tells what it is. Raises ModelError."""
+    """The model as a llama.cpp handle; without `weights`, only its description is loaded. Raises
+    ModelError."""
     lib.llama_log_set(_forward_log, None)
     lib.llama_backend_init()
     if not Path(path).is_file():
@@ -38,14 +39,14 @@ def open_model(path: str, *, weights: bool = True) -> Any:
 
 
 def metadata(model: Any, key: str) -> str:
-    """A value from the file, up to 63 bytes of it; "" where there is none."""
+    """A value from the file, up to 63 bytes of it; "" if there is none."""
     text = ctypes.create_string_buffer(64)
     size = lib.llama_model_meta_val_str(model, key.encode(), text, len(text))
     return text.value.decode(errors="replace") if size > 0 else ""
 
 
 def only_embeds(path: str) -> bool:
-    """Whether the file says that its model reads in both directions, as encoders do; False if it can't be
+    """Whether the model reads in both directions, as encoders do, by its file; False if that can't be
     read."""
     try:
         model = open_model(path, weights=False)
@@ -57,7 +58,7 @@ def only_embeds(path: str) -> bool:
 
 
 def attends_to_everything(model: Any) -> bool:
-    """Whether every layer attends to all tokens, so that what is kept of each is all there is to keep."""
+    """Whether every layer attends to all tokens, so that the KV values of the tokens are the whole state."""
     return not (
         lib.llama_model_is_recurrent(model)
         or lib.llama_model_is_hybrid(model)
@@ -66,7 +67,7 @@ def attends_to_everything(model: Any) -> bool:
 
 
 def build_features() -> list[str]:
-    """As in "AVX2", those that the build has and this CPU too."""
+    """Names such as "AVX2" of the features that both the build and this CPU have."""
     lib.llama_backend_init()
     info = lib.llama_print_system_info().decode(errors="replace")
     pairs = (part.rpartition(":")[2].partition("=") for part in info.split("|"))

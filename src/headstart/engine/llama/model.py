@@ -1,9 +1,9 @@
 """A GGUF model and its two contexts.
 
-In the first each slot has a KV stream of its own (`kv_unified` off), so what a sequence computes depends on
-no other one's place in memory: prefill after a restore gives the same bits as prefill after computing the
-same prefix. The second is the pool, a unified KV cache, where sequences can share the cells of what they have
-in common; a sequence beside others may differ there in the last bits.
+In the first, each slot has a KV stream of its own (`kv_unified` off), so a sequence's values don't depend on
+the place of others in memory: prefill after a restore gives the same bits as prefill after computing the same
+prefix. The second is the pool, a unified KV cache, where sequences share the cells of a common prefix; there
+a sequence's values may differ in the last bits while others run.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from headstart.protocol import EngineSettings, ModelInfo, Sampling
 
 DEFAULT_CTX = 8192
 DEFAULT_SLOTS = 4
-# What the KV cache may take of the machine's memory where the number of slots is ours to choose.
+# The largest share of the machine's memory for the KV cache if the number of slots is chosen here.
 KV_MEMORY_SHARE = 1 / 8
 KV_VALUE_BYTES = 2
-# Of a saved state: what a token takes besides its KV values (position and sequences, twice where the model
-# has two KV caches), what a layer takes, and the rest.
+# Bytes of a saved state: per token besides its KV values (position and sequences, twice if the model has two
+# KV caches), per layer, and the rest.
 CELL_BYTES = 32
 LAYER_BYTES = 64
 STATE_BYTES = 4096
@@ -44,7 +44,7 @@ def _step_tokens(settings: EngineSettings) -> int:
 
 
 class LlamaModel:
-    """Raises ModelError when it can't be loaded."""
+    """Raises ModelError if the model can't be loaded."""
 
     def __init__(self, settings: EngineSettings) -> None:
         path = weights_path(settings)
@@ -58,7 +58,7 @@ class LlamaModel:
         self.streams = self._context(settings, self.ctx * self.slots, self.slots, streams=True)
         self.pool: LlamaContext | None = None
         if settings.share_from and self.slots > 1 and self.streams.can_cut:
-            # A sequence for each slot, and one that holds the shared prefix.
+            # A sequence for each slot, and one for the shared prefix.
             self.pool = self._context(settings, self.ctx, self.slots + 1, streams=False)
         self.latest = self.streams
         self.grammars = Grammars(partial(vocabulary, self.vocab))
@@ -79,15 +79,16 @@ class LlamaModel:
 
     def _affordable_slots(self) -> int:
         if lib.llama_model_is_recurrent(self.model):
-            # A slot takes the same few megabytes whatever the number of its tokens.
+            # A slot takes the same few megabytes for any number of tokens.
             return DEFAULT_SLOTS
         memory = memory_bytes() * KV_MEMORY_SHARE
         contexts = int(memory / (self.ctx * self._kv_token_bytes()))
-        # The pool takes as much as a slot, and is of no use to a single one.
+        # The pool takes as much as a slot, and is useless with a single slot.
         return max(1, min(DEFAULT_SLOTS, contexts - 1 if contexts > 2 else contexts))
 
     def _check_memory(self, *, shares: bool) -> None:
-        """Raises TooLarge. Weights are mapped from their file, but must be in memory to be computed with."""
+        """Raises TooLarge. Weights are counted: they are mapped from their file, but must be in memory when
+        used."""
         contexts = self.slots + (1 if shares and self.slots > 1 else 0)
         needed = lib.llama_model_size(self.model) + contexts * self.ctx * self._kv_token_bytes()
         if needed > (available := available_bytes()):
@@ -96,27 +97,27 @@ class LlamaModel:
             )
 
     def _kv_token_bytes(self) -> int:
-        """Bytes of KV cache a token takes if every layer attends to everything; some models take less."""
+        """Bytes of KV cache per token if every layer attends to all tokens; some models take less."""
         heads_kv = int(lib.llama_model_n_head_kv(self.model))
         even = int(lib.llama_model_n_embd(self.model) // max(lib.llama_model_n_head(self.model), 1))
         sizes = [self._metadata(f"attention.{kind}_length") or even for kind in ("key", "value")]
         return int(lib.llama_model_n_layer(self.model)) * max(heads_kv, 1) * sum(sizes) * KV_VALUE_BYTES
 
     def _state_bytes(self) -> int:
-        """Bytes of a saved state that don't depend on its tokens: numbers before it and before each layer."""
+        """Bytes of a saved state that don't depend on its tokens: its header and that of each layer."""
         return STATE_BYTES + int(lib.llama_model_n_layer(self.model)) * LAYER_BYTES
 
     def _metadata(self, key: str) -> int:
-        """A number from the GGUF file under the model's architecture; 0 where there is none."""
+        """A number from the GGUF file under the model's architecture; 0 if there is none."""
         value = metadata(self.model, f"{metadata(self.model, 'general.architecture')}.{key}")
         return int(value) if value.isdigit() else 0
 
     def _info(self, settings: EngineSettings, *, converted: bool) -> ModelInfo:
-        # Recurrent layers have a state of their own, whose size llama.cpp doesn't tell beforehand.
+        # Recurrent layers have a state of their own, whose size llama.cpp doesn't report in advance.
         attends = not (lib.llama_model_is_recurrent(self.model) or lib.llama_model_is_hybrid(self.model))
         kept = settings.arithmetic.kept() | {"kv_type": "f16"}
         if not converted:
-            # A file that is Q8_0 already is computed with as it is.
+            # A file that is Q8_0 already is used as it is.
             kept.pop("weights", None)
         return ModelInfo(
             n_ctx=lib.llama_n_ctx_seq(self.streams.context),
@@ -134,12 +135,12 @@ class LlamaModel:
         )
 
     def _embedding_tokens(self) -> int:
-        # Encoders have learned each position, and have none after the last.
+        # Encoders have learned positions, and none beyond the training context.
         trained = lib.llama_model_n_ctx_train(self.model)
         return self.ctx if self.streams.generates else min(self.ctx, trained)
 
     def _place(self, seq: int) -> tuple[LlamaContext, int]:
-        """The context a sequence is in, and its number there."""
+        """The context of a sequence, and its number there."""
         if seq < self.slots:
             return self.streams, seq
         assert self.pool

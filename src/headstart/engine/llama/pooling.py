@@ -1,4 +1,4 @@
-"""From the embeddings of an input's tokens to the one of the input."""
+"""Pools the embeddings of an input's tokens into one."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ POOLINGS: dict[str, Pooling] = {
 
 
 def pooling_of(model: Any) -> Pooling | None:
-    """What the model's file says, or the mean where it says nothing; None: a model that ranks texts."""
+    """The pooling in the model's file, the mean if there is none; None for a model that ranks texts."""
     kind = metadata(model, f"{metadata(model, 'general.architecture')}.pooling_type")
     return None if kind == str(lib.LLAMA_POOLING_TYPE_RANK) else POOLINGS.get(kind, "mean")
 
 
 class Pooled:
-    """What is needed of the tokens so far. Pieces are added in their order."""
+    """Accumulates the embeddings of tokens. Pieces must be added in order."""
 
     def __init__(self, pooling: Pooling) -> None:
         self.pooling = pooling
         self.total: NDArray[np.float64] | None = None
 
     def add(self, rows: NDArray[np.float32]) -> None:
-        """`rows`: the embeddings of the next tokens."""
+        """Adds `rows`, the embeddings of the next tokens."""
         match self.pooling:
             case "mean":
-                # Its direction is the sum's.
+                # The sum has the same direction as the mean.
                 total = rows.sum(axis=0, dtype=np.float64)
                 self.total = total if self.total is None else self.total + total
             case "first" if self.total is None:
@@ -45,7 +45,8 @@ class Pooled:
                 self.total = rows[-1].astype(np.float64)
 
     def vector(self) -> bytes:
-        """Of length 1, as little-endian float32. Raises ModelError where there is no direction."""
+        """The pooled embedding, of length 1, as little-endian float32. Raises ModelError if it has no
+        direction."""
         assert self.total is not None
         length = np.linalg.norm(self.total)
         if not np.isfinite(length) or length == 0:

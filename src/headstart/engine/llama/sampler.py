@@ -22,7 +22,7 @@ CANDIDATE = np.dtype(lib.llama_token_data)
 
 class LlamaSampler:
     """A chain in llama.cpp's usual order: biases, penalties, top-k, top-p, min-p, temperature, draw. With a
-    `matcher` it chooses among the tokens that this allows."""
+    `matcher` it chooses among the allowed tokens."""
 
     def __init__(
         self, sampling: Sampling, history: Seq[int], vocab: Any, matcher: Matcher | None = None
@@ -77,8 +77,8 @@ class LlamaSampler:
         return int(lib.llama_sampler_sample(self.chain, context.context, context.sampled_at[row]))
 
     def _choose_allowed(self, matcher: Matcher, logits: Scores) -> int:
-        """What it would choose anyway, where that is allowed: mostly it is, and one token is checked sooner
-        than all are found. Leaves the logits as they are: others may choose by them too."""
+        """Chooses as without a grammar if that token is allowed: it mostly is, and checking one token is
+        faster than computing all allowed ones. Doesn't change the logits: other answers may use them too."""
         token = int(logits.argmax()) if self.greedy else self._draw(np.arange(self.n_vocab), logits)
         if not matcher.allows(token):
             allowed = matcher.allowed()
@@ -95,7 +95,7 @@ class LlamaSampler:
         data = candidates.ctypes.data_as(ctypes.POINTER(lib.llama_token_data))
         array = lib.llama_token_data_array(data, len(candidates), -1, False)
         lib.llama_sampler_apply(self.chain, ctypes.byref(array))
-        # Where nothing is likely at all, nothing is selected.
+        # If all probabilities are 0, nothing is selected.
         return int(array.data[array.selected].id) if 0 <= array.selected < array.size else int(tokens[0])
 
     def close(self) -> None:
@@ -110,5 +110,5 @@ def _biases(sampling: Sampling, vocab: Any) -> dict[int, float]:
 
 @lru_cache(maxsize=1)
 def end_tokens(vocab: Any) -> list[int]:
-    """All that end an answer. A worker has one vocabulary."""
+    """All tokens that end an answer. One cache entry suffices: a worker has one vocabulary."""
     return [token for token in range(lib.llama_vocab_n_tokens(vocab)) if lib.llama_vocab_is_eog(vocab, token)]

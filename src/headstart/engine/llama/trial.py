@@ -1,4 +1,4 @@
-"""llama.cpp contexts to be timed, with tokens chosen at random."""
+"""Timed llama.cpp contexts, with tokens chosen at random."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ from headstart.numerics import Weights
 from headstart.protocol import EngineSettings
 
 SEED = 1
-# llama.cpp gives sequences whole blocks of cells.
+# llama.cpp allocates cells to sequences in blocks of this size.
 CELLS = 256
 
 
 class LlamaTrials:
-    """The model with its own weights and, where that may pay or is wanted, converted ones. Raises
-    ModelError."""
+    """The model with its own weights and, if worth trying or requested, converted ones. Raises ModelError."""
 
     def __init__(self, settings: EngineSettings) -> None:
         self.models = {weights: open_model(path) for weights, path in weights_to_try(settings).items()}
@@ -35,7 +34,7 @@ class LlamaTrials:
         self.words = self._words()
 
     def _words(self) -> list[int]:
-        """A few thousand tokens that stand for text."""
+        """A few thousand tokens as a substitute for text."""
         vocab = lib.llama_model_get_vocab(self.models[self.weights[0]])
         n_tokens = lib.llama_vocab_n_tokens(vocab)
         chosen = Random(SEED).choices(range(n_tokens), k=4096)
@@ -91,7 +90,7 @@ class LlamaTrial:
 
     def restore(self, seq: int, state: tuple[memoryview, int, int]) -> None:
         memory, start, end = state
-        # A copy: restoring writes into it.
+        # A copy, because restoring overwrites it.
         if not self.context.restore(seq, memoryview(bytearray(memory)), start, end):
             raise ModelError("llama.cpp did not take back a state of its own")
 

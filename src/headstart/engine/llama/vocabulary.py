@@ -1,4 +1,4 @@
-"""A model's tokens, as grammars are compiled for them."""
+"""A model's tokens in the form that grammars are compiled for."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from llguidance.llamacpp import lltokenizer_from_vocab
 
 
 def vocabulary(vocab: Any) -> LLTokenizer:
-    """All tokens that end an answer may end one that a grammar allows to end."""
+    """The vocabulary for llguidance. Where a grammar allows the end, all tokens that end an answer are
+    allowed."""
     ends = [i for i in range(lib.llama_vocab_n_tokens(vocab)) if lib.llama_vocab_is_eog(vocab, i)]
-    # llguidance takes the first of them for the usual one.
+    # llguidance treats the first as the primary one.
     ends.sort(key=lambda token: token != lib.llama_vocab_eos(vocab))
     return lltokenizer_from_vocab(vocab, eos_token=ends or None)

@@ -1,1 +1,2 @@
-"""Rockchip's NPU runtime, librkllmrt.so: a closed library that holds a model and runs a prompt at a time."""
+"""Rockchip's NPU runtime, librkllmrt.so: a closed library that loads one model and runs one prompt at a
+time."""

@@ -1,4 +1,4 @@
-"""From a worker's settings to the NPU's engine."""
+"""Builds the NPU engine from a worker's settings."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Which release a librkllmrt.so is. A wrong guess corrupts memory, so three signs must agree: what the file
-says of itself, what it exports, and where its default parameters lie.
+"""Detects the release of librkllmrt.so. A wrong guess corrupts memory, so three signs must agree: the
+version text in the file, the exported functions, and the offsets of the default parameters.
 
-`python -m headstart.engine.rkllm.detect librkllmrt.so` tells it in a process of its own.
+`python -m headstart.engine.rkllm.detect librkllmrt.so` prints it from a process of its own.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ DIRECTORIES = (
     "/lib64",
     "/usr/lib64",
 )
-# Larger than any parameters of any release: the library writes as many bytes as its own have.
+# Larger than the parameters of any release: the library writes as many bytes as its own parameters have.
 PROBE_BYTES = 1024
-# (embed_flash, enabled_cpus_num) as they are by default, and where they are in which layouts.
+# The default (embed_flash, enabled_cpus_num), and its offset in each layout.
 DEFAULTS = bytes((1, 4))
 PLACES = {92: ("1.2.0", "1.2.1"), 64: ("1.3.0",)}
 FORCE = "if you know which release it is, set rkllm_abi"
@@ -39,8 +39,8 @@ FORCE = "if you know which release it is, set rkllm_abi"
 
 @dataclass(frozen=True)
 class Detected:
-    """`version`: the library's own, "unknown" where it was forced and says nothing. `abi` is a key of
-    `layouts.LAYOUTS`."""
+    """`version`: the library's own, "unknown" if the layout was forced and the file has no single version.
+    `abi` is a key of `layouts.LAYOUTS`."""
 
     path: str
     version: str
@@ -49,8 +49,8 @@ class Detected:
 
 
 def detect(library: str, forced: str = "") -> Detected:
-    """`library`: a path, or a name to be looked for where libraries are. `forced`: a release, whose layout is
-    then taken without further question. Raises ModelError."""
+    """`library`: a path, or a name to search for in the library directories. `forced`: a release whose layout
+    is then used without detection. Raises ModelError."""
     path = located(library)
     versions = versions_in(path)
     if forced:
@@ -85,7 +85,7 @@ def _agree(path: str, version: str, abi: str, what: str, found: tuple[str, ...])
 
 
 def located(library: str) -> str:
-    """The file's path. Raises ModelError."""
+    """The absolute path of the library. Raises ModelError."""
     places = [library] if "/" in library else [f"{directory}/{library}" for directory in DIRECTORIES]
     for place in places:
         if Path(place).is_file():
@@ -99,7 +99,7 @@ def located(library: str) -> str:
 
 
 def versions_in(path: str) -> list[str]:
-    """All that the file's bytes say. Raises ModelError."""
+    """All version texts in the file. Raises ModelError."""
     try:
         with (
             opened_file(path, follow=True) as file,
@@ -111,7 +111,7 @@ def versions_in(path: str) -> list[str]:
 
 
 def by_symbols(functions: ctypes.CDLL) -> tuple[str, ...]:
-    """The layouts that what is exported fits."""
+    """The layouts that fit the exported functions."""
     if not hasattr(functions, "rkllm_clear_kv_cache"):
         return ()
     if not hasattr(functions, "rkllm_get_kv_cache_size"):
@@ -124,7 +124,7 @@ class _Probe(ctypes.Structure):
 
 
 def by_probe(functions: ctypes.CDLL) -> tuple[str, ...]:
-    """The layouts that the default parameters fit; none where they fit more than one place, or none."""
+    """The layouts that fit the default parameters; none unless exactly one offset fits."""
     create = functions["rkllm_createDefaultParam"]
     create.argtypes, create.restype = [], _Probe
     content = bytes(create().content)

@@ -1,10 +1,10 @@
-"""The engine of models that the NPU runs: one request after another, whole prompts, states as files.
+"""The NPU engine: one request after another, whole prompts, states as files.
 
-The runtime evaluates and samples by itself, blocking a thread of its own here; its tokens come from yet
-another. Both tell what happened through a queue, and `wake` has a step take it from there.
+The runtime evaluates and samples by itself and blocks a dedicated thread here; its tokens arrive on yet
+another thread. Both put events into a queue, and `wake` causes a step to take them.
 
-What the runtime has in memory of the run before it finds again by itself, whoever's that was. So it is made
-to forget what isn't to be shared; and a state is loaded only where memory doesn't hold as much already.
+The runtime reuses its memory of the previous run by itself, whoever the owner was. So the engine clears the
+memory if it must not be shared, and loads a state only if memory doesn't hold as much already.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ LOST_STATUS = 70
 
 
 class RkllmEngine:
-    """Every submitted request ends in exactly one Finished or Failed event. `opened` gives a runtime with the
-    model loaded, now and again after a run that failed; it raises ModelError. All methods are for one thread.
-    `wake` is called from others."""
+    """Every submitted request ends in exactly one Finished or Failed event. `opened` returns a runtime with
+    the model loaded; it is called now and after each failed run, and raises ModelError. All methods must be
+    called from one thread. `wake` is called from others."""
 
     def __init__(self, opened: Callable[[], Runtime], wake: Callable[[], object]) -> None:
         self._opened = opened
@@ -63,15 +63,16 @@ class RkllmEngine:
         self._running: Turn | None = None
         self._told: SimpleQueue[RequestEvent] = SimpleQueue()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="npu")
-        # What the runtime's memory holds, and for whom it was computed; for the thread only, as is all below.
+        # The tokens in the runtime's memory, and their owner. Only the NPU thread uses these and the next
+        # field.
         self._held: list[int] = []
         self._owner = ""
-        # Whether memory is used as the runtime's manual says; the counts may disprove it.
+        # Whether the runtime reuses its memory as its manual says; the counts may disprove it.
         self._remembers = self.info.counts_reuse
 
     @property
     def busy(self) -> bool:
-        """Whether a step has something to do now; while the runtime runs it has not."""
+        """Whether a step has something to do now. A running request alone is nothing to do."""
         return not self._told.empty() or bool(self._waiting and self._running is None)
 
     @property
@@ -99,7 +100,7 @@ class RkllmEngine:
                 return
 
     def step(self) -> list[RequestEvent]:
-        """What happened since the last one, in order; the next request begins when one has ended."""
+        """Returns the events since the last step, in order; starts the next request if none is running."""
         events = list(drained(self._told))
         turn = self._running
         if turn and any(isinstance(e, Finished | Failed) and e.id == turn.request.id for e in events):
@@ -110,7 +111,7 @@ class RkllmEngine:
         return events
 
     def close(self) -> None:
-        """Ends the run there is and frees the model."""
+        """Ends the current run and frees the model."""
         if turn := self._running:
             self._cancel(turn.request.id)
         self._thread.shutdown()
@@ -122,12 +123,12 @@ class RkllmEngine:
         self._wake()
 
     def _serve(self, turn: Turn) -> None:
-        """Runs on the thread."""
+        """Runs on the NPU thread."""
         turn.placed = monotonic()
         try:
             end = self._answer(turn) if turn.is_answer else self._save(turn)
         except RuntimeLost as error:
-            # Nothing but another process helps; the server starts one.
+            # Only a new process helps; the server starts one.
             log.critical("%s", error)
             os._exit(LOST_STATUS)
         except saved_state.NotWritten as error:
@@ -149,7 +150,7 @@ class RkllmEngine:
         if request.restore and request.reuse and held < _usable(request.restore, request):
             self._load(turn, request.restore, runtime)
         elif not held:
-            # Some runtimes forget everything with it, so not earlier.
+            # Not earlier: some runtimes clear all memory with it.
             runtime.release_cache()
         turn.restored = monotonic()
         self._run(turn, runtime)
@@ -164,7 +165,7 @@ class RkllmEngine:
         return self._runtime
 
     def _keep(self, turn: Turn, runtime: Runtime) -> int:
-        """How many of the prompt's tokens memory holds for it; what it may not have is forgotten."""
+        """The number of the prompt's tokens in memory; clears memory that the request must not use."""
         request = turn.request
         held = min(common_prefix(self._held, request.tokens), len(request.tokens) - 1)
         theirs = self._owner == request.owner or held <= request.public
@@ -179,7 +180,7 @@ class RkllmEngine:
         self._held = []
 
     def _load(self, turn: Turn, state: StateRef, runtime: Runtime) -> None:
-        """That a file is gone, changed or refused is no error, only a miss."""
+        """Loads the state. A file that is gone, changed or refused is no error, only a miss."""
         self._held = []
         try:
             _check_identity(state)
@@ -189,7 +190,7 @@ class RkllmEngine:
         except (OSError, ModelError) as error:
             log.warning("state not restored from %s: %s", state.path, error)
             if turn.loaded:
-                # It has read what nobody has verified.
+                # The runtime has read an unverified file.
                 turn.loaded = None
                 self._forget(runtime)
 
@@ -207,7 +208,7 @@ class RkllmEngine:
         self._held, self._owner = [*request.tokens, *turn.generated], request.owner
 
     def _drop(self) -> None:
-        """A runtime of which something failed is not used again; the next request has another one."""
+        """Closes a runtime after a failure; the next request opens another one."""
         runtime, self._runtime, self._held = self._runtime, None, []
         try:
             if runtime:
@@ -216,8 +217,8 @@ class RkllmEngine:
             log.warning("%s", error)
 
     def _on_token(self, turn: Turn, token: int, _text: bytes) -> bool:
-        """Runs on a thread of the runtime's. Text is made of the ids, elsewhere: stop strings and halves of
-        characters are not the runtime's to decide on."""
+        """Runs on a thread of the runtime's. Its text is ignored: the server makes text from the ids, and
+        handles stop strings and incomplete characters."""
         request = turn.request
         if not turn.first_token:
             turn.first_token = monotonic()
@@ -236,7 +237,8 @@ class RkllmEngine:
         return "stop" if ended and not full else "length"
 
     def _save(self, turn: Turn) -> RequestEvent:
-        """What is saved is evaluated from the first token on, so that nothing else has a part in it."""
+        """Computes and saves a state. It is evaluated from the first token on, so that it depends on nothing
+        else."""
         request, runtime = turn.request, self._ready()
         assert request.save_to is not None
         path = Path(request.save_to.path)
@@ -257,8 +259,8 @@ class RkllmEngine:
         return Finished(request.id, "saved", stats)
 
     def _try(self, path: Path, runtime: Runtime) -> None:
-        """Raises NotWritten unless the runtime takes what it has written: it doesn't tell that the disk was
-        full."""
+        """Loads the saved state once, because the runtime doesn't report a full disk. Raises NotWritten if it
+        can't be loaded."""
         self._held = []
         try:
             runtime.load_cache(str(path))
@@ -275,7 +277,7 @@ def _usable(state: StateRef, request: Submit) -> int:
 
 
 def _check_identity(state: StateRef) -> None:
-    """Raises OSError when the file is not the one that was verified."""
+    """Raises OSError if the file is not the verified one."""
     stat = Path(state.path).lstat()
     found = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
     if not S_ISREG(stat.st_mode) or found != state.identity:

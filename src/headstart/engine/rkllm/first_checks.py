@@ -1,8 +1,8 @@
-"""What is to be tried first on a real board: whatever the header and the manual leave open, in steps that
-are a process each, since a wrong guess may crash. `python -m headstart.engine.rkllm.first_checks`, with a
-`Task` as JSON on its input, prints what it found.
+"""The first checks on a real board: everything that the header and the manual leave open. Each step runs in a
+process of its own, since a wrong guess may crash. `python -m headstart.engine.rkllm.first_checks` reads a
+`Task` as JSON from its input and prints its findings.
 
-Nothing here decides; it is a report for people.
+No code depends on the results; they are a report for people.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ Found = dict[str, object]
 
 
 class Task(Struct, frozen=True):
-    """`openings`: two that end with a special token, and how many tokens our tokenizer makes of each;
-    `question`: what follows either, likewise."""
+    """`openings`: two prefixes that end with a special token, each with its number of tokens by Headstart's
+    tokenizer; `question`: the text that follows either prefix, with its number of tokens."""
 
     step: str
     model: str
@@ -41,7 +41,7 @@ class Task(Struct, frozen=True):
 
 
 class Trial:
-    """One run, as a report shows it."""
+    """One run, in the form of the report."""
 
     def __init__(self, runtime: Runtime, prompt: str, n_tokens: int, save_to: str | None = None) -> None:
         self.tokens: list[int] = []
@@ -68,7 +68,7 @@ class Trial:
 
 
 def first_run(task: Task) -> Found:
-    """Whether our tokens are the runtime's, no template wraps them, and the last run's prefix is reused."""
+    """Tests that both tokenizers agree, no template wraps the prompt, and the last run's prefix is reused."""
     started = time.monotonic()
     runtime = Runtime(task.model, task.options)
     load_ms = round(1000 * (time.monotonic() - started))
@@ -89,7 +89,7 @@ def first_run(task: Task) -> Found:
 
 
 def saved_and_restored(task: Task) -> Found:
-    """Whether a state is written, how many tokens it says it has, and whether it is used."""
+    """Tests whether a state is written, how many tokens it claims to have, and whether it is used."""
     runtime = Runtime(task.model, task.options)
     cold = Trial(runtime, *_prompt(task, 0))
     runtime.clear()
@@ -117,7 +117,7 @@ def saved_and_restored(task: Task) -> Found:
 
 
 def two_in_turn(task: Task) -> Found:
-    """Whether one state can be loaded after another, again and again."""
+    """Tests whether two states can be loaded in turn, repeatedly."""
     runtime = Runtime(task.model, task.options)
     with tempfile.TemporaryDirectory() as folder:
         paths = [str(Path(folder) / f"{i}.rkllm_cache") for i in range(2)]
@@ -135,7 +135,7 @@ def two_in_turn(task: Task) -> Found:
 
 
 def aborted(task: Task) -> Found:
-    """When an abort during the prefill is heeded, and whether a run after it is as any other."""
+    """Tests when an abort during the prefill takes effect, and whether the next run is normal."""
     runtime = Runtime(task.model, task.options)
     cold = Trial(runtime, *_prompt(task, 0))
     runtime.clear()
@@ -149,8 +149,8 @@ def aborted(task: Task) -> Found:
 
 
 def loaded_after_abort(task: Task) -> Found:
-    """Whether a state can be loaded right after a run that was aborted at its first token. It was reported to
-    crash; Headstart loads the model again before, which this does without."""
+    """Tests whether a state can be loaded right after a run that was aborted at its first token. This was
+    reported to crash, so Headstart normally reloads the model before; this step doesn't."""
     runtime = Runtime(task.model, task.options)
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "opening.rkllm_cache")
@@ -177,7 +177,7 @@ def _prompt(task: Task, opening: int) -> tuple[str, int]:
 
 
 def _fewer(warm: Trial, cold: Trial) -> bool | None:
-    """Whether fewer tokens were evaluated; None where nobody counts."""
+    """Whether fewer tokens were evaluated; None if the runtime doesn't count them."""
     if warm.run.prefill_tokens is None or cold.run.prefill_tokens is None:
         return None
     return warm.run.prefill_tokens < cold.run.prefill_tokens

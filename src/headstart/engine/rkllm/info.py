@@ -1,4 +1,4 @@
-"""What the runtime can do, and what it can't."""
+"""The ModelInfo of the NPU engine, and the request parameters that it lacks."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The C structures of librkllmrt.so, which changed from release to release, and what is known of their bytes.
+"""The C structures of librkllmrt.so, which changed between releases.
 
-Three layouts are spoken, each named by the release that brought it: 1.2.0; 1.2.1, which 1.2.2 and 1.2.3 kept;
-1.3.0. A structure of another layout makes the runtime die or answer -1, so sizes and offsets are written down
-beside the structures and checked when this module is loaded.
+Three layouts are supported, each named after the release that introduced it: 1.2.0; 1.2.1, which 1.2.2 and
+1.2.3 kept; 1.3.0. A structure of another layout makes the runtime crash or answer -1, so `offsets` has all
+sizes and offsets, and checks them when `library` is imported.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any
 
 
 class State(IntEnum):
-    """What a callback is about. WAITING: the token's character is not complete yet."""
+    """The state that a callback reports. WAITING: the token's character is not complete yet."""
 
     NORMAL = 0
     WAITING = 1
@@ -105,7 +105,7 @@ class TokenInput(Structure):
 
 
 class Content120(Union):
-    """`room`: for inputs with images, which make up the size."""
+    """`room`: space for inputs with images, which determine the size."""
 
     _fields_ = [("prompt_input", c_char_p), ("token_input", TokenInput), ("room", c_char * 24)]
 
@@ -179,7 +179,7 @@ class InferParam130(Structure):
 
 
 class Rows(Structure):
-    """Hidden states or logits, which nobody here asks for."""
+    """Hidden states or logits; never requested here."""
 
     _fields_ = [("values", c_void_p), ("width", c_int), ("num_tokens", c_int)]
 
@@ -217,7 +217,7 @@ Callback121 = CFUNCTYPE(c_int, POINTER(Result121), c_void_p, c_int)
 
 
 class Callbacks(Structure):
-    """What 1.3.0 is initialised with, where those before take the result callback itself."""
+    """The argument that initialises 1.3.0; earlier releases take the result callback itself."""
 
     _fields_ = [
         ("result_callback", Callback121),
@@ -231,8 +231,8 @@ class Callbacks(Structure):
 
 @dataclass(frozen=True)
 class Layout:
-    """One ABI. `symbols`: what the library must export beyond what all do. `wraps_callback`: rkllm_init takes
-    `Callbacks`. `sampling_per_run`: a run has sampling parameters and a cap of its own."""
+    """One ABI. `symbols`: functions that the library must export besides the common ones. `wraps_callback`:
+    rkllm_init takes `Callbacks`. `sampling_per_run`: a run has sampling parameters and a cap of its own."""
 
     abi: str
     versions: tuple[str, ...]
@@ -293,5 +293,5 @@ VERSIONS = tuple(version for layout in LAYOUTS.values() for version in layout.ve
 
 
 def layout_of(version: str) -> Layout | None:
-    """That of a release, None for one that isn't known."""
+    """The layout of a release; None if the release is unknown."""
     return next((layout for layout in LAYOUTS.values() if version in layout.versions), None)

@@ -1,4 +1,5 @@
-"""librkllmrt.so by one layout: each function with its types, and return codes that become ModelError."""
+"""Calls librkllmrt.so by one layout: declares each function's types, and turns return codes into
+ModelError."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from headstart.engine.model import ModelError
 from headstart.engine.rkllm import offsets
 from headstart.engine.rkllm.layouts import Callbacks, Layout
 
-# What every supported release exports.
+# The functions that every supported release exports.
 SYMBOLS = (
     "rkllm_createDefaultParam",
     "rkllm_init",
@@ -36,8 +37,8 @@ def opened(path: str) -> ctypes.CDLL:
 
 
 class Library:
-    """A handle is what `init` returned; it is used by one thread at a time, but for `abort`. All raise
-    ModelError when the runtime refuses."""
+    """`init` returns a handle; except for `abort`, one thread at a time may use it. All methods raise
+    ModelError if the runtime refuses."""
 
     def __init__(self, path: str, layout: Layout) -> None:
         self.layout = layout
@@ -59,7 +60,7 @@ class Library:
             "load_prompt_cache": [c_void_p, c_char_p],
             "release_prompt_cache": [c_void_p],
             "set_chat_template": [c_void_p, c_char_p, c_char_p, c_char_p],
-            # From 1.2.1 on it may be told which positions; none means all.
+            # From 1.2.1 on it takes ranges of positions; none means all.
             "clear_kv_cache": [c_void_p, c_int, *ranges],
         }
         for name, types in arguments.items():
@@ -77,7 +78,7 @@ class Library:
         return self._functions.rkllm_createDefaultParam()
 
     def init(self, param: Any, callback: Any) -> c_void_p:
-        """The callback must be kept as long as the handle."""
+        """Loads the model. The callback must stay referenced as long as the handle is used."""
         handle = c_void_p()
         start = byref(callback) if self.layout.wraps_callback else callback
         self._call("init", byref(handle), byref(param), start)
@@ -90,7 +91,7 @@ class Library:
         self._call("run", handle, byref(input_), byref(infer_param), c_void_p(number))
 
     def abort(self, handle: c_void_p) -> None:
-        """That there is nothing to abort any more is no error."""
+        """Aborts the run, if there is one; its end is no error."""
         self._functions.rkllm_abort(handle)
 
     def load_cache(self, handle: c_void_p, path: str) -> None:
@@ -100,7 +101,7 @@ class Library:
         self._call("release_prompt_cache", handle)
 
     def unset_template(self, handle: c_void_p) -> None:
-        """Prompts come rendered; the model's own template would wrap them once more."""
+        """Sets an empty template: prompts are rendered already, and the model's own would wrap them again."""
         self._call("set_chat_template", handle, b"", b"", b"")
 
     def clear(self, handle: c_void_p) -> None:

@@ -1,4 +1,4 @@
-"""Where the fields of the runtime's structures are, by its headers; aarch64 and x86-64 are alike."""
+"""Offsets of the fields in the runtime's structures, by its headers; the same on aarch64 and x86-64."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ BY_ABI: dict[str, dict[str, Table]] = {
 
 
 def differences(structure: type[Structure], table: Table) -> list[str]:
-    """Where the structure isn't as the table says; each of its fields must be in it."""
+    """The differences between the structure and the table, which must have all its fields."""
     actual = {name: getattr(structure, name).offset for name, *_ in structure._fields_}
     actual["sizeof"] = sizeof(structure)
     return [
@@ -93,7 +93,7 @@ def layout_differences(layout: Layout) -> list[str]:
 
 
 def check() -> None:
-    """Raises AssertionError, also where assertions are off: a wrong structure corrupts memory."""
+    """Raises AssertionError, also with assertions disabled: a wrong structure corrupts memory."""
     wrong = [line for layout in LAYOUTS.values() for line in layout_differences(layout)]
     wrong += [line for structure, table in COMMON.items() for line in differences(structure, table)]
     if wrong:

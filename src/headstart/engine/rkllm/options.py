@@ -1,4 +1,4 @@
-"""How the runtime is started, checked before it is: what it is told wrong it answers with -1, or by dying."""
+"""The runtime's start options, checked in advance: it answers wrong ones with -1, or crashes."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ BIG_CORES, BIG_CORES_MASK = 4, 0xF0
 
 @dataclass(frozen=True)
 class RuntimeOptions:
-    """`library`: a path, or a name to be looked for where libraries are. `abi`: a release whose layout is
-    taken; "": it is found out. `n_ctx`: tokens a run may have in all. `max_new_tokens`: the most that a run
-    generates, and `sampling`: in force for all runs, both before 1.3.0. `cpus` and `cpu_mask`: how many and
-    which CPUs the runtime may use beside the NPU; 0: by the machine. `embed_flash`: embeddings are read
-    from the file as they are needed instead of being held in memory. `log_level`: 0, 1 or 2; None: what
-    RKLLM_LOG_LEVEL says."""
+    """`library`: a path, or a name to search for in the library directories. `abi`: the release whose layout
+    is used; "": detected. `n_ctx`: the most tokens of a run, prompt and answer. Before 1.3.0,
+    `max_new_tokens` (the most that a run generates) and `sampling` are in force for all runs. `cpus` and
+    `cpu_mask`: the number and set of CPUs that the runtime may use besides the NPU; 0: chosen by the machine.
+    `embed_flash`: embeddings are read from the file when needed instead of being held in memory. `log_level`:
+    0, 1 or 2; None: as in RKLLM_LOG_LEVEL."""
 
     library: str = LIBRARY
     abi: str = ""
@@ -38,7 +38,7 @@ class RuntimeOptions:
 
 
 def checked(model_path: str, options: RuntimeOptions) -> RuntimeOptions:
-    """The options with the CPUs filled in. Raises ModelError, which says what to change."""
+    """The options with the CPUs filled in. Raises ModelError with advice on what to change."""
     _check_file(model_path)
     _check_lengths(options)
     options = _with_cpus(options)
@@ -70,7 +70,8 @@ def _check_lengths(options: RuntimeOptions) -> None:
 
 
 def _with_cpus(options: RuntimeOptions) -> RuntimeOptions:
-    """One of the two follows from the other; neither set, it is the fast cores where they are known to be."""
+    """Derives `cpus` and `cpu_mask` from each other; if neither is set, chooses the fast cores if they are
+    known."""
     if options.cpu_mask:
         return replace(options, cpus=options.cpus or options.cpu_mask.bit_count())
     if options.cpus > 0:
@@ -84,7 +85,7 @@ def _with_cpus(options: RuntimeOptions) -> RuntimeOptions:
 
 
 def _last_cpus(n: int) -> int:
-    """On Rockchip's chips the fast cores have the highest numbers."""
+    """The mask of the last `n` CPUs: on Rockchip's chips the fast cores have the highest numbers."""
     return ((1 << n) - 1) << max(_cpus() - n, 0)
 
 
@@ -102,5 +103,6 @@ def _check_cpus(options: RuntimeOptions) -> None:
 
 
 def _cpus() -> int:
-    """All there are; the runtime pins its threads to CPUs by number, whatever this process may run on."""
+    """The number of all CPUs: the runtime pins its threads to CPUs by number, whatever this process may run
+    on."""
     return os.cpu_count() or 1

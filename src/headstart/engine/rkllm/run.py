@@ -1,4 +1,4 @@
-"""One run as its callbacks tell of it: they come in a thread of the runtime's, in its memory."""
+"""One run, as reported by its callbacks. They arrive on a thread of the runtime's, with its memory."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Outcome = Literal["ended", "length", "aborted"]
 
 @dataclass(frozen=True)
 class Run:
-    """What the runtime says of a run that finished. `outcome`: "ended" by the model's end token, "length" by
-    the most tokens that were allowed, "aborted". `tokens`: how many were handed on. The rest is from the
-    runtime's own counters, None where it has none (`Runtime.has_perf`) or gave none; `prefill_tokens` is
-    what was evaluated of the prompt, so less than the prompt has where a prefix was reused."""
+    """The runtime's report of a finished run. `outcome`: "ended" by the model's end token, "length" by the
+    token limit, or "aborted". `tokens`: the number passed on. The other fields are from the runtime's own
+    counters, None if it has none (`Runtime.has_perf`) or returned none. `prefill_tokens` is the number of
+    evaluated prompt tokens, so less than the prompt's if a prefix was reused."""
 
     outcome: Outcome
     tokens: int
@@ -30,9 +30,9 @@ class Run:
 
 
 class Running:
-    """`finished` is set by the last callback. `abort_now` is set whenever it should be told to abort,
-    more than once, since before the end of the prefill it may not heed it. `stops_itself`: the runtime knows
-    `max_tokens`."""
+    """`finished` is set by the last callback. `abort_now` is set whenever the runtime should be told to
+    abort; more than once, since it may ignore that before the end of the prefill. `stops_itself`: the runtime
+    stops at `max_tokens` by itself."""
 
     def __init__(
         self, number: int, on_token: OnToken, max_tokens: int, *, stops_itself: bool, has_perf: bool
@@ -52,7 +52,7 @@ class Running:
 
     @property
     def aborted_early(self) -> bool:
-        """Whether it was aborted before it had a second token."""
+        """Whether the run was aborted before its second token."""
         return self._wanted_by is not None and self.tokens <= 1
 
     def abort(self, why: Outcome = "aborted") -> None:
@@ -60,11 +60,11 @@ class Running:
         self.abort_now.set()
 
     def tell(self, result: Any, state: int) -> None:
-        """One callback; `result` is valid until this returns. Never raises."""
+        """Handles one callback; `result` is valid until this returns. Never raises."""
         try:
             self._tell(result, state)
         except BaseException as error:
-            # An exception must not get into the C code; `run` raises it.
+            # An exception must not reach the C code; `run` raises it.
             self.error = error
             self.abort()
         if state in (State.FINISH, State.ERROR):

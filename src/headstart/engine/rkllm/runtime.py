@@ -1,10 +1,10 @@
-"""The runtime with one model loaded, as the engine uses it: one run at a time, everything else checked.
+"""The runtime with one model loaded, as the engine uses it: one run at a time, with all arguments checked.
 
-What isn't as the runtime's header says, or isn't said there:
-- A prompt is wrapped by the model's template unless an empty one is set.
-- rkllm_abort may come too early to be heeded, and ends no prefill. A run has ended only with FINISH.
-- Loading a state right after a run that was aborted at its first token has crashed it: the model is loaded
-  again before.
+Behaviour that the runtime's header omits or states wrongly: - It wraps a prompt in the model's template
+unless an empty one is set. - rkllm_abort has no effect if called too early, and doesn't end a prefill. A run
+has ended only with FINISH. - Loading a state right after a run that was aborted at its first token has
+crashed it: the model is loaded again
+  before.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from headstart.engine.rkllm.run import OnToken, Run, Running
 from headstart.engine.rkllm.sampling import sampling_fields
 from headstart.protocol import Sampling
 
-# How long rkllm_run may have returned before FINISH is there.
+# The longest wait for FINISH after rkllm_run has returned.
 FINISH_SECONDS = 30.0
 
 
 class RuntimeLost(ModelError):
-    """Nobody knows what the runtime is doing; the process should end."""
+    """The runtime is in an unknown state; the process should end."""
 
 
 class Runtime:
-    """Raises ModelError when the library or the model can't be loaded. Not safe for threads but for `abort`.
+    """Raises ModelError if the library or the model can't be loaded. Only `abort` is thread-safe.
 
-    `version` is the library's own, "1.2.3"; `abi` the layout it is spoken to in, "1.2.1".
-    `per_request_sampling`: `run` uses its own sampling and cap; else they are those of the options, and `run`
-    ends an answer that is to be shorter by aborting it. `has_perf`: the runtime counts what it prefilled;
-    without it nothing confirms a hit. `loads`: how often the model was loaded.
+    `version` is the library's own, such as "1.2.3"; `abi` is the layout used with it, such as "1.2.1".
+    `per_request_sampling`: `run` uses its own sampling and cap; else those of the options apply, and `run`
+    aborts an answer at a lower cap. `has_perf`: the runtime counts prefilled tokens; otherwise nothing
+    confirms a hit. `loads`: the number of times that the model was loaded.
     """
 
     def __init__(self, model_path: str, options: RuntimeOptions) -> None:
@@ -65,7 +65,7 @@ class Runtime:
         self._running: Running | None = None
         self._cache_loaded = False
         self._aborted_early = False
-        # Kept for as long as the runtime may call back.
+        # Referenced for as long as the runtime may call back.
         self._result_callback = self._layout.callback(self._on_result)
         self._callback = self._result_callback
         if self._layout.wraps_callback:
@@ -83,20 +83,20 @@ class Runtime:
             raise
 
     def _param(self) -> Any:
-        """The library's defaults, but for what is known to matter."""
+        """The library's defaults, except for the parameters that are known to matter."""
         options, param = self.options, self._library.default_param()
         param.model_path = os.fsencode(Path(self._model_path).absolute())
         param.max_context_len = options.n_ctx
         param.max_new_tokens = options.max_new_tokens
         for name, value in sampling_fields(options.sampling).items():
             setattr(param, name, value)
-        # Every token is to be told of; what its text is, isn't the runtime's to say.
+        # Special tokens must be reported too: text is made from the ids.
         param.skip_special_token = False
         param.is_async = False
         if self._layout.wraps_callback:
             param.ignore_eos_token = False
         else:
-            # A null pointer kills it.
+            # A null pointer crashes the runtime.
             param.img_start = param.img_end = param.img_content = b""
         extend = param.extend_param
         extend.embed_flash = options.embed_flash
@@ -115,14 +115,14 @@ class Runtime:
         keep_history: int = 0,
         on_token: OnToken,
     ) -> Run:
-        """Runs the whole prompt, which is never wrapped by a template; the longest prefix in common with the
-        loaded cache or the last run is reused, if `keep_history` is 0. Comes back when the runtime has said
-        that it is finished.
+        """Runs the whole prompt, which is never wrapped in a template. The longest prefix in common with the
+        loaded cache or the last run is reused if `keep_history` is 0. Returns when the runtime has reported
+        FINISH.
 
-        `on_token` gets each token and its text, which is b"" while a character is incomplete, in a thread of
-        the runtime's; after it has said False it isn't called again, and what it raises is raised here.
-        `save_to`: an absolute path; that the file was written must be checked, the runtime doesn't tell.
-        Raises ModelError, or RuntimeLost, after which the runtime must not be used any more.
+        `on_token` receives each token and its text (b"" while a character is incomplete) on a thread of the
+        runtime's. After it has returned False, it isn't called again; its exceptions are raised here.
+        `save_to`: an absolute path; the caller must check the file, since the runtime doesn't report whether
+        it wrote it. Raises ModelError, or RuntimeLost, after which the runtime must not be used any more.
         """
         assert self._running is None
         assert max_new_tokens > 0
@@ -190,15 +190,15 @@ class Runtime:
         return infer
 
     def _on_result(self, result: Any, userdata: int | None, state: int) -> int:
-        """What comes late, of a run that was given up, is nobody's."""
+        """Ignores late callbacks of an earlier run."""
         running = self._running
         if running is not None and userdata in (None, running.number):
             running.tell(result, state)
-        # Go on; it is no way to stop.
+        # 0: continue. Another value would not stop the run.
         return 0
 
     def _abort_when_wanted(self, running: Running) -> None:
-        """In a thread of its own: a callback must not abort."""
+        """Runs on a thread of its own, because a callback must not abort."""
         while running.abort_now.wait():
             running.abort_now.clear()
             if running.finished.is_set():
@@ -206,14 +206,14 @@ class Runtime:
             self._library.abort(self._opened())
 
     def abort(self) -> None:
-        """Ends the run there is, once its prefill is done; from any thread, at any time."""
+        """Ends the current run once its prefill is done. Callable from any thread, at any time."""
         running = self._running
         if running is not None:
             running.abort()
 
     def load_cache(self, path: str) -> None:
-        """In place of the one that is loaded. Raises ModelError if the runtime refuses it; none is loaded
-        then."""
+        """Loads a state in place of the loaded one. Raises ModelError if the runtime refuses it; none is
+        loaded then."""
         self.release_cache()
         if self._aborted_early:
             self._load_again()
@@ -221,7 +221,7 @@ class Runtime:
         self._cache_loaded = True
 
     def trust_abort(self) -> None:
-        """Whatever the last run was, a state is to be loaded without loading the model again: to find out
+        """Lets the next state be loaded without reloading the model, even after an early abort, to find out
         whether that crashes here."""
         self._aborted_early = False
 
@@ -231,17 +231,17 @@ class Runtime:
         self._aborted_early = False
 
     def release_cache(self) -> None:
-        """Nothing if none is loaded. Raises ModelError."""
+        """Releases the loaded state, if any. Raises ModelError."""
         if self._cache_loaded:
             self._cache_loaded = False
             self._library.release_cache(self._opened())
 
     def clear(self) -> None:
-        """Forgets what the last run left in memory. Raises ModelError."""
+        """Clears the memory of the last run. Raises ModelError."""
         self._library.clear(self._opened())
 
     def close(self) -> None:
-        """May be called twice. Raises ModelError."""
+        """Frees the model. May be called twice. Raises ModelError."""
         handle, self._handle, self._cache_loaded = self._handle, None, False
         if handle is not None:
             self._library.destroy(handle)

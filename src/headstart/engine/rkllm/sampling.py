@@ -1,20 +1,20 @@
-"""Sampling parameters in the runtime's terms, which has no seed, no min_p and no window for penalties."""
+"""Converts sampling parameters to the runtime's, which has no seed, no min_p and no window for penalties."""
 
 from __future__ import annotations
 
 from headstart.protocol import Sampling
 
-# "All tokens" in what the runtime takes for top_k; the thousandth token has no chance worth mentioning.
+# The runtime's top_k for "all tokens"; the thousandth token has a negligible probability.
 MANY = 1000
-# What `top_p` 0 comes to: the most probable token alone.
+# Replaces `top_p` 0: the most probable token alone.
 LEAST_TOP_P = 1e-4
 LEAST_TEMPERATURE = 1e-2
-# Where they differ from these, they can't be honoured.
+# Parameters that the runtime lacks.
 UNSUPPORTED = ("min_p", "seed", "repeat_last_n")
 
 
 def sampling_fields(sampling: Sampling) -> dict[str, float]:
-    """Values for the fields of that name in the runtime's structures. Greedy is a choice of one token."""
+    """Values for the fields of the same names in the runtime's structures. Greedy is top_k 1."""
     greedy = sampling.temperature == 0
     return {
         "top_k": 1 if greedy else sampling.top_k if 0 < sampling.top_k < MANY else MANY,

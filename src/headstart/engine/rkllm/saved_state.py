@@ -1,4 +1,5 @@
-"""The file that the runtime was to write a state into: it doesn't tell whether it did."""
+"""Checks the file into which the runtime should have saved a state: the runtime doesn't report whether it
+did."""
 
 from __future__ import annotations
 
@@ -14,9 +15,9 @@ from headstart.engine.model import ModelError
 from headstart.protocol import FailureKind
 from headstart.regular_files import opened
 
-# The file is llama.cpp's session file or like it: a magic number, a version, the number of tokens, the ids.
+# The file resembles llama.cpp's session file: a magic number, a version, the number of tokens, the ids.
 HEAD = Struct("<3I")
-# The last token of the prompt may be missing; tokens of an answer that was aborted at its first may be there.
+# The prompt's last token may be missing, and tokens of an answer aborted at its first may be included.
 FEWER, MORE = 1, 64
 LITTLE_ROOM = 1 << 20
 READ_BYTES = 4 << 20
@@ -29,7 +30,7 @@ class Written:
 
 
 class NotWritten(ModelError):
-    """`kind`: "storage_full" where the disk is full, or nearly."""
+    """`kind`: "storage_full" if the disk is full or nearly full."""
 
     def __init__(self, message: str, kind: FailureKind) -> None:
         super().__init__(message)
@@ -37,8 +38,8 @@ class NotWritten(ModelError):
 
 
 def check(path: Path, n_tokens: int) -> Written:
-    """Returns when the state, of about `n_tokens` tokens, is on the disk. Raises NotWritten where it
-    isn't there or is another's, or OSError."""
+    """Syncs the file to the disk and returns its size and hash. Raises NotWritten if it doesn't exist or has
+    another number of tokens than about `n_tokens`, or OSError."""
     try:
         with opened(path) as file:
             os.fchmod(file.fileno(), 0o600)
@@ -63,7 +64,7 @@ def check(path: Path, n_tokens: int) -> Written:
 
 
 def not_written(path: Path, message: str) -> NotWritten:
-    """To be raised. Raises OSError where the folder is gone."""
+    """Returns the error to raise. Raises OSError if the folder is gone."""
     if shutil.disk_usage(path.parent).free < LITTLE_ROOM:
         return NotWritten(f"{message}: the disk is full", "storage_full")
     return NotWritten(message, "engine")

@@ -1,4 +1,4 @@
-"""One request's time with the runtime, which serves one at a time."""
+"""One request in the NPU engine, which serves one at a time."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from headstart.protocol import Source, StateRef, Stats, Submit
 
 @dataclass(eq=False)
 class Turn:
-    """`generated`: the tokens that were told of. `loaded`: the state that the runtime has taken. Times are
-    monotonic seconds, 0 until they happen."""
+    """`generated`: the reported tokens. `loaded`: the state that the runtime has loaded. Times are monotonic
+    seconds, 0 until they happen."""
 
     request: Submit
     arrived: float = field(default_factory=monotonic)
@@ -30,7 +30,7 @@ class Turn:
 
     @property
     def cached(self) -> int:
-        """Prompt tokens that were not evaluated, if the runtime has counted them."""
+        """The number of prompt tokens that were not evaluated; 0 if the runtime has no counter."""
         if self.run is None or self.run.prefill_tokens is None:
             return 0
         return max(len(self.request.tokens) - max(self.run.prefill_tokens, 0), 0)

@@ -1,1 +1,1 @@
-"""Measuring what is fastest on a machine, and the settings that follow from it."""
+"""Measures the fastest settings on a machine, and derives a worker's settings from them."""

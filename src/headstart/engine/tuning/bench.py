@@ -1,4 +1,4 @@
-"""Trials that are timed in turn."""
+"""Times alternatives in turn."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from headstart.engine.trials import Span, Trial, TrialShape
 Key = TypeVar("Key")
 
 ROUNDS = 5
-# Of rounds, apart in time: what only some of them were hurt by shows as a difference.
+# Groups of rounds, apart in time: a disturbance of only some of them shows as a difference.
 GROUPS = 2
-# How far the shortest times of groups may differ.
+# The largest relative difference between the shortest times of groups.
 AGREE = 0.10
 
 
 class Bench:
-    """A trial and the tokens its sequences hold."""
+    """A trial, and the number of tokens in each of its sequences."""
 
     def __init__(self, trial: Trial, shape: TrialShape) -> None:
         self.trial, self.shape = trial, shape
         self.depth = [0] * shape.sequences
 
     def extend(self, n: int) -> float:
-        """Sequence 0 grows by `n` tokens."""
+        """Extends sequence 0 by `n` tokens; returns the milliseconds."""
         ms = self.trial.evaluate([Span(0, self.depth[0], n)])
         self.depth[0] += n
         return ms
 
     def time(self, n: int, seqs: Sequence[int] = (0,)) -> float:
-        """Milliseconds of `n` more tokens for each sequence, which then go again; where a state can't be cut
-        they stay, until there is no more room."""
+        """Milliseconds for `n` more tokens in each sequence. They are cut off again; if the state can't be
+        cut, they stay until there is no more room."""
         for seq in seqs:
             if self.depth[seq] + n > self.shape.tokens:
                 self.trial.cut(seq, 0)
@@ -47,7 +47,7 @@ class Bench:
 
 
 def in_turn(actions: Mapping[Key, Callable[[], float]], budget_ms: float) -> dict[Key, float]:
-    """The shortest of each action's times, in rounds of all of them; one round at least."""
+    """The shortest time of each action, over at least one round of all actions."""
     times: dict[Key, list[float]] = {key: [] for key in actions}
     spent = longest = 0.0
     for _ in range(ROUNDS):
@@ -63,7 +63,7 @@ def in_turn(actions: Mapping[Key, Callable[[], float]], budget_ms: float) -> dic
 def in_groups(
     actions: Mapping[Key, Callable[[], float]], budget_ms: float, pause: Callable[[], None]
 ) -> dict[Key, list[float]]:
-    """The shortest of each action's times in each group of rounds; `pause` is called between two groups."""
+    """The shortest time of each action in each group of rounds; `pause` is called between groups."""
     groups = []
     for number in range(GROUPS):
         if number:
@@ -73,6 +73,6 @@ def in_groups(
 
 
 def disagreement(shortest: Sequence[float]) -> str:
-    """What differs between the shortest times of groups, in words; "" where they agree."""
+    """The difference between the shortest times of groups, in words; "" if they agree."""
     apart = max(shortest) / max(min(shortest), 1e-6) - 1
     return f"its shortest times differ by {100 * apart:.0f} %" if apart > AGREE else ""

@@ -2,7 +2,7 @@
 
     milliseconds = pass_ms + n * (token_ms + depth * attend_ms)
 
-for `n` tokens, `depth` being how many the sequence holds with them.
+for `n` tokens, where `depth` is the sequence's number of tokens, these included.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ class Costs(NamedTuple):
 
 
 def fit(samples: Seq[Sample]) -> Costs:
-    """The least squares of relative errors, so that short calls count as much as long ones; no cost is
-    negative: one that would be is left out and the others fitted again."""
+    """Fits by least squares of relative errors, so that short calls count as much as long ones. No cost is
+    negative: one that would be is set to 0 and the others are fitted again."""
     terms = np.array([(1.0, sample.n, sample.n * sample.depth) for sample in samples])
     ms = np.array([max(sample.ms, 1e-6) for sample in samples])
     costs = np.zeros(3)
     kept = [0, 1, 2]
     while kept:
-        # Terms differ by orders of magnitude: each is scaled to 1 at most.
+        # Terms differ by orders of magnitude: each is scaled to at most 1.
         relative = terms[:, kept] / ms[:, None]
         scale = relative.max(axis=0)
         found = np.linalg.lstsq(relative / scale, np.ones(len(ms)), rcond=None)[0] / scale

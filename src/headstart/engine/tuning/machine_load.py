@@ -1,4 +1,4 @@
-"""What else the machine does while something is measured, as far as Linux tells it."""
+"""Observes other load on the machine during a measurement, as far as Linux reports it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ PRESSURE = Path("/proc/pressure/cpu")
 TICKS = 100.0
 # Shorter than this, the clock of the statistics is too coarse.
 LEAST_SECONDS = 0.3
-# CPUs that others may use, on average, and that a hypervisor may give to other machines; and the share of the
-# time during which some program may wait for a CPU.
+# Tolerated averages: CPUs used by other programs, CPUs that a hypervisor gives to other machines, and the
+# share of time during which some program waits for a CPU.
 OTHERS, STOLEN, WAITED = 0.25, 0.1, 0.3
 # Between two groups of the same measurements.
 PAUSE_SECONDS = 0.3
 
 
 class Spent(NamedTuple):
-    """Seconds since some time: of the clock; of CPUs, by others than this process, and taken by a hypervisor;
-    and during which some program waited for a CPU."""
+    """Seconds since a fixed time: clock time, CPU time of other processes, CPU time taken by a hypervisor,
+    and time during which some program waited for a CPU."""
 
     clock: float
     others: float = 0.0
@@ -31,7 +31,7 @@ class Spent(NamedTuple):
 
 
 class Watch:
-    """Of one stretch of time after the other."""
+    """Observes one period after the other."""
 
     def __init__(self, look: Callable[[], Spent] | None = None) -> None:
         self._look = look or spent
@@ -41,7 +41,7 @@ class Watch:
         self._begun = self._look()
 
     def doubt(self) -> str:
-        """What else was done since `begin` that makes times longer, in words; "" for nothing."""
+        """The other load since `begin` that makes times longer, in words; "" if there was none."""
         seconds, others, stolen, waited = (
             now - then for now, then in zip(self._look(), self._begun, strict=True)
         )
@@ -62,12 +62,12 @@ class Watch:
 def spent() -> Spent:
     now = os.times()
     busy, stolen = _cpus()
-    # Ticks are coarse: others never did less than nothing.
+    # Ticks are coarse, so the time of others may be slightly negative.
     return Spent(time.monotonic(), busy - now.user - now.system, stolen, _waited())
 
 
 def _cpus() -> tuple[float, float]:
-    """CPU seconds used, and taken by a hypervisor, on the CPUs that this process may use."""
+    """CPU seconds used, and CPU seconds taken by a hypervisor, on the CPUs that this process may use."""
     here = {f"cpu{cpu}" for cpu in os.sched_getaffinity(0)} if hasattr(os, "sched_getaffinity") else set()
     busy = stolen = 0.0
     try:

@@ -1,10 +1,10 @@
-"""Measures what is fastest on this machine: `python -m headstart.engine.tuning.measure SETTINGS` writes a
-Tuning as JSON.
+"""Measures the fastest settings on this machine: `python -m headstart.engine.tuning.measure SETTINGS` writes
+a Tuning as JSON.
 
 Alternatives are timed in turn, so that a noisy moment hurts all of them, and compared by their shortest
 times: other work on the machine only ever adds to one. Each is timed in two groups, apart in time; a figure
-is doubted where these disagree, or where the machine was seen to do other work.
-A model that is slow here is measured over fewer tokens, not for longer.
+is doubtful if these disagree, or if there was other load on the machine. A slow model is measured over fewer
+tokens, not for longer.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from headstart.numerics import DEFAULT, Numerics, Tuning, preferred
 from headstart.protocol import EngineSettings
 
 # A hit: new tokens after the prefix, and tokens of the answer. Only its first words count, since people wait
-# for them; the others come faster than they are read in every case.
+# for them; the others always come faster than they are read.
 SUFFIX, ANSWER = 20, 8
-# An alternative to the default has to be faster by this much.
+# An alternative must take at most this share of the default's time.
 MARGIN = 0.97
 UBATCHES = (16, 32, 64, 128, 256)
 NEAR_BEST = 0.95
-# Depth at which is measured: what is prefilled in FILL_MS, within these bounds.
+# The depth of measurements: the tokens prefilled in FILL_MS, within these bounds.
 LEAST_DEPTH, MOST_DEPTH, FILL = 64, 1024, 64
 FILL_MS = 5000
-# The longest single call, and what each comparison may take unless one round of it takes longer.
+# The longest single call, and the time limit of each comparison, unless one round of it takes longer.
 CALL_MS = 1200
 THREADS_MS, HITS_MS, UBATCH_MS, LAYOUT_MS = 1000, 2400, 3000, 600
 LAYOUT_SEQUENCES, LAYOUT_ROOM = 4, 64
-# How far the comparison of layouts is trusted beyond the depth at which it was made.
+# The comparison of layouts is extrapolated to at most this multiple of its depth.
 EXTRAPOLATION = 8
 Key = TypeVar("Key")
 
@@ -51,9 +51,8 @@ Key = TypeVar("Key")
 def measure(
     settings: EngineSettings, open_trials: Callable[[EngineSettings], Trials] | None = None
 ) -> Tuning:
-    """What is fastest for a model, in about 15 seconds for a small one. Of the settings, `threads` (unless 0)
-    and what isn't open of `arithmetic` are given; other arithmetic is measured all the same. Raises
-    ModelError."""
+    """Measures a model, in about 15 seconds for a small one. `threads` (unless 0) and the choices in
+    `arithmetic` that are not open are fixed; other numerics are measured all the same. Raises ModelError."""
     trials = (open_trials or _llama_trials)(settings)
     try:
         with ExitStack() as stack:
@@ -69,18 +68,18 @@ def _llama_trials(settings: EngineSettings) -> Trials:
 
 
 class Measurement:
-    """One run. `stack` closes what is still open at its end."""
+    """One measurement. `stack` closes trials that are still open at its end."""
 
     def __init__(self, trials: Trials, stack: ExitStack, settings: EngineSettings) -> None:
         self.trials, self.stack = trials, stack
         self.threads, self.allowed, self.kept = settings.threads, settings.arithmetic, settings.kept
         tried = settings.tried
         self.tries, self.tried = (tried.tries, tried.measured) if tried else (0, {})
-        # What earlier tries have found can be compared at the same depth only.
+        # The results of earlier tries are comparable at the same depth only.
         self.least_depth = max(LEAST_DEPTH, min(tried.depth if tried else 0, MOST_DEPTH))
         self.figures: dict[str, float] = {}
         self.doubts: dict[str, str] = {}
-        # The threads that were chosen, in the names of figures.
+        # The chosen number of threads, for the names of figures.
         self.suffix = ""
 
     def run(self) -> Tuning:
@@ -114,8 +113,8 @@ class Measurement:
     def _times(
         self, actions: Mapping[Key, Callable[[], float]], names: Mapping[Key, str], budget_ms: float
     ) -> dict[Key, float]:
-        """The shortest time of each action; where some are in doubt, of all of them that of earlier tries if
-        it is shorter, so that what is compared was measured alike."""
+        """The shortest time of each action. If any is doubtful, earlier tries count for all of them, so that
+        all are compared on equal terms."""
         self.trials.watch.begin()
         groups = in_groups(actions, budget_ms, self.trials.watch.pause)
         busy = self.trials.watch.doubt()
@@ -131,7 +130,7 @@ class Measurement:
         return Bench(self.trials.trial(shape), shape)
 
     def _benches(self) -> dict[Numerics, Bench]:
-        """One for each arithmetic there is. Sequence 0 is to be filled, sequence 1 stays empty."""
+        """One bench for each possible numerics. Sequence 0 will be filled, sequence 1 stays empty."""
         benches: dict[Numerics, Bench] = {}
         refused = ModelError("there is nothing to be measured")
         for tried in [Numerics(on, weights) for weights in self.trials.weights for on in (False, True)]:
@@ -140,11 +139,11 @@ class Measurement:
             try:
                 benches[tried] = self._bench(shape)
             except ModelError as error:
-                # There are models that can do without flash attention only, or only with it.
+                # Some models work only with flash attention, others only without.
                 refused = error
                 continue
             self.stack.callback(benches[tried].trial.close)
-            # The first call also makes llama.cpp reserve its memory.
+            # llama.cpp also reserves its memory in the first call.
             benches[tried].time(UBATCHES[0], [1])
         if not any(map(self.allowed.allows, benches)):
             raise refused
@@ -179,8 +178,8 @@ class Measurement:
 
     def _fill(self, benches: Mapping[Numerics, Bench]) -> int:
         """Fills sequence 0 of all benches to the same depth, which it returns. It is prefilled with the last
-        weights, converted ones being the fastest at it, and copied to the others: how long a call takes
-        doesn't depend on the values."""
+        weights (converted ones are the fastest) and copied to the others: the time of a call doesn't depend
+        on the values."""
         sources = {tried.flash_attention: bench for tried, bench in benches.items()}
         depth, spent = 0, dict.fromkeys(sources, 0.0)
         while depth < self.least_depth or (depth + FILL <= MOST_DEPTH and max(spent.values()) < FILL_MS):
@@ -201,7 +200,7 @@ class Measurement:
         return {tried: {n: times[tried, n] for n in (1, SUFFIX)} for tried in benches}
 
     def _time_prefill(self, bench: Bench, depth: int) -> tuple[int, list[Sample]]:
-        """The ubatch, and what calls of several sizes took at this depth and without anything before."""
+        """The ubatch, and the times of calls of several sizes at this depth and at depth 0."""
         first = bench.time(UBATCHES[0])
         sizes = [n for n in UBATCHES if n == UBATCHES[0] or first * n / UBATCHES[0] <= CALL_MS]
         actions = {(depth, n): bench.timing(n) for n in sizes}
@@ -237,7 +236,7 @@ class Measurement:
         return "".join(shown) + self.suffix
 
     def _layout(self, state: Any, depth: int, shared: bool, threads: int, chosen: Numerics) -> Bench:
-        """Sequences of `depth` tokens, in one cache or in streams."""
+        """A bench with sequences of `depth` tokens, in one cache or in streams."""
         room = depth + LAYOUT_ROOM * (LAYOUT_SEQUENCES if shared else 1)
         shape = TrialShape(LAYOUT_SEQUENCES, room, not shared, UBATCHES[0], threads, chosen)
         bench = self._bench(shape)
@@ -252,7 +251,7 @@ class Measurement:
 
 
 def thread_counts(cpus: int, cores: int | None) -> list[int]:
-    """Numbers of threads worth trying, all CPUs first."""
+    """The numbers of threads to try, all CPUs first."""
     return list(dict.fromkeys([cpus, *([cpus // 2] if cpus >= 4 else []), *([cores] if cores else [])]))
 
 
@@ -283,7 +282,7 @@ def _tokens(n: int) -> str:
 
 
 def main() -> None:
-    # Whoever started this decides when it ends.
+    # The parent process decides when this one ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=os.environ.get("HEADSTART_LOG_LEVEL", "WARNING").upper())
     settings = msgspec.json.decode(sys.argv[1], type=EngineSettings)

@@ -1,4 +1,4 @@
-"""From what a worker was told to what it does: measured, given or default."""
+"""Resolves a worker's open settings: from its tuning, by measuring, or by defaults."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TOY = Tuning(
 
 
 def settled(settings: EngineSettings, tuning: Tuning | None) -> EngineSettings:
-    """The settings with nothing left open. A tuning that can't be relied on is not used."""
+    """The settings with nothing left open. A tuning that doesn't count is not used."""
     tuning = tuning if tuning and tuning.counts else None
     share_from = settings.share_from
     if share_from is None:
@@ -56,8 +56,8 @@ def settled(settings: EngineSettings, tuning: Tuning | None) -> EngineSettings:
 
 
 def find_tuning(settings: EngineSettings, channel: socket.socket | None = None) -> Tuning | None:
-    """What is known of the model on this machine, measured now if need be; None where it isn't to be measured
-    or measuring fails. Raises EOFError when `channel` is closed meanwhile."""
+    """The model's tuning on this machine, measured now if necessary; None if `tune` is off or measuring
+    fails. Raises EOFError if `channel` is closed meanwhile."""
     if settings.tuning or not settings.tune:
         return settings.tuning
     try:
@@ -70,17 +70,17 @@ def find_tuning(settings: EngineSettings, channel: socket.socket | None = None) 
 def measure_apart(
     settings: EngineSettings, channel: socket.socket | None = None, env: Mapping[str, str] | None = None
 ) -> Tuning:
-    """Measures in a process of its own: its memory is free afterwards for sure, and if it needs too much or
-    crashes, the model can still be run. `env`: its environment, which must be a worker's; None: this one's.
-    Raises ModelError; EOFError when `channel` is closed meanwhile: then nothing is measured any more."""
+    """Measures in a process of its own: its memory is certainly free afterwards, and if it needs too much or
+    crashes, the model can still run. `env`: its environment, which must be a worker's; None: this process's.
+    Raises ModelError; EOFError if `channel` is closed meanwhile, which ends the measurement."""
     if ToySpec.matches(settings.path):
         return _of_toy(settings)
     if only_embeds(settings.path):
-        # What is measured is generating.
+        # Only generation is measured.
         chosen = settings.arithmetic.or_else(DEFAULT)
         return msgspec.structs.replace(TOY, arithmetic=chosen, threads=available_cpus())
     process = subprocess.Popen(
-        # -P: what lies in the current folder is no part of the program.
+        # -P: don't import modules from the current folder.
         [
             sys.executable,
             "-P",
@@ -97,7 +97,7 @@ def measure_apart(
         with selectors.DefaultSelector() as selector:
             selector.register(process.stdout, selectors.EVENT_READ)
             if channel is not None:
-                # Nothing is sent before the worker is ready: what can be read is the end.
+                # The server sends nothing before the worker is ready: readable means closed.
                 selector.register(channel, selectors.EVENT_READ)
             if all(key.fileobj is not process.stdout for key, _ in selector.select()):
                 raise EOFError
@@ -116,7 +116,7 @@ def measure_apart(
 
 
 def _of_toy(settings: EngineSettings) -> Tuning:
-    """What the path of a toy model says that measuring finds."""
+    """The measurement's result for a toy model, by the switches in its path."""
     spec = ToySpec.parse(settings.path)
     tries = 1 + (settings.tried.tries if settings.tried else 0)
     ranking = sorted(TOY.ranking, key=lambda tried: bool(tried.flash_attention) != bool(spec.attention))
