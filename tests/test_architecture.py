@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -110,6 +111,26 @@ def test_llama_cpp_is_imported_in_two_files_only() -> None:
     users = [path for path in MODULES if any(name.startswith("llama_cpp") for name in _imports(path))]
     places = {str(path.relative_to(ROOT).parent) for path in users if path.name != "llama_tokenizer.py"}
     assert places == {"engine/llama"}
+
+
+HEADLESS = re.compile(r"(What|Those|Where|Which|Whatever|Of|By)\b")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_docstrings_begin_with_their_subject(path: Path) -> None:
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)]
+    assert [text for node in nodes if HEADLESS.match(text := ast.get_docstring(node) or "")] == []
+
+
+GERUNDS = {"chunking", "pooling", "sampling", "reasoning", "caching", "answering"}
+PARTICIPLES = {"verified", "derived", "declared", "prepared"}
+
+
+def test_modules_are_nouns_or_imperatives() -> None:
+    """The exceptions are nouns, or say of which caches a module is."""
+    named = {path.stem for path in MODULES if re.search(r"(ing|ed)$", path.stem)}
+    assert named == GERUNDS | PARTICIPLES
 
 
 def test_no_module_passes_300_lines() -> None:

@@ -146,12 +146,12 @@ def _fields(cache: Json) -> dict[str, str]:
 
 
 def _untold(cache: Json) -> str:
-    """What stands for the use of a cache that the server doesn't tell this API key; "" where it does."""
+    """The placeholder for usage figures that the server hides from this API key; "" where it shows them."""
     return "?" if cache["hits"] is None else ""
 
 
 def _terms(cache: Json) -> dict[str, str]:
-    """Those that say something."""
+    """The retention fields that differ from their defaults."""
     fields = {
         "Unverified": "its file can't be read: this is from the copy of its header"
         if cache.get("unverified")

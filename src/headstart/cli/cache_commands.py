@@ -42,7 +42,7 @@ Metadata = Annotated[
 def _terms(
     ttl: float | None, pinned: bool | None, description: str | None, metadata: list[str] | None
 ) -> dict[str, Any]:
-    """Those that were given."""
+    """The retention options given on the command line."""
     terms = {
         "ttl_seconds": ttl,
         "pinned": pinned,

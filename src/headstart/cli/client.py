@@ -1,4 +1,4 @@
-"""What the command line needs of HTTP: a server's answers, and its errors in words for the terminal."""
+"""The command line's HTTP client: a server's answers, and its errors in words for the terminal."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Client:
             yield from response.iter_bytes()
 
     def upload(self, path: str, content: Iterator[bytes], size: int) -> Json:
-        """What is answered to a file of `size` bytes, which may take as long as computing it."""
+        """Uploads a file of `size` bytes and returns the answer, which may take as long as computing it."""
         headers = {"content-length": str(size), "content-type": "application/octet-stream"}
         timeout = httpx.Timeout(None, connect=5)
         with self._failures_told():
@@ -92,7 +92,7 @@ class Client:
         return self._checked(response)
 
     def model(self, name: str | None = None) -> Json:
-        """What the server says of a model; without a name, of its first."""
+        """The server's description of a model, of its first one without a name."""
         if name is None:
             first: Json = self.call("GET", "/v1/models", "list")["data"][0]
             return first

@@ -1,4 +1,4 @@
-"""What the demo asks: Examples 1 to 3 of the guide, and a chat after a system prompt of a usual length."""
+"""The demo's requests: Examples 1 to 3 of the guide, and a chat after a system prompt of a usual length."""
 
 from __future__ import annotations
 

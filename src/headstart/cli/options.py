@@ -1,4 +1,4 @@
-"""What several commands have: options, a client for the server, and how they say that something failed."""
+"""Parts that several commands share: options, a client for the server, and error output."""
 
 from __future__ import annotations
 

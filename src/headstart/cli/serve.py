@@ -88,7 +88,8 @@ def _stop_on_signals(server: HttpServer) -> None:
 
 
 async def _close(service: Service, server: HttpServer) -> None:
-    """What answers have promised is saved first, unless it is to be quick."""
+    """Closes the service. Saves that answers have promised are finished first, unless the end is to be
+    quick."""
     closing = asyncio.create_task(service.close())
     while not (closing.done() or server.force_exit):
         await asyncio.wait({closing}, timeout=0.1)

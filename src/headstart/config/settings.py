@@ -213,7 +213,7 @@ class Settings(BaseSettings):
 
     @property
     def model_paths(self) -> dict[str, str]:
-        """Those configured by name, then those in the folder; the embedded one where neither is given."""
+        """Models configured by name, then those in the folder; the embedded one where neither is given."""
         if not (self.models or self.models_dir):
             return {DEFAULT_MODEL: embedded_model()}
         found = models_in(self.models_dir) if self.models_dir else {}
@@ -221,7 +221,7 @@ class Settings(BaseSettings):
 
     @property
     def quotas(self) -> dict[str, int]:
-        """What the caches of an API key may take, in bytes, by the key's name; no limit for others."""
+        """Byte limits for the caches of API keys, by the key's name; other keys have no limit."""
         return {name: int(key.quota_mb * 1e6) for name, key in self.keys.items() if key.quota_mb is not None}
 
     @property
@@ -261,7 +261,7 @@ def load_settings(config: Path | None = None, **flags: Any) -> Settings:
 
 
 def origin(settings: Settings, name: str, flags: Mapping[str, Any]) -> Origin:
-    """Where a setting's value comes from; `flags` are those that `load_settings` got."""
+    """The source of a setting's value; `flags` are those that `load_settings` got."""
     if flags.get(name) not in (None, {}):
         return "flag"
     if name not in settings.model_fields_set:

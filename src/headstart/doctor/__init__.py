@@ -1,1 +1,1 @@
-"""What `headstart doctor` and the offline commands look at; never used by a running server."""
+"""Checks for `headstart doctor` and the offline commands; never used by a running server."""

@@ -1,4 +1,4 @@
-"""What a board with Rockchip's NPU is, as far as models on it depend on that. Read below `root`, so that
+"""Facts about a board with Rockchip's NPU that models on it depend on. Read below `root`, so that
 tests can have boards of their own; nothing here fails, what can't be told is None."""
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def _read(path: Path) -> str | None:
 
 
 def npu_settings(path: str, settings: Settings) -> dict[str, str]:
-    """By their names. Raises StartupError where the model can't be loaded with them."""
+    """The model's settings on the NPU, by name. Raises StartupError where it can't be loaded with them."""
     try:
         options = checked(path, options_of(engine_settings(path, settings)))
     except ModelError as error:

@@ -68,7 +68,8 @@ class Checks(Struct, frozen=True):
 
 
 def check_npu(name: str, settings: Settings, say: Notify) -> Checks:
-    """Of a model by its name. Takes minutes. Raises StartupError where nothing can be tried."""
+    """Runs the first checks on the model of this name. Takes minutes. Raises StartupError where nothing can
+    be tried."""
     path = model_path(settings.model_paths.get(name, name))
     if not is_rkllm(path):
         raise StartupError(f"{name!r} is neither a .rkllm file nor the name of a model that is one.")

@@ -55,7 +55,7 @@ class OfflineModel:
         return found
 
     def fingerprint(self, entry: Entry, arithmetic: Numerics) -> Fingerprint:
-        """What states computed with it would have, taking from the entry's what only the engine could say."""
+        """The fingerprint of states computed with this model; what only the engine knows is the entry's."""
         if is_rkllm(self.path):
             # Which release computes, and with what context, only its library can say.
             return replace(entry.fingerprint, weights=self.weights, template=self.template)

@@ -1,5 +1,5 @@
-"""What a server with these settings would find and do here; told without loading weights or owning the cache
-directory, so a server may be running on it."""
+"""The report on what a server with these settings would find and do here. It loads no weights and doesn't own
+the cache directory, so a server may be running on it."""
 
 from __future__ import annotations
 
