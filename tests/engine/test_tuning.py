@@ -112,7 +112,7 @@ async def test_a_file_that_can_not_be_read_or_written_is_no_error(
 ) -> None:
     (tmp_path / "tuning.json").mkdir()
     assert (await start(tmp_path))[0] == TOY
-    assert "can't be kept" in caplog.text
+    assert "can't be stored" in caplog.text
 
 
 async def test_what_is_set_wins_over_what_is_remembered(tmp_path: Path) -> None:

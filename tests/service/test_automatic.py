@@ -170,7 +170,7 @@ def test_one_larger_than_the_quota_is_not_made_again_and_again(
         server.chat("One?", system=KEEPER)
         quiet(server)
     assert [entry["cache_name"] for entry in caches(server)] == ["mine"]
-    assert server.log.read_text().count("larger than automatic_quota_mb") == 1
+    assert server.log.read_text().count("exceeds automatic_quota_mb") == 1
 
 
 def test_one_that_no_longer_fits_is_built_again(start_server: StartServer, tmp_path: Path) -> None:
