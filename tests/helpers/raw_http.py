@@ -44,10 +44,14 @@ def post(path: str, body: bytes, *lines: str) -> bytes:
 
 
 def received(connection: socket.socket) -> bytes:
-    """All that comes until the server closes the connection."""
+    """All data until the server ends the connection. A reset after the answer is an end, too."""
     data = b""
-    while piece := connection.recv(1 << 16):
-        data += piece
+    try:
+        while piece := connection.recv(1 << 16):
+            data += piece
+    except ConnectionResetError:
+        if not data:
+            raise
     return data
 
 
