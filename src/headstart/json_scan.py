@@ -62,11 +62,6 @@ def check_json(text: str | bytes) -> None:
     JsonScan().feed(text.encode(errors="surrogatepass") if isinstance(text, str) else text)
 
 
-OPENING = ord("[")
-BRACKETS = bytes.maketrans(b"{}", b"[]")
-NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
-
-
 def depth(value: object) -> int:
     """The nesting depth of lists and objects in a parsed value; 0 for a value that is neither."""
     found, level = 0, [value]
@@ -79,11 +74,6 @@ def depth(value: object) -> int:
 def is_deeper(text: bytes, most: int) -> bool:
     """Whether JSON text is nested more than `most` levels deep; in invalid JSON, as far as a parser reads
     it."""
-    level, quoted = 0, False
-    for part in text.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"'):
-        for bracket in b"" if quoted else part.translate(BRACKETS, NOT_BRACKETS):
-            level += 1 if bracket == OPENING else -1
-            if level > most:
-                return True
-        quoted = not quoted
-    return False
+    outside = b"".join(text.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')[::2])
+    brackets = outside.translate(None, _NOT_BRACKETS)
+    return max(accumulate(map(_STEPS.__getitem__, brackets), initial=0)) > most

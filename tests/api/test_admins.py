@@ -1,4 +1,4 @@
-"""What touches others' work needs an admin's key; one's own is one's own."""
+"""Work that touches others needs an admin's key; a key's own work doesn't."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ PARTS = (completions, responses, messages, embeddings, tokens, models, caches, c
 
 
 class Client:
-    """What one key, or with "" none, sees of a server."""
+    """A server as one key, or with "" none, sees it."""
 
     def __init__(self, server: RunningServer, name: str) -> None:
         self.server = server
@@ -306,7 +306,7 @@ def test_the_command_line_says_that_it_needs_an_admins_key(server: RunningServer
 
 
 def documented() -> dict[str, str]:
-    """What docs/security.md says of each route: who may use it."""
+    """The users of each route by docs/security.md."""
     rows = [line.split("|") for line in SECURITY.read_text().splitlines() if line.startswith("| `")]
     return {route.strip(): row[2].strip() for row in rows if len(row) > 3 for route in row[1].split(",")}
 

@@ -1,4 +1,4 @@
-"""What a client may do to a server before it is known who asks: limits on connections, headers and bodies."""
+"""Limits on connections, headers and bodies that hold before it is known who asks."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ REQUESTS: dict[str, Json] = {
 
 
 def _stopped(server: RunningServer, times: int, path: str, body: Json) -> tuple[bytes, str]:
-    """What the client of a request gets that runs when the server is told to stop, and the log."""
+    """The answer to a request that runs when the server is told to stop, and the log."""
     with connect(server) as connection:
         connection.sendall(post(path, json.dumps(body).encode()))
         if body.get("stream"):

@@ -1,4 +1,4 @@
-"""What is sent to a socket and is almost HTTP."""
+"""Bytes sent to a socket that are almost HTTP."""
 
 from __future__ import annotations
 

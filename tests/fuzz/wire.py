@@ -51,7 +51,7 @@ def replaced(value: Any, path: list[Any], new: Any) -> Any:
 
 
 def paths(value: Any) -> list[list[Any]]:
-    """Of everything in it, the whole first."""
+    """The places of everything in it, the whole first."""
     found: list[list[Any]] = [[]]
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
