@@ -8,24 +8,48 @@ from typing import NamedTuple
 from headstart.errors import InvalidName
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
-# A folder of caches: a model's public ones, or those of one API key (model@key).
 NAMESPACE = re.compile(rf"{NAME.pattern}(@{NAME.pattern})?", re.ASCII)
 
 
-class CacheKey(NamedTuple):
-    """Names one cache. `namespace` is the folder: a model, or `model@key` for the caches of an API key."""
+class Namespace(str):
+    """Names the folder of one owner's caches of one model: `model@owner`, or `model` for the public ones.
+    `owner` is the name of an API key."""
 
-    namespace: str
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, model: str, owner: str = "") -> Namespace:
+        return cls(f"{model}@{owner}" if owner else model)
+
+    @property
+    def model(self) -> str:
+        return self.partition("@")[0]
+
+    @property
+    def owner(self) -> str:
+        return self.partition("@")[2]
+
+    @property
+    def visible(self) -> tuple[Namespace, ...]:
+        """The namespaces that its owner's requests may use: this one, then the public one."""
+        return (self, Namespace(self.model)) if self.owner else (self,)
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether a cache directory may have a folder of this name."""
+        return NAMESPACE.fullmatch(self) is not None
+
+
+class CacheKey(NamedTuple):
+    """Names one cache."""
+
+    namespace: Namespace
     name: str
 
-
-def namespace_name(model: str, owner: str) -> str:
-    return f"{model}@{owner}" if owner else model
-
-
-def namespaces(own: str) -> list[str]:
-    """The namespaces that requests of the namespace `own` may use: that one, then everyone's."""
-    return list(dict.fromkeys((own, own.partition("@")[0])))
+    @property
+    def is_valid(self) -> bool:
+        """Whether a cache may have this key."""
+        return self.namespace.is_valid and NAME.fullmatch(self.name) is not None
 
 
 def check_name(name: str, *, param: str) -> str:

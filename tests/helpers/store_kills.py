@@ -20,11 +20,13 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from cache_keys import cache_key
 from headstart.caches.cache_file import format
 from headstart.caches.cache_file.writer import Writer
 from headstart.caches.entry import Entry, Fingerprint
 from headstart.caches.store import Store
 from headstart.engine.core import state_file
+from headstart.names import Namespace
 from headstart.protocol import SaveTo
 from ledger import NAMES, Ledger
 
@@ -45,7 +47,7 @@ def _content(name: str, version: int) -> tuple[Entry, list[int], bytes]:
 
 async def _write(store: Store, name: str, version: int) -> None:
     entry, tokens, state = _content(name, version)
-    with store.scratch(NAMESPACE) as path:
+    with store.scratch(Namespace(NAMESPACE)) as path:
         writer = Writer(path, entry, {"chat": tokens})
         saved = state_file.write(SaveTo(str(path), writer.end), memoryview(state))
         writer.wrote("chat", len(state), saved)
@@ -53,11 +55,11 @@ async def _write(store: Store, name: str, version: int) -> None:
 
 
 async def _delete(store: Store, name: str, _: int) -> None:
-    store.delete(NAMESPACE, name)
+    store.delete(cache_key(NAMESPACE, name))
 
 
 async def _evict(store: Store, name: str, _: int) -> None:
-    entry = store.find(NAMESPACE, name)
+    entry = store.find(cache_key(NAMESPACE, name))
     assert await store.amend(entry, entry.without_states(), with_states=False)
 
 
@@ -119,7 +121,7 @@ def _check(directory: Path, ledger: Ledger) -> None:
     found: dict[str, int | None] = dict.fromkeys(NAMES)
     for entry in store.entries():
         wanted, tokens, state = _content(entry.name, entry.version)
-        path = store.path(NAMESPACE, entry.name)
+        path = store.path(cache_key(NAMESPACE, entry.name))
         assert entry.prompt == wanted.prompt
         found[entry.name] = entry.version
         if entry.evicted:

@@ -9,6 +9,7 @@ import pytest
 
 from conftest import StartServer
 from forkserver import headstart
+from headstart.names import Namespace
 from headstart.service.origins import automatic as seen
 from headstart.service.origins.automatic import RecentUse
 from servers import Json, RunningServer, eventually, said
@@ -248,17 +249,18 @@ def test_an_empty_default_system_message_is_refused_at_the_start(tmp_path: Path)
 
 def test_what_was_seen_is_counted_within_the_window_and_by_shelf() -> None:
     memory = RecentUse(window=10)
-    assert [memory.again("one", "a", now, 3) for now in (0, 1, 12, 13, 14)] == [False] * 4 + [True]
-    assert [memory.again("one", "a", 15, 3), memory.again("two", "a", 15, 1)] == [False, True]
+    one, two = Namespace("one"), Namespace("two")
+    assert [memory.again(one, "a", now, 3) for now in (0, 1, 12, 13, 14)] == [False] * 4 + [True]
+    assert [memory.again(one, "a", 15, 3), memory.again(two, "a", 15, 1)] == [False, True]
 
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seen, "MOST", 2)
     memory = RecentUse(window=10)
     for what in ("a", "b", "c"):
-        assert not memory.again("one", what, 0, 2)
-    assert not memory.again("one", "a", 1, 2)
-    assert memory.again("one", "c", 1, 2)
+        assert not memory.again(Namespace("one"), what, 0, 2)
+    assert not memory.again(Namespace("one"), "a", 1, 2)
+    assert memory.again(Namespace("one"), "c", 1, 2)
 
 
 @pytest.mark.real_model

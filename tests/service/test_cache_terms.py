@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from cache_keys import cache_key
 from conftest import StartServer
 from headstart.caches.cache_file import format
 from headstart.caches.cache_file.format import Part
@@ -17,7 +18,6 @@ from headstart.caches.cache_file.writer import Writer
 from headstart.caches.entry import Entry, Fingerprint, Form, Retention
 from headstart.caches.store import Store
 from headstart.errors import CacheNotFound
-from headstart.names import CacheKey
 from servers import Json, RunningServer, eventually, said
 
 PROMPT = "You keep the lighthouse and never sleep. " * 8
@@ -281,9 +281,9 @@ async def test_a_clock_that_is_set_back_ends_nothing(tmp_path: Path) -> None:
     await _stored(store, replace(ENTRY, terms=Retention(ttl_seconds=60)))
     clock.now = -DAY * 365
     store.end_old()
-    assert store.find("toy", "one")
+    assert store.find(cache_key("toy", "one"))
     clock.now = 1059.0
-    assert store.find("toy", "one")
+    assert store.find(cache_key("toy", "one"))
 
 
 async def test_a_clock_that_is_set_forward_ends_what_is_over(tmp_path: Path) -> None:
@@ -292,20 +292,20 @@ async def test_a_clock_that_is_set_forward_ends_what_is_over(tmp_path: Path) -> 
     await _stored(store, replace(ENTRY, terms=Retention(ttl_seconds=60)))
     clock.now += 60
     with pytest.raises(CacheNotFound):
-        store.find("toy", "one")
-    assert not store.path("toy", "one").exists()
+        store.find(cache_key("toy", "one"))
+    assert not store.path(cache_key("toy", "one")).exists()
 
 
 async def test_a_file_is_not_taken_away_from_a_build_that_reads_it(tmp_path: Path) -> None:
     clock = Clock()
     store = Store(tmp_path / "cache", clock)
     await _stored(store, replace(ENTRY, terms=Retention(ttl_seconds=60)))
-    store.use(CacheKey("toy", "one"))
+    store.use(cache_key("toy", "one"))
     clock.now += 60
     store.end_old()
     with pytest.raises(CacheNotFound):
-        store.find("toy", "one")
-    assert store.path("toy", "one").exists()
+        store.find(cache_key("toy", "one"))
+    assert store.path(cache_key("toy", "one")).exists()
 
 
 LONG = {f"key-{i}": "long " * 200 for i in range(10)}
@@ -316,7 +316,7 @@ async def test_whoever_reads_the_old_file_goes_on(tmp_path: Path, terms: Retenti
     store = Store(tmp_path / "cache")
     state = bytes(range(256)) * 50_000
     entry = await _stored(store, ENTRY, state)
-    path = store.path("toy", "one")
+    path = store.path(cache_key("toy", "one"))
     with path.open("rb") as reader:
         before = path.read_bytes()
         changed = await store.amend(entry, replace(entry, terms=terms))
@@ -332,11 +332,11 @@ async def test_whoever_reads_the_old_file_goes_on(tmp_path: Path, terms: Retenti
 async def test_damage_to_a_state_is_not_hidden_by_an_edit(tmp_path: Path) -> None:
     store = Store(tmp_path / "cache")
     entry = await _stored(store, ENTRY, b"x" * 1000)
-    path = store.path("toy", "one")
+    path = store.path(cache_key("toy", "one"))
     damaged = bytearray(path.read_bytes())
     damaged[-1] ^= 1
     path.write_bytes(damaged)
-    entry = store.find("toy", "one")
+    entry = store.find(cache_key("toy", "one"))
     changed = await store.amend(entry, replace(entry, terms=Retention(pinned=True)))
     assert changed
     with pytest.raises(format.Corrupt):
@@ -346,9 +346,9 @@ async def test_damage_to_a_state_is_not_hidden_by_an_edit(tmp_path: Path) -> Non
 async def test_an_edit_of_a_file_without_a_readable_header_keeps_the_text(tmp_path: Path) -> None:
     store = Store(tmp_path / "cache")
     await _stored(store, ENTRY)
-    path = store.path("toy", "one")
+    path = store.path(cache_key("toy", "one"))
     path.write_bytes(b"rubbish" * 100)
-    entry = store.find("toy", "one")
+    entry = store.find(cache_key("toy", "one"))
     changed = await store.amend(entry, replace(entry, terms=Retention(pinned=True)))
     assert changed
     assert (changed.prompt, changed.terms.pinned, changed.evicted) == ("text", True, ["chat"])
@@ -360,4 +360,4 @@ async def test_a_cache_that_was_replaced_meanwhile_is_not_amended(tmp_path: Path
     old = await _stored(store, ENTRY)
     new = await _stored(store, replace(ENTRY, prompt="new"))
     assert await store.amend(old, replace(old, terms=Retention(pinned=True))) is None
-    assert store.find("toy", "one") == new
+    assert store.find(cache_key("toy", "one")) == new

@@ -285,7 +285,7 @@ def test_a_cache_ends_when_it_isnt_used_for_its_time_and_not_before(
     store = Store(tmp_path / "cache", clock=lambda: now[0])
     (entry,) = store.entries()
     now[0] = entry.updated + 299
-    store.index.touch(entry.namespace, entry.name, now[0])
+    store.index.touch(entry.key, now[0])
     now[0] += 299
     assert store.entries() == [entry]
     now[0] += 2

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
+from cache_keys import cache_key
 from conftest import StartServer
 from driver import small_model
 from headstart.caches.cache_file.format import Part
@@ -19,7 +20,6 @@ from headstart.caches.store import Store
 from headstart.config.settings import embedded_model
 from headstart.engine.model import Piece
 from headstart.errors import CacheNotFound, QuotaExceeded
-from headstart.names import CacheKey
 from headstart.service.caching.quota import Quota
 from servers import Json, RunningServer, eventually, said
 
@@ -218,7 +218,7 @@ async def _put(store: Store, name: str, size: int = 50_000, model: str = "toy", 
 
 
 async def _hold(quota: Quota, name: str, size: int, namespace: str = "toy") -> None:
-    with quota.reserving(namespace, name) as room:
+    with quota.reserving(cache_key(namespace, name)) as room:
         await room.hold(size)
 
 
@@ -229,7 +229,7 @@ async def test_caches_that_nobody_named_go_whole(tmp_path: Path, origin: Origin)
     await _put(store, "one", origin=origin)
     await _hold(quota, "new", 90_000)
     with pytest.raises(CacheNotFound):
-        store.find("toy", "one")
+        store.find(cache_key("toy", "one"))
     assert quota.used() == 0
 
 
@@ -238,7 +238,7 @@ async def test_caches_that_somebody_named_keep_their_text(tmp_path: Path, origin
     store = Store(tmp_path / "cache")
     await _put(store, "one", origin=origin)
     await _hold(Quota(store, 100_000), "new", 90_000)
-    found = store.find("toy", "one")
+    found = store.find(cache_key("toy", "one"))
     assert (found.prompt, found.evicted, found.forms) == ("text", ["chat"], {})
     assert found.size_bytes < 4096
 
@@ -258,15 +258,15 @@ async def test_only_as_many_go_as_must_the_least_worth_first(tmp_path: Path) -> 
 async def test_a_cache_that_is_being_built_does_not_go(tmp_path: Path) -> None:
     store = Store(tmp_path / "cache")
     await _put(store, "one")
-    store.use(CacheKey("toy", "one"))
+    store.use(cache_key("toy", "one"))
     with pytest.raises(QuotaExceeded):
         await _hold(Quota(store, 100_000), "new", 90_000)
-    assert store.find("toy", "one").forms
+    assert store.find(cache_key("toy", "one")).forms
 
 
 async def test_what_is_being_built_counts_till_it_is_done_or_given_up(tmp_path: Path) -> None:
     quota = Quota(Store(tmp_path / "cache"), 100_000)
-    with quota.reserving("toy", "a") as room:
+    with quota.reserving(cache_key("toy", "a")) as room:
         await room.hold(60_000)
         with pytest.raises(QuotaExceeded):
             await _hold(quota, "b", 60_000)
@@ -279,7 +279,7 @@ async def test_two_that_want_room_at_once_don_t_get_the_same(tmp_path: Path) -> 
     await _put(store, "old", 40_000)
 
     async def build(name: str) -> bool:
-        with quota.reserving("toy", name) as room:
+        with quota.reserving(cache_key("toy", name)) as room:
             try:
                 await room.hold(60_000)
             except QuotaExceeded:
@@ -296,8 +296,8 @@ async def test_a_shelf_may_have_a_quota_of_its_own(tmp_path: Path) -> None:
     await _put(store, "hers", owner="ada")
     await _put(store, "others")
     await _hold(quota, "new", 90_000, "toy@ada")
-    assert store.find("toy@ada", "hers").evicted
-    assert not store.find("toy", "others").evicted
+    assert store.find(cache_key("toy@ada", "hers")).evicted
+    assert not store.find(cache_key("toy", "others")).evicted
     with pytest.raises(QuotaExceeded):
         await _hold(quota, "new", 110_000, "toy@ada")
     await _hold(quota, "new", 10**12)

@@ -15,6 +15,7 @@ import pytest
 from msgspec.structs import replace
 from safetensors import safe_open
 
+from cache_keys import cache_key
 from headstart.caches.cache_file import format
 from headstart.caches.cache_file.format import Corrupt, Part
 from headstart.caches.cache_file.writer import Writer
@@ -22,6 +23,7 @@ from headstart.caches.entry import Entry, Fingerprint, Form
 from headstart.caches.files import storage_errors
 from headstart.caches.store import Store
 from headstart.errors import CacheNotFound, StartupError, StorageError, StorageFull
+from headstart.names import CacheKey, Namespace
 from headstart.service.caching.catalog import NamespaceCatalog
 from headstart.service.models.model import ServedModel
 
@@ -46,7 +48,7 @@ def _parts(directory: Path) -> dict[Form, Part]:
 
 
 async def _put(store: Store, entry: Entry, parts: dict[Form, Part]) -> Entry:
-    with store.scratch(entry.model) as path:
+    with store.scratch(entry.namespace) as path:
         writer = Writer(path, entry, {form: part.tokens for form, part in parts.items()})
         for form, part in parts.items():
             writer.copy(form, part)
@@ -59,7 +61,7 @@ async def _stored(store: Store, tmp_path: Path, entry: Entry = ENTRY) -> Entry:
 
 async def test_a_cache_is_read_back_as_it_was_written(store: Store, tmp_path: Path) -> None:
     written = await _stored(store, tmp_path)
-    path = store.path("toy", "one")
+    path = store.path(cache_key("toy", "one"))
     assert format.read(path) == written
     assert format.verify(path, written.identity) == {"chat": TOKENS, "completion": TOKENS[:2]}
     chat = written.forms["chat"]
@@ -69,7 +71,7 @@ async def test_a_cache_is_read_back_as_it_was_written(store: Store, tmp_path: Pa
 
 async def test_a_file_that_is_not_finished_is_none(store: Store, tmp_path: Path) -> None:
     parts = _parts(tmp_path)
-    with store.scratch("toy") as path:
+    with store.scratch(Namespace("toy")) as path:
         writer = Writer(path, ENTRY, {form: part.tokens for form, part in parts.items()})
         for form, part in parts.items():
             writer.copy(form, part)
@@ -79,7 +81,7 @@ async def test_a_file_that_is_not_finished_is_none(store: Store, tmp_path: Path)
 
 async def test_the_header_has_room_for_times_that_are_known_last(store: Store, tmp_path: Path) -> None:
     parts = _parts(tmp_path)
-    with store.scratch("toy") as path:
+    with store.scratch(Namespace("toy")) as path:
         short = replace(ENTRY, updated=0.0, build_ms=0.0, ttft_ms=0.0)
         writer = Writer(path, short, {form: part.tokens for form, part in parts.items()})
         for form, part in parts.items():
@@ -87,12 +89,12 @@ async def test_the_header_has_room_for_times_that_are_known_last(store: Store, t
         long = replace(ENTRY, updated=1700000000.123456789, build_ms=12345.678901234567, ttft_ms=1.0 / 3)
         stored = await store.put(writer, long)
     assert (stored.updated, stored.build_ms, stored.ttft_ms) == (long.updated, long.build_ms, long.ttft_ms)
-    assert format.verify(store.path("toy", "one"), stored.identity)["chat"] == TOKENS
+    assert format.verify(store.path(cache_key("toy", "one")), stored.identity)["chat"] == TOKENS
 
 
 async def test_standard_tools_can_open_a_cache(store: Store, tmp_path: Path) -> None:
     await _stored(store, tmp_path)
-    with safe_open(store.path("toy", "one"), "np") as tensors:
+    with safe_open(store.path(cache_key("toy", "one")), "np") as tensors:
         assert tensors.get_tensor("chat.tokens").tolist() == TOKENS
         assert tensors.get_tensor("completion.state").tobytes() == STATE[7:777]
         assert "the prompt: ünï" in tensors.metadata()["entry"]
@@ -108,7 +110,7 @@ async def test_files_are_readable_by_their_owner_alone(store: Store, tmp_path: P
 
 async def test_any_flipped_bit_is_noticed(store: Store, tmp_path: Path) -> None:
     await _stored(store, tmp_path)
-    path = store.path("toy", "one")
+    path = store.path(cache_key("toy", "one"))
     whole = path.read_bytes()
     rng = random.Random(1)
     header = 8 + int.from_bytes(whole[:8], "little")
@@ -124,7 +126,7 @@ async def test_any_flipped_bit_is_noticed(store: Store, tmp_path: Path) -> None:
 
 async def test_a_truncated_file_is_noticed_when_it_is_read(store: Store, tmp_path: Path) -> None:
     await _stored(store, tmp_path)
-    path = store.path("toy", "one")
+    path = store.path(cache_key("toy", "one"))
     whole = path.read_bytes()
     for size in [0, 1, 7, 8, 9, 100, 1000, len(whole) - 1]:
         path.write_bytes(whole[:size])
@@ -153,39 +155,39 @@ async def test_a_file_put_there_by_hand_is_found_and_one_taken_away_is_gone(
     store: Store, tmp_path: Path
 ) -> None:
     written = await _stored(store, tmp_path)
-    path = store.path("toy", "one")
+    path = store.path(cache_key("toy", "one"))
     content = path.read_bytes()
     path.unlink()
     with pytest.raises(CacheNotFound):
-        store.find("toy", "one")
+        store.find(cache_key("toy", "one"))
     path.write_bytes(content)
-    assert store.find("toy", "one").prompt == written.prompt
+    assert store.find(cache_key("toy", "one")).prompt == written.prompt
 
 
 async def test_a_file_under_another_caches_name_is_not_taken_for_it(store: Store, tmp_path: Path) -> None:
     await _stored(store, tmp_path)
-    store.path("toy", "two").write_bytes(store.path("toy", "one").read_bytes())
+    store.path(cache_key("toy", "two")).write_bytes(store.path(cache_key("toy", "one")).read_bytes())
     with pytest.raises(CacheNotFound):
-        store.find("toy", "two")
+        store.find(cache_key("toy", "two"))
 
 
 async def test_a_symbolic_link_is_not_followed(store: Store, tmp_path: Path) -> None:
     await _stored(store, tmp_path)
     outside = tmp_path / "outside"
-    store.path("toy", "one").rename(outside)
-    store.path("toy", "one").symlink_to(outside)
+    store.path(cache_key("toy", "one")).rename(outside)
+    store.path(cache_key("toy", "one")).symlink_to(outside)
     shutil.rmtree(store.directory / ".headers")
     store.close()
     with pytest.raises(CacheNotFound):
-        Store(store.directory).find("toy", "one")
+        Store(store.directory).find(cache_key("toy", "one"))
 
 
 async def test_a_damaged_file_keeps_what_was_known_so_that_it_can_be_built_again(
     store: Store, tmp_path: Path
 ) -> None:
     written = await _stored(store, tmp_path)
-    store.path("toy", "one").write_bytes(b"rubbish")
-    entry = store.find("toy", "one")
+    store.path(cache_key("toy", "one")).write_bytes(b"rubbish")
+    entry = store.find(cache_key("toy", "one"))
     assert entry.prompt == written.prompt
     with pytest.raises(Corrupt):
         await store.verified(entry, "chat")
@@ -193,7 +195,7 @@ async def test_a_damaged_file_keeps_what_was_known_so_that_it_can_be_built_again
 
 async def test_replacing_leaves_an_open_old_version_as_it_was(store: Store, tmp_path: Path) -> None:
     await _stored(store, tmp_path)
-    path = store.path("toy", "one")
+    path = store.path(cache_key("toy", "one"))
     old = path.read_bytes()
     with path.open("rb") as reader:
         await _put(store, ENTRY, {"chat": Part([9], tmp_path / "completion", 0, 5)})
@@ -207,7 +209,7 @@ async def test_a_write_that_fails_leaves_the_old_version_and_no_scratch_file(
     written = await _stored(store, tmp_path)
     with pytest.raises(StorageError):
         await _put(store, ENTRY, {"chat": Part([9], tmp_path / "absent", 0, 5)})
-    assert store.find("toy", "one") == written
+    assert store.find(cache_key("toy", "one")) == written
     assert [path.name for path in (store.directory / "toy").iterdir()] == ["one.headstart"]
 
 
@@ -248,8 +250,8 @@ async def test_a_cache_works_while_the_index_can_not_be_written(store: Store, tm
         other.execute("BEGIN EXCLUSIVE")
     written = await _stored(store, tmp_path)
     store.used(written)
-    assert (await store.verified(store.find("toy", "one"), "chat")).tokens == TOKENS
-    store.delete("toy", "one")
+    assert (await store.verified(store.find(cache_key("toy", "one")), "chat")).tokens == TOKENS
+    store.delete(cache_key("toy", "one"))
     assert store.entries() == []
 
 
@@ -259,15 +261,16 @@ async def test_of_the_caches_a_text_may_begin_with_the_longest_that_is_there_is_
     prompts = {"short": "You are", "long": "You are the keeper", "gone": "You are the keeper of"}
     for name, prompt in prompts.items():
         await _stored(store, tmp_path, replace(ENTRY, name=name, prompt=prompt))
-    store.path("toy", "gone").unlink()
+    store.path(cache_key("toy", "gone")).unlink()
     chat_only: dict[Form, Part] = {"chat": _parts(tmp_path)["chat"]}
     await _put(store, replace(ENTRY, name="chat", prompt="You are the keeper o"), chat_only)
-    model = cast(ServedModel, SimpleNamespace(namespace="toy"))
+    model = cast(ServedModel, SimpleNamespace(namespace=Namespace("toy")))
     namespaces = NamespaceCatalog(store)
     assert namespaces.known_opening(model, "You are the keeper of the light") == "You are the keeper"
     assert namespaces.known_opening(model, "You are not") == "You are"
     assert namespaces.known_opening(model, "Am I?") == ""
-    assert namespaces.known_opening(cast(ServedModel, SimpleNamespace(namespace="other")), "You are") == ""
+    other = cast(ServedModel, SimpleNamespace(namespace=Namespace("other")))
+    assert namespaces.known_opening(other, "You are") == ""
 
 
 async def test_only_caches_a_text_begins_with_are_looked_up_on_the_disk(
@@ -277,11 +280,11 @@ async def test_only_caches_a_text_begins_with_are_looked_up_on_the_disk(
         await _stored(store, tmp_path, replace(ENTRY, name=f"n{i}", prompt=f"prompt {i}"))
     found: list[str] = []
 
-    def find(model: str, name: str) -> Entry:
-        found.append(name)
-        return Store.find(store, model, name)
+    def find(key: CacheKey) -> Entry:
+        found.append(key.name)
+        return Store.find(store, key)
 
     monkeypatch.setattr(store, "find", find)
-    model = cast(ServedModel, SimpleNamespace(namespace="toy"))
+    model = cast(ServedModel, SimpleNamespace(namespace=Namespace("toy")))
     assert NamespaceCatalog(store).known_opening(model, "prompt 3 and more") == "prompt 3"
     assert found == ["n3"]

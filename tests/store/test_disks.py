@@ -18,12 +18,14 @@ import httpx
 import pytest
 from msgspec.structs import replace
 
+from cache_keys import cache_key
 from conftest import StartServer
 from forkserver import headstart
 from headstart.caches.cache_file import format
 from headstart.caches.cache_file.format import Part
 from headstart.caches.cache_file.writer import Writer
 from headstart.caches.store import Store
+from headstart.names import Namespace
 from servers import RunningServer, running_server, said
 
 PROMPT = "You keep the lighthouse.\n\n" + "Each evening you light the lamp. " * 12
@@ -226,16 +228,16 @@ def _rewrite(directory: Path, then: float) -> None:
     """The cache "keeper" as if it had been written and used at that time."""
 
     async def rewrite(store: Store) -> None:
-        entry = store.find("toy", "keeper")
-        path = store.path("toy", "keeper")
+        entry = store.find(cache_key("toy", "keeper"))
+        path = store.path(cache_key("toy", "keeper"))
         tokens = format.verify(path, entry.identity)
         moved = replace(entry, created=then, updated=then)
-        with store.scratch("toy") as scratch:
+        with store.scratch(Namespace("toy")) as scratch:
             writer = Writer(scratch, moved, tokens)
             for form, stored in entry.forms.items():
                 writer.copy(form, Part(tokens[form], path, stored.state_offset, stored.state_bytes))
             await store.put(writer, moved)
-        store.index.used("toy", "keeper", then, 0, 0.0)
+        store.index.used(cache_key("toy", "keeper"), then, 0, 0.0)
         os.utime(path, (then, then))
 
     store = Store(directory)

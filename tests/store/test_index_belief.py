@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
+from cache_keys import cache_key
 from conftest import StartServer
 from headstart.caches.cache_file import format
 from headstart.caches.entry import Entry
@@ -193,7 +194,8 @@ async def test_a_flipped_byte_of_the_index_changes_no_cache(tmp_path: Path) -> N
         n_forgotten += hits.count(0)
         assert await store.weights_hash(weights) == sha256_of(weights), at
         for entry in entries.values():
-            assert (await store.verified(store.find("toy", entry.name), "chat")).tokens == [1, 2, 3]
+            found = store.find(cache_key("toy", entry.name))
+            assert (await store.verified(found, "chat")).tokens == [1, 2, 3]
             store.used(entry)
         store.close()
         assert _files(directory) == files, at
@@ -256,11 +258,11 @@ async def test_a_flipped_byte_of_a_copy_changes_no_cache(tmp_path: Path) -> None
         damaged.write_bytes(files[damaged][:8] + b"?" + files[damaged][9:])
         store = Store(directory)
         with pytest.raises(CacheNotFound):
-            store.find("toy", "cache0")
+            store.find(cache_key("toy", "cache0"))
         store.close()
         damaged.write_bytes(files[damaged])
         store = Store(directory)
-        entries["cache0"] = store.find("toy", "cache0")
+        entries["cache0"] = store.find(cache_key("toy", "cache0"))
         assert entries["cache0"].prompt == "cache0 costs 100 euros"
         store.close()
 
@@ -269,7 +271,7 @@ async def test_a_repair_never_replaces_what_came_meanwhile(tmp_path: Path) -> No
     store = Store(tmp_path / "cache")
     old = await put_small(store, "one", "the old prompt")
     new = await put_small(store, "one", "the new prompt")
-    path = store.path("toy", "one")
+    path = store.path(cache_key("toy", "one"))
     whole = path.read_bytes()
     with pytest.raises(CacheConflict):
         await put_small(store, "one", "the old prompt", repaired=old)
@@ -292,14 +294,14 @@ async def test_a_copy_of_an_older_version_is_never_kept(tmp_path: Path) -> None:
     assert not copy.exists()
     store.close()
     store = Store(tmp_path / "cache")
-    assert store.find("toy", "one").prompt == "the new prompt"
+    assert store.find(cache_key("toy", "one")).prompt == "the new prompt"
 
 
 async def test_usage_of_a_deleted_cache_is_not_the_next_ones(tmp_path: Path) -> None:
     store = Store(tmp_path / "cache")
     entry = await put_small(store, "one", "the prompt")
     store.used(entry)
-    store.delete("toy", "one")
+    store.delete(cache_key("toy", "one"))
     # Of a request that had begun before.
     store.used(entry)
     store.touch(entry)

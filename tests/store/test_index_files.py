@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from cache_keys import cache_key
 from conftest import StartServer
 from headstart.caches.cache_file import format
 from headstart.caches.entry import Entry
@@ -257,19 +258,19 @@ def test_names_of_deleted_caches_are_wiped_from_the_index(start_server: StartSer
 
 def test_what_a_reader_kept_in_the_log_is_wiped_later(tmp_path: Path) -> None:
     index = Index(tmp_path / "index.sqlite")
-    index.used("toy", "xylophone", 1.0, 1, 1.0)
+    index.used(cache_key("toy", "xylophone"), 1.0, 1, 1.0)
     index.settle()
     with closing(sqlite3.connect(tmp_path / "index.sqlite", isolation_level=None)) as reader:
         reader.execute("BEGIN")
         reader.execute("SELECT * FROM records").fetchall()
-        index.delete("toy", "xylophone")
+        index.delete(cache_key("toy", "xylophone"))
         index.settle()
         assert _where(tmp_path, "xylophone")
     index.save()
     eventually(lambda: _where(tmp_path, "xylophone") == [])
     index.close()
     # As a request may that ends later.
-    index.used("toy", "xylophone", 1.0, 1, 1.0)
+    index.used(cache_key("toy", "xylophone"), 1.0, 1, 1.0)
 
 
 def _old_index(directory: Path, changed: Mapping[str, Any] | None = None) -> None:
@@ -389,7 +390,7 @@ def test_a_record_with_a_right_hash_and_wrong_figures_is_none(tmp_path: Path, va
     records.write({(USAGE, "toy/one"): value, ("another", "kind"): b"1", (USAGE, "toy/two"): b'{"hits": 2}'})
     records.close()
     index = Index(path)
-    assert (index.usage("toy", "one"), index.usage("toy", "two").hits) == (Usage(), 2)
+    assert (index.usage(cache_key("toy", "one")), index.usage(cache_key("toy", "two")).hits) == (Usage(), 2)
     index.close()
 
 

@@ -8,7 +8,7 @@ from msgspec import Meta, Struct
 from msgspec.structs import replace
 
 from headstart.caches.index.usage import Time
-from headstart.names import NAME, CacheKey, namespace_name
+from headstart.names import NAME, CacheKey, Namespace
 
 Form = Literal["chat", "completion"]
 FORMS: tuple[Form, ...] = ("chat", "completion")
@@ -160,8 +160,8 @@ class Entry(Struct, frozen=True):
         return Content(self.prompt, self.messages, self.tools)
 
     @property
-    def namespace(self) -> str:
-        return namespace_name(self.model, self.owner)
+    def namespace(self) -> Namespace:
+        return Namespace.of(self.model, self.owner)
 
     @property
     def key(self) -> CacheKey:

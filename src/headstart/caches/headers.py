@@ -18,7 +18,7 @@ from headstart.caches.cache_file.header_copies import Copies
 from headstart.caches.cache_file.sidecar import CACHE_SUFFIX
 from headstart.caches.entry import Entry, Identity
 from headstart.caches.files import identity_at
-from headstart.names import NAME, NAMESPACE, CacheKey
+from headstart.names import CacheKey, Namespace
 
 log = logging.getLogger(__name__)
 
@@ -32,16 +32,15 @@ class Catalog:
         self._entries: dict[CacheKey, Entry] = {}
         self._from_copies: set[CacheKey] = set()
 
-    def path(self, namespace: str, name: str) -> Path:
-        assert NAMESPACE.fullmatch(namespace), namespace
-        assert NAME.fullmatch(name), name
-        return self.directory / namespace / (name + CACHE_SUFFIX)
+    def path(self, key: CacheKey) -> Path:
+        assert key.is_valid, key
+        return self.directory / key.namespace / (key.name + CACHE_SUFFIX)
 
     def on_disk(self) -> Iterator[CacheKey]:
         """Keys of the files that may be caches."""
         for path in self.directory.glob(f"*/*{CACHE_SUFFIX}"):
-            key = CacheKey(path.parent.name, path.name.removesuffix(CACHE_SUFFIX))
-            if NAMESPACE.fullmatch(key.namespace) and NAME.fullmatch(key.name):
+            key = CacheKey(Namespace(path.parent.name), path.name.removesuffix(CACHE_SUFFIX))
+            if key.is_valid:
                 yield key
 
     def caches(self) -> set[CacheKey]:
@@ -62,7 +61,7 @@ class Catalog:
     def look(self, key: CacheKey) -> Entry | None:
         """Reads the entry from the disk; None if there is no file. A damaged file keeps the entry of its
         header, or the one last read, so that its state can be rebuilt; verification will refuse it."""
-        path, known = self.path(*key), self._entries.get(key)
+        path, known = self.path(key), self._entries.get(key)
         try:
             identity = identity_of(path.lstat())
         except (FileNotFoundError, NotADirectoryError):
@@ -88,9 +87,9 @@ class Catalog:
         return entry
 
     def _recall(self, key: CacheKey, identity: Identity) -> Entry | None:
-        if not (entry := self.copies.read(*key)):
+        if not (entry := self.copies.read(key)):
             return None
-        log.warning("%s: using unverified text from the copy of its header", self.path(*key))
+        log.warning("%s: using unverified text from the copy of its header", self.path(key))
         self._from_copies.add(key)
         self._entries[key] = entry = replace(entry, identity=identity)
         return entry
@@ -100,20 +99,19 @@ class Catalog:
         key = entry.key
         self._from_copies.discard(key)
         self._entries[key] = entry
-        self.copies.keep(*key, self.path(*key))
+        self.copies.keep(key, self.path(key))
 
     def forget(self, key: CacheKey) -> None:
         self._from_copies.discard(key)
         if self._entries.pop(key, None):
-            self.copies.delete(*key)
+            self.copies.delete(key)
 
     def take_over(self, earlier: Iterable[Entry]) -> None:
         """Creates header copies from an earlier release's index for caches whose files can't be read."""
         for entry in earlier:
             key = entry.key
-            named = NAMESPACE.fullmatch(entry.namespace) and NAME.fullmatch(entry.name)
-            if named and key not in self._entries and identity_at(self.path(*key)):
-                log.warning("%s: using unverified text from an earlier release's index", self.path(*key))
+            if key.is_valid and key not in self._entries and identity_at(self.path(key)):
+                log.warning("%s: using unverified text from an earlier release's index", self.path(key))
                 self.copies.put(entry)
                 self.look(key)
 

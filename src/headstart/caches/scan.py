@@ -12,7 +12,7 @@ from headstart.caches.cache_file.format import Corrupt
 from headstart.caches.cache_file.sidecar import CACHE_SUFFIX
 from headstart.caches.entry import Entry
 from headstart.caches.store import SCRATCH
-from headstart.names import NAME, NAMESPACE
+from headstart.names import CacheKey, Namespace
 from headstart.regular_files import shown
 
 ASIDE = ".damaged"
@@ -27,12 +27,17 @@ class OrphanFile:
     damaged: bool
 
     @property
-    def namespace(self) -> str:
-        return shown(self.path.parent.name)
+    def key(self) -> CacheKey:
+        """The key that the file's place and name stand for; it may be invalid."""
+        return CacheKey(self.namespace, self.name)
+
+    @property
+    def namespace(self) -> Namespace:
+        return Namespace(shown(self.path.parent.name))
 
     @property
     def model(self) -> str:
-        return self.namespace.partition("@")[0]
+        return self.namespace.model
 
     @property
     def name(self) -> str:
@@ -61,10 +66,10 @@ def contents(directory: Path, *, whole: bool = False) -> Iterator[tuple[Path, En
 
 def _misplaced(path: Path, entry: Entry) -> str | None:
     """Why the file's content is no cache at this path; None if it is one."""
-    namespace, name = path.parent.name, path.name.removesuffix(CACHE_SUFFIX)
-    if entry.key != (namespace, name):
+    key = CacheKey(Namespace(path.parent.name), path.name.removesuffix(CACHE_SUFFIX))
+    if entry.key != key:
         return f"holds the cache {shown(entry.name)} of {shown(entry.model)}, so it is ignored"
-    return None if NAMESPACE.fullmatch(namespace) and NAME.fullmatch(name) else "no cache can have this name"
+    return None if key.is_valid else "no cache can have this name"
 
 
 def orphan_files(directory: Path) -> list[OrphanFile]:

@@ -23,7 +23,7 @@ from headstart.caches.index.index import Index
 from headstart.caches.index.usage import Usage
 from headstart.caches.verified import Checked, Identities, Tokens, VerifiedState, identities
 from headstart.errors import CacheConflict, CacheNotFound, StorageError
-from headstart.names import CacheKey
+from headstart.names import CacheKey, Namespace
 from headstart.protocol import StateRef
 
 log = logging.getLogger(__name__)
@@ -77,17 +77,16 @@ class Store:
 
     def reconcile(self) -> None:
         """Reads the whole directory again, to see changes made by others."""
-        on_disk = {key for key in self._catalog.on_disk() if self._look(*key)}
+        on_disk = {key for key in self._catalog.on_disk() if self._look(key)}
         for key in self._catalog.caches() - on_disk:
-            self._forget(*key)
+            self._forget(key)
 
-    def _look(self, namespace: str, name: str) -> Entry | None:
+    def _look(self, key: CacheKey) -> Entry | None:
         """The entry as read from the disk (see Catalog.look). An expired cache is removed: None."""
-        key = CacheKey(namespace, name)
         known, entry = self._catalog.get(key), self._catalog.look(key)
         if entry is None and known:
             self._checked.forget(key)
-            self.index.delete(*key)
+            self.index.delete(key)
         if entry and self.index.is_expired(entry, self.clock()):
             self._end(entry)
             return None
@@ -97,44 +96,43 @@ class Store:
         """Whether the cache's file can't be read, so that the entry comes from the copy of its header."""
         return self._catalog.is_from_copy(entry.key)
 
-    def _forget(self, namespace: str, name: str) -> None:
-        key = CacheKey(namespace, name)
+    def _forget(self, key: CacheKey) -> None:
         self._catalog.forget(key)
         self._checked.forget(key)
-        self.index.delete(namespace, name)
+        self.index.delete(key)
 
     def end_old(self) -> None:
         """Removes the files of expired caches."""
         for entry in list(self.known()):
             if self.index.is_expired(entry, self.clock()):
-                self._look(entry.namespace, entry.name)
+                self._look(entry.key)
 
     def _end(self, entry: Entry) -> None:
         if self.is_in_use(entry.key):
             return
         log.info("cache %s of %s has expired", entry.name, entry.namespace)
         try:
-            self._remove(entry.namespace, entry.name)
+            self._remove(entry.key)
         except StorageError as error:
             # It stays hidden, and the next lookup tries again.
             log.warning("%s", error.message)
 
-    def find(self, namespace: str, name: str, *, param: str = "use_cache") -> Entry:
+    def find(self, key: CacheKey, *, param: str = "use_cache") -> Entry:
         """Raises CacheNotFound, about the request's field `param`."""
-        entry = self._look(namespace, name)
+        entry = self._look(key)
         if entry is None:
-            model = namespace.partition("@")[0]
+            model = key.namespace.model
             raise CacheNotFound(
-                f"Model {model!r} has no cache {name!r}. Create it with POST /v1/cache/{model}.",
+                f"Model {model!r} has no cache {key.name!r}. Create it with POST /v1/cache/{model}.",
                 param=param,
             )
         return entry
 
-    def entries(self, namespace: str | None = None) -> list[Entry]:
-        keys = sorted(key for key in self._catalog.caches() if namespace in (None, key[0]))
-        return [entry for key in keys if (entry := self._look(*key))]
+    def entries(self, namespace: Namespace | None = None) -> list[Entry]:
+        keys = sorted(key for key in self._catalog.caches() if namespace in (None, key.namespace))
+        return [entry for key in keys if (entry := self._look(key))]
 
-    def known(self, namespace: str | None = None) -> Iterator[Entry]:
+    def known(self, namespace: Namespace | None = None) -> Iterator[Entry]:
         """The caches of the namespace, or all, as last read from the disk."""
         return (entry for entry in self._catalog.all() if namespace in (None, entry.namespace))
 
@@ -149,23 +147,23 @@ class Store:
         return known
 
     def usage(self, entry: Entry) -> Usage:
-        return self.index.usage(entry.namespace, entry.name)
+        return self.index.usage(entry.key)
 
     def used(self, entry: Entry, tokens: int = 0, restore_ms: float = 0.0) -> None:
         """Counts a hit that took `tokens` tokens from the cache, in `restore_ms`."""
         seconds = max(tokens * entry.ms_per_token - restore_ms, 0.0) / 1000
         if self._catalog.get(entry.key):
-            self.index.used(entry.namespace, entry.name, self.clock(), tokens, seconds)
+            self.index.used(entry.key, self.clock(), tokens, seconds)
 
     def touch(self, entry: Entry) -> None:
         """Records a use that is not a hit."""
         if self._catalog.get(entry.key):
-            self.index.touch(entry.namespace, entry.name, self.clock())
+            self.index.touch(entry.key, self.clock())
 
     async def verified(self, entry: Entry, form: Form) -> VerifiedState:
         """Checks the files' hashes once for each state of the files. Raises Corrupt, also if one is
         missing."""
-        path, key = self.path(entry.namespace, entry.name), entry.key
+        path, key = self.path(entry.key), entry.key
         if self._checked.get(key, identities(path, entry)) is None:
             await self.check(entry)
         files = identities(path, entry)
@@ -181,7 +179,7 @@ class Store:
 
     async def check(self, entry: Entry, *, from_disk: bool = False) -> dict[Form, Tokens]:
         """Checks the files' hashes in any case; returns each form's tokens. Raises Corrupt as `verified`."""
-        path = self.path(entry.namespace, entry.name)
+        path = self.path(entry.key)
         files = identities(path, entry)
         self._checked.forget(entry.key)
         try:
@@ -191,12 +189,12 @@ class Store:
         self._checked.put(entry.key, files, tokens)
         return tokens
 
-    def remembered(self, namespace: str, form: Form) -> Iterator[Tokens]:
+    def remembered(self, namespace: Namespace, form: Form) -> Iterator[Tokens]:
         """Token ids of the namespace's states that were checked since the start."""
         return self._checked.tokens(namespace, form)
 
     @contextmanager
-    def scratch(self, namespace: str) -> Iterator[Path]:
+    def scratch(self, namespace: Namespace) -> Iterator[Path]:
         """A new empty file in the namespace's folder, deleted at the end with its sidecar files unless moved
         into place. Raises StorageError, also for OSError from within."""
         path = self.directory / namespace / f"{SCRATCH}{uuid.uuid4().hex}"
@@ -212,7 +210,7 @@ class Store:
     async def put(self, writer: Writer, entry: Entry, repaired: Entry | None = None) -> Entry:
         """Publishes the written scratch file as the cache of its name, atomically, or only in place of
         `repaired`. Returns the stored entry. On CacheConflict or OSError the old one is untouched."""
-        if repaired and not is_same(self._look(repaired.namespace, repaired.name), repaired):
+        if repaired and not is_same(self._look(repaired.key), repaired):
             raise CacheConflict(f"The cache {entry.name!r} is another by now, so it was not repaired.")
         self._tell_of_copy(entry)
         stored, files = await asyncio.to_thread(self._publish, writer, entry)
@@ -225,7 +223,7 @@ class Store:
         if known and self.is_from_copy(known) and known.content == entry.content:
             log.warning(
                 "%s: written anew with the unverified text of the copy",
-                self.path(entry.namespace, entry.name),
+                self.path(entry.key),
             )
 
     def _replace(self, stored: Entry) -> None:
@@ -233,10 +231,10 @@ class Store:
         previous = self._catalog.get(key)
         self._catalog.remember(stored)
         if previous and previous.content != stored.content:
-            self._delete_derived(*key)
+            self._delete_derived(key)
 
     def _publish(self, writer: Writer, entry: Entry) -> tuple[Entry, Identities]:
-        final = self.path(entry.namespace, entry.name)
+        final = self.path(entry.key)
         stored = writer.finish(entry)
         files = identities(writer.path, stored)
         writer.path.rename(final)
@@ -244,19 +242,19 @@ class Store:
         sync_directory(final.parent)
         return stored, files
 
-    def delete(self, namespace: str, name: str) -> None:
+    def delete(self, key: CacheKey) -> None:
         """Raises CacheNotFound. Requests that have the file open can still read it."""
-        self.find(namespace, name, param="name")
-        self._remove(namespace, name)
+        self.find(key, param="name")
+        self._remove(key)
 
     async def amend(self, entry: Entry, changed: Entry, *, with_states: bool = True) -> Entry | None:
         """Replaces the cache atomically by `changed`, with its states or none; returns it as stored. None,
         with nothing changed, if it is no longer `entry` or is being built. Raises StorageError."""
         key = entry.key
         with self.scratch(entry.namespace) as scratch:
-            write = partial(rewrite, self.path(*key)) if with_states else write_stub
+            write = partial(rewrite, self.path(key)) if with_states else write_stub
             stored = await asyncio.to_thread(write, scratch, changed)
-            if self.is_in_use(key) or self._look(*key) != entry:
+            if self.is_in_use(key) or self._look(key) != entry:
                 return None
             await self.publish(scratch, stored)
         return stored
@@ -265,27 +263,27 @@ class Store:
         """Publishes a written and synced scratch file; it is in place before the first await. Raises
         OSError."""
         self._tell_of_copy(stored)
-        final = self.path(stored.namespace, stored.name)
+        final = self.path(stored.key)
         scratch.rename(final)
         sidecar.keep_only(final, stored.beside)
         self._replace(stored)
         await asyncio.to_thread(sync_directory, scratch.parent)
 
-    def _remove(self, namespace: str, name: str) -> None:
-        path = self.path(namespace, name)
+    def _remove(self, key: CacheKey) -> None:
+        path = self.path(key)
         with storage_errors(str(path)):
             sidecar.keep_only(path)
             path.unlink(missing_ok=True)
             sync_directory(path.parent)
-        self._forget(namespace, name)
-        self._delete_derived(namespace, name)
+        self._forget(key)
+        self._delete_derived(key)
 
-    def _delete_derived(self, namespace: str, name: str) -> None:
+    def _delete_derived(self, key: CacheKey) -> None:
         """Deletes derived caches with this part, which would never be found again, as far as possible."""
         # A key's derived caches may contain public ones.
-        namespaces = (entry for entry in self.known() if namespace in (entry.namespace, entry.model))
-        for entry in [entry for entry in namespaces if name in entry.parts]:
+        namespaces = (entry for entry in self.known() if key.namespace in (entry.namespace, entry.model))
+        for entry in [entry for entry in namespaces if key.name in entry.parts]:
             try:
-                self.delete(entry.namespace, entry.name)
+                self.delete(entry.key)
             except (CacheNotFound, StorageError) as error:
                 log.warning("a derived cache was not deleted: %s", error)

@@ -9,7 +9,7 @@ from pathlib import Path
 from headstart.caches.cache_file.sidecar import state_path
 from headstart.caches.entry import Entry, Form, Identity
 from headstart.caches.files import identity_at
-from headstart.names import CacheKey
+from headstart.names import CacheKey, Namespace
 from headstart.protocol import StateRef
 
 Tokens = list[int]
@@ -49,7 +49,7 @@ class Checked:
     def forget(self, key: CacheKey) -> None:
         self._known.pop(key, None)
 
-    def tokens(self, namespace: str, form: Form) -> Iterator[Tokens]:
+    def tokens(self, namespace: Namespace, form: Form) -> Iterator[Tokens]:
         for key, (_, tokens) in self._known.items():
-            if key[0] == namespace and form in tokens:
+            if key.namespace == namespace and form in tokens:
                 yield tokens[form]

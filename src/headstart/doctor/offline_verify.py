@@ -23,7 +23,7 @@ def inspect(settings: Settings, wish: VerifyScope) -> Iterator[Verdict]:
     inspector = _Inspector(settings, [entry for _, entry in found if isinstance(entry, Entry)])
     n_verdicts = 0
     for path, what in found:
-        if wish.covers(what.namespace, what.name):
+        if wish.covers(what.key):
             n_verdicts += 1
             verdict = judged_stray(what) if isinstance(what, OrphanFile) else inspector.judge(path, what)
             yield verdict.of(what.namespace)

@@ -16,6 +16,7 @@ from pathlib import Path
 from headstart.caches.cache_file import format
 from headstart.caches.cache_file.format import LENGTH, MAX_HEADER, Corrupt
 from headstart.caches.entry import Entry
+from headstart.names import CacheKey, Namespace
 
 log = logging.getLogger(__name__)
 
@@ -33,23 +34,23 @@ class Copies:
         self.directory = directory / DIRECTORY
         self._was_told = False
 
-    def _path(self, namespace: str, name: str) -> Path:
-        return self.directory / namespace / (name + SUFFIX)
+    def _path(self, key: CacheKey) -> Path:
+        return self.directory / key.namespace / (key.name + SUFFIX)
 
-    def keep(self, namespace: str, name: str, path: Path) -> None:
+    def keep(self, key: CacheKey, path: Path) -> None:
         """Copies the header of the file at `path`, unless the copy is up to date."""
         try:
-            self._write(self._path(namespace, name), _header(path))
+            self._write(self._path(key), _header(path))
         except OSError as error:
-            self._failed(namespace, name, error)
+            self._failed(key, error)
 
     def put(self, entry: Entry) -> None:
         """Writes a header with the entry but without its states."""
         text = format.hashed(format.header_text(entry.without_states(), {}, {}))
         try:
-            self._write(self._path(entry.namespace, entry.name), LENGTH.pack(len(text)) + text)
+            self._write(self._path(entry.key), LENGTH.pack(len(text)) + text)
         except OSError as error:
-            self._failed(entry.namespace, entry.name, error)
+            self._failed(entry.key, error)
 
     def _write(self, copy: Path, header: bytes) -> None:
         if _holds(copy, header):
@@ -66,32 +67,32 @@ class Copies:
         finally:
             scratch.unlink(missing_ok=True)
 
-    def _failed(self, namespace: str, name: str, error: OSError) -> None:
+    def _failed(self, key: CacheKey, error: OSError) -> None:
         if not self._was_told:
             log.warning("headers of caches can't be copied to %s: %s", self.directory, error)
         self._was_told = True
         # An older version's copy must not be taken for this one's.
-        self.delete(namespace, name)
+        self.delete(key)
 
-    def read(self, namespace: str, name: str) -> Entry | None:
+    def read(self, key: CacheKey) -> Entry | None:
         """The entry in the copy; None without an intact copy."""
         try:
-            entry = format.read(self._path(namespace, name), whole=False)
+            entry = format.read(self._path(key), whole=False)
         except (Corrupt, OSError):
             return None
-        return entry if entry.key == (namespace, name) else None
+        return entry if entry.key == key else None
 
-    def delete(self, namespace: str, name: str) -> None:
-        _delete(self._path(namespace, name))
+    def delete(self, key: CacheKey) -> None:
+        _delete(self._path(key))
 
-    def keep_only(self, caches: Collection[tuple[str, str]]) -> None:
-        """Deletes the copies of all other caches; `caches` are namespaces and names."""
+    def keep_only(self, caches: Collection[CacheKey]) -> None:
+        """Deletes the copies of all other caches."""
         if self.directory.is_symlink():
             # The files behind a link are not ours to delete.
             return
         for path in self.directory.glob("*/*"):
-            name = path.name.removesuffix(SUFFIX)
-            if path.name == SCRATCH or (path.suffix == SUFFIX and (path.parent.name, name) not in caches):
+            key = CacheKey(Namespace(path.parent.name), path.name.removesuffix(SUFFIX))
+            if path.name == SCRATCH or (path.suffix == SUFFIX and key not in caches):
                 _delete(path)
 
 

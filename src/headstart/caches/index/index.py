@@ -21,6 +21,7 @@ from msgspec import Meta, Struct
 from headstart.caches.entry import Entry, Identity
 from headstart.caches.index.records import RecordKey, Records, is_damage
 from headstart.caches.index.usage import USAGE, Usage, usage_key
+from headstart.names import CacheKey
 
 log = logging.getLogger(__name__)
 
@@ -145,45 +146,46 @@ class Index:
     def _put(self, key: RecordKey, record: Record) -> None:
         self._known[key] = self._changes[key] = record
 
-    def usage(self, namespace: str, name: str) -> Usage:
-        found = self._known.get(usage_key(namespace, name))
+    def usage(self, key: CacheKey) -> Usage:
+        found = self._known.get(usage_key(key))
         return found if isinstance(found, Usage) else UNUSED
 
-    def used(self, namespace: str, name: str, when: float, tokens: int, seconds: float) -> None:
+    def used(self, key: CacheKey, when: float, tokens: int, seconds: float) -> None:
         """Counts a hit."""
         with self._guard:
             hit = Usage(1, when, tokens, seconds)
-            self._put(usage_key(namespace, name), self.usage(namespace, name).plus(hit))
+            self._put(usage_key(key), self.usage(key).plus(hit))
         self.save()
 
-    def touch(self, namespace: str, name: str, when: float) -> None:
+    def touch(self, key: CacheKey, when: float) -> None:
         """Records a use that is not a hit."""
         with self._guard:
-            self._put(usage_key(namespace, name), self.usage(namespace, name).plus(Usage(last_used=when)))
+            self._put(usage_key(key), self.usage(key).plus(Usage(last_used=when)))
         self.save()
 
-    def delete(self, namespace: str, name: str) -> None:
+    def delete(self, key: CacheKey) -> None:
         """Deletes the usage of the cache."""
-        key = usage_key(namespace, name)
+        self._delete(usage_key(key))
+
+    def _delete(self, key: RecordKey) -> None:
         with self._guard:
             # Also one not read yet because the database could not be opened.
             if self._known.pop(key, None) or not self._was_open:
                 self._changes[key] = None
         self.save()
 
-    def keep_only(self, caches: Collection[tuple[str, str]]) -> None:
-        """Deletes the usage of all other caches; `caches` are namespaces and names."""
-        kept = {usage_key(*cache) for cache in caches}
+    def keep_only(self, caches: Collection[CacheKey]) -> None:
+        """Deletes the usage of all other caches."""
+        kept = set(map(usage_key, caches))
         for key in [key for key in self._known if key[0] == USAGE and key not in kept]:
-            namespace, _, name = key[1].partition("/")
-            self.delete(namespace, name)
+            self._delete(key)
 
     def ends(self, entry: Entry) -> float | None:
         """When the cache expires, in seconds since 1970; None: never. The lifetime of an automatic cache
         counts from its last use."""
         if entry.expires is None or entry.origin != "automatic":
             return entry.expires
-        last = self.usage(entry.namespace, entry.name).last_used or 0.0
+        last = self.usage(entry.key).last_used or 0.0
         return entry.expires + max(last - entry.updated, 0.0)
 
     def is_expired(self, entry: Entry, now: float) -> bool:

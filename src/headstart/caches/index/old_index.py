@@ -68,8 +68,8 @@ def read(database: sqlite3.Connection) -> Old:
 
 def _take(old: Old, row: Mapping[str, Any]) -> None:
     entry = entry_of(row["entry"])
-    if entry.key != (row["shelf"], row["name"]):
+    if (entry.namespace, entry.name) != (row["shelf"], row["name"]):
         raise ValueError("it is about another cache than it says")
     old.entries.append(entry)
     usage = msgspec.convert({name: row[name] for name in FIGURES if name in row}, Usage)
-    old.records[usage_key(entry.namespace, entry.name)] = msgspec.json.encode(usage)
+    old.records[usage_key(entry.key)] = msgspec.json.encode(usage)

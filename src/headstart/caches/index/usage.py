@@ -6,6 +6,8 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
+from headstart.names import CacheKey
+
 # More than any server can count, and exact in JSON and as a float.
 MOST = 2**53
 # The years 1 to 9999.
@@ -41,6 +43,6 @@ def _within(seconds: float) -> float:
     return min(seconds, float(MOST)) if seconds >= 0 else 0.0
 
 
-def usage_key(namespace: str, name: str) -> tuple[str, str]:
+def usage_key(key: CacheKey) -> tuple[str, str]:
     """Kind and key of the usage record of a cache."""
-    return USAGE, f"{namespace}/{name}"
+    return USAGE, f"{key.namespace}/{key.name}"

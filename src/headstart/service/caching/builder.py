@@ -83,7 +83,7 @@ class Builder:
         # The header has the same length whether or not these figures are known from before.
         entry = replace(_entry(build, stats, self.store.clock()), prefill_ms={}, ttft_ms=0.0)
         with (
-            self.quota.reserving(model.namespace, build.name) as room,
+            self.quota.reserving(model.key(build.name)) as room,
             self.store.scratch(model.namespace) as path,
         ):
             await room.hold(_expected_size(model, entry, wanted))

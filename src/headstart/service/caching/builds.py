@@ -88,7 +88,7 @@ class Builds:
         return self._tasks.get(key)
 
     def is_building_for(self, model: str) -> bool:
-        return any(namespace.partition("@")[0] == model for namespace, _ in self._tasks)
+        return any(key.namespace.model == model for key in self._tasks)
 
     def check_none(self, key: CacheKey) -> None:
         """Raises CacheConflict while the cache is being built."""

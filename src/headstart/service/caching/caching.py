@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from headstart.caches.entry import DEFAULT_RETENTION, KEEPS_STATE, Content, Entry, Form, Origin, Retention
 from headstart.caches.store import Store
 from headstart.errors import BadRequest, CacheConflict, CacheNotFound
-from headstart.names import CacheKey, check_name, namespaces
+from headstart.names import CacheKey, check_name
 from headstart.protocol import Stats
 from headstart.service.caching.builder import Build, Builder, OnProgress
 from headstart.service.caching.builds import BuildKey, Builds, PendingDeclared, SharedBuild
@@ -43,14 +43,14 @@ class Caching:
         """The named cache of the owner or else the public one. Waits if it is declared or its first build is
         running. Raises CacheNotFound, or the error of a failed declared build."""
         check_name(name, param="use_cache")
-        for namespace in namespaces(model.namespace):
+        for namespace in model.namespace.visible:
             key = CacheKey(namespace, name)
             await self.promises.settled(key)
-            if (build := self.builds.of(key)) and not self.namespaces.at(namespace, name):
+            if (build := self.builds.of(key)) and not self.namespaces.at(key):
                 await asyncio.wait([build])
-            if entry := self.namespaces.at(namespace, name):
+            if entry := self.namespaces.at(key):
                 return entry
-        return self.store.find(model.namespace, name)
+        return self.store.find(model.key(name))
 
     async def unnamed(
         self, model: ServedModel, opening: Content, tokens: list[int], wanted: list[int] | None = None
@@ -74,15 +74,12 @@ class Caching:
     def building(self, owner: str | None, model: str | None = None) -> list[tuple[str, str]]:
         """Model and name of each cache that `visible` would list and that is being built or is declared and
         not yet built. `owner` None: those of all owners."""
-        keys = {
-            (*namespace.partition("@")[::2], name)
-            for namespace, name in (*self.builds, *self.promises.open())
-        }
+        keys = {*self.builds, *self.promises.open()}
         return sorted(
-            (one, name)
-            for one, whose, name in keys
-            if owner in (None, whose) or not whose
-            if model in (None, one)
+            (namespace.model, name)
+            for namespace, name in keys
+            if owner is None or namespace.owner in ("", owner)
+            if model in (None, namespace.model)
         )
 
     async def open(
@@ -174,7 +171,7 @@ class Caching:
         while True:
             if build := self.builds.of(model.key(name)):
                 await asyncio.wait([build])
-            entry = self.store.find(model.namespace, name, param="name")
+            entry = self.store.find(model.key(name), param="name")
             if entry.origin == "response" and "metadata" in given:
                 raise BadRequest("The metadata of a response can't be edited.", param="metadata")
             updated = self.store.clock() if "ttl_seconds" in given else entry.updated
@@ -187,7 +184,7 @@ class Caching:
         check_name(name, param="name")
         self.check_not_declared(model, name, param="name")
         self.builds.check_none(model.key(name))
-        self.store.delete(model.namespace, name)
+        self.store.delete(model.key(name))
 
     def rebuild(self, model: ServedModel, entry: Entry) -> None:
         """Starts recomputing the states of `entry`, unless a build of it is running or it was replaced;
@@ -234,7 +231,7 @@ class Caching:
         whole = len(parts) == len(entry.parts)
         if not (whole and composed(build.model, parts, build.forms[0]).name == entry.name):
             with suppress(CacheNotFound):
-                self.store.delete(entry.namespace, entry.name)
+                self.store.delete(entry.key)
         return entry
 
     async def rebuilt(self, model: ServedModel, entry: Entry) -> Entry:
@@ -242,7 +239,7 @@ class Caching:
         self.rebuild(model, entry)
         if build := self.builds.of(entry.key):
             return await asyncio.shield(build)
-        return self.store.find(entry.namespace, entry.name, param="name")
+        return self.store.find(entry.key, param="name")
 
     def is_declared(self, model: ServedModel, name: str) -> bool:
         return model.key(name) in self.promises

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from headstart.caches.entry import Entry, Form
 from headstart.caches.store import Store
 from headstart.errors import CacheNotFound
-from headstart.names import check_name, namespaces
+from headstart.names import CacheKey, Namespace, check_name
 from headstart.service.models.model import ServedModel
 
 
@@ -21,27 +21,25 @@ class NamespaceCatalog:
         """The named cache of the owner or else the public one, in its current state. Raises InvalidName or
         CacheNotFound."""
         check_name(name, param=param)
-        return self.seen(model, name) or self.store.find(model.namespace, name, param=param)
+        return self.seen(model, name) or self.store.find(model.key(name), param=param)
 
     def only_shared(self, model: ServedModel, name: str, *, param: str) -> ServedModel | None:
         """A view of the model without an owner, if the named cache is public and the owner has none of this
         name. Raises InvalidName."""
         check_name(name, param=param)
-        if not model.owner or self.own(model, name) or not self.at(model.name, name):
+        if not model.owner or self.own(model, name) or not self.at(CacheKey(Namespace(model.name), name)):
             return None
         return model.seen_by("")
 
     def seen(self, model: ServedModel, name: str) -> Entry | None:
         """The named cache of the owner or else the public one."""
-        entries = (self.at(namespace, name) for namespace in namespaces(model.namespace))
+        entries = (self.at(CacheKey(namespace, name)) for namespace in model.namespace.visible)
         return next((entry for entry in entries if entry), None)
 
     def known(self, model: ServedModel, form: Form) -> Iterator[Entry]:
         """The caches with a form, the owner's before the public ones, including evicted ones: prefill is cut
         where a cache ends even without its state, so that the answer is the same."""
-        entries = (
-            entry for namespace in namespaces(model.namespace) for entry in self.store.known(namespace)
-        )
+        entries = (entry for namespace in model.namespace.visible for entry in self.store.known(namespace))
         return (entry for entry in entries if form in entry.forms or form in entry.evicted)
 
     def visible(self, owner: str, model: str | None = None) -> list[Entry]:
@@ -56,15 +54,15 @@ class NamespaceCatalog:
         """The longest cached completion prompt that is a prefix of `text`; "" for none."""
         known = self.known(model, "completion")
         begun = [entry for entry in known if entry.prompt and text.startswith(entry.prompt)]
-        fitting = (entry.prompt for entry in begun if self.at(entry.namespace, entry.name) == entry)
+        fitting = (entry.prompt for entry in begun if self.at(entry.key) == entry)
         return max(fitting, key=len, default="")
 
     def own(self, model: ServedModel, name: str) -> Entry | None:
         """The cache of this name in the model's namespace."""
-        return self.at(model.namespace, name)
+        return self.at(model.key(name))
 
-    def at(self, namespace: str, name: str) -> Entry | None:
+    def at(self, key: CacheKey) -> Entry | None:
         try:
-            return self.store.find(namespace, name)
+            return self.store.find(key)
         except CacheNotFound:
             return None

@@ -12,7 +12,7 @@ from headstart.caches.entry import Entry
 from headstart.caches.eviction import evictable, keeps_text, rank
 from headstart.caches.store import Store
 from headstart.errors import CacheNotFound, QuotaExceeded
-from headstart.names import CacheKey
+from headstart.names import CacheKey, Namespace
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +44,8 @@ class Quota:
         return (entry for entry in self.store.known() if owner in (None, entry.owner))
 
     @contextmanager
-    def reserving(self, namespace: str, name: str) -> Iterator[Reservation]:
+    def reserving(self, key: CacheKey) -> Iterator[Reservation]:
         """Reserves room for one cache until its file is in place or the build has failed."""
-        key = CacheKey(namespace, name)
         try:
             yield Reservation(self, key)
         finally:
@@ -56,14 +55,14 @@ class Quota:
         """Makes room for `size` bytes of the cache, by eviction if needed. Raises QuotaExceeded, with nothing
         evicted, if eviction can't free enough, or StorageError."""
         async with self._deciding:
-            limits = self._limits(key[0])
+            limits = self._limits(key.namespace)
             for owner, limit in limits.items():
                 self._missing(owner, limit, key, size)
             for owner, limit in limits.items():
                 await self._evict(owner, self._missing(owner, limit, key, size), key)
             self._reserved[key] = size
 
-    def check_possible(self, namespace: str, size: int) -> None:
+    def check_possible(self, namespace: Namespace, size: int) -> None:
         """Raises QuotaExceeded if `size` exceeds a limit by itself."""
         for limit in self._limits(namespace).values():
             if size > limit:
@@ -77,16 +76,16 @@ class Quota:
                 if limit:
                     await self._evict(owner, self._taken(owner, None) - limit)
 
-    def _limits(self, namespace: str) -> Mapping[str | None, int]:
+    def _limits(self, namespace: Namespace) -> Mapping[str | None, int]:
         """The limits that apply to caches of the namespace, by owner; None is the limit of all caches."""
-        owner = namespace.partition("@")[2]
+        owner = namespace.owner
         limits = {owner: self.shares.get(owner, 0), None: self.limit}
         return {scope: limit for scope, limit in limits.items() if limit}
 
     def _taken(self, owner: str | None, but: CacheKey | None) -> int:
         sizes = {entry.key: entry.size_bytes for entry in self._known(owner)}
         for key, size in self._reserved.items():
-            if owner in (None, key[0].partition("@")[2]):
+            if owner in (None, key.namespace.owner):
                 sizes[key] = max(size, sizes.get(key, 0))
         return sum(size for key, size in sizes.items() if key != but)
 
@@ -131,7 +130,7 @@ class Quota:
             freed = entry.size_bytes - stub.size_bytes
         else:
             try:
-                self.store.delete(entry.namespace, entry.name)
+                self.store.delete(entry.key)
             except CacheNotFound:
                 return 0
             freed = entry.size_bytes

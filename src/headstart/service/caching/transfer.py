@@ -28,7 +28,7 @@ from headstart.errors import (
     StorageError,
     StorageFull,
 )
-from headstart.names import check_name
+from headstart.names import Namespace, check_name
 from headstart.service.caching.caching import Caching
 from headstart.service.caching.derived import check_own_name
 from headstart.service.caching.prefix import opening_tokens
@@ -59,7 +59,7 @@ class Files:
     async def export(self, model: ServedModel, name: str) -> Exported:
         """Raises CacheNotFound, BadRequest if the states are in sidecar files, or StorageError if the header
         is damaged."""
-        entry = self.store.find(model.namespace, check_name(name, param="name"), param="name")
+        entry = self.store.find(model.key(check_name(name, param="name")), param="name")
         if entry.beside:
             raise BadRequest(
                 f"The states of cache {name!r} are files of the NPU's runtime, which fit nowhere else; make "
@@ -67,7 +67,7 @@ class Files:
                 param="name",
             )
         try:
-            return await asyncio.to_thread(_open, self.store.path(model.namespace, name), entry)
+            return await asyncio.to_thread(_open, self.store.path(model.key(name)), entry)
         except FileNotFoundError:
             raise CacheNotFound(f"The cache {name!r} was deleted.", param="name") from None
         except (Corrupt, OSError) as error:
@@ -118,12 +118,12 @@ class Files:
         if not overwrite and self.caching.namespaces.own(model, name):
             raise CacheConflict(f"There is a cache {name!r} already.", param="name")
 
-    def _check_room(self, namespace: str, size: int) -> None:
+    def _check_room(self, namespace: Namespace, size: int) -> None:
         self.quota.check_possible(namespace, size)
         if size > shutil.disk_usage(self.store.directory).free:
             raise StorageFull(f"The disk has no room for {size / 1e6:.2f} MB.")
 
-    async def _receive(self, namespace: str, chunks: AsyncIterator[bytes], scratch: Path) -> None:
+    async def _receive(self, namespace: Namespace, chunks: AsyncIterator[bytes], scratch: Path) -> None:
         waiting, size = bytearray(), 0
         with scratch.open("wb") as output:
             async for chunk in chunks:
@@ -150,7 +150,7 @@ class Files:
             parts=[],
         )
         with (
-            self.quota.reserving(model.namespace, name) as room,
+            self.quota.reserving(model.key(name)) as room,
             self.store.scratch(model.namespace) as target,
         ):
             await room.hold(entry.size_bytes)

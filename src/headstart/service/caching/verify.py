@@ -14,7 +14,7 @@ from headstart.caches.cache_file.format import Corrupt
 from headstart.caches.entry import Entry, MissReason
 from headstart.caches.scan import OrphanFile, orphan_files, set_aside
 from headstart.errors import CacheNotFound, HeadstartError, ModelLoading
-from headstart.names import NAME, NAMESPACE
+from headstart.names import CacheKey, Namespace
 from headstart.service.caching.caching import Caching
 from headstart.service.caching.lookup import miss_reason
 from headstart.service.models.model import ServedModel
@@ -32,9 +32,11 @@ class VerifyScope:
     remove_unreadable: bool = False
     owner: str = ""
 
-    def covers(self, namespace: str, name: str) -> bool:
-        model, _, owner = namespace.partition("@")
-        return self.model in (None, model) and self.name in (None, name) and self.owner in ("", owner)
+    def covers(self, key: CacheKey) -> bool:
+        (namespace, name), model = key, key.namespace.model
+        return (
+            self.model in (None, model) and self.name in (None, name) and self.owner in ("", namespace.owner)
+        )
 
 
 class Verifier:
@@ -52,11 +54,11 @@ class Verifier:
         self.store.reconcile()
         n_verdicts = 0
         for entry in self.store.entries():
-            if wish.covers(entry.namespace, entry.name) and (verdict := await self._entry(entry, wish)):
+            if wish.covers(entry.key) and (verdict := await self._entry(entry, wish)):
                 n_verdicts += 1
                 yield verdict.of(entry.namespace)
         for stray in found:
-            if wish.covers(stray.namespace, stray.name) and not self._knows(stray):
+            if wish.covers(stray.key) and not self._knows(stray):
                 n_verdicts += 1
                 yield self._stray(stray, wish).of(stray.namespace)
         if wish.name is not None and not n_verdicts:
@@ -67,7 +69,7 @@ class Verifier:
         model = self._model(entry)
         verdict = await self._look(model, entry)
         try:
-            current = self.store.find(entry.namespace, entry.name)
+            current = self.store.find(entry.key)
         except CacheNotFound:
             return None
         if current != entry and (current.version, current.identity) != (entry.version, entry.identity):
@@ -104,10 +106,10 @@ class Verifier:
 
     def _knows(self, stray: OrphanFile) -> bool:
         """Whether the store knows the cache of this file, from a copy of its header."""
-        if not (NAMESPACE.fullmatch(stray.namespace) and NAME.fullmatch(stray.name)):
+        if not stray.key.is_valid:
             return False
         try:
-            self.store.find(stray.namespace, stray.name)
+            self.store.find(stray.key)
         except CacheNotFound:
             return False
         return True
@@ -157,9 +159,9 @@ class Verdict(Struct, frozen=True):
         """Whether the cache has a fault that is not repaired."""
         return self.state != "ok" and self.action not in ("rebuilt", "removed")
 
-    def of(self, namespace: str) -> Verdict:
+    def of(self, namespace: Namespace) -> Verdict:
         """A copy with the owner of this namespace."""
-        return replace(self, owner=namespace.partition("@")[2] or None)
+        return replace(self, owner=namespace.owner or None)
 
     def after(self, action: Action, detail: str) -> Verdict:
         would_hit = True if action == "rebuilt" else self.would_hit

@@ -17,7 +17,7 @@ from headstart.caches.store import Store
 from headstart.config.settings import Settings
 from headstart.engine.client import EngineClient, State
 from headstart.errors import BadRequest, ContextLengthExceeded, ModelLoading, StartupError
-from headstart.names import CacheKey, namespace_name
+from headstart.names import CacheKey, Namespace
 from headstart.prompt.process.client import PromptClient, facts_of
 from headstart.prompt.process.protocol import Facts, Load
 from headstart.prompt.process.requests import Prompts
@@ -116,9 +116,9 @@ class ServedModel:
         return make_plan(self.path, self._weights, self.settings, tunings, self.entries(store))
 
     @property
-    def namespace(self) -> str:
+    def namespace(self) -> Namespace:
         """The namespace of its caches."""
-        return namespace_name(self.name, self.owner)
+        return Namespace.of(self.name, self.owner)
 
     def key(self, name: str) -> CacheKey:
         """The key of the cache of this name in the model's namespace."""

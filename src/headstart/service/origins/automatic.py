@@ -15,6 +15,7 @@ import msgspec
 from headstart.caches.entry import DEFAULT_RETENTION, KEEPS_STATE, Content, Entry, Retention
 from headstart.config.settings import Settings
 from headstart.errors import HeadstartError
+from headstart.names import Namespace
 from headstart.protocol import StateRef, Stats
 from headstart.service.caching.caching import Caching
 from headstart.service.caching.lookup import Start
@@ -155,7 +156,7 @@ class Automatic:
             if excess <= 0:
                 break
             if entry.key not in self.caching.builds:
-                store.delete(entry.namespace, entry.name)
+                store.delete(entry.key)
                 deleted.append(entry)
                 excess -= entry.size_bytes
         return deleted
@@ -177,7 +178,7 @@ class RecentUse:
         self.window = window
         self._shelves: dict[str, OrderedDict[str, deque[float]]] = {}
 
-    def again(self, namespace: str, what: str, now: float, enough: int) -> bool:
+    def again(self, namespace: Namespace, what: str, now: float, enough: int) -> bool:
         """Counts a use. Returns whether there are `enough` recent ones, including this one; then counting
         restarts."""
         seen = self._shelves.setdefault(namespace, OrderedDict())

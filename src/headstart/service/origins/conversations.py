@@ -49,9 +49,9 @@ class Conversations:
 
     def __init__(self, caching: Caching) -> None:
         self.caching = caching
-        self._saving: dict[tuple[str, str], asyncio.Task[Entry]] = {}
+        self._saving: dict[CacheKey, asyncio.Task[Entry]] = {}
         # The error, and the cache under the name at that time.
-        self._failed: dict[tuple[str, str], tuple[HeadstartError, Entry | None]] = {}
+        self._failed: dict[CacheKey, tuple[HeadstartError, Entry | None]] = {}
 
     async def close(self) -> None:
         if self._saving:
@@ -82,9 +82,7 @@ class Conversations:
     def being_saved(self, owner: str, name: str) -> asyncio.Task[Entry] | None:
         """The task that saves a conversation of this name in one of the owner's namespaces."""
         saved = (
-            task
-            for (namespace, of), task in self._saving.items()
-            if of == name and _owner(namespace) == owner
+            task for key, task in self._saving.items() if key.name == name and key.namespace.owner == owner
         )
         return next(saved, None)
 
@@ -139,18 +137,14 @@ class Conversations:
                 raise
             return await self.caching.builder.build(without)
 
-    def _ended(self, key: tuple[str, str], task: asyncio.Task[Entry]) -> None:
+    def _ended(self, key: CacheKey, task: asyncio.Task[Entry]) -> None:
         if self._saving.get(key) is task:
             del self._saving[key]
 
     def _current(self, model: ServedModel, name: str) -> Entry | None:
         with suppress(CacheNotFound):
-            return self.caching.store.find(model.namespace, name)
+            return self.caching.store.find(model.key(name))
         return None
-
-
-def _owner(namespace: str) -> str:
-    return namespace.partition("@")[2]
 
 
 def _check_replaceable(entry: Entry | None, overwrite: bool | None) -> None:

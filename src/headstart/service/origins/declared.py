@@ -11,7 +11,7 @@ from typing import cast
 from headstart.caches.entry import Content, Entry, Fingerprint, Form, Retention
 from headstart.config.settings import Settings
 from headstart.errors import CacheNotFound, EngineDied, HeadstartError, ModelLoading, Overloaded, Unavailable
-from headstart.names import CacheKey
+from headstart.names import CacheKey, Namespace
 from headstart.service.caching.caching import Caching
 from headstart.service.models.model import Notify, ServedModel
 
@@ -33,7 +33,7 @@ class Declaration:
     @property
     def key(self) -> CacheKey:
         """The key in the model's public namespace: declared caches are public."""
-        return CacheKey(self.model, self.name)
+        return CacheKey(Namespace(self.model), self.name)
 
     def is_met_by(self, entry: Entry, fingerprint: Fingerprint) -> bool:
         """Whether the cache needs no build or change. Evicted states are not rebuilt."""
@@ -113,7 +113,7 @@ class Declared:
 
     def _is_met(self, model: ServedModel, declaration: Declaration) -> bool:
         try:
-            entry = self.caching.store.find(model.namespace, declaration.name)
+            entry = self.caching.store.find(model.key(declaration.name))
         except CacheNotFound:
             return False
         return declaration.is_met_by(entry, model.fingerprint)

@@ -18,6 +18,7 @@ from headstart.contents import arguments_of
 from headstart.errors import CacheNotFound, HeadstartError, ResponseNotFound
 from headstart.json_scan import depth
 from headstart.limits import MAX_DEPTH
+from headstart.names import CacheKey
 from headstart.prompt.process.protocol import Text
 from headstart.service.caching.quota import Quota
 from headstart.service.interface.answer import Choice
@@ -85,7 +86,7 @@ class Responses:
             await asyncio.wait([saving])
         for entry in [entry for entry in self.of(owner) if entry.name == name]:
             # It may have expired meanwhile, or been deleted from the disk.
-            if kept := self._read(entry.namespace, name):
+            if kept := self._read(entry.key):
                 return kept
         raise error(
             f"There is no response {name[:80]!r}: it was not stored, was deleted or has ended. "
@@ -93,9 +94,9 @@ class Responses:
             param=param,
         )
 
-    def _read(self, namespace: str, name: str) -> Kept | None:
+    def _read(self, key: CacheKey) -> Kept | None:
         try:
-            entry = self.store.find(namespace, name)
+            entry = self.store.find(key)
             return Kept(entry, msgspec.json.decode(entry.terms.metadata[RECORD], type=Record))
         except (CacheNotFound, KeyError, msgspec.MsgspecError, RecursionError):
             return None
@@ -106,7 +107,7 @@ class Responses:
             entry = (await self.find(owner, name, param="response_id")).entry
             build = self.conversations.caching.builds.of(entry.key)
             if build is None:
-                return self.store.delete(entry.namespace, entry.name)
+                return self.store.delete(entry.key)
             await asyncio.wait([build])
 
     def continued(self, kept: Kept, instructions: str | None, said: Sequence[Json]) -> list[Json]:
@@ -145,7 +146,7 @@ class Responses:
         await asyncio.wait([saving])
         try:
             for entry in self._movable(self.of(owner))[: -self.settings.responses_kept]:
-                self.store.delete(entry.namespace, entry.name)
+                self.store.delete(entry.key)
             await self._trim()
         except HeadstartError as error:
             log.warning("old responses can't be deleted: %s", error.message)
