@@ -395,7 +395,7 @@ def test_a_response_that_fails_under_way_ends_its_stream_with_failed(start_serve
 
 def test_what_a_parser_finds_in_an_answer_become_items() -> None:
     """No model here calls functions by itself, so the deltas are made up."""
-    writer = Writer({})
+    writer = Writer("resp_1", {})
     deltas: list[Delta | Ended] = [
         Delta(0, reasoning="Hm"),
         Delta(0, reasoning="m."),
@@ -412,7 +412,7 @@ def test_what_a_parser_finds_in_an_answer_become_items() -> None:
         answer.add(delta)
         events += [json.loads(json.dumps(event)) for event in writer.grown(delta)]
     stats = Stats(9, 4, 5, 7, "slot", 0, 0, 0, 0, 0, 0, 0)
-    events += [json.loads(json.dumps(event)) for event in writer.finished(Result(7, stats), 2)]
+    events += [json.loads(json.dumps(event)) for event in writer.finished(Result(7, stats, n_reasoning=2))]
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     state: Any = ResponseStreamState(input_tools=omit, text_format=omit)
     for event in events:

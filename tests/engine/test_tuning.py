@@ -22,7 +22,6 @@ from headstart.config.settings import embedded_model, load_settings
 from headstart.engine.kinds import engine_version, load
 from headstart.engine.tuning.measure import measure
 from headstart.engine.tuning.resolve import TOY, find_tuning
-from headstart.names import Namespace
 from headstart.numerics import DEFAULT, Numerics
 from headstart.protocol import EngineSettings
 from headstart.service.models.cache_fit import arithmetic_of
@@ -51,7 +50,7 @@ async def running(
 
 async def with_cache(directory: Path, **settings: Any) -> None:
     async with running(directory, **settings) as (service, _):
-        await service.caching.create(service.model("toy"), "keeper", Content(PROMPT))
+        await service.caches.create(service.model("toy"), "keeper", Content(PROMPT))
 
 
 async def start(directory: Path, **settings: Any) -> tuple[Any, list[str]]:
@@ -128,7 +127,7 @@ async def test_measuring_again_never_flips_the_flash_attention_of_caches(tmp_pat
     await with_cache(tmp_path, flash_attention=True)
     (tmp_path / "tuning.json").unlink()
     async with running(tmp_path) as (service, said):
-        (entry,) = service.store.entries(Namespace("toy"))
+        (entry,) = service.caches.visible("", "toy")
         assert service.model("toy").fingerprint == entry.fingerprint
         assert entry.fingerprint.settings["flash_attention"] == "on"
     (line,) = said
@@ -220,7 +219,7 @@ async def test_the_weights_of_caches_are_kept_when_nothing_is_set(tmp_path: Path
     await with_cache(tmp_path, weights="q8_0", flash_attention=True)
     (tmp_path / "tuning.json").unlink()
     async with running(tmp_path, tune=tune) as (service, said):
-        (entry,) = service.store.entries(Namespace("toy"))
+        (entry,) = service.caches.visible("", "toy")
         assert service.model("toy").fingerprint == entry.fingerprint
         assert entry.fingerprint.settings["weights"] == "q8_0"
     told = "toy keeps flash attention on and weights q8_0, as its caches were computed, though measuring"

@@ -34,6 +34,7 @@ from headstart.errors import BadRequest, EngineDied, ModelNotFound, StartupError
 from headstart.prompt.process import protocol
 from headstart.prompt.process.client import PromptClient, facts_of
 from headstart.protocol import EngineSettings, ModelInfo, Ready, Step, Submit
+from headstart.service.origins.declared import Declared
 from headstart.service.service import Service
 from servers import RunningServer, eventually
 from sweeps import rounds
@@ -463,11 +464,11 @@ async def test_whoever_waits_for_a_declared_cache_is_told_when_its_declaration_f
     def fails(*_: Any) -> Any:
         raise RuntimeError("unexpected")
 
-    monkeypatch.setattr(service.declared, "_is_met", fails)
+    monkeypatch.setattr(Declared, "_is_met", fails)
     await service.load()
     with pytest.raises(Exception, match="Something went wrong"):
-        await asyncio.wait_for(service.caching.find(service.model("one"), "keeper"), 20)
-    assert service.caching.building("") == []
+        await asyncio.wait_for(service.caches._caching.find(service.model("one"), "keeper"), 20)
+    assert service.caches.building("") == []
     await service.close()
 
 

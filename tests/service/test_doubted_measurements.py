@@ -320,7 +320,7 @@ async def test_a_start_in_doubt_says_so_and_serves_with_safe_defaults(tmp_path: 
 async def test_an_idle_server_measures_again_and_computes_caches_again_where_it_pays(tmp_path: Path) -> None:
     model = "toy:busy=1,attention=1"
     async with running(tmp_path, model, tune_idle_seconds=0) as (service, _):
-        await service.caching.create(service.model("toy"), "keeper", Content(PROMPT))
+        await service.caches.create(service.model("toy"), "keeper", Content(PROMPT))
     async with running(tmp_path, model) as (service, said):
         await until(lambda: any("measured again, and" in line for line in said))
         (line,) = [line for line in said if "measured again, and" in line]
@@ -337,13 +337,13 @@ async def test_an_idle_server_measures_again_and_computes_caches_again_where_it_
 
 
 def _arithmetic(service: Service) -> set[str]:
-    return {entry.fingerprint.settings["flash_attention"] for entry in service.store.entries()}
+    return {entry.fingerprint.settings["flash_attention"] for entry in service.caches.visible("")}
 
 
 async def test_what_is_set_or_agreed_to_is_never_changed_by_another_try(tmp_path: Path) -> None:
     model = "toy:busy=1,attention=1"
     async with running(tmp_path, model, flash_attention=False) as (service, said):
-        await service.caching.create(service.model("toy"), "keeper", Content(PROMPT))
+        await service.caches.create(service.model("toy"), "keeper", Content(PROMPT))
         await until(lambda: any("measured again, and" in line for line in said))
         await until(lambda: service.model("toy").engine.state == "ready")
         assert _arithmetic(service) == {"off"}
@@ -378,15 +378,15 @@ class Slow:
 async def test_a_request_ends_a_measurement_at_once_and_the_next_one_waits_longer(tmp_path: Path) -> None:
     slow = Slow()
     async with running(tmp_path, "toy:busy=9", tune_idle_seconds=0) as (service, _):
-        service.remeasuring.measure = slow
-        service.remeasuring.idle_seconds = IDLE
-        service.remeasuring.start()
+        service._remeasuring.measure = slow
+        service._remeasuring.idle_seconds = IDLE
+        service._remeasuring.start()
         await until(lambda: slow.begun == 1)
-        first = service.remeasuring._not_before["toy"]
+        first = service._remeasuring._not_before["toy"]
         async with service.models.use(service.model("toy")):
             await until(lambda: slow.stopped == 1)
         await until(lambda: slow.begun == 2)
-        assert service.remeasuring._not_before["toy"] - time.monotonic() > first - time.monotonic()
+        assert service._remeasuring._not_before["toy"] - time.monotonic() > first - time.monotonic()
         assert Tunings(tmp_path).doubted(Tunings(tmp_path)._read().doubted[0].key)
     assert slow.stopped == 2
 
@@ -398,7 +398,7 @@ async def test_five_tries_are_the_most(tmp_path: Path, monkeypatch: pytest.Monke
         (known,) = Tunings(tmp_path).all()
         assert known.tuning.tries == MOST_TRIES
         await until(lambda: service.model("toy").engine.state == "ready")
-        assert service.model("toy").plan(service.store).again is None
+        assert service.model("toy").served.plan(service._store).again is None
 
 
 @pytest.fixture

@@ -335,7 +335,8 @@ def test_a_chat_that_the_worker_dies_over_while_it_is_saved_is_kept_without_its_
     first = _ask(server, SYSTEM, _user("One?"), save_as="talk", max_tokens=5)
     (worker,) = server.workers()
     worker.kill()
-    eventually(lambda: worker.pid not in [new.pid for new in server.workers()])
+    # Only once there is another worker has the server noticed the death.
+    eventually(lambda: any(new.pid != worker.pid for new in server.workers()))
     eventually(lambda: server.http.get("/health").status_code == 200)
     missed = _ask(server, _user("Two?"), use_cache="talk", max_tokens=5)
     assert missed["usage"]["cache_miss_reason"] == "evicted"

@@ -25,7 +25,7 @@ from headstart.caches.store import Store
 from headstart.errors import CacheNotFound, StartupError, StorageError, StorageFull
 from headstart.names import CacheKey, Namespace
 from headstart.service.caching.catalog import NamespaceCatalog
-from headstart.service.models.model import ServedModel
+from headstart.service.models.tenant_model import TenantModel
 
 FINGERPRINT = Fingerprint("w", "e", {"a": "b"}, "t")
 ENTRY = Entry("toy", "one", "the prompt: ünï", 1, 10.0, 20.0, FINGERPRINT, {}, 1.0, 2.0)
@@ -264,12 +264,12 @@ async def test_of_the_caches_a_text_may_begin_with_the_longest_that_is_there_is_
     store.path(cache_key("toy", "gone")).unlink()
     chat_only: dict[Form, Part] = {"chat": _parts(tmp_path)["chat"]}
     await _put(store, replace(ENTRY, name="chat", prompt="You are the keeper o"), chat_only)
-    model = cast(ServedModel, SimpleNamespace(namespace=Namespace("toy")))
+    model = cast(TenantModel, SimpleNamespace(namespace=Namespace("toy")))
     namespaces = NamespaceCatalog(store)
     assert namespaces.known_opening(model, "You are the keeper of the light") == "You are the keeper"
     assert namespaces.known_opening(model, "You are not") == "You are"
     assert namespaces.known_opening(model, "Am I?") == ""
-    other = cast(ServedModel, SimpleNamespace(namespace=Namespace("other")))
+    other = cast(TenantModel, SimpleNamespace(namespace=Namespace("other")))
     assert namespaces.known_opening(other, "You are") == ""
 
 
@@ -285,6 +285,6 @@ async def test_only_caches_a_text_begins_with_are_looked_up_on_the_disk(
         return Store.find(store, key)
 
     monkeypatch.setattr(store, "find", find)
-    model = cast(ServedModel, SimpleNamespace(namespace=Namespace("toy")))
+    model = cast(TenantModel, SimpleNamespace(namespace=Namespace("toy")))
     assert NamespaceCatalog(store).known_opening(model, "prompt 3 and more") == "prompt 3"
     assert found == ["n3"]

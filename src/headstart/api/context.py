@@ -1,4 +1,4 @@
-"""Model and cache of a request, as given by its body, its model's name, its route or its API key."""
+"""Model and caches of a request, as given by its body, its model's name, its route or its API key."""
 
 from __future__ import annotations
 
@@ -8,37 +8,46 @@ from typing import Protocol
 from fastapi import Request
 
 from headstart.service.interface.options import Options
-from headstart.service.models.model import ServedModel
-from headstart.service.service import Service
+from headstart.service.models.tenant_model import TenantModel
+from headstart.service.service import Service, Target
 
 
 class Addressed(Protocol):
     """A body that names a model and may name caches."""
 
     model: str
-    use_cache: str | list[str] | None
+
+    @property
+    def names(self) -> tuple[str, ...] | None: ...
 
 
-def addressed(request: Request, body: Addressed) -> ServedModel:
-    """The body's model as the request's key sees it. If `use_cache` is null, sets it to the cache of the
-    model's name, else of the route, else of the key. Raises ModelNotFound."""
+def admit(request: Request, body: Addressed) -> Target:
+    """The body's model for the request's key, and the caches that `use_cache` names; if it is null, the cache
+    of the model's name, else of the route, else of the key. Raises ModelNotFound."""
     service: Service = request.app.state.service
-    model, cache = service.target(body.model)
-    if body.use_cache is None:
-        state = request.state
-        by_address = getattr(state, "cache", None) or getattr(state, "default_cache", None)
-        body.use_cache = by_address if cache is None else cache
-    return seen(request, model)
+    target = service.resolve(body.model, owner(request))
+    if body.names is not None:
+        return replace(target, caches=body.names)
+    if target.caches is None and (cache := _default_cache(request)):
+        return replace(target, caches=(cache,), is_default=True)
+    return target
+
+
+def _default_cache(request: Request) -> str | None:
+    """The cache of the request's route, else of its key."""
+    state = request.state
+    return getattr(state, "cache", None) or getattr(state, "default_cache", None)
+
+
+def model_of(request: Request, name: str) -> TenantModel:
+    """The model of this name or alias, for the request's key. Raises ModelNotFound."""
+    service: Service = request.app.state.service
+    return service.model(name, owner(request))
 
 
 def owner(request: Request) -> str:
     """The name of the request's API key; "" if no keys are configured or the route needs none."""
     return str(getattr(request.state, "owner", ""))
-
-
-def seen(request: Request, model: ServedModel) -> ServedModel:
-    """The model, restricted to the caches that the request's key may use."""
-    return model.seen_by(owner(request))
 
 
 EXPLAIN_HEADER = "x-headstart-explain"

@@ -161,6 +161,9 @@ def _announce(loading: asyncio.Task[None], service: Service, listener: socket.so
     model = service.names()[0]
     say(
         BANNER.format(
-            url=url, names=", ".join(service.names()), model=model, directory=service.store.directory
+            url=url,
+            names=", ".join(service.names()),
+            model=model,
+            directory=service.settings.cache_dir.absolute(),
         )
     )

@@ -1,24 +1,31 @@
-"""The facade of a running server: its models, its caches and the generation of answers."""
+"""A running server. Its API uses it through five doors: `models`, `caches`, `generation`, `responses` and
+`close`."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from headstart.caches.store import Store
 from headstart.config.settings import Settings
 from headstart.errors import ModelNotFound
+from headstart.service.caching.caches import Caches
 from headstart.service.caching.caching import Caching
 from headstart.service.caching.expiry import Lifecycle
 from headstart.service.caching.quota import Quota
 from headstart.service.caching.remeasure import Remeasuring
-from headstart.service.caching.transfer import Files
 from headstart.service.caching.verify import Verifier
 from headstart.service.generation.generate import Generation
 from headstart.service.generation.grammars import Grammars
+from headstart.service.generation.planner import PromptPlanner
 from headstart.service.generation.prepare import Preparation
-from headstart.service.models.model import Notify, ServedModel
+from headstart.service.interface.observer import Observer, Observers
+from headstart.service.log_observer import LogObserver
+from headstart.service.models.model import Notify
 from headstart.service.models.model_names import split
 from headstart.service.models.registry import Models
+from headstart.service.models.tenant_model import TenantModel
 from headstart.service.origins.automatic import Automatic
 from headstart.service.origins.breakpoints import Breakpoints
 from headstart.service.origins.conversations import Conversations
@@ -28,76 +35,95 @@ from headstart.service.origins.responses import Responses
 log = logging.getLogger(__name__)
 
 
-class Service:
-    """Created, loaded and closed by the code that runs the server. `say` reports slow steps to the user.
-    Until a model is loaded, requests for it raise ModelLoading."""
+@dataclass(frozen=True)
+class Target:
+    """The model that a request names, and the caches that it is to start from; None: none are named.
+    `is_default`: they are its route's or key's, not named by the request itself."""
 
-    def __init__(self, settings: Settings, say: Notify = log.info) -> None:
-        self.say = say
+    model: TenantModel
+    caches: tuple[str, ...] | None = None
+    is_default: bool = False
+
+
+class Service:
+    """Created, loaded and closed by the code that runs the server. `say` reports slow steps to the user;
+    `observers` receive the server's events besides its log. Until a model is loaded, requests for it raise
+    ModelLoading."""
+
+    def __init__(
+        self, settings: Settings, say: Notify = log.info, observers: Sequence[Observer] = ()
+    ) -> None:
         self.settings = settings
-        self.store = Store(settings.cache_dir)
-        self.quota = Quota(self.store, int(settings.quota_mb * 1e6), settings.quotas)
-        self.lifecycle = Lifecycle(self.store, self.quota)
-        self.caching = Caching(self.store, self.quota)
-        self.namespaces = self.caching.namespaces
-        self.files = Files(self.store, self.caching, self.quota)
-        self.declared = Declared(settings, self.caching, say)
-        self.automatic = Automatic(settings, self.caching)
-        self.conversations = Conversations(self.caching)
-        self.responses = Responses(settings, self.conversations, self.automatic, self.quota)
-        self.marks = Breakpoints(self.caching, self.automatic)
-        self.grammars = Grammars(settings.max_waiting)
-        kept = (self.caching, self.automatic, self.conversations, self.marks)
-        self.preparation = Preparation(*kept, self.grammars)
-        self.generation = Generation(*kept)
+        observer = Observers([LogObserver(), *observers])
+        store = Store(settings.cache_dir)
+        quota = Quota(store, int(settings.quota_mb * 1e6), settings.quotas, observer)
+        caching = Caching(store, quota, observer)
+        declared = Declared(settings, caching, say)
         self.models = Models(
             settings,
-            self.store,
+            store,
             say,
-            on_loaded=self.declared.start,
-            is_building=self.caching.builds.is_building_for,
+            on_loaded=declared.start,
+            is_building=caching.builds.is_building_for,
+            observer=observer,
         )
+        self.caches = Caches(store, caching, quota, Verifier(caching, self.models.all))
+        automatic = Automatic(settings, caching)
+        conversations = Conversations(caching)
+        breakpoints = Breakpoints(caching, automatic)
+        self.responses = Responses(settings, conversations, automatic, quota)
+        grammars = Grammars(settings.max_waiting)
+        planner = PromptPlanner(caching, automatic, conversations, breakpoints)
+        preparation = Preparation(planner, conversations, grammars)
+        kept = (caching, automatic, conversations, self.responses, breakpoints)
+        self.generation = Generation(preparation, *kept, observer)
+        self._lifecycle = Lifecycle(store, quota)
         idle_seconds = settings.tune_idle_seconds if settings.tune else 0
-        self.remeasuring = Remeasuring(self.store, self.models, self.caching, say, idle_seconds)
-        self.verifier = Verifier(self.caching, self.models.all)
+        self._remeasuring = Remeasuring(store, self.models, caching, say, idle_seconds)
+        self._store = store
+        # In the order in which they are closed: what starts builds, then builds, then what these need.
+        self._parts = (
+            self._remeasuring,
+            self._lifecycle,
+            declared,
+            breakpoints,
+            automatic,
+            conversations,
+            self.responses,
+            caching,
+            grammars,
+            self.models,
+        )
 
     async def load(self) -> None:
         """Returns when every model loaded at the start answers. Raises StartupError."""
-        self.lifecycle.start()
+        self._lifecycle.start()
         await self.models.load_first()
-        self.remeasuring.start()
+        self._remeasuring.start()
 
     async def close(self) -> None:
-        await self.remeasuring.close()
-        await self.lifecycle.close()
-        await self.declared.close()
-        await self.marks.close()
-        await self.automatic.close()
-        await self.conversations.close()
-        await self.responses.close()
-        await self.caching.close()
-        await self.grammars.close()
-        await self.models.close()
-        self.store.close()
+        for part in self._parts:
+            await part.close()
+        self._store.close()
 
-    def target(self, name: str) -> tuple[ServedModel, str | None]:
-        """The model of this name, and the cache if the name is `model@cache` or an alias of one. Raises
-        ModelNotFound."""
+    def resolve(self, name: str, owner: str = "") -> Target:
+        """The model of this name for requests of `owner`, and the cache if the name is `model@cache` or an
+        alias of one. Raises ModelNotFound."""
         wanted, cache = split(name, self.settings.aliases)
         if (model := self.models.find(wanted)) is None:
             raise ModelNotFound(
                 f"There is no model {name!r}. This server has: {', '.join(self.names())}.", param="model"
             )
-        return model, cache
+        return Target(model.seen_by(owner), None if cache is None else (cache,))
 
-    def model(self, name: str) -> ServedModel:
+    def model(self, name: str, owner: str = "") -> TenantModel:
         """The model of this name or alias. Raises ModelNotFound, also for a name with a cache
         (`model@cache`)."""
         if "@" in name:
             raise ModelNotFound(
                 f"{name!r} names a cache too; here a model's name is wanted alone.", param="model"
             )
-        return self.target(name)[0]
+        return self.resolve(name, owner).model
 
     def names(self) -> list[str]:
         """Models and aliases."""

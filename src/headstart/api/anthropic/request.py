@@ -8,7 +8,6 @@ from pydantic import AfterValidator, Field, StringConstraints
 from pydantic_core import PydanticCustomError
 
 from headstart.api.anthropic.turns import BETWEEN, Turns
-from headstart.api.fields.answer_format import Wanted
 from headstart.api.fields.generation import Body, CachedRequest, StopString, asked
 from headstart.api.fields.tools import JsonObject
 from headstart.api.fields.values import Many, Utf8
@@ -16,7 +15,7 @@ from headstart.errors import BadRequest
 from headstart.limits import MAX_MESSAGES, MAX_TOOLS
 from headstart.protocol import Sampling
 from headstart.service.generation.grammars import json_grammar
-from headstart.service.interface.options import Breakpoint, Calling, Options
+from headstart.service.interface.options import AnswerGrammar, Breakpoint, Calling, Options
 
 Json = dict[str, Any]
 Name = Annotated[Utf8, StringConstraints(min_length=1, max_length=256)]
@@ -271,26 +270,29 @@ class MessagesRequest(CountRequest):
         False, description="Return `cache_explanation`: why the request hit or missed a cache."
     )
 
-    def options(self, marks: list[Breakpoint]) -> Options:
-        """The request's options, without its grammar. Raises BadRequest."""
+    def options(
+        self, marks: list[Breakpoint], caches: tuple[str, ...] | None, grammar: AnswerGrammar | None
+    ) -> Options:
+        """Raises BadRequest for a parameter that can't be honoured."""
         names = ("temperature", "top_p", "top_k")
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         return Options(
             max_tokens=self.max_tokens,
             sampling=Sampling(**given),
             stop=self.stop_sequences or [],
-            use_cache=self.names,
+            use_cache=caches,
             reuse=self.cache_prompt,
             explain=self.explain_cache,
+            grammar=grammar,
             given=asked(self),
             marks=marks,
             calling=self.tool_choice.calling() if self.tool_choice else Calling(),
         )
 
-    def wanted(self) -> Wanted | None:
+    def answer_grammar(self) -> AnswerGrammar | None:
         """The grammar of the requested format, if any. Raises BadRequest."""
         form = self.output_config and self.output_config.format
-        return Wanted(json_grammar(form.schema_, "output_config"), "output_config") if form else None
+        return AnswerGrammar(json_grammar(form.schema_, "output_config"), "output_config") if form else None
 
     @property
     def shows_reasoning(self) -> bool:

@@ -14,8 +14,7 @@ from headstart.api.fields.usage import ending, usage
 from headstart.api.sse import as_named_event
 from headstart.errors import HeadstartError
 from headstart.json_scan import check_json
-from headstart.service.generation.generate import Result
-from headstart.service.interface.answer import Delta, Ended
+from headstart.service.interface.answer import Delta, Ended, Result
 from headstart.service.origins.breakpoints import BreakpointPlan
 
 Json = dict[str, Any]

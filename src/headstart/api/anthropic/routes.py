@@ -8,8 +8,8 @@ from starlette.responses import Response
 
 from headstart.api.anthropic.request import CountRequest, MessagesRequest
 from headstart.api.anthropic.response import Message, failed_event
-from headstart.api.context import addressed
-from headstart.api.fields.answer_format import shaped, while_preparing
+from headstart.api.context import admit
+from headstart.api.fields.answer_format import while_preparing
 from headstart.api.sse import BEGIN_SECONDS, EventStream, begun, while_connected
 from headstart.service.interface.options import Options
 from headstart.service.service import Service
@@ -22,14 +22,15 @@ async def messages(request: Request, body: MessagesRequest) -> Response:
     """Answers a chat. The prompt's state is stored at each `cache_control` breakpoint for later requests."""
     service: Service = request.app.state.service
     chat, tools, marks = body.chat()
-    async with service.models.use(addressed(request, body)) as model:
-        options = await shaped(request, body.options(marks), body.wanted())
-        preparing = service.preparation.chat(model, chat, options, tools)
-        prepared = await while_preparing(request, tools, preparing)
+    target = admit(request, body)
+    async with service.models.use(target.model) as model:
+        options = body.options(marks, target.caches, body.answer_grammar())
+        preparing = service.generation.chat(model, chat, options, tools)
+        prepared = await while_preparing(request, options, tools, preparing)
         message = Message(
             body.model,
             len(prepared.submit.tokens),
-            prepared.marked,
+            prepared.plan.breakpoints,
             with_reasoning=body.shows_reasoning,
         )
         events = service.generation.run(prepared)
@@ -44,6 +45,7 @@ async def count_tokens(request: Request, body: CountRequest) -> dict[str, int]:
     """Counts the prompt's tokens without evaluating them."""
     service: Service = request.app.state.service
     chat, tools, _ = body.chat()
-    async with service.models.use(addressed(request, body)) as model:
-        options = Options(use_cache=body.names)
-        return {"input_tokens": await service.preparation.count(model, chat, options, tools)}
+    target = admit(request, body)
+    async with service.models.use(target.model) as model:
+        options = Options(use_cache=target.caches)
+        return {"input_tokens": await service.generation.count(model, chat, options, tools)}

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from headstart.api.auth import check_admin
 from headstart.api.caches.routes import made
-from headstart.api.context import seen
+from headstart.api.context import model_of
 from headstart.api.sse import ClientLeft
 from headstart.names import check_name
 from headstart.service.caching.transfer import Exported
@@ -31,7 +31,7 @@ MEDIA_TYPE = "application/octet-stream"
 async def export(request: Request, model: str, name: str) -> Response:
     """Exports the current cache file."""
     service: Service = request.app.state.service
-    exported = await service.files.export(seen(request, service.model(model)), _name(request, name))
+    exported = await service.caches.export(model_of(request, model), _name(request, name))
     tag = f'"{exported.digest}"'
     if tag in request.headers.get("if-none-match", ""):
         exported.opened.close()
@@ -72,9 +72,9 @@ async def take(
         # The engine loads states unchecked: a forged one may crash it, which fails all clients' requests.
         check_admin(request, "Importing states (a cache's text alone is imported with ?rebuild=true)")
     declared = request.headers.get("content-length", "")
-    async with service.models.use(seen(request, service.model(model))) as served:
+    async with service.models.use(model_of(request, model)) as served:
         served.engine.check_available()
-        entry = await service.files.take(
+        entry = await service.caches.take(
             served,
             _name(request, name),
             _body(request),

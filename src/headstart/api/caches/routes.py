@@ -9,17 +9,15 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
-from msgspec.structs import replace
 from starlette.responses import Response
 
 from headstart.api.auth import check_admin, rank
 from headstart.api.caches.request import CreateRequest, EditRequest, iso_time, shown
-from headstart.api.context import owner, seen
+from headstart.api.context import model_of, owner
 from headstart.api.sse import BEGIN_SECONDS, EventStream, as_event, begun, while_connected
 from headstart.caches.entry import Entry
 from headstart.errors import ModelLoading
-from headstart.service.caching.lookup import miss_reason
-from headstart.service.models.model import ServedModel
+from headstart.service.models.tenant_model import TenantModel
 from headstart.service.service import Service
 
 router = APIRouter(prefix="/v1/cache")
@@ -33,20 +31,20 @@ Json = dict[str, Any]
 async def create(request: Request, model: str, body: CreateRequest) -> Response:
     """Creates or replaces a cache: computes the states of its content and stores them under a name."""
     service: Service = request.app.state.service
-    async with service.models.use(seen(request, service.model(model))) as served:
+    async with service.models.use(model_of(request, model)) as served:
         served.engine.check_available()
         if body.stream:
             return EventStream(await begun(request, _progress(service, served, body), BEGIN_SECONDS))
         return JSONResponse(await while_connected(request, _create(service, served, body)))
 
 
-async def _create(service: Service, model: ServedModel, body: CreateRequest, on_progress: Any = None) -> Json:
-    entry = await service.caching.create(
+async def _create(service: Service, model: TenantModel, body: CreateRequest, on_progress: Any = None) -> Json:
+    entry = await service.caches.create(
         model,
         body.cache_name,
         body.content(),
         forms=body.wanted(),
-        terms=replace(service.caching.terms(model, body.cache_name), **body.given()),
+        given=body.given(),
         overwrite=body.allow_overwrite,
         on_progress=on_progress,
     )
@@ -76,7 +74,7 @@ def made(entry: Entry) -> Json:
     return answer
 
 
-async def _progress(service: Service, model: ServedModel, body: CreateRequest) -> AsyncGenerator[bytes, None]:
+async def _progress(service: Service, model: TenantModel, body: CreateRequest) -> AsyncGenerator[bytes, None]:
     reports: asyncio.Queue[Json | None] = asyncio.Queue()
 
     def report(computed: int, total: int) -> None:
@@ -98,29 +96,28 @@ async def _progress(service: Service, model: ServedModel, body: CreateRequest) -
 async def list_all(request: Request) -> Json:
     """Lists the caches of all models."""
     service: Service = request.app.state.service
-    quota, whose = service.quota, owner(request)
-    totals = {
-        "used_bytes": quota.used(whose or None),
-        "quota_bytes": quota.limit_of(whose) or None,
-        "evictions": quota.evictions.total() if rank(request) == "admin" else quota.evictions[whose],
+    whose = owner(request)
+    totals = service.caches.totals(whose, all_evictions=rank(request) == "admin")
+    return _listed(request, None) | {
+        "used_bytes": totals.used,
+        "quota_bytes": totals.limit or None,
+        "evictions": totals.evictions,
+        "responses": len(service.responses.of(whose)),
     }
-    kept = len(service.responses.of(whose))
-    return _listed(request, None) | totals | {"responses": kept}
 
 
 @router.get("/{model}")
 async def list_of_model(request: Request, model: str) -> Json:
     """Lists the caches of one model."""
-    service: Service = request.app.state.service
-    return _listed(request, service.model(model).name)
+    return _listed(request, model_of(request, model).name)
 
 
 @router.get("/{model}/{name:path}")
 async def show(request: Request, model: str, name: str) -> Json:
     """Shows one cache with its content."""
     service: Service = request.app.state.service
-    served = seen(request, service.model(model))
-    entry = service.namespaces.look_up(served, name, param="name")
+    served = model_of(request, model)
+    entry = service.caches.look_up(served, name, param="name")
     return _described(request, entry) | _content(entry) | await _prospect(service, served, entry)
 
 
@@ -128,7 +125,7 @@ async def show(request: Request, model: str, name: str) -> Json:
 async def edit(request: Request, model: str, name: str, body: EditRequest) -> Json:
     """Changes a cache's retention; its version and states stay."""
     service: Service = request.app.state.service
-    changing = service.caching.edit(_changed(request, model, name), name, body.given())
+    changing = service.caches.edit(_changed(request, model, name), name, body.given())
     return _described(request, await while_connected(request, changing))
 
 
@@ -137,28 +134,28 @@ async def delete(request: Request, model: str, name: str) -> Json:
     """Deletes a cache. Running requests that use it are not affected."""
     service: Service = request.app.state.service
     served = _changed(request, model, name)
-    service.caching.delete(served, name)
+    service.caches.delete(served, name)
     return {"object": "cache.deleted", "cache_name": name, "model": served.name, "deleted": True}
 
 
-def _changed(request: Request, model: str, name: str) -> ServedModel:
+def _changed(request: Request, model: str, name: str) -> TenantModel:
     """The model as seen by the owner of the cache to be changed: the request's key, or the public if the key
     has no cache of this name. Raises AdminRequired, ModelNotFound or InvalidName."""
     service: Service = request.app.state.service
-    served = seen(request, service.model(model))
-    shared = service.namespaces.only_shared(served, name, param="name")
+    served = model_of(request, model)
+    shared = service.caches.public_only(served, name)
     if shared is None:
         return served
     # Not even an admin can delete a declared cache: `delete` refuses it.
-    if not service.caching.is_declared(shared, name) or request.method != "DELETE":
+    if not service.caches.is_declared(shared, name) or request.method != "DELETE":
         check_admin(request, f"Changing the cache {name!r}, which is everyone's,")
     return shared
 
 
-async def _prospect(service: Service, model: ServedModel, entry: Entry) -> Json:
+async def _prospect(service: Service, model: TenantModel, entry: Entry) -> Json:
     """`would_hit` (a request would start from the state now) and `miss_reason`, null while loading."""
     try:
-        miss = await miss_reason(service.store, model, entry)
+        miss = await service.caches.miss_reason(model, entry)
     except ModelLoading:
         return {"would_hit": None, "miss_reason": None}
     return {"would_hit": miss is None, "miss_reason": miss}
@@ -167,10 +164,10 @@ async def _prospect(service: Service, model: ServedModel, entry: Entry) -> Json:
 def _listed(request: Request, model: str | None) -> Json:
     service: Service = request.app.state.service
     whose = owner(request)
-    building = service.caching.building(whose, model)
+    building = service.caches.building(whose, model)
     return {
         "object": "list",
-        "data": [_described(request, entry) for entry in service.namespaces.visible(whose, model)],
+        "data": [_described(request, entry) for entry in service.caches.visible(whose, model)],
         "building": [{"cache_name": name, "model": model} for model, name in building],
     }
 
@@ -190,9 +187,9 @@ def _described(request: Request, entry: Entry) -> Json:
         "evicted": entry.evicted,
         "created": iso_time(entry.created),
         "updated": iso_time(entry.updated),
-        **shown(entry, service.store.index.ends(entry)),
+        **shown(entry, service.caches.expires_at(entry)),
         "build_ms": round(entry.build_ms, 1),
-        "unverified": service.store.is_from_copy(entry),
+        "unverified": service.caches.is_from_copy(entry),
         **_usage(request, entry),
     }
 
@@ -202,7 +199,7 @@ def _usage(request: Request, entry: Entry) -> Json:
     if rank(request) != "admin" and entry.owner != owner(request):
         return dict.fromkeys(("hits", "last_used", "tokens_saved", "seconds_saved"))
     service: Service = request.app.state.service
-    usage = service.store.usage(entry)
+    usage = service.caches.usage(entry)
     return {
         "hits": usage.hits,
         "last_used": iso_time(usage.last_used),

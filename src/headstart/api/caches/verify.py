@@ -45,7 +45,7 @@ async def verify(request: Request, body: VerifyRequest) -> Response:
     model = None if body.model is None else service.settings.aliases.get(body.model, body.model)
     whose = "" if rank(request) == "admin" else owner(request)
     wish = VerifyScope(model, body.cache_name, body.repair, body.remove_unreadable, whose)
-    verdicts = service.verifier.verify(wish)
+    verdicts = service.caches.verify(wish)
     if body.stream:
         return EventStream(await begun(request, _events(verdicts), BEGIN_SECONDS))
     return JSONResponse(await while_connected(request, _whole(verdicts)))

@@ -17,7 +17,7 @@ from headstart.api.fields.tools import (
 )
 from headstart.api.fields.values import LegacyLogprobs, Many, TokenId, TopLogprobs, Utf8
 from headstart.errors import BadRequest
-from headstart.service.interface.options import Options
+from headstart.service.interface.options import AnswerGrammar, Keep, Options
 from headstart.service.interface.text import Text
 
 COMPLETION_MAX_TOKENS = 16
@@ -44,7 +44,9 @@ class CompletionRequest(GenerationRequest):
         description="1 or the same as `n`: the server does not choose among answers.",
     )
 
-    def options(self, max_tokens: int | None) -> Options:
+    def options(
+        self, max_tokens: int | None, caches: tuple[str, ...] | None, grammar: AnswerGrammar | None
+    ) -> Options:
         if self.best_of not in (None, 1, self.n):
             raise BadRequest(
                 f"best_of = {self.best_of} is not supported by this server: ask for n answers and choose.",
@@ -54,18 +56,18 @@ class CompletionRequest(GenerationRequest):
             raise BadRequest(
                 "The prompt's tokens have no logprobs: leave echo out, or logprobs.", param="echo"
             )
-        return super().options(max_tokens)
+        return super().options(max_tokens, caches, grammar)
 
     @property
     def n_logprobs(self) -> int | None:
         return self.logprobs
 
-    def texts(self) -> list[Text]:
-        """The prompts. Raises BadRequest for none, too many, or an empty one without `use_cache`."""
+    def texts(self, caches: tuple[str, ...] | None) -> list[Text]:
+        """The prompts. Raises BadRequest for none, too many, or an empty one without caches."""
         texts = [_text(prompt, self.suffix) for prompt in self._prompts()]
         if len(texts) > MOST_PROMPTS:
             raise BadRequest(f"{len(texts)} prompts; {MOST_PROMPTS} is the most.", param="prompt")
-        if not texts or (self.use_cache is None and any(text.is_empty for text in texts)):
+        if not texts or (caches is None and any(text.is_empty for text in texts)):
             raise BadRequest("The prompt is empty.", param="prompt")
         return texts
 
@@ -112,12 +114,13 @@ class ChatRequest(GenerationRequest):
         None, description="Whether `save_as` may replace a cache. Default: only a conversation."
     )
 
-    def options(self, max_tokens: int | None) -> Options:
+    def options(
+        self, max_tokens: int | None, caches: tuple[str, ...] | None, grammar: AnswerGrammar | None
+    ) -> Options:
         self._check_end()
         return replace(
-            super().options(max_tokens),
-            save_as=self.save_as,
-            overwrite=self.allow_overwrite,
+            super().options(max_tokens, caches, grammar),
+            keep=None if self.save_as is None else Keep(self.save_as, self.allow_overwrite),
             calling=calling(self.tool_choice, self.parallel_tool_calls, self.reasoning_format),
             variables=self.chat_template_kwargs or {},
         )

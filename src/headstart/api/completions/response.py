@@ -12,8 +12,7 @@ import msgspec
 
 from headstart.api.fields.usage import ending, usage
 from headstart.api.sse import as_event
-from headstart.service.generation.generate import Result
-from headstart.service.interface.answer import Call, Choice, Delta, Ended, TokenLogprob
+from headstart.service.interface.answer import Call, Choice, Delta, Ended, Result, TokenLogprob
 
 Json = dict[str, Any]
 Events = AsyncGenerator[Delta | Ended | Result, None]

@@ -10,8 +10,8 @@ from starlette.responses import Response
 
 from headstart.api.completions.request import COMPLETION_MAX_TOKENS, ChatRequest, CompletionRequest
 from headstart.api.completions.response import Chat, Completion, Events, stream, whole
-from headstart.api.context import addressed, explaining
-from headstart.api.fields.answer_format import shaped, while_preparing
+from headstart.api.context import admit, explaining
+from headstart.api.fields.answer_format import while_preparing
 from headstart.api.fields.generation import GenerationRequest
 from headstart.api.sse import BEGIN_SECONDS, EventStream, begun, while_connected
 from headstart.service.generation.batch import together
@@ -27,10 +27,11 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
     service: Service = request.app.state.service
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     messages = [message.plain() for message in body.messages]
-    async with service.models.use(addressed(request, body)) as model:
-        options = await _options(request, body, limit)
-        preparing = service.preparation.chat(model, messages, options, body.tools)
-        prepared = await while_preparing(request, body.tools, preparing)
+    target = admit(request, body)
+    async with service.models.use(target.model) as model:
+        options = await _options(request, body, limit, target.caches)
+        preparing = service.generation.chat(model, messages, options, body.tools)
+        prepared = await while_preparing(request, options, body.tools, preparing)
         events = service.generation.run(prepared)
         return await _answer(request, body, events, Chat(body.model), options.n)
 
@@ -40,10 +41,12 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     """Continues a text. With `use_cache` the text of the named caches precedes it."""
     service: Service = request.app.state.service
     limit = COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-    async with service.models.use(addressed(request, body)) as model:
-        options = await _options(request, body, limit)
-        texts = body.texts()
-        prepared = [await service.preparation.text(model, text, options) for text in texts]
+    target = admit(request, body)
+    async with service.models.use(target.model) as model:
+        options = await _options(request, body, limit, target.caches)
+        texts = body.texts(target.caches)
+        preparing = service.generation.texts(model, texts, options)
+        prepared = await while_preparing(request, options, None, preparing)
         runs = [service.generation.run(each) for each in prepared]
         events = runs[0] if len(runs) == 1 else together(runs, options.n)
         echoed = texts if body.echo else []
@@ -51,11 +54,12 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
         return await _answer(request, body, events, Completion(body.model, echoes), len(texts) * options.n)
 
 
-async def _options(request: Request, body: GenerationRequest, max_tokens: int | None) -> Options:
+async def _options(
+    request: Request, body: GenerationRequest, max_tokens: int | None, caches: tuple[str, ...] | None
+) -> Options:
     # Translating a long grammar takes a third of a second.
-    wanted = await asyncio.to_thread(body.wanted) if body.has_form else None
-    options = await shaped(request, body.options(max_tokens), wanted)
-    return explaining(request, options)
+    grammar = await asyncio.to_thread(body.answer_grammar) if body.has_form else None
+    return explaining(request, body.options(max_tokens, caches, grammar))
 
 
 async def _answer(request: Request, body: GenerationRequest, events: Events, shape: Chat, n: int) -> Response:

@@ -4,14 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Coroutine, Iterator
-from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import Request
-from msgspec import structs
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from headstart.api.context import owner
 from headstart.api.fields.values import Utf8
 from headstart.api.sse import while_connected
 from headstart.errors import BadRequest
@@ -23,11 +20,10 @@ from headstart.service.generation.grammars import (
     regex_grammar,
     written_grammar,
 )
-from headstart.service.generation.prepared import Prepared
-from headstart.service.interface.options import Options
-from headstart.service.service import Service
+from headstart.service.interface.options import AnswerGrammar, Options
 
 Schema = dict[str, Any]
+T = TypeVar("T")
 Written = Annotated[Utf8, StringConstraints(min_length=1, max_length=65536)]
 
 
@@ -91,14 +87,6 @@ class StructuredOutputs(Part):
             yield written_grammar(self.grammar, param)
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """The grammar that the answer must match, and the request field that set it."""
-
-    grammar: str
-    param: str
-
-
 class StructuredRequest(BaseModel):
     response_format: ResponseFormat | None = Field(None, description="The answer's format.")
     written_grammar: Written | None = Field(
@@ -113,43 +101,28 @@ class StructuredRequest(BaseModel):
         forms = (self.response_format, self.written_grammar, self.structured_outputs)
         return any(form is not None for form in forms)
 
-    def wanted(self) -> Wanted | None:
+    def answer_grammar(self) -> AnswerGrammar | None:
         """The requested grammar, if any. Raises BadRequest for an invalid grammar, or for more than one."""
-        found = list(self._wanted())
+        found = list(self._answer_grammars())
         if len(found) > 1:
             raise BadRequest("The answer can have one form only; leave the others out.", param=found[1].param)
         return found[0] if found else None
 
-    def _wanted(self) -> Iterator[Wanted]:
+    def _answer_grammars(self) -> Iterator[AnswerGrammar]:
         if self.response_format is not None:
             for grammar in self.response_format.grammars("response_format"):
-                yield Wanted(grammar, "response_format")
+                yield AnswerGrammar(grammar, "response_format")
         if self.written_grammar is not None:
-            yield Wanted(written_grammar(self.written_grammar, "grammar"), "grammar")
+            yield AnswerGrammar(written_grammar(self.written_grammar, "grammar"), "grammar")
         if self.structured_outputs is not None:
             for grammar in self.structured_outputs.grammars("structured_outputs"):
-                yield Wanted(grammar, "structured_outputs")
+                yield AnswerGrammar(grammar, "structured_outputs")
 
 
 async def while_preparing(
-    request: Request, tools: object, preparing: Coroutine[Any, Any, Prepared]
-) -> Prepared:
-    """Awaits `preparing`. With tools it may have to check a grammar, which can take long, so it is cancelled
+    request: Request, options: Options, tools: object, preparing: Coroutine[Any, Any, T]
+) -> T:
+    """The result of `preparing`. Checking a grammar, also that of tools, can take long, so it is cancelled
     when the client disconnects."""
-    return await (while_connected(request, preparing) if tools else preparing)
-
-
-async def shaped(request: Request, options: Options, wanted: Wanted | None) -> Options:
-    """`options` with the requested grammar. Raises BadRequest for a grammar that can't be enforced, or
-    Unavailable."""
-    if wanted is None:
-        return options
-    service: Service = request.app.state.service
-    checking = service.grammars.check(wanted.grammar, wanted.param, owner(request))
-    await while_connected(request, checking)
-    calling = options.calling
-    if calling.choice != "required":
-        # The grammar covers the whole answer, even if the prompt ends with an open `<think>`.
-        calling = replace(calling, reasoning=False)
-    sampling = structs.replace(options.sampling, grammar=wanted.grammar)
-    return replace(options, sampling=sampling, calling=calling)
+    checks = tools or options.grammar
+    return await (while_connected(request, preparing) if checks else preparing)

@@ -17,7 +17,7 @@ from headstart.contents import ChatMessage, Open
 from headstart.errors import BadRequest
 from headstart.limits import MAX_MESSAGES, MAX_UNKNOWN
 from headstart.protocol import Sampling
-from headstart.service.interface.options import Options
+from headstart.service.interface.options import AnswerGrammar, Options
 
 MOST_ANSWERS = 128
 
@@ -124,17 +124,20 @@ class GenerationRequest(SampledRequest, StructuredRequest):
     stream: bool | None = Field(False, description="Send the answer as server-sent events.")
     stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
 
-    def options(self, max_tokens: int | None) -> Options:
+    def options(
+        self, max_tokens: int | None, caches: tuple[str, ...] | None, grammar: AnswerGrammar | None
+    ) -> Options:
         """Raises BadRequest for a parameter that can't be honoured."""
         self._check_supported()
         return Options(
             max_tokens=max_tokens,
             sampling=structs.replace(self.sampling, logprobs=self.n_logprobs),
             stop=self.stops,
-            use_cache=self.names,
+            use_cache=caches,
             reuse=self.cache_prompt,
             explain=self.explain_cache,
             n=self.n or 1,
+            grammar=grammar,
             given=asked(self),
         )
 

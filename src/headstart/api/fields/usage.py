@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from headstart.service.generation.generate import Result
+from headstart.service.interface.answer import Result
 
 Json = dict[str, Any]
 

@@ -8,13 +8,13 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 
 from headstart.api.auth import check_admin, rank
-from headstart.api.context import owner, seen
+from headstart.api.context import model_of, owner
 from headstart.api.fields.generation import Body
 from headstart.api.fields.values import Utf8
 from headstart.api.sse import while_connected
 from headstart.errors import HeadstartError, ModelLoading, Unavailable
-from headstart.service.models.model import ServedModel
 from headstart.service.models.model_names import choices
+from headstart.service.models.tenant_model import TenantModel
 from headstart.service.service import Service
 
 router = APIRouter()
@@ -48,7 +48,7 @@ async def health(request: Request) -> Json:
         raise error
     if who != "stranger":
         whose = None if who == "admin" else owner(request)
-        told["caches_building"] = len(service.caching.building(whose))
+        told["caches_building"] = len(service.caches.building(whose))
     return {"status": "ok", **told}
 
 
@@ -57,7 +57,7 @@ async def list_models(request: Request) -> Json:
     """Lists models, aliases, and `model@cache` for each client or declared cache."""
     service: Service = request.app.state.service
     service.models.rescan()
-    visible = service.namespaces.visible(owner(request))
+    visible = service.caches.visible(owner(request))
     caches = [entry for entry in visible if entry.model in service.models.all]
     names = [*service.names(), *choices(caches)]
     return {"object": "list", "data": [_described(service, name) for name in names]}
@@ -83,11 +83,11 @@ async def loaded(request: Request) -> Json:
 async def load(request: Request, body: LoadRequest) -> Json:
     """Loads a model before its first use; answers when it is loaded."""
     service: Service = request.app.state.service
-    await while_connected(request, _load(service, service.model(body.model)))
+    await while_connected(request, _load(service, model_of(request, body.model)))
     return _described(service, body.model)
 
 
-async def _load(service: Service, model: ServedModel) -> None:
+async def _load(service: Service, model: TenantModel) -> None:
     async with service.models.use(model) as used:
         used.engine.check_available()
 
@@ -97,7 +97,7 @@ async def unload(request: Request, body: UnloadRequest) -> Json:
     """Unloads a model. Its caches stay; the next request loads it again."""
     check_admin(request, "Unloading a model, which others may be using,")
     service: Service = request.app.state.service
-    was_loaded = await service.models.unload(service.model(body.model), force=body.force)
+    was_loaded = await service.models.unload(model_of(request, body.model).served, force=body.force)
     return _described(service, body.model) | {"unloaded": was_loaded}
 
 
@@ -105,14 +105,14 @@ async def unload(request: Request, body: UnloadRequest) -> Json:
 async def show_model(request: Request, name: str) -> Json:
     """Shows one model, alias or `model@cache`."""
     service: Service = request.app.state.service
-    model, cache = service.target(name)
-    if "@" in name and cache is not None:
-        service.namespaces.look_up(seen(request, model), cache, param="model")
+    target = service.resolve(name, owner(request))
+    if "@" in name and target.caches is not None:
+        service.caches.look_up(target.model, *target.caches, param="model")
     return _described(service, name)
 
 
 def _described(service: Service, name: str) -> Json:
-    model, _ = service.target(name)
+    model = service.resolve(name, "").model.served
     answer: Json = {
         "id": name,
         "object": "model",

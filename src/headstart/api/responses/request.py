@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, StringConstraints
 
-from headstart.api.fields.answer_format import Wanted
 from headstart.api.fields.generation import Body, SampledRequest, asked
 from headstart.api.fields.tools import JsonObject, Tool, ToolChoice, calling
 from headstart.api.fields.values import Many, Utf8
@@ -14,7 +13,7 @@ from headstart.api.responses.items import Items
 from headstart.errors import BadRequest
 from headstart.limits import MAX_TOOLS
 from headstart.service.generation.grammars import OBJECT, json_grammar
-from headstart.service.interface.options import Options
+from headstart.service.interface.options import AnswerGrammar, Keep, Options
 
 Json = dict[str, Any]
 Key = Annotated[Utf8, StringConstraints(min_length=1, max_length=64)]
@@ -124,21 +123,26 @@ class ResponseRequest(SampledRequest):
             raise BadRequest("The input is empty: send a text, or a list with a message.", param="input")
         return chat
 
-    def options(self) -> Options:
+    def options(
+        self, caches: tuple[str, ...] | None, grammar: AnswerGrammar | None, keep: Keep | None
+    ) -> Options:
         """Raises BadRequest for a parameter that can't be honoured."""
         self._check_supported()
         return Options(
             max_tokens=self.max_output_tokens,
             sampling=self.sampling,
             stop=self.stops,
-            use_cache=self.names,
+            use_cache=caches,
             reuse=self.cache_prompt,
             explain=self.explain_cache,
+            keep=keep,
+            count_reasoning=True,
+            grammar=grammar,
             given=asked(self),
             calling=calling(self.tool_choice, self.parallel_tool_calls, None),
         )
 
-    def wanted(self) -> Wanted | None:
+    def answer_grammar(self) -> AnswerGrammar | None:
         """The grammar of the requested format, if any. Raises BadRequest."""
         form = self.text and self.text.format
         if not form or form.type == "text":
@@ -146,7 +150,7 @@ class ResponseRequest(SampledRequest):
         if form.type == "json_schema" and form.schema_ is None:
             raise BadRequest("text.format of type json_schema needs a schema.", param="text.format")
         schema = form.schema_ if form.type == "json_schema" and form.schema_ else OBJECT
-        return Wanted(json_grammar(schema, "text.format"), "text.format")
+        return AnswerGrammar(json_grammar(schema, "text.format"), "text.format")
 
     def _check_supported(self) -> None:
         extra: Json = self.model_extra or {}

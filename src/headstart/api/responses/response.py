@@ -9,8 +9,7 @@ from typing import Any, ClassVar
 
 from headstart.api.fields import usage as fields_usage
 from headstart.errors import HeadstartError
-from headstart.service.generation.generate import Result
-from headstart.service.interface.answer import Delta, Ended
+from headstart.service.interface.answer import Delta, Ended, Result
 
 Json = dict[str, Any]
 PREFIX = "resp_"
@@ -109,13 +108,17 @@ class FunctionCall(Item):
         yield {"type": "response.function_call_arguments.done", **self._place, **told}
 
 
+def new_id() -> str:
+    return PREFIX + uuid.uuid4().hex
+
+
 class Writer:
     """Writes one response. Encode each event before requesting the next one. `body` is the response so far;
     it is complete after `finished` or `failed`."""
 
-    def __init__(self, told: Json) -> None:
+    def __init__(self, response_id: str, told: Json) -> None:
         self.body: Json = {
-            "id": PREFIX + uuid.uuid4().hex,
+            "id": response_id,
             "object": "response",
             "created_at": int(time.time()),
             "status": "in_progress",
@@ -150,13 +153,12 @@ class Writer:
                 yield from self._opening(FunctionCall(call.index, call.id, call.name))
             yield from self._growing(call.arguments)
 
-    def finished(self, result: Result, n_reasoning: int) -> Iterator[Json]:
-        """`n_reasoning`: the number of reasoning tokens in the answer."""
+    def finished(self, result: Result) -> Iterator[Json]:
         status = "incomplete" if self._was_cut else "completed"
         if not (self._open or self.body["output"]):
             yield from self._opening(Message())
         yield from self._closing(status)
-        self.body |= {"usage": usage(result, n_reasoning), **fields_usage.ending(result), "status": status}
+        self.body |= {"usage": usage(result), **fields_usage.ending(result), "status": status}
         if self._was_cut:
             self.body["incomplete_details"] = {"reason": "max_output_tokens"}
         else:
@@ -197,7 +199,7 @@ class Writer:
         return {**event, "sequence_number": self._n_events - 1}
 
 
-def usage(result: Result, n_reasoning: int) -> Json:
+def usage(result: Result) -> Json:
     """The usage of a chat with this API's field names."""
     account = fields_usage.usage(result)
     n_prompt, n_answer = account.pop("prompt_tokens"), account.pop("completion_tokens")
@@ -207,6 +209,6 @@ def usage(result: Result, n_reasoning: int) -> Json:
         "input_tokens": n_prompt,
         "input_tokens_details": cached,
         "output_tokens": n_answer,
-        "output_tokens_details": {"reasoning_tokens": min(n_reasoning, n_answer)},
+        "output_tokens_details": {"reasoning_tokens": min(result.n_reasoning, n_answer)},
         **account,
     }

@@ -13,13 +13,13 @@ from fastapi import APIRouter, Request
 from pydantic import Field, JsonValue
 from starlette.responses import Response
 
-from headstart.api.context import seen
+from headstart.api.context import model_of
 from headstart.api.fields.generation import Body
 from headstart.api.fields.values import Utf8
 from headstart.api.sse import while_connected
 from headstart.errors import BadRequest
 from headstart.service.generation.embeddings import Input, check_dimensions, embed, input_tokens
-from headstart.service.models.model import ServedModel
+from headstart.service.models.tenant_model import TenantModel
 from headstart.service.service import Service
 
 router = APIRouter(prefix="/v1")
@@ -81,13 +81,13 @@ async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
     """Converts texts to vectors; similar texts have close vectors."""
     service: Service = request.app.state.service
     inputs = body.inputs()
-    async with service.models.use(seen(request, service.model(body.model))) as model:
+    async with service.models.use(model_of(request, body.model)) as model:
         check_dimensions(model, body.dimensions)
         answer = await while_connected(request, _answer(body, model, inputs))
     return Response(answer, media_type="application/json")
 
 
-async def _answer(body: EmbeddingRequest, model: ServedModel, inputs: list[Input]) -> bytes:
+async def _answer(body: EmbeddingRequest, model: TenantModel, inputs: list[Input]) -> bytes:
     tokens = await input_tokens(model, inputs)
     data: list[msgspec.Raw] = []
     async with aclosing(embed(model, tokens)) as vectors:

@@ -9,14 +9,14 @@ from fastapi import APIRouter, Request
 from pydantic import FailFast, Field, StrictInt
 from starlette.responses import Response
 
-from headstart.api.context import seen
+from headstart.api.context import owner
 from headstart.api.fields.generation import Body, Messages
 from headstart.api.fields.tools import Tools
 from headstart.api.fields.values import Utf8
 from headstart.errors import BadRequest
 from headstart.service.generation.tokenize import pieces, tokenised, worked_out
 from headstart.service.interface.text import check_tokens
-from headstart.service.models.model import ServedModel
+from headstart.service.models.tenant_model import TenantModel
 from headstart.service.service import Service
 
 router = APIRouter()
@@ -93,17 +93,17 @@ async def apply_template(request: Request, body: TemplateRequest) -> Json:
         return {"prompt": await model.prompts.rendered(messages, body.tools or [])}
 
 
-def _meant(request: Request, body: ModelRequest) -> ServedModel:
+def _meant(request: Request, body: ModelRequest) -> TenantModel:
     """The requested model. Raises ModelNotFound, or BadRequest if none of several is named."""
     service: Service = request.app.state.service
     if body.model is not None:
-        return seen(request, service.target(body.model)[0])
+        return service.resolve(body.model, owner(request)).model
     if len(service.models.all) != 1:
         raise BadRequest(f"Name a model: this server has {', '.join(service.names())}.", param="model")
-    return seen(request, next(iter(service.models.all.values())))
+    return next(iter(service.models.all.values())).seen_by(owner(request))
 
 
-def _shown(model: ServedModel, tokens: list[int]) -> list[Json]:
+def _shown(model: TenantModel, tokens: list[int]) -> list[Json]:
     """A piece that is not valid UTF-8 alone is returned as a list of bytes, as in llama-server."""
     return [
         {"id": token, "piece": _text(piece)}

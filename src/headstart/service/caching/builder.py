@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from time import monotonic
 
 from msgspec.structs import replace
 
@@ -21,12 +22,13 @@ from headstart.errors import BadRequest, HeadstartError
 from headstart.protocol import Finished, Progress, SaveTo, Stats, Submit
 from headstart.service.caching.prefix import Prefix, opening_tokens, prefix_of
 from headstart.service.caching.quota import Quota
-from headstart.service.models.model import ServedModel
+from headstart.service.interface.observer import Built, Observer, Restored
+from headstart.service.models.tenant_model import TenantModel
 
 OnProgress = Callable[[int, int], None]
 
 
-async def opening_if_any(model: ServedModel, form: Form, content: Content) -> list[int]:
+async def opening_if_any(model: TenantModel, form: Form, content: Content) -> list[int]:
     """Like `opening_tokens`, for requests that don't name the cache: returns no tokens if the template
     refuses the content, because that error doesn't concern the request."""
     try:
@@ -41,7 +43,7 @@ class Build:
     computed again. `head`: a cache with a common prefix, whose state is the starting point. `evicted`: forms
     stored without their states. `parts` are as in the entry."""
 
-    model: ServedModel
+    model: TenantModel
     name: str
     content: Content
     forms: Sequence[Form]
@@ -63,14 +65,15 @@ class Build:
 
 
 class Builder:
-    def __init__(self, store: Store, quota: Quota) -> None:
+    def __init__(self, store: Store, quota: Quota, observer: Observer) -> None:
         self.store = store
         self.quota = quota
+        self.observer = observer
 
     async def build(self, build: Build) -> Entry:
         """Raises BadRequest, ContextLengthExceeded, QuotaExceeded, CacheConflict, StorageError or an error of
         the engine; then nothing has changed except for evicted caches."""
-        model = build.model
+        model, begun = build.model, monotonic()
         build = dataclasses.replace(build, content=_checked(build.content))
         wanted: dict[Form, list[int]] = {}
         param = "prompt" if build.content.prompt else "messages"
@@ -102,7 +105,9 @@ class Builder:
                 writer.wrote(form, stats[form].saved_bytes, stats[form].saved_blake3)
             # Corrects the reservation: the expected size was unknown or wrong.
             await room.hold(writer.size)
-            return await self.store.put(writer, _entry(build, stats, self.store.clock()), build.repaired)
+            stored = await self.store.put(writer, _entry(build, stats, self.store.clock()), build.repaired)
+        self.observer.built(Built(stored, stats, monotonic() - begun))
+        return stored
 
     async def _kept(self, build: Build, form: Form, tokens: list[int]) -> Part | None:
         """The stored state of the previous version, if it has the same tokens."""
@@ -120,7 +125,7 @@ class Builder:
         return Part(tokens, Path(state.ref.path), state.ref.offset, state.ref.nbytes)
 
     async def _compute(
-        self, model: ServedModel, tokens: list[int], head: Prefix, save_to: SaveTo, text: str, progress: _Sum
+        self, model: TenantModel, tokens: list[int], head: Prefix, save_to: SaveTo, text: str, progress: _Sum
     ) -> Stats:
         request = Submit(
             id=0,
@@ -138,6 +143,8 @@ class Builder:
                     case Progress(computed=computed):
                         progress.tell(computed)
                     case Finished(stats=stats):
+                        if stats.restored_bytes:
+                            self.observer.restored(Restored(model.name, stats))
                         progress.next(len(tokens))
                         return stats
         raise HeadstartError("The engine ended the build without a result.")
@@ -176,7 +183,7 @@ def _entry(build: Build, stats: Mapping[Form, Stats], now: float) -> Entry:
     )
 
 
-def _expected_size(model: ServedModel, entry: Entry, tokens: Mapping[Form, Sequence[int]]) -> int:
+def _expected_size(model: TenantModel, entry: Entry, tokens: Mapping[Form, Sequence[int]]) -> int:
     n_tokens = sum(map(len, tokens.values()))
     states = len(tokens) * model.info.state_bytes + n_tokens * model.info.state_token_bytes
     return expected_size(entry, n_tokens) + states

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,8 +12,7 @@ from headstart.caches.store import Store
 from headstart.errors import CacheConflict, HeadstartError
 from headstart.names import CacheKey
 from headstart.service.caching.builder import OnProgress
-
-log = logging.getLogger(__name__)
+from headstart.service.interface.observer import Failure, Observer
 
 
 @dataclass(frozen=True)
@@ -67,8 +65,9 @@ class Builds:
     """Running builds, at most one for each key; the store leaves a cache's files alone while it is built.
     Used from the event loop."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, observer: Observer) -> None:
         self._store = store
+        self._observer = observer
         self._tasks: dict[CacheKey, asyncio.Task[Entry]] = {}
         self._shared: dict[CacheKey, SharedBuild] = {}
 
@@ -93,7 +92,7 @@ class Builds:
     def check_none(self, key: CacheKey) -> None:
         """Raises CacheConflict while the cache is being built."""
         if key in self._tasks:
-            raise CacheConflict(f"The cache {key[1]!r} is being built.", param="cache_name")
+            raise CacheConflict(f"The cache {key.name!r} is being built.", param="cache_name")
 
     def run(self, key: CacheKey, work: Coroutine[Any, Any, Entry]) -> asyncio.Task[Entry]:
         """Starts `work`, which builds the cache of this key; requests for the cache wait for it. If another
@@ -118,7 +117,7 @@ class Builds:
             self._store.release(key)
             self._shared.pop(key, None)
         if not task.cancelled() and (error := task.exception()):
-            log.warning("building cache %s of %s failed: %s", key[1], key[0], error)
+            self._observer.failed(Failure("build", f"{key.name} of {key.namespace}", error))
 
 
 @dataclass

@@ -21,7 +21,8 @@ from headstart.service.caching.catalog import NamespaceCatalog
 from headstart.service.caching.derived import check_own_name, composed
 from headstart.service.caching.lookup import Start, opened
 from headstart.service.caching.quota import Quota
-from headstart.service.models.model import ServedModel
+from headstart.service.interface.observer import Observer
+from headstart.service.models.tenant_model import TenantModel
 
 log = logging.getLogger(__name__)
 
@@ -29,17 +30,18 @@ log = logging.getLogger(__name__)
 class Caching:
     """Used from the event loop. At most one build of a name runs at a time."""
 
-    def __init__(self, store: Store, quota: Quota | None = None) -> None:
+    def __init__(self, store: Store, quota: Quota | None = None, observer: Observer | None = None) -> None:
         self.store = store
-        self.builder = Builder(store, quota or Quota(store))
+        self.observer = observer or Observer()
+        self.builder = Builder(store, quota or Quota(store), self.observer)
         self.promises = PendingDeclared()
         self.namespaces = NamespaceCatalog(store)
-        self.builds = Builds(store)
+        self.builds = Builds(store, self.observer)
 
     async def close(self) -> None:
         await self.builds.close()
 
-    async def find(self, model: ServedModel, name: str) -> Entry:
+    async def find(self, model: TenantModel, name: str) -> Entry:
         """The named cache of the owner or else the public one. Waits if it is declared or its first build is
         running. Raises CacheNotFound, or the error of a failed declared build."""
         check_name(name, param="use_cache")
@@ -53,7 +55,7 @@ class Caching:
         return self.store.find(model.key(name))
 
     async def unnamed(
-        self, model: ServedModel, opening: Content, tokens: list[int], wanted: list[int] | None = None
+        self, model: TenantModel, opening: Content, tokens: list[int], wanted: list[int] | None = None
     ) -> tuple[Entry, Start] | None:
         """For a chat that names no cache: the cache that begins with exactly these messages and tools, and
         how a request of `tokens` starts from it. Doesn't wait for builds. `wanted` is as in `opened`."""
@@ -83,7 +85,7 @@ class Caching:
         )
 
     async def open(
-        self, model: ServedModel, entry: Entry, form: Form, tokens: list[int], wanted: list[int] | None = None
+        self, model: TenantModel, entry: Entry, form: Form, tokens: list[int], wanted: list[int] | None = None
     ) -> Start | None:
         """How a request with the prompt `tokens` starts from the cache. None if the cache was replaced or
         rebuilt meanwhile: the caller must look it up again. `wanted` is as in `opened`."""
@@ -101,7 +103,7 @@ class Caching:
 
     async def create(
         self,
-        model: ServedModel,
+        model: TenantModel,
         name: str,
         content: Content,
         *,
@@ -141,7 +143,7 @@ class Caching:
         self.builds.share(model.key(name), joint, self.builder.build(build))
         return await joint.join(on_progress)
 
-    async def _joint(self, model: ServedModel, name: str, asked: BuildKey) -> SharedBuild | None:
+    async def _joint(self, model: TenantModel, name: str, asked: BuildKey) -> SharedBuild | None:
         """The running build with this key, or None as soon as no build of this name runs. Waits for an
         abandoned build, and for one that only recomputes the states of the same content. Raises CacheConflict
         for other builds."""
@@ -155,16 +157,16 @@ class Caching:
             await asyncio.wait([task])
         return None
 
-    def _holds(self, model: ServedModel, name: str, content: Content) -> bool:
+    def _holds(self, model: TenantModel, name: str, content: Content) -> bool:
         entry = self.namespaces.own(model, name)
         return entry is not None and entry.content == content
 
-    def terms(self, model: ServedModel, name: str) -> Retention:
+    def terms(self, model: TenantModel, name: str) -> Retention:
         """Retention of the named cache, or the default for a new one. Raises InvalidName."""
         previous = self.namespaces.own(model, check_name(name, param="cache_name"))
         return previous.terms if previous else DEFAULT_RETENTION
 
-    async def edit(self, model: ServedModel, name: str, given: Mapping[str, Any]) -> Entry:
+    async def edit(self, model: TenantModel, name: str, given: Mapping[str, Any]) -> Entry:
         """Changes only the `given` fields of a cache's retention; waits for a running build of it. The
         lifetime restarts if `ttl_seconds` is given. Raises BadRequest, CacheNotFound or StorageError."""
         check_name(name, param="name")
@@ -179,14 +181,14 @@ class Caching:
             if amended := await self.store.amend(entry, changed):
                 return amended
 
-    def delete(self, model: ServedModel, name: str) -> None:
+    def delete(self, model: TenantModel, name: str) -> None:
         """Raises CacheNotFound, or CacheConflict if the cache is being built or declared."""
         check_name(name, param="name")
         self.check_not_declared(model, name, param="name")
         self.builds.check_none(model.key(name))
         self.store.delete(model.key(name))
 
-    def rebuild(self, model: ServedModel, entry: Entry) -> None:
+    def rebuild(self, model: TenantModel, entry: Entry) -> None:
         """Starts recomputing the states of `entry`, unless a build of it is running or it was replaced;
         requests for it wait."""
         model = model.seen_by(entry.owner)
@@ -208,18 +210,18 @@ class Caching:
         work = self._derive(build) if entry.parts else self.builder.build(build)
         self.builds.run(entry.key, work)
 
-    def rebuild_after_miss(self, model: ServedModel, entry: Entry) -> None:
+    def rebuild_after_miss(self, model: TenantModel, entry: Entry) -> None:
         """Rebuilds the cache that a request missed. Responses are not rebuilt: a response that continues them
         is stored with a state of its own."""
         if entry.origin != "response":
             self.rebuild(model, entry)
 
-    def derived(self, model: ServedModel, parts: Sequence[Entry], form: Form) -> Entry:
+    def derived(self, model: TenantModel, parts: Sequence[Entry], form: Form) -> Entry:
         """The derived cache of these parts; version 0 if it isn't built. Raises BadRequest."""
         entry = composed(model, parts, form)
         return self.namespaces.own(model, entry.name) or entry
 
-    def _head(self, model: ServedModel, entry: Entry) -> Entry | None:
+    def _head(self, model: TenantModel, entry: Entry) -> Entry | None:
         """The first part of a derived cache, which is its prefix."""
         return self.namespaces.seen(model, entry.parts[0]) if entry.parts else None
 
@@ -234,24 +236,24 @@ class Caching:
                 self.store.delete(entry.key)
         return entry
 
-    async def rebuilt(self, model: ServedModel, entry: Entry) -> Entry:
+    async def rebuilt(self, model: TenantModel, entry: Entry) -> Entry:
         """The entry after its states were recomputed. Raises StorageError or an error of the engine."""
         self.rebuild(model, entry)
         if build := self.builds.of(entry.key):
             return await asyncio.shield(build)
         return self.store.find(entry.key, param="name")
 
-    def is_declared(self, model: ServedModel, name: str) -> bool:
+    def is_declared(self, model: TenantModel, name: str) -> bool:
         return model.key(name) in self.promises
 
-    def check_not_declared(self, model: ServedModel, name: str, *, param: str) -> None:
+    def check_not_declared(self, model: TenantModel, name: str, *, param: str) -> None:
         """Raises CacheConflict."""
         if self.is_declared(model, name):
             raise CacheConflict(
                 f"The cache {name!r} is declared in the server's configuration; change it there.", param=param
             )
 
-    def _is_latest(self, model: ServedModel, entry: Entry) -> bool:
+    def _is_latest(self, model: TenantModel, entry: Entry) -> bool:
         """Whether the entry is the current cache of its name. For version 0: whether there is no cache of
         that name."""
         return self.namespaces.own(model, entry.name) == (entry if entry.version else None)

@@ -8,7 +8,7 @@ from headstart.caches.entry import Entry, Form
 from headstart.caches.store import Store
 from headstart.errors import CacheNotFound
 from headstart.names import CacheKey, Namespace, check_name
-from headstart.service.models.model import ServedModel
+from headstart.service.models.tenant_model import TenantModel
 
 
 class NamespaceCatalog:
@@ -17,13 +17,13 @@ class NamespaceCatalog:
     def __init__(self, store: Store) -> None:
         self.store = store
 
-    def look_up(self, model: ServedModel, name: str, *, param: str) -> Entry:
+    def look_up(self, model: TenantModel, name: str, *, param: str) -> Entry:
         """The named cache of the owner or else the public one, in its current state. Raises InvalidName or
         CacheNotFound."""
         check_name(name, param=param)
         return self.seen(model, name) or self.store.find(model.key(name), param=param)
 
-    def only_shared(self, model: ServedModel, name: str, *, param: str) -> ServedModel | None:
+    def only_shared(self, model: TenantModel, name: str, *, param: str) -> TenantModel | None:
         """A view of the model without an owner, if the named cache is public and the owner has none of this
         name. Raises InvalidName."""
         check_name(name, param=param)
@@ -31,12 +31,12 @@ class NamespaceCatalog:
             return None
         return model.seen_by("")
 
-    def seen(self, model: ServedModel, name: str) -> Entry | None:
+    def seen(self, model: TenantModel, name: str) -> Entry | None:
         """The named cache of the owner or else the public one."""
         entries = (self.at(CacheKey(namespace, name)) for namespace in model.namespace.visible)
         return next((entry for entry in entries if entry), None)
 
-    def known(self, model: ServedModel, form: Form) -> Iterator[Entry]:
+    def known(self, model: TenantModel, form: Form) -> Iterator[Entry]:
         """The caches with a form, the owner's before the public ones, including evicted ones: prefill is cut
         where a cache ends even without its state, so that the answer is the same."""
         entries = (entry for namespace in model.namespace.visible for entry in self.store.known(namespace))
@@ -50,14 +50,14 @@ class NamespaceCatalog:
         by_name = {(e.model, e.name): e for e in sorted(named, key=lambda entry: entry.owner)}
         return [by_name[key] for key in sorted(by_name)]
 
-    def known_opening(self, model: ServedModel, text: str) -> str:
+    def known_opening(self, model: TenantModel, text: str) -> str:
         """The longest cached completion prompt that is a prefix of `text`; "" for none."""
         known = self.known(model, "completion")
         begun = [entry for entry in known if entry.prompt and text.startswith(entry.prompt)]
         fitting = (entry.prompt for entry in begun if self.at(entry.key) == entry)
         return max(fitting, key=len, default="")
 
-    def own(self, model: ServedModel, name: str) -> Entry | None:
+    def own(self, model: TenantModel, name: str) -> Entry | None:
         """The cache of this name in the model's namespace."""
         return self.at(model.key(name))
 

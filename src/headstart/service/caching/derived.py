@@ -12,7 +12,7 @@ from typing import Any
 from headstart.caches.entry import Content, Entry, Form
 from headstart.errors import BadRequest, InvalidName
 from headstart.names import check_name
-from headstart.service.models.model import ServedModel
+from headstart.service.models.tenant_model import TenantModel
 
 MOST_PARTS = 8
 # Prefix reserved for derived caches.
@@ -47,7 +47,7 @@ def text_of(entry: Entry) -> str:
     return entry.prompt
 
 
-def composed(model: ServedModel, parts: Sequence[Entry], form: Form) -> Entry:
+def composed(model: TenantModel, parts: Sequence[Entry], form: Form) -> Entry:
     """The derived cache of these parts in one form, as version 0 and without a state. A lookup of its name
     shows whether it is stored. Raises BadRequest."""
     for part in parts:

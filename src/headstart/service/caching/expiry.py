@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import suppress
 
 from headstart.caches.store import Store
 from headstart.errors import StorageError
+from headstart.service.background import BackgroundTasks
 from headstart.service.caching.quota import Quota
 
 log = logging.getLogger(__name__)
@@ -22,16 +22,13 @@ class Lifecycle:
     def __init__(self, store: Store, quota: Quota) -> None:
         self.store = store
         self.quota = quota
-        self._sweeping: asyncio.Task[None] | None = None
+        self._tasks = BackgroundTasks()
 
     def start(self) -> None:
-        self._sweeping = asyncio.create_task(self._sweep_on())
+        self._tasks.start(self._sweep_on())
 
     async def close(self) -> None:
-        if self._sweeping:
-            self._sweeping.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._sweeping
+        await self._tasks.close()
 
     async def _sweep_on(self) -> None:
         while True:

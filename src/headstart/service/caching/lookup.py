@@ -11,7 +11,7 @@ from headstart.caches.store import Store
 from headstart.errors import BadRequest
 from headstart.protocol import StateRef
 from headstart.service.caching.prefix import opening_tokens, prefix_of
-from headstart.service.models.model import ServedModel
+from headstart.service.models.tenant_model import TenantModel
 from headstart.tokens import common_prefix
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class Start:
 
 async def opened(
     store: Store,
-    model: ServedModel,
+    model: TenantModel,
     entry: Entry,
     form: Form,
     tokens: list[int],
@@ -78,12 +78,12 @@ async def opened(
     return Start(boundary, restore=state.ref)
 
 
-def _most_bytes(model: ServedModel, n_tokens: int) -> int:
+def _most_bytes(model: TenantModel, n_tokens: int) -> int:
     """Upper bound of a state's size in bytes; 0 if unknown."""
     return model.info.state_bytes + n_tokens * model.info.state_token_bytes
 
 
-async def miss_reason(store: Store, model: ServedModel, entry: Entry) -> MissReason | None:
+async def miss_reason(store: Store, model: TenantModel, entry: Entry) -> MissReason | None:
     """The miss reason of a request that begins with the cache; None if it would hit. Raises ModelLoading."""
     for form in tuple(entry.forms) or entry.content.forms:
         try:

@@ -9,7 +9,7 @@ from headstart.caches.entry import Content, Entry, Form
 from headstart.caches.store import Store
 from headstart.prompt.process.protocol import ChatOpening, TextOpening
 from headstart.protocol import StateRef
-from headstart.service.models.model import ServedModel
+from headstart.service.models.tenant_model import TenantModel
 from headstart.tokens import common_prefix
 
 
@@ -25,7 +25,7 @@ NOTHING = Prefix()
 
 
 async def prefix_of(
-    store: Store, model: ServedModel, entry: Entry | None, form: Form, tokens: list[int]
+    store: Store, model: TenantModel, entry: Entry | None, form: Form, tokens: list[int]
 ) -> Prefix:
     """The prefix that a prompt of these tokens shares with the cache. NOTHING also if the state is damaged,
     which is reported to requests that name the cache."""
@@ -47,6 +47,6 @@ def opening_of(form: Form, content: Content) -> ChatOpening | TextOpening:
     return ChatOpening(content.opening, content.tools)
 
 
-async def opening_tokens(model: ServedModel, form: Form, content: Content) -> list[int]:
+async def opening_tokens(model: TenantModel, form: Form, content: Content) -> list[int]:
     """The tokens of a form's state, rendered with the current template."""
     return await model.prompts.one(opening_of(form, content))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,8 +12,7 @@ from headstart.caches.eviction import evictable, keeps_text, rank
 from headstart.caches.store import Store
 from headstart.errors import CacheNotFound, QuotaExceeded
 from headstart.names import CacheKey, Namespace
-
-log = logging.getLogger(__name__)
+from headstart.service.interface.observer import Evicted, Observer
 
 
 class Quota:
@@ -23,8 +21,15 @@ class Quota:
     A cache that is being replaced doesn't count, although both files are on the disk until the new one is in
     place. A cache that is being built counts with its expected size. Used from the event loop."""
 
-    def __init__(self, store: Store, limit: int = 0, shares: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        limit: int = 0,
+        shares: Mapping[str, int] | None = None,
+        observer: Observer | None = None,
+    ) -> None:
         self.store = store
+        self.observer = observer or Observer()
         self.limit = limit
         self.shares = shares or {}
         # Number of evictions by owner.
@@ -135,8 +140,7 @@ class Quota:
                 return 0
             freed = entry.size_bytes
         self.evictions[entry.owner] += 1
-        level = logging.INFO if entry.origin == "response" else logging.WARNING
-        log.log(level, "evicted cache %s of %s: freed %d bytes", entry.name, entry.namespace, freed)
+        self.observer.evicted(Evicted(entry, freed))
         return freed
 
 

@@ -18,6 +18,7 @@ from headstart.engine.worker_process import worker_environment
 from headstart.errors import HeadstartError
 from headstart.numerics import Numerics, Tuning
 from headstart.protocol import EngineSettings
+from headstart.service.background import BackgroundTasks
 from headstart.service.caching.caching import Caching
 from headstart.service.models.cache_fit import doubted, measured_again
 from headstart.service.models.model import Notify, ServedModel
@@ -59,16 +60,14 @@ class Remeasuring:
         self._not_before: dict[str, float] = {}
         # Models whose caches were checked since the start.
         self._fitted: set[str] = set()
-        self._running: asyncio.Task[None] | None = None
+        self._tasks = BackgroundTasks()
 
     def start(self) -> None:
         if self.idle_seconds:
-            self._running = asyncio.create_task(self._run())
+            self._tasks.start(self._run())
 
     async def close(self) -> None:
-        if self._running:
-            self._running.cancel()
-            await asyncio.wait([self._running])
+        await self._tasks.close()
 
     async def _run(self) -> None:
         idle_since = monotonic()
@@ -152,8 +151,8 @@ class Remeasuring:
             while not self.models.is_idle:
                 await asyncio.sleep(LOOK_SECONDS)
             with suppress(HeadstartError):
-                async with self.models.use(model) as used:
-                    await self.caching.rebuilt(used.seen_by(entry.owner), entry)
+                async with self.models.use(model.seen_by(entry.owner)) as used:
+                    await self.caching.rebuilt(used, entry)
 
     def _unfit(self, model: ServedModel, arithmetic: Numerics) -> list[Entry]:
         """Caches with states that are worth rebuilding; those of responses aren't."""

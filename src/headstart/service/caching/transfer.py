@@ -33,7 +33,7 @@ from headstart.service.caching.caching import Caching
 from headstart.service.caching.derived import check_own_name
 from headstart.service.caching.prefix import opening_tokens
 from headstart.service.caching.quota import Quota
-from headstart.service.models.model import ServedModel
+from headstart.service.models.tenant_model import TenantModel
 
 WRITE_BYTES = 1 << 20
 
@@ -50,13 +50,13 @@ class Exported:
     digest: str
 
 
-class Files:
+class Transfer:
     def __init__(self, store: Store, caching: Caching, quota: Quota) -> None:
         self.store = store
         self.caching = caching
         self.quota = quota
 
-    async def export(self, model: ServedModel, name: str) -> Exported:
+    async def export(self, model: TenantModel, name: str) -> Exported:
         """Raises CacheNotFound, BadRequest if the states are in sidecar files, or StorageError if the header
         is damaged."""
         entry = self.store.find(model.key(check_name(name, param="name")), param="name")
@@ -75,7 +75,7 @@ class Files:
 
     async def take(
         self,
-        model: ServedModel,
+        model: TenantModel,
         name: str,
         chunks: AsyncIterator[bytes],
         *,
@@ -113,7 +113,7 @@ class Files:
             model, name, entry.content, forms=forms, terms=entry.terms, overwrite=overwrite
         )
 
-    def _check_free(self, model: ServedModel, name: str, overwrite: bool) -> None:
+    def _check_free(self, model: TenantModel, name: str, overwrite: bool) -> None:
         self.caching.builds.check_none(model.key(name))
         if not overwrite and self.caching.namespaces.own(model, name):
             raise CacheConflict(f"There is a cache {name!r} already.", param="name")
@@ -135,7 +135,7 @@ class Files:
                     waiting.clear()
             await asyncio.to_thread(output.write, bytes(waiting))
 
-    async def _place(self, model: ServedModel, name: str, scratch: Path, entry: Entry) -> Entry:
+    async def _place(self, model: TenantModel, name: str, scratch: Path, entry: Entry) -> Entry:
         previous = self.caching.namespaces.own(model, name)
         now = self.store.clock()
         placed = replace(
@@ -172,14 +172,14 @@ def _open(path: Path, entry: Entry) -> Exported:
     return Exported(entry, opened, size, header.metadata[HASH])
 
 
-async def _check_renders(model: ServedModel, entry: Entry) -> None:
+async def _check_renders(model: TenantModel, entry: Entry) -> None:
     """Raises BadRequest, as creating the cache would, if the model can't render or hold its content."""
     for form in entry.content.forms:
         tokens = await opening_tokens(model, form, entry.content)
         model.check_fits(len(tokens) + 1, param="prompt" if entry.prompt else "messages")
 
 
-def _check_fits(model: ServedModel, entry: Entry) -> None:
+def _check_fits(model: TenantModel, entry: Entry) -> None:
     """Raises CacheMismatch."""
     if reason := model.fingerprint.changed_since(entry.fingerprint):
         raise CacheMismatch(

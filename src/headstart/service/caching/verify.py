@@ -18,6 +18,7 @@ from headstart.names import CacheKey, Namespace
 from headstart.service.caching.caching import Caching
 from headstart.service.caching.lookup import miss_reason
 from headstart.service.models.model import ServedModel
+from headstart.service.models.tenant_model import TenantModel
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Verifier:
             return verdict.after("failed", f"{verdict.detail}; computing it again failed: {error.message}")
         return verdict.after("rebuilt", f"{verdict.detail}; it was computed again")
 
-    async def _look(self, model: ServedModel | None, entry: Entry) -> Verdict:
+    async def _look(self, model: TenantModel | None, entry: Entry) -> Verdict:
         try:
             await self.store.check(entry, from_disk=True)
         except Corrupt as error:
@@ -99,10 +100,10 @@ class Verifier:
             return Verdict(entry.name, entry.model, "ok", detail=error.message)
         return judged(entry, miss, words)
 
-    def _model(self, entry: Entry) -> ServedModel | None:
+    def _model(self, entry: Entry) -> TenantModel | None:
         """The model as its owner's requests use it."""
         model = self.models.get(entry.model)
-        return model and model.seen_by(entry.owner)
+        return model.seen_by(entry.owner) if model else None
 
     def _knows(self, stray: OrphanFile) -> bool:
         """Whether the store knows the cache of this file, from a copy of its header."""

@@ -8,11 +8,12 @@ from headstart.prompt.answer_parts import Parser, Part
 from headstart.prompt.detokenizer import AnswerText
 from headstart.prompt.vocabulary import Vocabulary
 from headstart.protocol import FinishReason, Token
-from headstart.service.interface.answer import Delta, Ended, TokenLogprob
+from headstart.service.interface.answer import Choice, Delta, Ended, TokenLogprob
 
 
 class Answering:
-    """`said`: the whole text so far. `stopped`: a stop string was found; further tokens are ignored."""
+    """`said`: the whole text so far, as the model wrote it. `whole`: the sum of the deltas so far. `stopped`:
+    a stop string was found; further tokens are ignored."""
 
     def __init__(self, choice: int, vocabulary: Vocabulary, text: AnswerText, parser: Parser) -> None:
         self.choice = choice
@@ -23,6 +24,7 @@ class Answering:
         self.n_tokens = 0
         self.has_called = False
         self.ended = False
+        self.whole = Choice(choice)
         self._untold: list[TokenLogprob] = []
 
     @property
@@ -43,11 +45,13 @@ class Answering:
         yield from self._with_logprobs(left, self._told(all_of_them=not self.stopped))
         self.ended = True
         if reason == "length" and not self.stopped:
-            yield Ended(self.choice, "length")
+            ended = Ended(self.choice, "length")
         elif self.has_called:
-            yield Ended(self.choice, "tool_calls")
+            ended = Ended(self.choice, "tool_calls")
         else:
-            yield Ended(self.choice, "stop", self.text.found)
+            ended = Ended(self.choice, "stop", self.text.found)
+        self.whole.add(ended)
+        yield ended
 
     def _deltas(self, text: str) -> Iterator[Delta]:
         self.said += text
@@ -56,7 +60,9 @@ class Answering:
     def _with_logprobs(self, parts: list[Part], logprobs: list[TokenLogprob]) -> Iterator[Delta]:
         for part in parts or ([Part()] if logprobs else []):
             self.has_called = self.has_called or part.call is not None
-            yield Delta(self.choice, part.text, part.reasoning, part.call, logprobs)
+            delta = Delta(self.choice, part.text, part.reasoning, part.call, logprobs)
+            self.whole.add(delta)
+            yield delta
             logprobs = []
 
     def _told(self, *, all_of_them: bool = False) -> list[TokenLogprob]:

@@ -10,8 +10,7 @@ from dataclasses import replace
 import msgspec
 
 from headstart.protocol import Stats
-from headstart.service.generation.generate import Result
-from headstart.service.interface.answer import Delta, Ended
+from headstart.service.interface.answer import Delta, Ended, Result
 
 Events = AsyncGenerator[Delta | Ended | Result, None]
 

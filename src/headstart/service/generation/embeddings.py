@@ -8,12 +8,12 @@ from headstart.errors import BadRequest, InputTooLong
 from headstart.protocol import Embed, Vector
 from headstart.service.generation.tokenize import tokenised
 from headstart.service.interface.text import check_tokens
-from headstart.service.models.model import ServedModel
+from headstart.service.models.tenant_model import TenantModel
 
 Input = str | list[int]
 
 
-async def input_tokens(model: ServedModel, inputs: Sequence[Input]) -> list[list[int]]:
+async def input_tokens(model: TenantModel, inputs: Sequence[Input]) -> list[list[int]]:
     """The tokens of each input. Raises BadRequest, naming the first input that can't be embedded, or
     ModelLoading."""
     texts = iter(await tokenised(model, [text for text in inputs if isinstance(text, str)]))
@@ -28,7 +28,7 @@ async def input_tokens(model: ServedModel, inputs: Sequence[Input]) -> list[list
     return tokens
 
 
-def check_dimensions(model: ServedModel, dimensions: int | None) -> None:
+def check_dimensions(model: TenantModel, dimensions: int | None) -> None:
     """Raises BadRequest if the model has no embeddings or none with these dimensions, or ModelLoading."""
     size = model.info.embedding_size
     if not size:
@@ -40,7 +40,7 @@ def check_dimensions(model: ServedModel, dimensions: int | None) -> None:
         )
 
 
-async def embed(model: ServedModel, inputs: list[list[int]]) -> AsyncGenerator[bytes, None]:
+async def embed(model: TenantModel, inputs: list[list[int]]) -> AsyncGenerator[bytes, None]:
     """The vector of each input, in order: float32, little-endian, of length 1. Closing it early cancels the
     work. Raises Unavailable or EngineError."""
     with model.engine.submit(Embed(0, inputs)) as running:

@@ -7,10 +7,10 @@ from collections.abc import Collection
 from headstart.errors import BadRequest
 from headstart.protocol import ModelInfo, Sampling
 from headstart.service.interface.text import check_tokens
-from headstart.service.models.model import ServedModel
+from headstart.service.models.tenant_model import TenantModel
 
 
-def check(model: ServedModel, given: Collection[str], *, because: str | None = None) -> None:
+def check(model: TenantModel, given: Collection[str], *, because: str | None = None) -> None:
     """Raises BadRequest if the engine lacks one of the `given` parameters, or ModelLoading. `because`: the
     request's parameter that requires them, to be named in the error."""
     for lacking in model.info.lacks:
@@ -31,7 +31,7 @@ def overridden(info: ModelInfo, sampling: Sampling, given: Collection[str]) -> l
     return [name for name in names if getattr(sampling, name) != getattr(fixed, name)]
 
 
-def refusal(model: ServedModel, names: list[str]) -> BadRequest:
+def refusal(model: TenantModel, names: list[str]) -> BadRequest:
     """The error for these parameters; the caller raises it."""
     return BadRequest(f"{warning(model.info, names)} Leave it out, or ask for just that.", param=names[0])
 
@@ -41,6 +41,6 @@ def warning(info: ModelInfo, names: list[str]) -> str:
     return f"This NPU runtime samples all requests alike, with {values} here."
 
 
-def check_bias(model: ServedModel, bias: dict[int, float]) -> None:
+def check_bias(model: TenantModel, bias: dict[int, float]) -> None:
     """Raises BadRequest for a token that the model doesn't have."""
     check_tokens(model.vocabulary, list(bias), param="logit_bias")

@@ -6,13 +6,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from msgspec import Struct
-
 from headstart.caches.entry import Entry, Form, MissReason
 from headstart.prompt.chat import Message
 from headstart.protocol import Stats
 from headstart.service.caching.builder import opening_if_any
-from headstart.service.models.model import ServedModel
+from headstart.service.interface.answer import Explanation
+from headstart.service.models.tenant_model import TenantModel
 from headstart.tokens import common_prefix
 
 # Number of characters shown before the first difference, and of each text after it.
@@ -37,22 +36,6 @@ WORDS: dict[MissReason, str] = {
 }
 
 
-class Explanation(Struct, frozen=True):
-    """`matched_tokens` of the closest cache's `cache_tokens` are a prefix of the prompt. `first_difference`:
-    the index of the first token that differs; None if all of the cache matches, and then the texts are empty.
-    Control tokens are written as their names."""
-
-    closest_cache: str | None
-    matched_tokens: int
-    cache_tokens: int
-    prompt_tokens: int
-    first_difference: int | None
-    text_before: str
-    cache_text: str
-    prompt_text: str
-    reason: str
-
-
 @dataclass(frozen=True)
 class Closest:
     """The cache that a request names, or the one with the longest common prefix. `tokens`: the tokens of its
@@ -75,7 +58,7 @@ def longest_match(known: Iterable[Sequence[int]], tokens: Sequence[int]) -> int:
 
 
 async def closest(
-    model: ServedModel, form: Form, known: Iterable[Entry], texts: Iterable[str]
+    model: TenantModel, form: Form, known: Iterable[Entry], texts: Iterable[str]
 ) -> Closest | None:
     """The known cache with the longest common prefix with the request's texts; None if there is none."""
     text = "".join(texts)

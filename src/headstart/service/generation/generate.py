@@ -1,127 +1,166 @@
-"""Runs a prepared request through the engine; yields its answers and a result with the engine's figures."""
+"""Runs prepared requests through the engine; yields their answers and results with the engine's figures."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 from headstart.caches.entry import KEEPS_STATE, MissReason
+from headstart.errors import HeadstartError
 from headstart.prompt.detokenizer import AnswerText
 from headstart.protocol import Finished, Stats, Token
 from headstart.service.caching.caching import Caching
 from headstart.service.generation.answering import Answering
-from headstart.service.generation.explain import Explanation, explained
-from headstart.service.generation.prepared import Prepared
-from headstart.service.interface.answer import Delta, Ended
+from headstart.service.generation.explain import explained
+from headstart.service.generation.prepare import Preparation, Prepared
+from headstart.service.interface.answer import Delta, Ended, Explanation, Result
+from headstart.service.interface.observer import Answered, Failure, Observer, Restored
 from headstart.service.origins.automatic import Automatic
 from headstart.service.origins.breakpoints import Breakpoints
-from headstart.service.origins.conversations import Conversations
-
-
-@dataclass(frozen=True)
-class Result:
-    """The result of a request. `n_tokens`: tokens of all answers together. `cache_hit`: None if no cache was
-    named, otherwise whether the engine started from its state; all counts are the engine's. `matched`: the
-    number of prompt tokens in the closest known state's prefix. `explanation`: only if requested. `saved_as`:
-    the name under which the chat is being stored. `warning`: how the answer differs from the request."""
-
-    n_tokens: int
-    stats: Stats
-    cache_hit: bool | None = None
-    cache_names: Sequence[str] = ()
-    miss: MissReason | None = None
-    matched: int = 0
-    explanation: Explanation | None = None
-    saved_as: str | None = None
-    warning: str = ""
+from headstart.service.origins.conversations import Conversations, Saving
+from headstart.service.origins.responses import Responses, n_tokens
 
 
 class Generation:
+    """`chat`, `texts` and `count` are those of Preparation."""
+
     def __init__(
-        self, caching: Caching, automatic: Automatic, conversations: Conversations, marks: Breakpoints
+        self,
+        preparation: Preparation,
+        caching: Caching,
+        automatic: Automatic,
+        conversations: Conversations,
+        responses: Responses,
+        breakpoints: Breakpoints,
+        observer: Observer,
     ) -> None:
+        self.chat = preparation.chat
+        self.texts = preparation.texts
+        self.count = preparation.count
         self.caching = caching
         self.automatic = automatic
-        self.marks = marks
         self.conversations = conversations
+        self.responses = responses
+        self.breakpoints = breakpoints
+        self.observer = observer
 
     async def run(self, prepared: Prepared) -> AsyncGenerator[Delta | Ended | Result, None]:
         """Yields the answers' deltas, an Ended for each answer, and finally one Result, immediately after the
-        last Ended. Closing it early ends the sequences."""
+        last Ended. Closing it early ends the sequences. When the item after the Result is requested, the
+        response is stored, if it is to be."""
         answers = [_answering(prepared, choice) for choice in range(prepared.submit.n)]
         stats: Stats | None = None
         result: Result | None = None
-        with prepared.model.engine.submit(prepared.submit) as running:
-            async for event in running:
-                answer = answers[event.id - running.id]
-                match event:
-                    case Token() if not answer.stopped:
-                        if not any(each.n_tokens for each in answers):
-                            self._heal(prepared, prepared.opening.miss)
-                        for delta in answer.add(event):
-                            yield delta
-                        if answer.stopped:
-                            running.cancel(answer.choice)
-                    case Finished(reason=reason):
-                        # The prompt was prefilled for the first answer.
-                        if answer.choice == 0:
-                            stats = event.stats
-                        left = list(answer.end(reason))
-                        if stats and all(each.ended for each in answers):
-                            result = self._result(prepared, answers, stats)
-                        for last in left:
-                            yield last
-        assert result
-        yield result
+        try:
+            with prepared.model.engine.submit(prepared.submit) as running:
+                async for event in running:
+                    answer = answers[event.id - running.id]
+                    match event:
+                        case Token() if not answer.stopped:
+                            if not any(each.n_tokens for each in answers):
+                                self._rebuild_after_miss(prepared, prepared.start.miss)
+                            for delta in answer.add(event):
+                                yield delta
+                            if answer.stopped:
+                                running.cancel(answer.choice)
+                        case Finished(reason=reason):
+                            # The prompt was prefilled for the first answer.
+                            if answer.choice == 0:
+                                stats = event.stats
+                            left = list(answer.end(reason))
+                            if stats and all(each.ended for each in answers):
+                                result = await self._result(prepared, answers, stats)
+                            for last in left:
+                                yield last
+            assert result
+            yield result
+            self._keep_response(prepared, answers[0])
+        except (HeadstartError, asyncio.CancelledError, GeneratorExit) as error:
+            if result is None:
+                self.observer.failed(Failure("answer", prepared.model.name, error))
+            raise
 
-    def _result(self, prepared: Prepared, answers: Sequence[Answering], stats: Stats) -> Result:
-        n_tokens = sum(answer.n_tokens for answer in answers)
+    async def _result(self, prepared: Prepared, answers: Sequence[Answering], stats: Stats) -> Result:
         miss = _miss(prepared, stats)
-        if n_tokens == 0 or prepared.opening.miss is None:
-            self._heal(prepared, miss)
-        # Writes to the disk wait until the answer's end has been sent.
-        later = asyncio.get_running_loop().call_soon
-        if prepared.unnamed:
-            later(self.automatic.answered, prepared.model, prepared.unnamed, stats)
-        if prepared.marked:
-            later(self.marks.answered, prepared.model, prepared.marked)
-        if prepared.entry and miss is None:
-            later(self.caching.count_hit, prepared.entry, prepared.opening.boundary, stats)
-        if prepared.saving:
-            self.conversations.save(prepared.saving, answers[0].said)
-        return Result(
-            n_tokens=n_tokens,
+        n_generated = sum(answer.n_tokens for answer in answers)
+        if n_generated == 0 or prepared.start.miss is None:
+            self._rebuild_after_miss(prepared, miss)
+        self._count_uses(prepared, miss, stats)
+        options = prepared.options
+        result = Result(
+            n_tokens=n_generated,
             stats=stats,
-            cache_hit=None if prepared.entry is None else miss is None,
+            cache_hit=None if prepared.plan.entry is None else miss is None,
             cache_names=prepared.names,
             miss=miss,
             matched=max(prepared.matched, stats.cached_tokens),
             explanation=_explained(prepared, miss, stats),
-            saved_as=prepared.saving.name if prepared.saving else None,
+            saved_as=self._saved_as(prepared, answers[0]),
             warning=prepared.warning,
+            n_reasoning=await _n_reasoning(prepared, answers[0]) if options.count_reasoning else 0,
         )
+        if stats.restored_bytes:
+            self.observer.restored(Restored(prepared.model.name, stats))
+        reasons = [answer.whole.finish_reason for answer in answers]
+        self.observer.answered(Answered(prepared.model.name, prepared.model.owner, result, reasons))
+        return result
 
-    def _heal(self, prepared: Prepared, miss: MissReason | None) -> None:
+    def _count_uses(self, prepared: Prepared, miss: MissReason | None, stats: Stats) -> None:
+        plan = prepared.plan
+        # Writes to the disk wait until the answer's end has been sent.
+        later = asyncio.get_running_loop().call_soon
+        if plan.match:
+            later(self.automatic.answered, prepared.model, plan.match, stats)
+        if plan.breakpoints:
+            later(self.breakpoints.answered, prepared.model, plan.breakpoints)
+        if plan.entry and miss is None:
+            later(self.caching.count_hit, plan.entry, prepared.start.boundary, stats)
+
+    def _saved_as(self, prepared: Prepared, answer: Answering) -> str | None:
+        """Starts saving the chat as a conversation, if it is to be; returns the cache's name."""
+        keep, plan = prepared.options.keep, prepared.plan
+        if keep is None or keep.body or plan.chat is None:
+            return None
+        head = plan.entry.name if plan.entry else None
+        saving = Saving(prepared.model, keep.name, keep.overwrite, plan.chat, head)
+        self.conversations.save(saving, answer.said)
+        return keep.name
+
+    def _keep_response(self, prepared: Prepared, answer: Answering) -> None:
+        keep, plan = prepared.options.keep, prepared.plan
+        if keep is None or keep.body is None or plan.chat is None:
+            return
+        if keep.caches is None:
+            n_cached = len(plan.entry.content.opening) if plan.entry else 0
+            keep = replace(keep, caches=prepared.names, n_cached=n_cached)
+        head = plan.entry.name if plan.entry else None
+        self.responses.keep(prepared.model, keep, plan.chat, head, answer.whole)
+
+    def _rebuild_after_miss(self, prepared: Prepared, miss: MissReason | None) -> None:
         """Rebuilds a state that could not be used; called once the request itself has its first token."""
-        if prepared.entry and miss and miss not in KEEPS_STATE:
-            self.caching.rebuild_after_miss(prepared.model, prepared.entry)
+        entry = prepared.plan.entry
+        if entry and miss and miss not in KEEPS_STATE:
+            self.caching.rebuild_after_miss(prepared.model, entry)
 
 
 def _answering(prepared: Prepared, choice: int) -> Answering:
-    vocabulary = prepared.model.vocabulary
-    text = AnswerText(prepared.piece or vocabulary.piece, prepared.stop)
-    return Answering(choice, vocabulary, text, prepared.parser())
+    text = AnswerText(prepared.piece, prepared.options.stop)
+    return Answering(choice, prepared.model.vocabulary, text, prepared.parser())
+
+
+async def _n_reasoning(prepared: Prepared, answer: Answering) -> int:
+    return await n_tokens(prepared.model, answer.whole.reasoning)
 
 
 def _miss(prepared: Prepared, stats: Stats) -> MissReason | None:
     """Why the named state was not used, according to the engine's figures; None if it was, or no cache was
     named."""
-    if prepared.entry is None:
+    if prepared.plan.entry is None:
         return None
-    if prepared.opening.miss:
-        return prepared.opening.miss
-    info, boundary = prepared.model.info, prepared.opening.boundary
+    if prepared.start.miss:
+        return prepared.start.miss
+    info, boundary = prepared.model.info, prepared.start.boundary
     if not info.counts_reuse:
         return "not_counted"
     # The runtime decides how much it reuses, but it must be most of the cache.
@@ -130,7 +169,7 @@ def _miss(prepared: Prepared, stats: Stats) -> MissReason | None:
 
 
 def _explained(prepared: Prepared, miss: MissReason | None, stats: Stats) -> Explanation | None:
-    if not prepared.explain:
+    if not prepared.options.explain:
         return None
-    named = prepared.entry is not None
+    named = prepared.plan.entry is not None
     return explained(prepared.closest, prepared.submit.tokens, named=named, miss=miss, stats=stats)

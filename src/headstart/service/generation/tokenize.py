@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from headstart.service.models.model import ServedModel
+from headstart.service.models.tenant_model import TenantModel
 
 T = TypeVar("T")
 
@@ -15,7 +15,7 @@ MANY = 2000
 
 
 async def tokenised(
-    model: ServedModel, texts: Sequence[str], *, special: bool = True, parse_special: bool = True
+    model: TenantModel, texts: Sequence[str], *, special: bool = True, parse_special: bool = True
 ) -> list[list[int]]:
     """The tokens of each text. `special`: with the control tokens that the model adds around a prompt.
     Nothing is remembered of the texts. Raises BadRequest or Unavailable."""
@@ -28,6 +28,6 @@ async def worked_out(work: Callable[[], T], n_tokens: int) -> T:
     return work() if n_tokens <= MANY else await asyncio.to_thread(work)
 
 
-def pieces(model: ServedModel, tokens: Sequence[int]) -> list[bytes]:
+def pieces(model: TenantModel, tokens: Sequence[int]) -> list[bytes]:
     """The bytes of text from which each of these token ids, all of them the model's, was made."""
     return [model.vocabulary.written(token) for token in tokens]

@@ -1,4 +1,4 @@
-"""The answers to a request: deltas while they are generated, choices at the end."""
+"""The answers to a request: deltas while they are generated, choices and a result at the end."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from msgspec import Struct
+
+from headstart.caches.entry import MissReason
 from headstart.prompt.answer_parts import CallDelta
+from headstart.protocol import Stats
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 
@@ -78,3 +82,39 @@ class Choice:
         if call.index == len(self.calls):
             self.calls.append(Call(call.id, call.name))
         self.calls[call.index].arguments += call.arguments
+
+
+class Explanation(Struct, frozen=True):
+    """`matched_tokens` of the closest cache's `cache_tokens` are a prefix of the prompt. `first_difference`:
+    the index of the first token that differs; None if all of the cache matches, and then the texts are empty.
+    Control tokens are written as their names."""
+
+    closest_cache: str | None
+    matched_tokens: int
+    cache_tokens: int
+    prompt_tokens: int
+    first_difference: int | None
+    text_before: str
+    cache_text: str
+    prompt_text: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """The result of a request. `n_tokens`: tokens of all answers together. `cache_hit`: None if no cache was
+    named, otherwise whether the engine started from its state; all counts are the engine's. `matched`: the
+    number of prompt tokens in the closest known state's prefix. `explanation`: only if requested. `saved_as`:
+    the name under which the chat is being stored. `warning`: how the answer differs from the request.
+    `n_reasoning`: the number of reasoning tokens of the first answer, only if requested."""
+
+    n_tokens: int
+    stats: Stats
+    cache_hit: bool | None = None
+    cache_names: Sequence[str] = ()
+    miss: MissReason | None = None
+    matched: int = 0
+    explanation: Explanation | None = None
+    saved_as: str | None = None
+    warning: str = ""
+    n_reasoning: int = 0

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from time import time
@@ -16,16 +15,15 @@ from headstart.caches.entry import Entry, Fingerprint
 from headstart.caches.store import Store
 from headstart.config.settings import Settings
 from headstart.engine.client import EngineClient, State
-from headstart.errors import BadRequest, ContextLengthExceeded, ModelLoading, StartupError
-from headstart.names import CacheKey, Namespace
+from headstart.errors import ModelLoading, StartupError
 from headstart.prompt.process.client import PromptClient, facts_of
 from headstart.prompt.process.protocol import Facts, Load
-from headstart.prompt.process.requests import Prompts
 from headstart.prompt.vocabulary import Vocabulary
 from headstart.protocol import ModelInfo
 from headstart.regular_files import read_text
 from headstart.service.models.cache_fit import doubted, kept_back, misfits, warnings
 from headstart.service.models.plan import Plan, engine_settings, make_plan
+from headstart.service.models.tenant_model import TenantModel
 from headstart.service.models.tuning_store import Tunings
 from headstart.toyspec import ToySpec
 
@@ -33,9 +31,7 @@ Notify = Callable[[str], None]
 
 
 class ServedModel:
-    """A model as the API key `owner` sees it, which determines its caches; "" for the public ones."""
-
-    owner = ""
+    """A model's two processes, the engine and the prompt process, and what is known of its file."""
 
     def __init__(self, name: str, path: str, settings: Settings) -> None:
         self.name = name
@@ -43,7 +39,7 @@ class ServedModel:
         self.path = model_path(path)
         self.created = int(time())
         self.engine = EngineClient(name, engine_settings(self.path, settings), settings.max_waiting)
-        self._prompts = PromptClient(name, settings.prompt_timeout)
+        self.prompt_process = PromptClient(name, settings.prompt_timeout)
         self._weights = ""
         self._begins = False
 
@@ -55,7 +51,7 @@ class ServedModel:
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self.engine.launcher.prepare())
-                tasks.create_task(self._prompts.start(Load(self.path, template_of(self.name, self.settings))))
+                tasks.create_task(self.prompt_process.start(self._to_load()))
                 weights = tasks.create_task(_weights_hash(self.path, store))
             self._weights = weights.result()
         except ExceptionGroup as group:
@@ -66,17 +62,20 @@ class ServedModel:
         finally:
             self._begins = False
 
+    def _to_load(self) -> Load:
+        return Load(self.path, template_of(self.name, self.settings))
+
     async def close(self) -> None:
         """Ends both processes; the model can be loaded again. The engine counts as closed at once."""
         try:
             await self.engine.close()
         finally:
-            await self._prompts.close()
+            await self.prompt_process.close()
 
     async def evict(self) -> None:
         """Undoes `begin` if loading is not continued; the error of a failed engine stays known."""
         if self.engine.state == "failed":
-            await asyncio.gather(self.engine.launcher.discard(), self._prompts.close())
+            await asyncio.gather(self.engine.launcher.discard(), self.prompt_process.close())
         else:
             await self.close()
 
@@ -115,36 +114,18 @@ class ServedModel:
         tunings = Tunings(store.directory)
         return make_plan(self.path, self._weights, self.settings, tunings, self.entries(store))
 
-    @property
-    def namespace(self) -> Namespace:
-        """The namespace of its caches."""
-        return Namespace.of(self.name, self.owner)
-
-    def key(self, name: str) -> CacheKey:
-        """The key of the cache of this name in the model's namespace."""
-        return CacheKey(self.namespace, name)
-
-    def seen_by(self, owner: str) -> ServedModel:
-        """The same model and engine with the namespace of `owner`. Create a new view for each request."""
-        if owner == self.owner:
-            return self
-        view = copy.copy(self)
-        view.owner = owner
-        return view
+    def seen_by(self, owner: str) -> TenantModel:
+        """The model for requests of `owner`; "": for the public."""
+        return TenantModel(self, owner)
 
     def entries(self, store: Store) -> list[Entry]:
         """Its caches, of all owners."""
         return [entry for entry in store.entries() if entry.model == self.name]
 
     @property
-    def prompts(self) -> Prompts:
-        """Raises ModelLoading until the engine has been ready once."""
-        return Prompts(self._prompts, self.owner, self.info.can_cut)
-
-    @property
     def vocabulary(self) -> Vocabulary:
         """Raises ModelLoading until the prompt process knows it."""
-        return self._prompts.vocabulary
+        return self.prompt_process.vocabulary
 
     @property
     def info(self) -> ModelInfo:
@@ -156,19 +137,6 @@ class ServedModel:
     @property
     def fingerprint(self) -> Fingerprint:
         return Fingerprint(self._weights, self.info.engine, self.info.settings, self.vocabulary.template_hash)
-
-    def text(self, tokens: Sequence[int], *, param: str) -> str:
-        """The text of these tokens for an engine that takes text; "" for other engines. Raises BadRequest for
-        a NUL character, which would end the text."""
-        text = self.vocabulary.text(tokens) if self.info.takes_text else ""
-        if "\0" in text:
-            raise BadRequest("The NPU's runtime takes no text with a NUL character.", param=param)
-        return text
-
-    def check_fits(self, n_tokens: int, *, param: str) -> None:
-        """Raises ContextLengthExceeded unless a prompt of `n_tokens` leaves room for an answer."""
-        if n_tokens >= self.info.n_ctx:
-            raise ContextLengthExceeded(n_tokens, self.info.n_ctx, param=param)
 
 
 def template_of(name: str, settings: Settings) -> str | None:

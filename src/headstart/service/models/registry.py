@@ -14,7 +14,10 @@ from headstart.config.settings import Settings
 from headstart.errors import ModelBusy, ModelLoading, ModelNotFound, OutOfMemory, StartupError
 from headstart.model_files import models_in
 from headstart.prompt.process.client import unfit
+from headstart.service.background import BackgroundTasks
+from headstart.service.interface.observer import Failure, Loaded, Observer
 from headstart.service.models.model import Notify, ServedModel
+from headstart.service.models.tenant_model import TenantModel
 
 log = logging.getLogger(__name__)
 
@@ -31,12 +34,14 @@ class Models:
         settings: Settings,
         store: Store,
         say: Notify,
-        on_loaded: Callable[[ServedModel], None],
+        on_loaded: Callable[[TenantModel], None],
         is_building: Callable[[str], bool],
+        observer: Observer,
     ) -> None:
         self.settings = settings
         self.store = store
         self.say = say
+        self.observer = observer
         self.all = {name: ServedModel(name, path, settings) for name, path in settings.model_paths.items()}
         self._on_loaded = on_loaded
         self._is_building = is_building
@@ -48,7 +53,7 @@ class Models:
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._making_room = asyncio.Lock()
         self._measuring = asyncio.Lock()
-        self._idle_check: asyncio.Task[None] | None = None
+        self._tasks = BackgroundTasks()
         # Set whenever a request begins to use a model.
         self.used = asyncio.Event()
         if not self.all:
@@ -84,27 +89,25 @@ class Models:
 
     async def load_first(self) -> None:
         """Returns when the models to load at the start answer. Raises StartupError."""
-        self._idle_check = asyncio.create_task(self._unload_idle())
+        self._tasks.start(self._unload_idle())
         await asyncio.gather(*(self._load_at_start(self.all[name]) for name in self.first))
 
     async def _load_at_start(self, model: ServedModel) -> None:
+        begun = monotonic()
         async with self._turns[model.name]:
             await model.begin(self.store)
             await model.load(self.store, self.say, self._measuring)
         self._starting.discard(model.name)
-        self._tell(model)
+        self._tell(model, monotonic() - begun)
 
     async def close(self) -> None:
-        tasks = [*self._loads.values(), *filter(None, [self._idle_check])]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._tasks.close()
         await asyncio.gather(*(model.close() for model in self.all.values()))
 
     @asynccontextmanager
-    async def use(self, model: ServedModel) -> AsyncIterator[ServedModel]:
-        """The loaded model, as seen by the same owner; it isn't unloaded within the context. Raises
-        Unavailable, or ModelNotFound if its file has been removed."""
+    async def use(self, model: TenantModel) -> AsyncIterator[TenantModel]:
+        """The loaded model, for the same owner; it isn't unloaded within the context. Raises Unavailable, or
+        ModelNotFound if its file has been removed."""
         name = model.name
         self._users[name] += 1
         self.used.set()
@@ -124,7 +127,7 @@ class Models:
             # Requests don't wait for models that load at the start or restart after a crash.
             return
         if name not in self._loads:
-            self._loads[name] = asyncio.create_task(self._load(self.all[name]))
+            self._loads[name] = self._tasks.start(self._load(self.all[name]))
             self._loads[name].add_done_callback(lambda load: self._ended(name, load))
         load = self._loads[name]
         await asyncio.wait({load}, timeout=self.settings.load_timeout)
@@ -135,10 +138,11 @@ class Models:
     def _ended(self, name: str, load: asyncio.Task[None]) -> None:
         del self._loads[name]
         if not load.cancelled() and (error := load.exception()):
-            log.warning("model %s was not loaded: %s", name, error)
+            self.observer.failed(Failure("load", name, error))
 
     async def _load(self, model: ServedModel) -> None:
         """Raises Unavailable."""
+        begun = monotonic()
         async with self._turns[model.name]:
             try:
                 # Outside `_making_room`: other models can load meanwhile, however long reading this file
@@ -154,7 +158,7 @@ class Models:
             except BaseException:
                 await model.evict()
                 raise
-        self._tell(model)
+        self._tell(model, monotonic() - begun)
 
     async def _keep_within(self, most: int, wanted: str) -> None:
         """Unloads models until one more may be loaded under the limit `most`. Raises OutOfMemory."""
@@ -201,7 +205,7 @@ class Models:
         Requests that arrive meanwhile wait. Raises Unavailable."""
         if not self.is_busy(model.name) and self.is_loaded(model.name):
             await self._stop(model.name)
-            async with self.use(model):
+            async with self.use(model.seen_by("")):
                 pass
 
     @property
@@ -224,11 +228,12 @@ class Models:
     def _loaded(self, *, but: str = "") -> list[str]:
         return [name for name in self.all if name != but and self.is_loaded(name)]
 
-    def _tell(self, model: ServedModel) -> None:
+    def _tell(self, model: ServedModel, seconds: float) -> None:
+        self.observer.loaded(Loaded(model.name, seconds))
         self._last_used[model.name] = monotonic()
         if model.name not in self._told:
             self._told.add(model.name)
-            self._on_loaded(model)
+            self._on_loaded(model.seen_by(""))
 
     async def _unload_idle(self) -> None:
         while seconds := self.settings.idle_unload_seconds:

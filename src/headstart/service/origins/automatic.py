@@ -17,9 +17,11 @@ from headstart.config.settings import Settings
 from headstart.errors import HeadstartError
 from headstart.names import Namespace
 from headstart.protocol import StateRef, Stats
+from headstart.service.background import BackgroundTasks
 from headstart.service.caching.caching import Caching
 from headstart.service.caching.lookup import Start
-from headstart.service.models.model import ServedModel
+from headstart.service.interface.observer import Evicted
+from headstart.service.models.tenant_model import TenantModel
 
 log = logging.getLogger(__name__)
 
@@ -50,12 +52,10 @@ class Automatic:
         # Names of caches that alone exceed the quota.
         self._too_large: set[str] = set()
         self._turn = asyncio.Lock()
-        self._tasks: set[asyncio.Task[Entry | None]] = set()
+        self._tasks = BackgroundTasks()
 
     async def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.close()
 
     def with_default(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The messages with the configured system message, if there is one and they have none."""
@@ -65,7 +65,7 @@ class Automatic:
 
     async def look(
         self,
-        model: ServedModel,
+        model: TenantModel,
         begun: Content,
         tokens: list[int],
         boundary: int,
@@ -78,7 +78,7 @@ class Automatic:
         found = await self.caching.unnamed(model, begun, tokens, wanted)
         return ImplicitMatch(begun, boundary, *found) if found else ImplicitMatch(begun, boundary)
 
-    def answered(self, model: ServedModel, unnamed: ImplicitMatch, stats: Stats) -> None:
+    def answered(self, model: TenantModel, unnamed: ImplicitMatch, stats: Stats) -> None:
         """Call after the last byte of the answer was sent; may write to disk and start a build."""
         entry, opening = unnamed.entry, unnamed.opening
         if entry is None or opening is None:
@@ -88,7 +88,7 @@ class Automatic:
         elif (opening.miss or "restore_failed") not in KEEPS_STATE:
             self.caching.rebuild_after_miss(model, entry)
 
-    def _count(self, model: ServedModel, unnamed: ImplicitMatch) -> None:
+    def _count(self, model: TenantModel, unnamed: ImplicitMatch) -> None:
         settings = self.settings
         is_default = unnamed.begun == Content(messages=self.default)
         if not settings.automatic or not (is_default or unnamed.boundary > settings.automatic_tokens):
@@ -98,9 +98,7 @@ class Automatic:
         name = automatic_name(unnamed.begun)
         enough = 1 if is_default else settings.automatic_after
         if name not in self._too_large and self._seen.again(model.namespace, name, monotonic(), enough):
-            task = asyncio.create_task(self.make(model, unnamed.begun))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._tasks.start(self.make(model, unnamed.begun))
 
     def is_worth_keeping(self, begun: Content, n_tokens: int) -> bool:
         """Whether an automatic cache of this prefix may be built: it is long enough and wasn't found too
@@ -109,7 +107,7 @@ class Automatic:
 
     async def make(
         self,
-        model: ServedModel,
+        model: TenantModel,
         begun: Content,
         terms: Retention = DEFAULT_RETENTION,
         head: Entry | None = None,
@@ -157,6 +155,7 @@ class Automatic:
                 break
             if entry.key not in self.caching.builds:
                 store.delete(entry.key)
+                self.caching.observer.evicted(Evicted(entry, entry.size_bytes))
                 deleted.append(entry)
                 excess -= entry.size_bytes
         return deleted

@@ -7,18 +7,18 @@ from the state that is still in memory, and later chats find it as they find any
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 from headstart.caches.entry import Content, Entry, Retention
 from headstart.errors import HeadstartError
+from headstart.service.background import BackgroundTasks
 from headstart.service.caching.builder import opening_if_any
 from headstart.service.caching.caching import Caching
 from headstart.service.interface.chat import Chat
 from headstart.service.interface.options import Breakpoint
-from headstart.service.models.model import ServedModel
+from headstart.service.models.tenant_model import TenantModel
 from headstart.service.origins.automatic import Automatic
 from headstart.tokens import common_prefix
 
@@ -61,16 +61,13 @@ class Breakpoints:
     def __init__(self, caching: Caching, automatic: Automatic) -> None:
         self.caching = caching
         self.automatic = automatic
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = BackgroundTasks(grace=CLOSING_SECONDS)
 
     async def close(self) -> None:
-        if self._tasks:
-            _, late = await asyncio.wait(self._tasks, timeout=CLOSING_SECONDS)
-            for task in late:
-                task.cancel()
+        await self._tasks.close()
 
     async def place(
-        self, model: ServedModel, chat: Chat, marks: Sequence[Breakpoint], tokens: list[int]
+        self, model: TenantModel, chat: Chat, marks: Sequence[Breakpoint], tokens: list[int]
     ) -> list[PlacedBreakpoint]:
         """The positions of the breakpoints in the chat's tokens, in order; without those whose prefix is too
         short or too large to be cached."""
@@ -86,7 +83,7 @@ class Breakpoints:
                 )
         return [found[boundary] for boundary in sorted(found)]
 
-    def answered(self, model: ServedModel, marked: BreakpointPlan) -> None:
+    def answered(self, model: TenantModel, marked: BreakpointPlan) -> None:
         """Call after the last byte of the answer was sent: stores what isn't stored yet, and records a use of
         the rest."""
         missing = []
@@ -99,12 +96,10 @@ class Breakpoints:
         if marked.head:
             self.caching.touch(marked.head)
         if missing:
-            task = asyncio.create_task(self._keep(model, missing, marked.head))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._tasks.start(self._keep(model, missing, marked.head))
 
     async def _keep(
-        self, model: ServedModel, missing: Sequence[PlacedBreakpoint], head: Entry | None
+        self, model: TenantModel, missing: Sequence[PlacedBreakpoint], head: Entry | None
     ) -> None:
         """Stores the longest first, since its tokens are still in memory; the others are prefixes of it."""
         for place in missing:
@@ -116,7 +111,7 @@ class Breakpoints:
                 terms = Retention(ttl_seconds=place.ttl_seconds)
                 head = await self.automatic.make(model, place.content, terms, head) or head
 
-    def _kept(self, model: ServedModel, content: Content) -> Entry | None:
+    def _kept(self, model: TenantModel, content: Content) -> Entry | None:
         """The cache with exactly this content."""
         known = self.caching.namespaces.known(model, "chat")
         return next(

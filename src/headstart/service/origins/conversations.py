@@ -17,7 +17,7 @@ from headstart.service.caching.builder import Build
 from headstart.service.caching.caching import Caching
 from headstart.service.caching.derived import check_own_name
 from headstart.service.interface.chat import Chat
-from headstart.service.models.model import ServedModel
+from headstart.service.models.tenant_model import TenantModel
 
 # How long a stopping server waits for conversations to be saved.
 CLOSING_SECONDS = 10.0
@@ -30,7 +30,7 @@ class Saving:
     cache. `head`: the name of the cache that it started from. `terms` None: the retention of the cache that
     it replaces. Without `states` only its content is stored."""
 
-    model: ServedModel
+    model: TenantModel
     name: str
     overwrite: bool | None
     chat: Chat
@@ -57,7 +57,7 @@ class Conversations:
         if self._saving:
             await asyncio.wait(self._saving.values(), timeout=CLOSING_SECONDS)
 
-    def check(self, model: ServedModel, name: str, overwrite: bool | None) -> None:
+    def check(self, model: TenantModel, name: str, overwrite: bool | None) -> None:
         """Raises InvalidName, or CacheConflict if a conversation may not be saved under this name."""
         check_own_name(name, param="save_as")
         self.caching.check_not_declared(model, name, param="save_as")
@@ -86,7 +86,7 @@ class Conversations:
         )
         return next(saved, None)
 
-    async def settled(self, model: ServedModel, name: str) -> None:
+    async def settled(self, model: TenantModel, name: str) -> None:
         """Returns when no conversation is being saved under this name. Raises StorageError if the last one
         could not be saved, or BadRequest if it is too large for a cache."""
         key = model.key(name)
@@ -141,7 +141,7 @@ class Conversations:
         if self._saving.get(key) is task:
             del self._saving[key]
 
-    def _current(self, model: ServedModel, name: str) -> Entry | None:
+    def _current(self, model: TenantModel, name: str) -> Entry | None:
         with suppress(CacheNotFound):
             return self.caching.store.find(model.key(name))
         return None

@@ -12,8 +12,10 @@ from headstart.caches.entry import Content, Entry, Fingerprint, Form, Retention
 from headstart.config.settings import Settings
 from headstart.errors import CacheNotFound, EngineDied, HeadstartError, ModelLoading, Overloaded, Unavailable
 from headstart.names import CacheKey, Namespace
+from headstart.service.background import BackgroundTasks
 from headstart.service.caching.caching import Caching
-from headstart.service.models.model import Notify, ServedModel
+from headstart.service.models.model import Notify
+from headstart.service.models.tenant_model import TenantModel
 
 log = logging.getLogger(__name__)
 
@@ -68,20 +70,18 @@ class Declared:
         self.prune = settings.prune_declared
         self.caching = caching
         self.say = say
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks = BackgroundTasks()
         for declaration in self.declarations:
             caching.promises.make(declaration.key)
 
-    def start(self, model: ServedModel) -> None:
+    def start(self, model: TenantModel) -> None:
         """Builds the model's declared caches, one after the other; the model must be loaded."""
-        self._tasks.append(asyncio.create_task(self._reconcile(model)))
+        self._tasks.start(self._reconcile(model))
 
     async def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.close()
 
-    async def _reconcile(self, model: ServedModel) -> None:
+    async def _reconcile(self, model: TenantModel) -> None:
         declared = [one for one in self.declarations if one.model == model.name]
         try:
             await self._bring_about(model, declared)
@@ -99,7 +99,7 @@ class Declared:
             if one.key in promised:
                 self.caching.promises.settle(one.key, error)
 
-    async def _bring_about(self, model: ServedModel, declared: Sequence[Declaration]) -> None:
+    async def _bring_about(self, model: TenantModel, declared: Sequence[Declaration]) -> None:
         missing = [one for one in declared if not self._is_met(model, one)]
         # Existing caches wait for no build.
         for one in declared:
@@ -111,14 +111,14 @@ class Declared:
             self.say(f"Building cache {one.name} of {model.name} ({number} of {len(missing)}) ...")
             self.caching.promises.settle(one.key, await self._failure(model, one))
 
-    def _is_met(self, model: ServedModel, declaration: Declaration) -> bool:
+    def _is_met(self, model: TenantModel, declaration: Declaration) -> bool:
         try:
             entry = self.caching.store.find(model.key(declaration.name))
         except CacheNotFound:
             return False
         return declaration.is_met_by(entry, model.fingerprint)
 
-    def _prune(self, model: ServedModel, declared: set[str]) -> None:
+    def _prune(self, model: TenantModel, declared: set[str]) -> None:
         for entry in self.caching.store.entries(model.namespace):
             if entry.origin == "declared" and entry.name not in declared:
                 try:
@@ -127,7 +127,7 @@ class Declared:
                 except HeadstartError as error:
                     log.warning("cache %s of %s is no longer declared, but %s", entry.name, model.name, error)
 
-    async def _failure(self, model: ServedModel, declaration: Declaration) -> HeadstartError | None:
+    async def _failure(self, model: TenantModel, declaration: Declaration) -> HeadstartError | None:
         """Builds the cache; returns the error if that fails."""
         try:
             entry = await self._build(model, declaration)
@@ -142,7 +142,7 @@ class Declared:
         self.say(f"Cache {declaration.name} of {model.name} can't be built: {failure.message}")
         return failure
 
-    async def _build(self, model: ServedModel, declaration: Declaration) -> Entry:
+    async def _build(self, model: TenantModel, declaration: Declaration) -> Entry:
         """Builds the cache; retries after temporary errors: a full queue, a worker that died."""
         deaths = 0
         while True:

@@ -20,11 +20,13 @@ from headstart.json_scan import depth
 from headstart.limits import MAX_DEPTH
 from headstart.names import CacheKey
 from headstart.prompt.process.protocol import Text
+from headstart.service.background import BackgroundTasks
 from headstart.service.caching.quota import Quota
 from headstart.service.interface.answer import Choice
 from headstart.service.interface.chat import Chat
-from headstart.service.interface.options import Options
-from headstart.service.models.model import ServedModel
+from headstart.service.interface.observer import Evicted
+from headstart.service.interface.options import Keep, Options
+from headstart.service.models.tenant_model import TenantModel
 from headstart.service.origins.automatic import Automatic
 from headstart.service.origins.conversations import Conversations, Saving
 
@@ -66,12 +68,11 @@ class Responses:
         self.automatic = automatic
         self.quota = quota
         self.store = quota.store
-        self._keeping: set[asyncio.Task[None]] = set()
+        self.observer = quota.observer
+        self._tasks = BackgroundTasks()
 
     async def close(self) -> None:
-        for task in self._keeping:
-            task.cancel()
-        await asyncio.gather(*self._keeping, return_exceptions=True)
+        await self._tasks.close()
 
     def of(self, owner: str) -> list[Entry]:
         """The owner's responses, oldest first."""
@@ -122,24 +123,27 @@ class Responses:
         messages = [*opening, *instructing(instructions), *rest, *said]
         return messages if opening else self.automatic.with_default(messages)
 
-    def options(self, options: Options, kept: Kept, model: ServedModel) -> Options:
+    def options(self, options: Options, kept: Kept, model: TenantModel) -> Options:
         """The options of a request that continues the response; its state is usable only by its own model."""
         own = kept.entry.namespace == model.namespace
-        return replace(options, use_cache=(kept.entry.name,) if own else None, whole=True)
+        record = kept.record
+        keep = options.keep and replace(options.keep, caches=record.caches, n_cached=record.opening)
+        return replace(options, use_cache=(kept.entry.name,) if own else None, whole=True, keep=keep)
 
-    def keep(self, saving: Saving, answer: Choice, record: Record) -> None:
-        """Starts storing the answer; see Conversations.keep."""
-        chat = Chat([*saving.chat.messages, spoken(answer)], saving.chat.tools)
-        saving = replace(
-            saving,
-            chat=chat,
+    def keep(self, model: TenantModel, keep: Keep, chat: Chat, head: str | None, answer: Choice) -> None:
+        """Starts storing the `chat` with its answer; see Conversations.keep. `head`: the name of the cache
+        that the chat began with."""
+        saving = Saving(
+            model,
+            keep.name,
+            keep.overwrite,
+            Chat([*chat.messages, spoken(answer)], chat.tools),
+            head,
             origin="response",
-            terms=Retention(self.settings.responses_ttl_seconds, metadata={RECORD: _written(record)}),
+            terms=Retention(self.settings.responses_ttl_seconds, metadata={RECORD: _written(_record(keep))}),
             states=self.settings.responses_quota_mb > 0,
         )
-        task = asyncio.create_task(self._kept(self.conversations.keep(saving), saving.model.owner))
-        self._keeping.add(task)
-        task.add_done_callback(self._keeping.discard)
+        self._tasks.start(self._kept(self.conversations.keep(saving), saving.model.owner))
 
     async def _kept(self, saving: asyncio.Task[Entry], owner: str) -> None:
         """Makes room after it is stored, so that responses never exceed their quota by much."""
@@ -147,6 +151,7 @@ class Responses:
         try:
             for entry in self._movable(self.of(owner))[: -self.settings.responses_kept]:
                 self.store.delete(entry.key)
+                self.observer.evicted(Evicted(entry, entry.size_bytes))
             await self._trim()
         except HeadstartError as error:
             log.warning("old responses can't be deleted: %s", error.message)
@@ -182,9 +187,13 @@ def called(call_id: str, name: str, arguments: str) -> Json:
     return {"id": call_id, "type": "function", "function": function}
 
 
-async def n_tokens(model: ServedModel, text: str) -> int:
+async def n_tokens(model: TenantModel, text: str) -> int:
     """The number of tokens in a part of an answer, tokenised by itself."""
     return len(await model.prompts.one(Text(text))) if text else 0
+
+
+def _record(keep: Keep) -> Record:
+    return Record(keep.body() if keep.body else {}, keep.n_cached, keep.caches or ())
 
 
 def _written(record: Record) -> str:

@@ -1,0 +1,179 @@
+"""Plans prompts: their tokens, where prefill is cut, and the state that their evaluation starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from headstart.caches.entry import Content, Entry, Form
+from headstart.prompt.process.protocol import TextOpening
+from headstart.service.caching.builder import opening_if_any
+from headstart.service.caching.caching import Caching
+from headstart.service.caching.derived import check_parts, text_of
+from headstart.service.caching.lookup import Start
+from headstart.service.caching.prefix import opening_of, prefix_of
+from headstart.service.interface.chat import Chat
+from headstart.service.interface.options import Options
+from headstart.service.interface.text import Text
+from headstart.service.models.tenant_model import TenantModel
+from headstart.service.origins.automatic import Automatic, ImplicitMatch
+from headstart.service.origins.breakpoints import BreakpointPlan, Breakpoints, PlacedBreakpoint
+from headstart.service.origins.conversations import Conversations
+from headstart.tokens import common_prefix
+
+
+@dataclass(frozen=True)
+class PlannedPrompt:
+    """A prompt's tokens, and how their evaluation starts. `entry`: the cache that the request names, or the
+    combination of several. `match`: the implicit match of a chat that names none. `chat`: the whole chat,
+    with the messages of caches and settings; None for a text."""
+
+    tokens: list[int]
+    start: Start
+    entry: Entry | None = None
+    match: ImplicitMatch | None = None
+    breakpoints: BreakpointPlan | None = None
+    chat: Chat | None = None
+
+
+class PromptPlanner:
+    """All methods raise BadRequest, CacheNotFound, ContextLengthExceeded, StorageError or Unavailable."""
+
+    def __init__(
+        self,
+        caching: Caching,
+        automatic: Automatic,
+        conversations: Conversations,
+        breakpoints: Breakpoints,
+    ) -> None:
+        self.caching = caching
+        self.automatic = automatic
+        self.conversations = conversations
+        self.breakpoints = breakpoints
+
+    async def chat(self, model: TenantModel, own: Chat, options: Options) -> PlannedPrompt:
+        if options.use_cache is None:
+            return await self._unnamed_chat(model, own, options)
+        return await self._named_chat(model, own, options.use_cache, whole=options.whole)
+
+    async def _unnamed_chat(self, model: TenantModel, own: Chat, options: Options) -> PlannedPrompt:
+        """A chat that names no cache may start from a cache with the same prefix."""
+        chat = replace(own, messages=self.automatic.with_default(own.messages))
+        begun = self._begun(model, chat)
+        tokens, wanted = await model.prompts.with_opening(chat.prompt, opening_of("chat", begun))
+        model.check_fits(len(tokens), param="messages")
+        boundary = _cut(wanted or [], tokens)
+        places = await self._places(model, chat, own, options, tokens)
+        if places:
+            wanted = None
+            begun, boundary = await self._cached_or_placed(model, chat, tokens, places[-1])
+        if not options.reuse:
+            return PlannedPrompt(tokens, Start(boundary), chat=chat)
+        match = await self.automatic.look(model, begun, tokens, boundary, wanted)
+        head, start = None, Start(boundary, restore=match.restore if match else None)
+        if match and match.entry is None:
+            head, start = await self._from_shorter(model, chat, tokens, boundary)
+            # A breakpoint's prefix is cached at once, not counted.
+            match = None if begun in [place.content for place in places] else match
+        plan = BreakpointPlan(places, head) if places else None
+        return PlannedPrompt(tokens, start, match=match, breakpoints=plan, chat=chat)
+
+    async def _places(
+        self, model: TenantModel, chat: Chat, own: Chat, options: Options, tokens: list[int]
+    ) -> list[PlacedBreakpoint]:
+        """The request's breakpoints, placed in the chat with the configured system message."""
+        added = len(chat.messages) - len(own.messages)
+        marks = [replace(mark, messages=mark.messages + added) for mark in options.marks]
+        return await self.breakpoints.place(model, chat, marks, tokens)
+
+    def _begun(self, model: TenantModel, chat: Chat) -> Content:
+        """The longest prefix of the chat that a cache has or could have."""
+        return chat.opening(list(self.caching.namespaces.known(model, "chat")))
+
+    async def _cached_or_placed(
+        self, model: TenantModel, chat: Chat, tokens: list[int], last: PlacedBreakpoint
+    ) -> tuple[Content, int]:
+        """The longest prefix that a cache holds, or will hold up to the `last` breakpoint, and the cut at its
+        end. Breakpoints replace the system prompt here."""
+        begun = chat.held(self.caching.namespaces.known(model, "chat")) or last.content
+        boundary = _cut(await opening_if_any(model, "chat", begun), tokens)
+        # A state that can't be cut helps only requests that begin with all of it.
+        if last.boundary > boundary and model.info.can_cut:
+            return last.content, last.boundary
+        return begun, boundary
+
+    async def _from_shorter(
+        self, model: TenantModel, chat: Chat, tokens: list[int], boundary: int
+    ) -> tuple[Entry | None, Start]:
+        """If the prefix has no cache: the longest cached prefix of the chat, and how to start from it."""
+        held = chat.held(self.caching.namespaces.known(model, "chat"))
+        found = await self.caching.unnamed(model, held, tokens) if held else None
+        if found is None or found[1].restore is None:
+            return None, Start(boundary)
+        entry, start = found
+        return entry, Start(boundary, restore=start.restore, shared=start.boundary)
+
+    async def _named_chat(
+        self, model: TenantModel, own: Chat, names: Sequence[str], *, whole: bool
+    ) -> PlannedPrompt:
+        start = None
+        while start is None:
+            entry = await self._named(model, names, "chat")
+            chat = own if whole else own.after(entry.content)
+            if chat.begins_with(entry.content):
+                asked = chat.prompt, opening_of("chat", entry.content)
+                tokens, wanted = await model.prompts.with_opening(*asked)
+                start = await self.caching.open(model, entry, "chat", tokens, wanted)
+            else:
+                tokens = await model.prompts.one(chat.prompt)
+                start = await self._differing(model, chat, entry, tokens)
+        return PlannedPrompt(tokens, start, entry, chat=chat)
+
+    async def _differing(self, model: TenantModel, chat: Chat, entry: Entry, tokens: list[int]) -> Start:
+        """How to start if the chat doesn't begin with the named cache's content: a common prefix may still be
+        used."""
+        model.check_fits(len(tokens), param="messages")
+        boundary = _cut(await opening_if_any(model, "chat", self._begun(model, chat)), tokens)
+        head = await prefix_of(self.caching.store, model, entry, "chat", tokens)
+        return Start(boundary, restore=head.restore, shared=head.shared, miss="prompt_differs")
+
+    async def count(self, model: TenantModel, own: Chat, names: Sequence[str] | None) -> int:
+        """The number of tokens in the prompt of such a chat."""
+        if names is None:
+            chat = replace(own, messages=self.automatic.with_default(own.messages))
+        else:
+            chat = own.after((await self._named(model, names, "chat")).content)
+        return len(await model.prompts.one(chat.prompt))
+
+    async def text(self, model: TenantModel, prompt: Text, names: Sequence[str] | None) -> PlannedPrompt:
+        if names is not None:
+            return await self._named_text(model, prompt, names)
+        prompts = model.prompts
+        tokens = await prompt.read(prompts)
+        model.check_fits(len(tokens), param="prompt")
+        known = self.caching.namespaces.known_opening(model, prompt.whole(model.vocabulary))
+        return PlannedPrompt(tokens, Start(_cut(await prompts.one(TextOpening(known)), tokens)))
+
+    async def _named_text(self, model: TenantModel, prompt: Text, names: Sequence[str]) -> PlannedPrompt:
+        start = None
+        while start is None:
+            entry = await self._named(model, names, "completion")
+            tokens = await prompt.read(model.prompts, text_of(entry))
+            start = await self.caching.open(model, entry, "completion", tokens)
+        return PlannedPrompt(tokens, start, entry)
+
+    async def _named(self, model: TenantModel, names: Sequence[str], form: Form) -> Entry:
+        """The cache of this name, or the one composed of several. Raises CacheNotFound, BadRequest, or
+        StorageError for a conversation that could not be saved."""
+        check_parts(names)
+        parts = []
+        for name in names:
+            await self.conversations.settled(model, name)
+            parts.append(await self.caching.find(model, name))
+        return parts[0] if len(parts) == 1 else self.caching.derived(model, parts, form)
+
+
+def _cut(opening: list[int], tokens: list[int]) -> int:
+    """The place to cut the prefill: where a cache of this prefix would end, so that the answer is the
+    same."""
+    return max(min(common_prefix(opening, tokens), len(tokens) - 1), 0)

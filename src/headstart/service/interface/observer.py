@@ -1,0 +1,113 @@
+"""The events of a running server. Its log is written from them, and so can be metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from headstart.caches.entry import Entry, Form
+from headstart.protocol import Stats
+from headstart.service.interface.answer import FinishReason, Result
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A request got all its answers, which ended for these `reasons`."""
+
+    model: str
+    owner: str
+    result: Result
+    reasons: Sequence[FinishReason]
+
+
+@dataclass(frozen=True)
+class Built:
+    """The states of a cache were computed; `stats` are those of each computed form. A form whose state was
+    copied from the previous version has none."""
+
+    entry: Entry
+    stats: Mapping[Form, Stats]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Evicted:
+    """Files of a cache made room: its states alone, or all of it. `freed`: bytes."""
+
+    entry: Entry
+    freed: int
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model is ready to answer."""
+
+    model: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Restored:
+    """The engine restored a state from a file, for a request or a build; `stats` are those of the
+    sequence."""
+
+    model: str
+    stats: Stats
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Work ended with an error. `subject`: a model, or for a build the cache."""
+
+    work: Literal["answer", "build", "load"]
+    subject: str
+    error: BaseException
+
+
+class Observer:
+    """Receives each event once, when it happens, on the event loop. Methods return at once and raise
+    nothing; those that a subclass doesn't override ignore their event."""
+
+    def answered(self, event: Answered) -> None: ...
+
+    def built(self, event: Built) -> None: ...
+
+    def evicted(self, event: Evicted) -> None: ...
+
+    def loaded(self, event: Loaded) -> None: ...
+
+    def restored(self, event: Restored) -> None: ...
+
+    def failed(self, event: Failure) -> None: ...
+
+
+class Observers(Observer):
+    """Passes each event to several observers, in order."""
+
+    def __init__(self, observers: Sequence[Observer] = ()) -> None:
+        self.observers = observers
+
+    def answered(self, event: Answered) -> None:
+        for observer in self.observers:
+            observer.answered(event)
+
+    def built(self, event: Built) -> None:
+        for observer in self.observers:
+            observer.built(event)
+
+    def evicted(self, event: Evicted) -> None:
+        for observer in self.observers:
+            observer.evicted(event)
+
+    def loaded(self, event: Loaded) -> None:
+        for observer in self.observers:
+            observer.loaded(event)
+
+    def restored(self, event: Restored) -> None:
+        for observer in self.observers:
+            observer.restored(event)
+
+    def failed(self, event: Failure) -> None:
+        for observer in self.observers:
+            observer.failed(event)
