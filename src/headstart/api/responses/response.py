@@ -1,22 +1,23 @@
-"""Responses in the format of OpenAI's Responses API: an object, and the named events of a stream."""
+"""The writer of answers in the format of OpenAI's Responses API."""
 
 from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 from headstart.api.fields import usage as fields_usage
+from headstart.api.sse import as_named_event
+from headstart.api.writer import Json
 from headstart.errors import HeadstartError
 from headstart.service.generation.generate import Result
 from headstart.service.interface.answer import Delta, Ended
 
-Json = dict[str, Any]
 PREFIX = "resp_"
 
 
-class Item:
+class GrowingItem:
     """One output item while it is written. Its events have no output index and no sequence number yet."""
 
     prefix = ""
@@ -54,7 +55,7 @@ class Item:
         raise NotImplementedError
 
 
-class Message(Item):
+class GrowingMessage(GrowingItem):
     prefix, kind, part, event = "msg_", "message", "output_text", "response.output_text"
     fields: ClassVar[Json] = {"role": "assistant"}
     with_text: ClassVar[Json] = {"logprobs": []}
@@ -83,14 +84,14 @@ class Message(Item):
         yield {"type": "response.content_part.done", **self._place, "part": self._part(self.text)}
 
 
-class Reasoning(Message):
+class GrowingReasoning(GrowingMessage):
     prefix, kind, part, event = "rs_", "reasoning", "reasoning_text", "response.reasoning_text"
     fields: ClassVar[Json] = {"summary": []}
     with_text: ClassVar[Json] = {}
     of_part: ClassVar[Json] = {}
 
 
-class FunctionCall(Item):
+class GrowingCall(GrowingItem):
     prefix, kind = "fc_", "function_call"
 
     def __init__(self, index: int, call_id: str, name: str) -> None:
@@ -109,9 +110,11 @@ class FunctionCall(Item):
         yield {"type": "response.function_call_arguments.done", **self._place, **told}
 
 
-class Writer:
-    """Writes one response. Encode each event before requesting the next one. `body` is the response so far;
-    it is complete after `finished` or `failed`."""
+class ResponseWriter:
+    """Writes one response. `body` is also complete after `failed`."""
+
+    done = b""
+    opens_at_once = True
 
     def __init__(self, told: Json) -> None:
         self.body: Json = {
@@ -126,50 +129,55 @@ class Writer:
             "output": [],
             "usage": None,
         }
-        self.reasoning = ""
-        self._open: Item | None = None
-        self._n_items = 0
+        self._open: GrowingItem | None = None
         self._n_events = 0
         self._was_cut = False
 
-    def begun(self) -> Iterator[Json]:
-        for kind in ("response.created", "response.in_progress"):
-            yield self._numbered({"type": kind, "response": self.body})
+    def opening(self) -> Iterable[bytes]:
+        kinds = ("response.created", "response.in_progress")
+        return _encoded(self._numbered({"type": kind, "response": self.body}) for kind in kinds)
 
-    def grown(self, event: Delta | Ended) -> Iterator[Json]:
+    def add(self, event: Delta | Ended) -> Iterable[bytes]:
+        return _encoded(self._grown(event))
+
+    def closing(self, result: Result) -> Iterable[bytes]:
+        return _encoded(self._completed(result))
+
+    def failed(self, error: HeadstartError) -> Iterable[bytes]:
+        return _encoded(self._broken(error))
+
+    def _grown(self, event: Delta | Ended) -> Iterator[Json]:
         if isinstance(event, Ended):
             self._was_cut = event.finish_reason == "length"
             return
         if event.reasoning:
-            self.reasoning += event.reasoning
-            yield from self._said(Reasoning, event.reasoning)
+            yield from self._said(GrowingReasoning, event.reasoning)
         if event.text:
-            yield from self._said(Message, event.text)
+            yield from self._said(GrowingMessage, event.text)
         if call := event.call:
-            if not isinstance(self._open, FunctionCall) or self._open.index != call.index:
-                yield from self._opening(FunctionCall(call.index, call.id, call.name))
+            if not isinstance(self._open, GrowingCall) or self._open.index != call.index:
+                yield from self._opening(GrowingCall(call.index, call.id, call.name))
             yield from self._growing(call.arguments)
 
-    def finished(self, result: Result, n_reasoning: int) -> Iterator[Json]:
-        """`n_reasoning`: the number of reasoning tokens in the answer."""
+    def _completed(self, result: Result) -> Iterator[Json]:
         status = "incomplete" if self._was_cut else "completed"
         if not (self._open or self.body["output"]):
-            yield from self._opening(Message())
+            yield from self._opening(GrowingMessage())
         yield from self._closing(status)
-        self.body |= {"usage": usage(result, n_reasoning), **fields_usage.ending(result), "status": status}
+        self.body |= {"usage": usage(result), **fields_usage.ending(result), "status": status}
         if self._was_cut:
             self.body["incomplete_details"] = {"reason": "max_output_tokens"}
         else:
             self.body["completed_at"] = int(time.time())
         yield self._numbered({"type": f"response.{status}", "response": self.body})
 
-    def failed(self, error: HeadstartError) -> Iterator[Json]:
+    def _broken(self, error: HeadstartError) -> Iterator[Json]:
         yield from self._closing("incomplete")
         code = "server_error" if error.status >= 500 else "invalid_prompt"
         self.body |= {"status": "failed", "error": {"code": code, "message": error.message}}
         yield self._numbered({"type": "response.failed", "response": self.body})
 
-    def _said(self, kind: type[Message], text: str) -> Iterator[Json]:
+    def _said(self, kind: type[GrowingMessage], text: str) -> Iterator[Json]:
         if self._open is None or type(self._open) is not kind:
             yield from self._opening(kind())
         yield from self._growing(text)
@@ -178,7 +186,7 @@ class Writer:
         assert self._open
         yield from map(self._placed, self._open.grown(text))
 
-    def _opening(self, item: Item) -> Iterator[Json]:
+    def _opening(self, item: GrowingItem) -> Iterator[Json]:
         yield from self._closing("completed")
         self._open = item
         yield from map(self._placed, item.opened())
@@ -197,7 +205,12 @@ class Writer:
         return {**event, "sequence_number": self._n_events - 1}
 
 
-def usage(result: Result, n_reasoning: int) -> Json:
+def _encoded(events: Iterable[Json]) -> Iterable[bytes]:
+    # A list, because the response grows while its events are iterated.
+    return map(as_named_event, list(events))
+
+
+def usage(result: Result) -> Json:
     """The usage of a chat with this API's field names."""
     account = fields_usage.usage(result)
     n_prompt, n_answer = account.pop("prompt_tokens"), account.pop("completion_tokens")
@@ -207,6 +220,6 @@ def usage(result: Result, n_reasoning: int) -> Json:
         "input_tokens": n_prompt,
         "input_tokens_details": cached,
         "output_tokens": n_answer,
-        "output_tokens_details": {"reasoning_tokens": min(n_reasoning, n_answer)},
+        "output_tokens_details": {"reasoning_tokens": min(result.n_reasoning, n_answer)},
         **account,
     }

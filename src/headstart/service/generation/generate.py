@@ -24,7 +24,8 @@ class Result:
     """The result of a request. `n_tokens`: tokens of all answers together. `cache_hit`: None if no cache was
     named, otherwise whether the engine started from its state; all counts are the engine's. `matched`: the
     number of prompt tokens in the closest known state's prefix. `explanation`: only if requested. `saved_as`:
-    the name under which the chat is being stored. `warning`: how the answer differs from the request."""
+    the name under which the chat is being stored. `warning`: how the answer differs from the request.
+    `n_reasoning`: tokens of reasoning, if they are counted."""
 
     n_tokens: int
     stats: Stats
@@ -35,6 +36,7 @@ class Result:
     explanation: Explanation | None = None
     saved_as: str | None = None
     warning: str = ""
+    n_reasoning: int = 0
 
 
 class Generation:
