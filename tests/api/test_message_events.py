@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from headstart.api.anthropic.response import Message
+from headstart.api.answer import body, writes
+from headstart.api.anthropic.response import MessageWriter
 from headstart.prompt.answer_parts import CallDelta
 from headstart.protocol import Stats
 from headstart.service.generation.generate import Result
@@ -42,12 +43,12 @@ async def events(answer: list[Delta | Ended]) -> AsyncGenerator[Delta | Ended | 
     yield Result(n_tokens=9, stats=STATS)
 
 
-def message(*, with_reasoning: bool = True) -> Message:
-    return Message("toy", 20, None, with_reasoning=with_reasoning)
+def message(*, with_reasoning: bool = True) -> MessageWriter:
+    return MessageWriter("toy", 20, None, with_reasoning=with_reasoning)
 
 
 async def streamed(answer: list[Delta | Ended]) -> list[Any]:
-    data = b"".join([piece async for piece in message().stream(events(answer))]).decode()
+    data = b"".join([piece async for piece in writes(events(answer), message())]).decode()
     return [json.loads(block.partition("\ndata: ")[2]) for block in data.strip().split("\n\n")]
 
 
@@ -77,7 +78,7 @@ def gathered(told: list[Any]) -> list[Any]:
 
 
 async def test_reasoning_text_and_calls_are_blocks_in_the_order_they_came() -> None:
-    whole = await message().whole(events(ANSWER))
+    whole = await body(events(ANSWER), message())
     assert whole["content"] == CONTENT
     assert (whole["stop_reason"], whole["stop_sequence"]) == ("tool_use", None)
     assert whole["usage"]["input_tokens"] == 12
@@ -93,7 +94,7 @@ async def test_events_make_the_same_content() -> None:
 
 
 async def test_reasoning_that_was_not_asked_for_is_not_told() -> None:
-    whole = await message(with_reasoning=False).whole(events(ANSWER))
+    whole = await body(events(ANSWER), message(with_reasoning=False))
     assert whole["content"] == CONTENT[1:]
 
 
@@ -103,6 +104,6 @@ async def test_arguments_that_were_cut_off_are_none(arguments: str) -> None:
         Delta(0, call=CallDelta(0, "call_1", "look", arguments)),
         Ended(0, "length"),
     ]
-    whole = await message().whole(events(answer))
+    whole = await body(events(answer), message())
     assert whole["content"] == [{"type": "tool_use", "id": "call_1", "name": "look", "input": {}}]
     assert whole["stop_reason"] == "max_tokens"

@@ -16,7 +16,7 @@ from openai.lib.streaming.responses._responses import ResponseStreamState
 from openai.types.responses import ResponseStreamEvent
 
 from conftest import StartServer
-from headstart.api.responses.response import Writer
+from headstart.api.responses.response import ResponseWriter
 from headstart.prompt.answer_parts import CallDelta
 from headstart.protocol import Stats
 from headstart.service.generation.generate import Result
@@ -395,7 +395,7 @@ def test_a_response_that_fails_under_way_ends_its_stream_with_failed(start_serve
 
 def test_what_a_parser_finds_in_an_answer_become_items() -> None:
     """No model here calls functions by itself, so the deltas are made up."""
-    writer = Writer("resp_1", {})
+    writer = ResponseWriter("resp_1", {})
     deltas: list[Delta | Ended] = [
         Delta(0, reasoning="Hm"),
         Delta(0, reasoning="m."),
@@ -407,12 +407,13 @@ def test_what_a_parser_finds_in_an_answer_become_items() -> None:
         Ended(0, "tool_calls"),
     ]
     answer = Choice(0)
-    events = [json.loads(json.dumps(event)) for event in writer.begun()]
+    data = b"".join(writer.opening())
     for delta in deltas:
         answer.add(delta)
-        events += [json.loads(json.dumps(event)) for event in writer.grown(delta)]
+        data += b"".join(writer.add(delta))
     stats = Stats(9, 4, 5, 7, "slot", 0, 0, 0, 0, 0, 0, 0)
-    events += [json.loads(json.dumps(event)) for event in writer.finished(Result(7, stats, n_reasoning=2))]
+    data += b"".join(writer.closing(Result(7, stats, n_reasoning=2)))
+    events = [json.loads(line[6:]) for line in data.decode().splitlines() if line.startswith("data: ")]
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     state: Any = ResponseStreamState(input_tools=omit, text_format=omit)
     for event in events:

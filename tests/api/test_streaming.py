@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from starlette.types import Message
 
 from headstart.api import sse
-from headstart.api.completions.response import Chat, Completion, Events, stream
+from headstart.api.answer import writes
+from headstart.api.completions.response import ChatWriter, TextWriter
 from headstart.api.sse import COMMENT, EventStream, as_event
+from headstart.api.writer import Events
 from headstart.errors import EngineDied
 from headstart.protocol import Stats
 from headstart.service.generation.generate import Result
@@ -31,27 +33,28 @@ async def _answer(texts: list[str]) -> Events:
     yield RESULT
 
 
-def _written(texts: list[str], shape: Chat, include_usage: bool) -> list[list[Any]]:
+def _written(texts: list[str], writer: ChatWriter) -> list[list[Any]]:
     """The chunks of each write."""
 
     async def collect() -> list[bytes]:
-        return [data async for data in stream(_answer(texts), shape, 1, include_usage)]
+        return [data async for data in writes(_answer(texts), writer)]
 
-    writes = [data.decode().split("\n\n") for data in asyncio.run(collect())]
-    assert all(write.pop() == "" for write in writes)
-    return [[json.loads(event.removeprefix("data: ")) for event in write] for write in writes]
+    written = [data.decode().split("\n\n") for data in asyncio.run(collect())]
+    assert all(write.pop() == "" for write in written)
+    return [[json.loads(event.removeprefix("data: ")) for event in write] for write in written]
 
 
-@pytest.mark.parametrize("shape", [Chat("toy"), Completion("toy")])
+@pytest.mark.parametrize("kind", [ChatWriter, TextWriter])
 @pytest.mark.parametrize("include_usage", [False, True])
 @given(texts=st.lists(st.text(min_size=1) | st.sampled_from(['"', "\0", '"\0"', "\\u0000", "\n\n"])))
 def test_each_text_is_in_a_chunk_as_if_that_had_been_encoded_whole(
-    shape: Chat, include_usage: bool, texts: list[str]
+    kind: type[ChatWriter], include_usage: bool, texts: list[str]
 ) -> None:
-    chunks = [chunk for write in _written(texts, shape, include_usage) for chunk in write]
+    writer = kind("toy", include_usage=include_usage)
+    chunks = [chunk for write in _written(texts, writer) for chunk in write]
     extra = {"usage": None} if include_usage else {}
-    opening = [chunk | extra for chunk in [shape.opening(0)] if chunk]
-    said = [shape.chunk(Delta(0, text)) | extra for text in texts]
+    opening = [chunk | extra for chunk in [writer.opening_chunk(0)] if chunk]
+    said = [writer.chunk(Delta(0, text)) | extra for text in texts]
     assert chunks[: len(opening + said)] == opening + said
     last, *account = chunks[len(opening + said) :]
     assert last["choices"][0]["finish_reason"] == "stop"
@@ -59,10 +62,10 @@ def test_each_text_is_in_a_chunk_as_if_that_had_been_encoded_whole(
 
 
 def test_a_step_of_the_engine_is_one_write_and_so_is_what_begins_and_ends_an_answer() -> None:
-    writes = _written(["one", "two"], Chat("toy"), include_usage=True)
-    assert [len(write) for write in writes] == [2, 1, 2]
-    assert writes[0][0]["choices"][0]["delta"]["role"] == "assistant"
-    assert [chunk["choices"][0]["delta"] for chunk in writes[0][1:] + writes[1]] == [
+    written = _written(["one", "two"], ChatWriter("toy", include_usage=True))
+    assert [len(write) for write in written] == [2, 1, 2]
+    assert written[0][0]["choices"][0]["delta"]["role"] == "assistant"
+    assert [chunk["choices"][0]["delta"] for chunk in written[0][1:] + written[1]] == [
         {"content": "one"},
         {"content": "two"},
     ]

@@ -1,31 +1,24 @@
-"""Answers in the format of Anthropic's Messages API: complete, or as named events."""
+"""The writer of answers in the format of Anthropic's Messages API."""
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 import msgspec
 
 from headstart.api.anthropic.errors import anthropic_body
 from headstart.api.fields.usage import ending, usage
 from headstart.api.sse import as_named_event
+from headstart.api.writer import Json
 from headstart.errors import HeadstartError
 from headstart.json_scan import check_json
 from headstart.service.interface.answer import Delta, Ended, Result
 from headstart.service.origins.breakpoints import BreakpointPlan
 
-Json = dict[str, Any]
-Events = AsyncGenerator[Delta | Ended | Result, None]
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 DELTAS = {"text": "text_delta", "thinking": "thinking_delta", "tool_use": "input_json_delta"}
 FIELDS = {"text": "text", "thinking": "thinking", "tool_use": "partial_json"}
-
-
-def failed_event(error: HeadstartError) -> bytes:
-    return as_named_event(anthropic_body(error))
 
 
 class Blocks:
@@ -85,9 +78,12 @@ def _arguments(text: str) -> Json:
     return arguments if isinstance(arguments, dict) else {}
 
 
-class Message:
-    """One answer. `prompt_tokens`: reported as usage when the stream begins, before anything is computed.
-    `marked`: the states to be stored."""
+class MessageWriter:
+    """Writes one message. `prompt_tokens`: reported as usage when the stream begins, before anything is
+    computed. `marked`: the states to be stored."""
+
+    done = b""
+    opens_at_once = False
 
     def __init__(
         self, model: str, prompt_tokens: int, marked: BreakpointPlan | None, *, with_reasoning: bool
@@ -97,47 +93,34 @@ class Message:
         self.marked = marked or BreakpointPlan()
         self.blocks = Blocks(with_reasoning=with_reasoning)
         self._stop: Json = {"stop_reason": None, "stop_sequence": None}
+        self._account: Json = {}
 
-    async def whole(self, events: Events) -> Json:
-        async with aclosing(events):
-            async for event in events:
-                if isinstance(event, Result):
-                    return {**self._message(), "usage": self._usage(event), **ending(event)}
-                for _ in self._grow(event):
-                    pass
-        raise AssertionError("an answer ends with its result")
+    @property
+    def body(self) -> Json:
+        return {**self.head, "content": self.blocks.content, **self._stop, **self._account}
 
-    async def stream(self, events: Events) -> AsyncGenerator[bytes, None]:
-        """The answer's events; events to be sent together are joined."""
-        # Sent with the first event, which exists when the stream begins or is late anyway.
-        waiting = b"".join(map(as_named_event, self._opening()))
-        async with aclosing(events):
-            async for event in events:
-                told = self._closing(event) if isinstance(event, Result) else self._grow(event)
-                if data := b"".join(map(as_named_event, told)):
-                    yield waiting + data
-                    waiting = b""
-
-    def _message(self) -> Json:
-        return {**self.head, "content": self.blocks.content, **self._stop}
-
-    def _opening(self) -> Iterator[Json]:
+    def opening(self) -> Iterable[bytes]:
         begun = {"input_tokens": self.prompt_tokens, "output_tokens": 0}
-        yield {"type": "message_start", "message": {**self._message(), "usage": begun}}
-        yield {"type": "ping"}
+        start: Json = {"type": "message_start", "message": {**self.body, "usage": begun}}
+        return map(as_named_event, [start, {"type": "ping"}])
 
-    def _grow(self, event: Delta | Ended) -> Iterator[Json]:
-        if isinstance(event, Delta):
-            yield from self.blocks.add(event)
-            return
+    def add(self, event: Delta | Ended) -> Iterable[bytes]:
+        # A list, because the blocks grow while their events are iterated.
+        grown = self.blocks.add(event) if isinstance(event, Delta) else self._end(event)
+        return map(as_named_event, list(grown))
+
+    def closing(self, result: Result) -> Iterable[bytes]:
+        self._account = {"usage": self._usage(result), **ending(result)}
+        last = {"type": "message_delta", "delta": self._stop, **self._account}
+        return map(as_named_event, [last, {"type": "message_stop"}])
+
+    def failed(self, error: HeadstartError) -> Iterable[bytes]:
+        return [as_named_event(anthropic_body(error))]
+
+    def _end(self, event: Ended) -> Iterator[Json]:
         reason = "stop_sequence" if event.stop is not None else STOP_REASONS[event.finish_reason]
         self._stop = {"stop_reason": reason, "stop_sequence": event.stop}
-        yield from self.blocks.close()
-
-    def _closing(self, result: Result) -> Iterator[Json]:
-        account = {"usage": self._usage(result), **ending(result)}
-        yield {"type": "message_delta", "delta": self._stop, **account}
-        yield {"type": "message_stop"}
+        return self.blocks.close()
 
     def _usage(self, result: Result) -> Json:
         """Counts every prompt token once: as read from a cache, written to one, or neither."""

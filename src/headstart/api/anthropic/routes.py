@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
+from headstart.api.answer import answer
 from headstart.api.anthropic.request import CountRequest, MessagesRequest
-from headstart.api.anthropic.response import Message, failed_event
+from headstart.api.anthropic.response import MessageWriter
 from headstart.api.context import admit
 from headstart.api.fields.answer_format import while_preparing
-from headstart.api.sse import BEGIN_SECONDS, EventStream, begun, while_connected
 from headstart.service.interface.options import Options
 from headstart.service.service import Service
 
@@ -27,17 +26,14 @@ async def messages(request: Request, body: MessagesRequest) -> Response:
         options = body.options(marks, target.caches, body.answer_grammar())
         preparing = service.generation.chat(model, chat, options, tools)
         prepared = await while_preparing(request, options, tools, preparing)
-        message = Message(
+        writer = MessageWriter(
             body.model,
             len(prepared.submit.tokens),
             prepared.plan.breakpoints,
             with_reasoning=body.shows_reasoning,
         )
         events = service.generation.run(prepared)
-        if body.stream:
-            started = await begun(request, events, BEGIN_SECONDS)
-            return EventStream(message.stream(started), done=b"", failed=failed_event, source=started)
-        return JSONResponse(await while_connected(request, message.whole(events)))
+        return await answer(request, events, writer, stream=body.stream)
 
 
 @router.post("/count_tokens")

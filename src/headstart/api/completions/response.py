@@ -1,48 +1,80 @@
-"""Answers in OpenAI's format: complete, or in chunks."""
+"""Writers of chat and text completions."""
 
 from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterable, Sequence
-from contextlib import aclosing
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
+from headstart.api import sse
 from headstart.api.fields.usage import ending, usage
 from headstart.api.sse import as_event
+from headstart.api.writer import Json
+from headstart.errors import HeadstartError
 from headstart.service.interface.answer import Call, Choice, Delta, Ended, Result, TokenLogprob
 
-Json = dict[str, Any]
-Events = AsyncGenerator[Delta | Ended | Result, None]
 # Placeholder for the text in a chunk that is encoded once as a template; occurs in no other field.
 MARK = "\0"
 LEAST_LOGPROB = -9999.0
 
 
-class Chat:
-    """The format of chat completions. `id` and `created` are the same in all chunks of an answer."""
+class ChatWriter:
+    """Writes a chat completion with `n` choices. `id` and `created` are the same in all chunks."""
 
+    done = sse.DONE
+    opens_at_once = False
     prefix, object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, n: int = 1, *, include_usage: bool = False) -> None:
         self.head = {"id": self.prefix + uuid.uuid4().hex, "created": int(time.time()), "model": model}
+        self.include_usage = include_usage
+        # If clients request usage, OpenAI sends `usage: null` in every chunk but the last.
+        self.extra: Json = {"usage": None} if include_usage else {}
+        self._choices = [Choice(index) for index in range(n)]
+        self._account: Json = {}
+        # The last choice's end, to be completed by the result.
+        self._ended: Json = {}
 
-    def whole(self, choices: Sequence[Choice], result: Result) -> Json:
-        account = {"usage": usage(result), **ending(result)}
-        return self._object(self.object, [self._choice(choice) for choice in choices]) | account
+    @property
+    def body(self) -> Json:
+        return self._object(self.object, [self._choice(choice) for choice in self._choices]) | self._account
+
+    def opening(self) -> Iterable[bytes]:
+        self._texts = TextChunks(self.chunk(Delta(choice.index, MARK)) for choice in self._choices)
+        openings = (self.opening_chunk(choice.index) for choice in self._choices)
+        return [as_event(each) for each in openings if each]
+
+    def add(self, event: Delta | Ended) -> Iterable[bytes]:
+        self._choices[event.choice].add(event)
+        if isinstance(event, Delta):
+            return map(self._encoded, (event,))
+        ended, self._ended = self._ended, self.chunk(event)
+        return map(as_event, (ended,) if ended else ())
+
+    def closing(self, result: Result) -> Iterable[bytes]:
+        self._account = {"usage": usage(result), **ending(result)}
+        chunks = [self._ended | ending(result)]
+        if self.include_usage:
+            chunks.append(self._object(self.chunk_object, []) | {"usage": usage(result)})
+        return map(as_event, chunks)
+
+    def failed(self, error: HeadstartError) -> Iterable[bytes]:
+        return [sse.failed(error)]
 
     def chunk(self, event: Delta | Ended) -> Json:
-        return self._object(self.chunk_object, [self._chunk_choice(event)])
+        return self._object(self.chunk_object, [self._chunk_choice(event)]) | self.extra
 
-    def usage_chunk(self, result: Result) -> Json:
-        return self._object(self.chunk_object, []) | {"usage": usage(result)}
-
-    def opening(self, choice: int) -> Json | None:
+    def opening_chunk(self, choice: int) -> Json | None:
         delta = {"role": "assistant", "content": ""}
         told = {"index": choice, "delta": delta, "logprobs": None, "finish_reason": None}
-        return self._object(self.chunk_object, [told])
+        return self._object(self.chunk_object, [told]) | self.extra
+
+    def _encoded(self, delta: Delta) -> bytes:
+        if delta.reasoning or delta.call or delta.logprobs or not delta.text:
+            return as_event(self.chunk(delta))
+        return self._texts.encode(delta)
 
     def _object(self, kind: str, choices: list[Json]) -> Json:
         return {"object": kind, **self.head, "choices": choices}
@@ -107,16 +139,18 @@ def _finite(logprob: float) -> float:
     return max(logprob, LEAST_LOGPROB)
 
 
-class Completion(Chat):
-    """The format of text completions and of their chunks. `echoes`: the text that each choice begins with."""
+class TextWriter(ChatWriter):
+    """Writes a text completion. `echoes`: the text that each choice begins with."""
 
     prefix, object, chunk_object = "cmpl-", "text_completion", "text_completion"
 
-    def __init__(self, model: str, echoes: Sequence[str] = ()) -> None:
-        super().__init__(model)
+    def __init__(
+        self, model: str, n: int = 1, *, include_usage: bool = False, echoes: Sequence[str] = ()
+    ) -> None:
+        super().__init__(model, n, include_usage=include_usage)
         self.echoes = echoes
 
-    def opening(self, choice: int) -> Json | None:
+    def opening_chunk(self, choice: int) -> Json | None:
         echo = self._echo(choice)
         return self.chunk(Delta(choice, echo)) if echo else None
 
@@ -160,56 +194,14 @@ def _written(token: bytes) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
 
 
-async def whole(events: Events, shape: Chat, n: int) -> Json:
-    choices = [Choice(index) for index in range(n)]
-    async with aclosing(events):
-        async for event in events:
-            if isinstance(event, Result):
-                return shape.whole(choices, event)
-            choices[event.choice].add(event)
-    raise AssertionError("an answer ends with its result")
-
-
-async def stream(events: Events, shape: Chat, n: int, include_usage: bool) -> AsyncGenerator[bytes, None]:
-    """The answer's events; events to be sent together are joined."""
-    # If clients request usage, OpenAI sends `usage: null` in every chunk but the last.
-    extra: Json = {"usage": None} if include_usage else {}
-    pieces = TextChunks(shape, n, extra)
-    # Sent with the first event, which exists when the stream begins or is late anyway.
-    waiting = b"".join(as_event(each | extra) for each in _openings(shape, n))
-    ended: Json = {}
-    async with aclosing(events):
-        async for event in events:
-            match event:
-                case Delta():
-                    yield waiting + pieces.encode(event)
-                    waiting = b""
-                case Ended():
-                    if ended:
-                        yield waiting + as_event(ended)
-                        waiting = b""
-                    ended = shape.chunk(event) | extra
-                case Result():
-                    account = as_event(shape.usage_chunk(event)) if include_usage else b""
-                    yield waiting + as_event(ended | ending(event)) + account
-
-
-def _openings(shape: Chat, n: int) -> Iterable[Json]:
-    return filter(None, (shape.opening(choice) for choice in range(n)))
-
-
 class TextChunks:
-    """Encodes chunks quickly: those that contain only text differ only in the text."""
+    """Encodes chunks quickly that contain only text: those of a choice differ only in the text. `chunks`: one
+    for each choice, with MARK as its text."""
 
-    def __init__(self, shape: Chat, n: int, extra: Json) -> None:
-        self.shape = shape
-        self.extra = extra
+    def __init__(self, chunks: Iterable[Json]) -> None:
         mark = msgspec.json.encode(MARK)
-        chunks = (shape.chunk(Delta(choice, MARK)) | extra for choice in range(n))
         self.around = [as_event(chunk).split(mark) for chunk in chunks]
 
     def encode(self, delta: Delta) -> bytes:
-        if delta.reasoning or delta.call or delta.logprobs or not delta.text:
-            return as_event(self.shape.chunk(delta) | self.extra)
         before, after = self.around[delta.choice]
         return before + msgspec.json.encode(delta.text) + after

@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
+from headstart.api.answer import answer
 from headstart.api.completions.request import COMPLETION_MAX_TOKENS, ChatRequest, CompletionRequest
-from headstart.api.completions.response import Chat, Completion, Events, stream, whole
+from headstart.api.completions.response import ChatWriter, TextWriter
 from headstart.api.context import admit, explaining
 from headstart.api.fields.answer_format import while_preparing
 from headstart.api.fields.generation import GenerationRequest
-from headstart.api.sse import BEGIN_SECONDS, EventStream, begun, while_connected
 from headstart.service.generation.batch import together
 from headstart.service.interface.options import Options
 from headstart.service.service import Service
@@ -33,7 +32,8 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
         preparing = service.generation.chat(model, messages, options, body.tools)
         prepared = await while_preparing(request, options, body.tools, preparing)
         events = service.generation.run(prepared)
-        return await _answer(request, body, events, Chat(body.model), options.n)
+        writer = ChatWriter(body.model, options.n, include_usage=body.include_usage)
+        return await answer(request, events, writer, stream=body.stream)
 
 
 @router.post("/completions")
@@ -51,7 +51,9 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
         events = runs[0] if len(runs) == 1 else together(runs, options.n)
         echoed = texts if body.echo else []
         echoes = [text.said(model.vocabulary) for text in echoed for _ in range(options.n)]
-        return await _answer(request, body, events, Completion(body.model, echoes), len(texts) * options.n)
+        n = len(texts) * options.n
+        writer = TextWriter(body.model, n, include_usage=body.include_usage, echoes=echoes)
+        return await answer(request, events, writer, stream=body.stream)
 
 
 async def _options(
@@ -60,11 +62,3 @@ async def _options(
     # Translating a long grammar takes a third of a second.
     grammar = await asyncio.to_thread(body.answer_grammar) if body.has_form else None
     return explaining(request, body.options(max_tokens, caches, grammar))
-
-
-async def _answer(request: Request, body: GenerationRequest, events: Events, shape: Chat, n: int) -> Response:
-    """`n`: the number of choices."""
-    if body.stream:
-        started = await begun(request, events, BEGIN_SECONDS)
-        return EventStream(stream(started, shape, n, body.include_usage), source=started)
-    return JSONResponse(await while_connected(request, whole(events, shape, n)))

@@ -1,21 +1,22 @@
-"""Responses in the format of OpenAI's Responses API: an object, and the named events of a stream."""
+"""The writer of answers in the format of OpenAI's Responses API."""
 
 from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 from headstart.api.fields import usage as fields_usage
+from headstart.api.sse import as_named_event
+from headstart.api.writer import Json
 from headstart.errors import HeadstartError
 from headstart.service.interface.answer import Delta, Ended, Result
 
-Json = dict[str, Any]
 PREFIX = "resp_"
 
 
-class Item:
+class GrowingItem:
     """One output item while it is written. Its events have no output index and no sequence number yet."""
 
     prefix = ""
@@ -53,7 +54,7 @@ class Item:
         raise NotImplementedError
 
 
-class Message(Item):
+class GrowingMessage(GrowingItem):
     prefix, kind, part, event = "msg_", "message", "output_text", "response.output_text"
     fields: ClassVar[Json] = {"role": "assistant"}
     with_text: ClassVar[Json] = {"logprobs": []}
@@ -82,14 +83,14 @@ class Message(Item):
         yield {"type": "response.content_part.done", **self._place, "part": self._part(self.text)}
 
 
-class Reasoning(Message):
+class GrowingReasoning(GrowingMessage):
     prefix, kind, part, event = "rs_", "reasoning", "reasoning_text", "response.reasoning_text"
     fields: ClassVar[Json] = {"summary": []}
     with_text: ClassVar[Json] = {}
     of_part: ClassVar[Json] = {}
 
 
-class FunctionCall(Item):
+class GrowingCall(GrowingItem):
     prefix, kind = "fc_", "function_call"
 
     def __init__(self, index: int, call_id: str, name: str) -> None:
@@ -112,9 +113,11 @@ def new_id() -> str:
     return PREFIX + uuid.uuid4().hex
 
 
-class Writer:
-    """Writes one response. Encode each event before requesting the next one. `body` is the response so far;
-    it is complete after `finished` or `failed`."""
+class ResponseWriter:
+    """Writes one response. `body` is also complete after `failed`."""
+
+    done = b""
+    opens_at_once = True
 
     def __init__(self, response_id: str, told: Json) -> None:
         self.body: Json = {
@@ -129,34 +132,40 @@ class Writer:
             "output": [],
             "usage": None,
         }
-        self.reasoning = ""
-        self._open: Item | None = None
-        self._n_items = 0
+        self._open: GrowingItem | None = None
         self._n_events = 0
         self._was_cut = False
 
-    def begun(self) -> Iterator[Json]:
-        for kind in ("response.created", "response.in_progress"):
-            yield self._numbered({"type": kind, "response": self.body})
+    def opening(self) -> Iterable[bytes]:
+        kinds = ("response.created", "response.in_progress")
+        return _encoded(self._numbered({"type": kind, "response": self.body}) for kind in kinds)
 
-    def grown(self, event: Delta | Ended) -> Iterator[Json]:
+    def add(self, event: Delta | Ended) -> Iterable[bytes]:
+        return _encoded(self._grown(event))
+
+    def closing(self, result: Result) -> Iterable[bytes]:
+        return _encoded(self._completed(result))
+
+    def failed(self, error: HeadstartError) -> Iterable[bytes]:
+        return _encoded(self._broken(error))
+
+    def _grown(self, event: Delta | Ended) -> Iterator[Json]:
         if isinstance(event, Ended):
             self._was_cut = event.finish_reason == "length"
             return
         if event.reasoning:
-            self.reasoning += event.reasoning
-            yield from self._said(Reasoning, event.reasoning)
+            yield from self._said(GrowingReasoning, event.reasoning)
         if event.text:
-            yield from self._said(Message, event.text)
+            yield from self._said(GrowingMessage, event.text)
         if call := event.call:
-            if not isinstance(self._open, FunctionCall) or self._open.index != call.index:
-                yield from self._opening(FunctionCall(call.index, call.id, call.name))
+            if not isinstance(self._open, GrowingCall) or self._open.index != call.index:
+                yield from self._opening(GrowingCall(call.index, call.id, call.name))
             yield from self._growing(call.arguments)
 
-    def finished(self, result: Result) -> Iterator[Json]:
+    def _completed(self, result: Result) -> Iterator[Json]:
         status = "incomplete" if self._was_cut else "completed"
         if not (self._open or self.body["output"]):
-            yield from self._opening(Message())
+            yield from self._opening(GrowingMessage())
         yield from self._closing(status)
         self.body |= {"usage": usage(result), **fields_usage.ending(result), "status": status}
         if self._was_cut:
@@ -165,13 +174,13 @@ class Writer:
             self.body["completed_at"] = int(time.time())
         yield self._numbered({"type": f"response.{status}", "response": self.body})
 
-    def failed(self, error: HeadstartError) -> Iterator[Json]:
+    def _broken(self, error: HeadstartError) -> Iterator[Json]:
         yield from self._closing("incomplete")
         code = "server_error" if error.status >= 500 else "invalid_prompt"
         self.body |= {"status": "failed", "error": {"code": code, "message": error.message}}
         yield self._numbered({"type": "response.failed", "response": self.body})
 
-    def _said(self, kind: type[Message], text: str) -> Iterator[Json]:
+    def _said(self, kind: type[GrowingMessage], text: str) -> Iterator[Json]:
         if self._open is None or type(self._open) is not kind:
             yield from self._opening(kind())
         yield from self._growing(text)
@@ -180,7 +189,7 @@ class Writer:
         assert self._open
         yield from map(self._placed, self._open.grown(text))
 
-    def _opening(self, item: Item) -> Iterator[Json]:
+    def _opening(self, item: GrowingItem) -> Iterator[Json]:
         yield from self._closing("completed")
         self._open = item
         yield from map(self._placed, item.opened())
@@ -197,6 +206,11 @@ class Writer:
     def _numbered(self, event: Json) -> Json:
         self._n_events += 1
         return {**event, "sequence_number": self._n_events - 1}
+
+
+def _encoded(events: Iterable[Json]) -> Iterable[bytes]:
+    # A list, because the response grows while its events are iterated.
+    return map(as_named_event, list(events))
 
 
 def usage(result: Result) -> Json:

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing
-from functools import partial
-from typing import Any
-
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
+from headstart.api.answer import answer
 from headstart.api.context import admit, explaining, owner
 from headstart.api.fields.answer_format import while_preparing
 from headstart.api.responses.request import ResponseRequest, echoed_fields
-from headstart.api.responses.response import Writer, new_id
-from headstart.api.sse import BEGIN_SECONDS, EventStream, as_named_event, begun, while_connected
-from headstart.errors import BadRequest, HeadstartError, PreviousNotFound
+from headstart.api.responses.response import ResponseWriter, new_id
+from headstart.api.writer import Json
+from headstart.errors import BadRequest, PreviousNotFound
 from headstart.service.generation.prepare import Prepared
-from headstart.service.interface.answer import Delta, Ended, Result
 from headstart.service.interface.options import Keep, Options
 from headstart.service.models.tenant_model import TenantModel
 from headstart.service.origins.responses import Kept, instructing
 from headstart.service.service import Service, Target
 
 router = APIRouter(prefix="/v1/responses")
-
-Json = dict[str, Any]
-Events = AsyncGenerator[Delta | Ended | Result, None]
 
 
 @router.post("")
@@ -39,26 +30,21 @@ async def create(request: Request, body: ResponseRequest) -> Response:
     target = admit(request, body)
     keep = None if body.store is False else Keep(new_id(), body=lambda: writer.body)
     options = explaining(request, body.options(target.caches, body.answer_grammar(), keep))
-    writer = Writer(keep.name if keep else new_id(), echoed_fields(body, options))
+    writer = ResponseWriter(keep.name if keep else new_id(), echoed_fields(body, options))
     before = await _before(service, target, body)
     async with service.models.use(target.model) as model:
         preparing = _prepared(service, model, body, said, options, before)
         prepared = await while_preparing(request, options, body.tools, preparing)
         events = service.generation.run(prepared)
-        if body.stream:
-            started = await begun(request, events, BEGIN_SECONDS)
-            return EventStream(
-                stream(started, writer), done=b"", failed=partial(failed, writer), source=started
-            )
-        return JSONResponse(await while_connected(request, whole(events, writer)))
+        return await answer(request, events, writer, stream=body.stream)
 
 
 @router.get("/{response_id}")
 async def show(request: Request, response_id: str) -> Json:
     """Returns a stored response as it was answered."""
     service: Service = request.app.state.service
-    kept = await service.responses.find(owner(request), response_id, param="response_id")
-    return kept.record.body
+    found = await service.responses.find(owner(request), response_id, param="response_id")
+    return found.record.body
 
 
 @router.delete("/{response_id}")
@@ -76,16 +62,16 @@ async def _before(service: Service, target: Target, body: ResponseRequest) -> Ke
         return None
     param = "previous_response_id"
     name = body.previous_response_id
-    kept = await service.responses.find(target.model.owner, name, param=param, error=PreviousNotFound)
+    found = await service.responses.find(target.model.owner, name, param=param, error=PreviousNotFound)
     named = None if target.is_default else target.caches
-    if named is not None and named != tuple(kept.record.caches):
-        began = ", ".join(map(repr, kept.record.caches)) or "no cache"
+    if named is not None and named != tuple(found.record.caches):
+        began = ", ".join(map(repr, found.record.caches)) or "no cache"
         raise BadRequest(
             f"The response {name!r} began with {began}, and what goes on from it begins as it did: leave "
             "use_cache out.",
             param="use_cache",
         )
-    return kept
+    return found
 
 
 async def _prepared(
@@ -106,35 +92,3 @@ async def _prepared(
         # The error is about the chat that the request was converted to.
         error.param = "input" if error.param == "messages" else error.param
         raise
-
-
-async def whole(events: Events, writer: Writer) -> Json:
-    async with aclosing(events):
-        async for event in events:
-            for _ in writer.finished(event) if isinstance(event, Result) else writer.grown(event):
-                pass
-    return writer.body
-
-
-async def stream(events: Events, writer: Writer) -> AsyncGenerator[bytes, None]:
-    yield _encoded(writer.begun())
-    last = b""
-    try:
-        async with aclosing(events):
-            async for event in events:
-                if isinstance(event, Result):
-                    last = _encoded(writer.finished(event))
-                elif encoded := _encoded(writer.grown(event)):
-                    yield encoded
-        # Sent once the response is stored: a client may continue it as soon as it sees the end.
-        yield last
-    except HeadstartError as error:
-        yield failed(writer, error)
-
-
-def failed(writer: Writer, error: HeadstartError) -> bytes:
-    return _encoded(writer.failed(error))
-
-
-def _encoded(events: Iterator[Json]) -> bytes:
-    return b"".join(map(as_named_event, events))

@@ -1,0 +1,35 @@
+"""The interface of a dialect's writers, which turn an answer's events into the dialect's format."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterable
+from typing import Any, Protocol
+
+from headstart.errors import HeadstartError
+from headstart.service.interface.answer import Delta, Ended, Result
+
+Json = dict[str, Any]
+Events = AsyncGenerator[Delta | Ended | Result, None]
+
+
+class AnswerWriter(Protocol):
+    """Writes the answer to one request, as a whole or as a stream. Each call returns the next events of the
+    stream; they are encoded when they are iterated, so do that before the next call, or not at all. `done`:
+    the end of a stream. `opens_at_once`: the opening doesn't wait for the first event of the answer."""
+
+    done: bytes
+    opens_at_once: bool
+
+    @property
+    def body(self) -> Json:
+        """The whole answer; complete after `closing`."""
+
+    def opening(self) -> Iterable[bytes]:
+        """Called once before the others, for streams only."""
+
+    def add(self, event: Delta | Ended) -> Iterable[bytes]: ...
+
+    def closing(self, result: Result) -> Iterable[bytes]: ...
+
+    def failed(self, error: HeadstartError) -> Iterable[bytes]:
+        """Ends a stream that can't be completed."""
