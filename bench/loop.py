@@ -18,8 +18,8 @@ from time import perf_counter
 from headstart.caches.cache_file.format import identity_of
 from headstart.config.settings import embedded_model
 from headstart.engine.core.chunking import Chunking
-from headstart.engine.core.engine import Engine
-from headstart.engine.kinds import load
+from headstart.engine.core.engine import CoreEngine
+from headstart.engine.kinds import engine_kind
 from headstart.engine.model import Piece
 from headstart.numerics import DEFAULT
 from headstart.protocol import EngineSettings, Finished, Sampling, SaveTo, StateRef, Submit
@@ -32,8 +32,8 @@ CHUNK, CTX = 64, 2048
 class Bench:
     def __init__(self, model: str, threads: int, directory: Path) -> None:
         settings = EngineSettings(model, SEQUENCES, CTX, threads, CHUNK, arithmetic=DEFAULT, share_from=256)
-        self.model = load(settings)
-        self.engine = Engine(self.model, Chunking(CHUNK), lambda: None, share_from=256)
+        self.model = engine_kind(model).load(settings)
+        self.engine = CoreEngine(self.model, Chunking(CHUNK), lambda: None, share_from=256)
         self.random = random.Random(1)
         self.prefix = self._tokens(PREFIX)
         self.state = self._saved(directory / "state")

@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 
 from headstart.channel import Frames
+from headstart.engine.kinds import engine_kind
 from headstart.machine import signal_name
-from headstart.model_files import is_rkllm
 from headstart.protocol import WorkerMessage
 
 READ_BYTES = 1 << 20
@@ -95,16 +95,4 @@ def explain_exit(code: int, path: str) -> str:
         return f"the worker process exited with status {code}"
     name = signal_name(-code)
     text = f"the worker process was ended by {name}"
-    if name in CRASHES and is_rkllm(path):
-        return (
-            f"{text}. At start-up this means that the NPU's runtime is another release than it was taken "
-            "for, or doesn't fit the driver: see `headstart doctor`"
-        )
-    if name in CRASHES:
-        text += (
-            ". At start-up this means that the model's file is not what llama.cpp expects, or, if other "
-            "models don't run either, that llama.cpp was built for another CPU or by a faulty compiler. "
-            "Build it again: `make rebuild`; if that doesn't help, `export CMAKE_ARGS=-DGGML_NATIVE=OFF` and "
-            "`make rebuild`, which is slower but runs everywhere"
-        )
-    return text
+    return f"{text}. {engine_kind(path).crash_hint}" if name in CRASHES else text

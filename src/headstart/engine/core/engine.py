@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from time import monotonic
+from typing import TYPE_CHECKING
 
 from headstart.engine.core import state_file
 from headstart.engine.core.actions import Action, Drop, Fill, Move, Start
@@ -16,8 +16,8 @@ from headstart.engine.core.sequence import Sequence, Slot
 from headstart.engine.core.state_io import Reader, Writer
 from headstart.engine.core.stats import stats, told
 from headstart.engine.grammar import GrammarError
-from headstart.engine.logprobs import Logprobs
 from headstart.engine.model import Model, ModelError
+from headstart.engine.worker_engine import Wake
 from headstart.protocol import (
     Cancel,
     Command,
@@ -26,25 +26,27 @@ from headstart.protocol import (
     FailureKind,
     Finished,
     FinishReason,
+    ModelInfo,
     Progress,
     RequestEvent,
     StateRef,
     Submit,
 )
 
+if TYPE_CHECKING:
+    from headstart.engine.logprobs import Logprobs
+
 log = logging.getLogger(__name__)
 
 
-class Engine:
+class CoreEngine:
     """Runs sequences on a model. Every submitted request ends in exactly one Finished or Failed event.
 
     Other threads wait for disks. They call `wake` when a step has something new to do: a state was written,
     or a sequence's state is in memory or its grammar compiled.
     """
 
-    def __init__(
-        self, model: Model, cuts: Chunking, wake: Callable[[], object], *, share_from: int = 0
-    ) -> None:
+    def __init__(self, model: Model, cuts: Chunking, wake: Wake, *, share_from: int = 0) -> None:
         self.model = model
         self.scheduler = Scheduler(
             model.info.slots,
@@ -60,6 +62,10 @@ class Engine:
         self.writer = Writer(wake)
         self.reader = Reader(wake)
         self.compiler = Compiler(model.grammars, wake)
+
+    @property
+    def info(self) -> ModelInfo:
+        return self.model.info
 
     @property
     def busy(self) -> bool:
