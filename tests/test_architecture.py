@@ -188,6 +188,16 @@ def test_every_route_is_documented() -> None:
         assert any(f"{method} {path}`" in text for method in route.methods or ()), route.path
 
 
+def test_child_processes_import_nothing_from_the_current_folder() -> None:
+    """`module_command` sees to it, and starts all of them."""
+    starts = re.compile(r"sys\.executable|create_subprocess_exec\(|subprocess\.(run|Popen|call|check_\w+)\(")
+    places = {path for path in MODULES if starts.search(path.read_text())}
+    assert len(places) >= 7
+    for path in places - {ROOT / "machine.py"}:
+        assert "sys.executable" not in path.read_text()
+        assert "module_command(" in path.read_text(), path
+
+
 def test_the_kind_of_a_model_is_asked_in_two_places() -> None:
     """The others ask the kind's record in `engine/kinds.py`."""
     askers = [path for path in MODULES if re.search(r"\bkind_of\(", path.read_text())]

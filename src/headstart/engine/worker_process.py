@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-import sys
 from collections.abc import AsyncIterator
 from contextlib import suppress
 
 from headstart.channel import Frames
 from headstart.engine.kinds import engine_kind
-from headstart.machine import signal_name
+from headstart.machine import module_command, signal_name
 from headstart.protocol import WorkerMessage
 
 READ_BYTES = 1 << 20
@@ -26,8 +25,7 @@ async def started(path: str) -> tuple[asyncio.subprocess.Process, socket.socket]
     ours, theirs = socket.socketpair()
     try:
         process = await asyncio.create_subprocess_exec(
-            # -P: don't import modules from the current folder.
-            *(sys.executable, "-P", "-m", "headstart.engine.worker", str(theirs.fileno()), path),
+            *module_command("headstart.engine.worker", str(theirs.fileno()), path),
             pass_fds=[theirs.fileno()],
             stdin=asyncio.subprocess.DEVNULL,
             env=worker_environment(),

@@ -5,12 +5,12 @@ from __future__ import annotations
 import selectors
 import socket
 import subprocess
-import sys
 from collections.abc import Mapping
 
 import msgspec
 
 from headstart.engine.model import ModelError
+from headstart.machine import module_command
 from headstart.numerics import Tuning
 from headstart.protocol import EngineSettings
 
@@ -21,14 +21,7 @@ def measured(
     """The result of `tuning.measure`. The process's memory is certainly free afterwards, and if it needs too
     much or crashes, the model can still run. Parameters and errors as in `tuning.resolve.measure_apart`."""
     process = subprocess.Popen(
-        # -P: don't import modules from the current folder.
-        [
-            sys.executable,
-            "-P",
-            "-m",
-            "headstart.engine.tuning.measure",
-            msgspec.json.encode(settings).decode(),
-        ],
+        module_command("headstart.engine.tuning.measure", msgspec.json.encode(settings).decode()),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         env=env,
