@@ -105,6 +105,8 @@ class CoreEngine:
         self._evaluate(self.scheduler.prefilling())
         self.events += self.embeddings.step()
         self.events += self.writer.finished()
+        if log.isEnabledFor(logging.DEBUG):
+            self.scheduler.check_integrity()
         events, self.events = self.events, []
         return events
 

@@ -274,7 +274,8 @@ class Scheduler:
         sequence.slot.last_used = self.step
 
     def check_integrity(self) -> None:
-        """Asserts invariants that hold whenever no step is running; called by tests."""
+        """Asserts invariants that hold between steps. Tests call it after each step, as does an engine that
+        logs at level DEBUG."""
         places = [*self.slots, *(self.pool.seats if self.pool else ())]
         assert {id(s.slot) for s in self.running} == {id(s) for s in places if s.sequence}
         assert sum(len(sequence.ids) for sequence in self.running) <= len(self.slots)
