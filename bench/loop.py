@@ -66,18 +66,18 @@ class Bench:
     def plain(self) -> Iterator[float]:
         pool = self.engine.scheduler.pool
         assert pool
-        seats = [seat.id for seat in pool.seats]
-        for seat in pool.seats:
-            self.model.clear(seat.id)
-            seat.hold([], 0, 0)
-            self.model.copy(pool.trunk.id, seat.id, PREFIX)
-            self.model.evaluate([Piece(seat.id, PREFIX, self._tokens(SUFFIX), True)])
+        slots = [slot.id for slot in pool.slots]
+        for slot in pool.slots:
+            self.model.clear(slot.id)
+            slot.hold([], 0, 0)
+            self.model.copy(pool.prefix_slot.id, slot.id, PREFIX)
+            self.model.evaluate([Piece(slot.id, PREFIX, self._tokens(SUFFIX), True)])
         for at in range(PREFIX + SUFFIX, PREFIX + SUFFIX + ANSWER):
-            pieces = [Piece(seat, at, self._tokens(1), True) for seat in seats]
+            pieces = [Piece(slot, at, self._tokens(1), True) for slot in slots]
             started = perf_counter()
             self.model.evaluate(pieces)
             yield 1000 * (perf_counter() - started)
-        for seat_id in seats:
+        for seat_id in slots:
             self.model.clear(seat_id)
 
 

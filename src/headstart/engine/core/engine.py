@@ -114,11 +114,11 @@ class CoreEngine:
         match action:
             case Start():
                 self._start(action)
-            case Fill(trunk=trunk, tokens=tokens, origin=origin):
-                self._fill(trunk, tokens, origin)
-            case Drop(seat=seat):
-                self.model.clear(seat.id)
-                seat.hold([], 0, 0)
+            case Fill(prefix_slot=prefix_slot, tokens=tokens, origin=origin):
+                self._fill(prefix_slot, tokens, origin)
+            case Drop(slot=slot):
+                self.model.clear(slot.id)
+                slot.hold([], 0, 0)
             case Move():
                 self._move(action)
 
@@ -144,13 +144,13 @@ class CoreEngine:
             return self.model.copy(origin.id, slot.id, keep)
         return self._restore(slot.id, origin, keep)
 
-    def _fill(self, trunk: Slot, tokens: list[int], origin: StateRef | Slot) -> None:
-        if not self._load(trunk, origin, len(tokens)):
-            trunk.hold([], 0, 0)
+    def _fill(self, prefix_slot: Slot, tokens: list[int], origin: StateRef | Slot) -> None:
+        if not self._load(prefix_slot, origin, len(tokens)):
+            prefix_slot.hold([], 0, 0)
         elif isinstance(origin, Slot):
-            trunk.hold(tokens, min(origin.exact, len(tokens)), origin.boundary)
+            prefix_slot.hold(tokens, min(origin.exact, len(tokens)), origin.boundary)
         else:
-            trunk.hold(tokens, len(tokens), len(tokens))
+            prefix_slot.hold(tokens, len(tokens), len(tokens))
 
     def _move(self, move: Move) -> None:
         sequence, slot, origin = move.sequence, move.slot, move.origin
