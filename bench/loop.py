@@ -18,8 +18,8 @@ from time import perf_counter
 from headstart.caches.cache_file.format import identity_of
 from headstart.config.settings import embedded_model
 from headstart.engine.core.chunking import Chunking
-from headstart.engine.core.engine import Engine
-from headstart.engine.kinds import load
+from headstart.engine.core.engine import CoreEngine
+from headstart.engine.kinds import engine_kind
 from headstart.engine.model import Piece
 from headstart.numerics import DEFAULT
 from headstart.protocol import EngineSettings, Finished, Sampling, SaveTo, StateRef, Submit
@@ -32,8 +32,8 @@ CHUNK, CTX = 64, 2048
 class Bench:
     def __init__(self, model: str, threads: int, directory: Path) -> None:
         settings = EngineSettings(model, SEQUENCES, CTX, threads, CHUNK, arithmetic=DEFAULT, share_from=256)
-        self.model = load(settings)
-        self.engine = Engine(self.model, Chunking(CHUNK), lambda: None, share_from=256)
+        self.model = engine_kind(model).load(settings)
+        self.engine = CoreEngine(self.model, Chunking(CHUNK), lambda: None, share_from=256)
         self.random = random.Random(1)
         self.prefix = self._tokens(PREFIX)
         self.state = self._saved(directory / "state")
@@ -66,18 +66,18 @@ class Bench:
     def plain(self) -> Iterator[float]:
         pool = self.engine.scheduler.pool
         assert pool
-        seats = [seat.id for seat in pool.seats]
-        for seat in pool.seats:
-            self.model.clear(seat.id)
-            seat.hold([], 0, 0)
-            self.model.copy(pool.trunk.id, seat.id, PREFIX)
-            self.model.evaluate([Piece(seat.id, PREFIX, self._tokens(SUFFIX), True)])
+        slots = [slot.id for slot in pool.slots]
+        for slot in pool.slots:
+            self.model.clear(slot.id)
+            slot.hold([], 0, 0)
+            self.model.copy(pool.prefix_slot.id, slot.id, PREFIX)
+            self.model.evaluate([Piece(slot.id, PREFIX, self._tokens(SUFFIX), True)])
         for at in range(PREFIX + SUFFIX, PREFIX + SUFFIX + ANSWER):
-            pieces = [Piece(seat, at, self._tokens(1), True) for seat in seats]
+            pieces = [Piece(slot, at, self._tokens(1), True) for slot in slots]
             started = perf_counter()
             self.model.evaluate(pieces)
             yield 1000 * (perf_counter() - started)
-        for seat_id in seats:
+        for seat_id in slots:
             self.model.clear(seat_id)
 
 

@@ -15,8 +15,8 @@ from time import perf_counter
 
 from headstart.config.settings import embedded_model
 from headstart.engine.core.chunking import Chunking
-from headstart.engine.core.engine import Engine
-from headstart.engine.kinds import load
+from headstart.engine.core.engine import CoreEngine
+from headstart.engine.kinds import engine_kind
 from headstart.numerics import DEFAULT
 from headstart.prompt.tokenizer import load_tokenizer
 from headstart.protocol import EngineSettings, Finished, Sampling, Submit
@@ -48,7 +48,7 @@ GRAMMARS = {
 class Bench:
     def __init__(self, model: str, threads: int) -> None:
         settings = EngineSettings(model, 1, CTX, threads, CHUNK, arithmetic=DEFAULT)
-        self.engine = Engine(load(settings), Chunking(CHUNK), lambda: None)
+        self.engine = CoreEngine(engine_kind(model).load(settings), Chunking(CHUNK), lambda: None)
         self.prompt = load_tokenizer(model).encode(PROMPT)
 
     def round(self, temperature: float) -> dict[str, list[float]]:

@@ -18,7 +18,7 @@ from bench.client import CHAT, BenchFailed, Connection, Json, Reply
 from bench.process import ServerProcess, free_port
 from bench.texts import Prompt, messages
 from headstart.engine.converted_weights import DIRECTORY
-from headstart.engine.tuning.resolve import DEFAULT_CHUNK
+from headstart.engine.tuning.constant import DEFAULT_CHUNK
 from headstart.numerics import DEFAULT
 from headstart.service.models.tuning_store import Tunings
 

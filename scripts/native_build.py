@@ -193,15 +193,15 @@ def prepare_venv() -> None:
     """Create .venv if it is missing, broken, of another Python or moved here from elsewhere."""
     probe = "import pip, sys; print('{}.{}'.format(*sys.version_info))"
     try:
-        result = subprocess.run([VENV_PYTHON, "-c", probe], capture_output=True, text=True, check=False)
+        result = subprocess.run([VENV_PYTHON, "-P", "-c", probe], capture_output=True, text=True, check=False)
         version = result.stdout.strip()
     except OSError:
         version = ""
     if version != python_version():
         say(f"Creating .venv with Python {python_version()}.")
-        subprocess.run([sys.executable, "-m", "venv", "--clear", VENV], check=True)
+        subprocess.run([sys.executable, "-P", "-m", "venv", "--clear", VENV], check=True)
     elif not re.search(rf" {re.escape(str(VENV))}$", (VENV / "pyvenv.cfg").read_text(), re.M):
-        subprocess.run([sys.executable, "-m", "venv", VENV], check=True)
+        subprocess.run([sys.executable, "-P", "-m", "venv", VENV], check=True)
         # Installed commands still point to the old place: a newer stamp has them reinstalled.
         if STAMP.exists():
             STAMP.touch()
@@ -226,11 +226,11 @@ def install(host: Host, engine: str, key: str) -> None:
     with LOG.open("wb") as log:
         # pip's cache and prebuilt wheels ignore the flags, so a bad build could come back.
         # Without --no-deps, --force-reinstall would also replace the dependencies.
-        pip = [str(VENV_PYTHON), "-m", "pip", "install"]
+        pip = [str(VENV_PYTHON), "-P", "-m", "pip", "install"]
         from_source = ["--no-cache-dir", "--no-binary", package, "--no-deps", "--force-reinstall"]
         run_logged([*pip, "-v", *from_source, engine], env, log, started)
         run_logged([*pip, engine], env, log, started)
-        run_logged([str(VENV_PYTHON), "-c", "import llama_cpp"], env, log, started)
+        run_logged([str(VENV_PYTHON), "-P", "-c", "import llama_cpp"], env, log, started)
     STAMP.write_text(f"{key}\n")
     say(f"The engine is compiled ({time.monotonic() - started:.0f} s).")
 

@@ -77,7 +77,7 @@ def unpacked(engine: str) -> Path:
 
 def _download(engine: str) -> None:
     package = engine.partition("==")[0]
-    pip = [str(VENV / "bin" / "python"), "-m", "pip", "download", "--quiet", "--no-deps"]
+    pip = [str(VENV / "bin" / "python"), "-P", "-m", "pip", "download", "--quiet", "--no-deps"]
     subprocess.run([*pip, "--no-binary", package, "--dest", str(PEER), engine], check=True)
 
 

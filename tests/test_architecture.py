@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -42,7 +44,7 @@ ALLOWED = {
     "tokens": set(),
     "channel": set(),
     "machine": set(),
-    "model_files": set(),
+    "model_files": {"toyspec"},
     "toyspec": set(),
     "numerics": set(),
     "protocol": {"numerics"},
@@ -201,3 +203,28 @@ def test_every_route_is_documented() -> None:
         assert isinstance(route, APIRoute)
         path = route.path.replace("{name:path}", "{name}").replace("/v1/models/{name}", "/v1/models/{model}")
         assert any(f"{method} {path}`" in text for method in route.methods or ()), route.path
+
+
+def test_child_processes_import_nothing_from_the_current_folder() -> None:
+    """`module_command` sees to it, and starts all of them."""
+    starts = re.compile(r"sys\.executable|create_subprocess_exec\(|subprocess\.(run|Popen|call|check_\w+)\(")
+    places = {path for path in MODULES if starts.search(path.read_text())}
+    assert len(places) >= 7
+    for path in places - {ROOT / "machine.py"}:
+        assert "sys.executable" not in path.read_text()
+        assert "module_command(" in path.read_text(), path
+
+
+def test_the_kind_of_a_model_is_asked_in_two_places() -> None:
+    """The others ask the kind's record in `engine/kinds.py`."""
+    askers = [path for path in MODULES if re.search(r"\bkind_of\(", path.read_text())]
+    names = {str(path.relative_to(ROOT)) for path in askers}
+    assert names == {"model_files.py", "engine/kinds.py", "prompt/tokenizer.py"}
+
+
+@pytest.mark.parametrize("module", ["headstart.engine.worker", "headstart.engine.kinds"])
+def test_native_libraries_are_imported_when_they_are_needed(module: str) -> None:
+    heavy = ["llama_cpp", "llguidance", "numpy"]
+    code = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -1,10 +1,12 @@
-"""The properties of the machine that affect speed. Nothing here fails; unknown values get a fallback."""
+"""The machine and its processes: properties that affect speed, signals, commands. Nothing here fails; unknown
+values get a fallback."""
 
 from __future__ import annotations
 
 import os
 import platform
 import signal
+import sys
 from pathlib import Path
 
 CPU_INFO = Path("/proc/cpuinfo")
@@ -70,3 +72,9 @@ def signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
+
+
+def module_command(module: str, *arguments: str) -> list[str]:
+    """The command that runs a module of this program in a new interpreter. -P: modules in the current folder
+    are not imported; they are no part of the program."""
+    return [sys.executable, "-P", "-m", module, *arguments]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Literal
+
+from headstart.toyspec import PREFIX
 
 SUFFIX = ".gguf"
 # The format of Rockchip's NPU runtime.
@@ -14,9 +17,15 @@ PART = re.compile(r"-(\d{5})-of-\d{5}$")
 PROJECTOR = "mmproj"
 
 
-def is_rkllm(path: str) -> bool:
-    """Whether the NPU runtime runs the model."""
-    return path.endswith(RKLLM_SUFFIX)
+# The runtimes of models: llama.cpp, Rockchip's NPU runtime, and the toy model, which has no file.
+Kind = Literal["llama", "rkllm", "toy"]
+
+
+def kind_of(path: str) -> Kind:
+    """The runtime that the model at `path` needs; "llama" unless the path names another."""
+    if path.startswith(PREFIX):
+        return "toy"
+    return "rkllm" if path.endswith(RKLLM_SUFFIX) else "llama"
 
 
 def models_in(folder: Path) -> dict[str, str]:

@@ -38,10 +38,6 @@ class ToySpec:
     busy: int = 0
     attention: int = 0
 
-    @staticmethod
-    def matches(path: str) -> bool:
-        return path.startswith(PREFIX)
-
     @classmethod
     def parse(cls, path: str) -> ToySpec:
         """Raises ValueError for an unknown switch."""

@@ -71,7 +71,7 @@ def test_answers_use_the_same_cells_for_their_prompt(driver: Driver) -> None:
     pool = driver.engine.scheduler.pool
     assert pool
     assert pool.prefix == PROMPT
-    assert sum(seat.sequence is not None for seat in pool.seats) == 3
+    assert sum(slot.sequence is not None for slot in pool.slots) == 3
     driver.step()
     assert pool.cells - pool.free == len(PROMPT) + 3
     driver.finish()

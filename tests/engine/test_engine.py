@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -240,3 +241,19 @@ def test_an_evaluation_that_fails_fails_its_sequences_and_no_others() -> None:
     assert isinstance(driver.events[bad][-1], Failed)
     assert driver.tokens(good) == expected
     assert driver.run(OTHER)[1].reason == "length"
+
+
+@pytest.mark.parametrize("level", [logging.DEBUG, logging.INFO])
+def test_an_engine_that_logs_for_debugging_checks_its_scheduler(
+    level: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    driver = Driver(small_model("toy:eos=0"))
+    driver.submit(PROMPT)
+    driver.engine.step()
+    driver.engine.scheduler.running[0].slot = None
+    with caplog.at_level(level, "headstart.engine.core.engine"):
+        if level == logging.DEBUG:
+            with pytest.raises(AssertionError):
+                driver.engine.step()
+        else:
+            driver.engine.step()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def test_a_runtime_that_crashes_when_loaded_takes_nothing_with_it(
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nkill -SEGV $$\n")
     python.chmod(0o700)
-    monkeypatch.setattr(boards.sys, "executable", str(python))
+    monkeypatch.setattr(sys, "executable", str(python))
     board = examine_board(RkllmSettings(library=standin("1.3.0")), tmp_path)
     assert board.problems == ["the NPU runtime crashes when it is loaded (signal 11)"]
 
@@ -145,6 +146,15 @@ def test_doctor_shows_the_settings_that_an_npu_model_has_and_refuses_those_it_ca
 def test_doctor_says_nothing_of_an_npu_where_there_is_none(tmp_path: Path) -> None:
     report = json.loads(doctor("--model", "toy=toy:", "--cache-dir", str(tmp_path), "--json").output)
     assert report["board"] is None
+
+
+def test_modules_in_the_current_folder_are_no_part_of_what_looks_at_the_runtime(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "msgspec.py").write_text("raise SystemExit('a module of the current folder')")
+    monkeypatch.chdir(tmp_path)
+    runtime, problem = boards.look_at_runtime(RkllmSettings(library=standin("1.2.3")))
+    assert (runtime and runtime.version, problem) == ("1.2.3", None)
 
 
 def test_a_runtime_that_contradicts_itself_is_a_problem_of_its_models(model: str, tmp_path: Path) -> None:

@@ -19,9 +19,10 @@ from conftest import StartServer
 from headstart.caches.entry import Content, Entry, Fingerprint
 from headstart.cli.main import app
 from headstart.config.settings import embedded_model, load_settings
-from headstart.engine.kinds import engine_version, load
+from headstart.engine.kinds import engine_kind
+from headstart.engine.tuning.constant import TOY
 from headstart.engine.tuning.measure import measure
-from headstart.engine.tuning.resolve import TOY, find_tuning
+from headstart.engine.tuning.resolve import find_tuning
 from headstart.numerics import DEFAULT, Numerics
 from headstart.protocol import EngineSettings
 from headstart.service.models.cache_fit import arithmetic_of
@@ -407,7 +408,8 @@ async def test_measuring_again_keeps_the_weights_of_caches_unless_agreed(tmp_pat
 
 
 def test_the_engine_is_named_as_states_name_it() -> None:
-    assert load(EngineSettings("toy:", 1, 0, 1, 16)).info.engine == engine_version("toy:")
+    kind = engine_kind("toy:")
+    assert kind.load(EngineSettings("toy:", 1, 0, 1, 16)).info.engine == kind.version()
 
 
 # With the real model
@@ -441,7 +443,7 @@ def test_the_second_start_of_a_real_model_does_not_measure(start_server: StartSe
     content = Tunings(server.cache_dir)._read()
     # Beside other tests it may be in doubt.
     (key,) = [known.key for known in content.tunings] + [known.key for known in content.doubted]
-    assert key.engine == engine_version(embedded_model())
+    assert key.engine == engine_kind(embedded_model()).version()
     server.create("keeper", PROMPT, model="smollm2")
     server.restart()
     result = CliRunner().invoke(app, ["doctor", "--json", "--cache-dir", str(server.cache_dir)], env=TUNED)

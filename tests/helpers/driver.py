@@ -8,8 +8,8 @@ from typing import Any
 
 from headstart.caches.cache_file.format import identity_of
 from headstart.engine.core.chunking import Chunking
-from headstart.engine.core.engine import Engine
-from headstart.engine.kinds import load
+from headstart.engine.core.engine import CoreEngine
+from headstart.engine.kinds import engine_kind
 from headstart.engine.model import Model
 from headstart.numerics import DEFAULT
 from headstart.protocol import (
@@ -38,7 +38,7 @@ class Driver:
             model.clear(seq)
         self.model = model
         self.woken: SimpleQueue[None] = SimpleQueue()
-        self.engine = Engine(model, Chunking(CHUNK), lambda: self.woken.put(None), share_from=share_from)
+        self.engine = CoreEngine(model, Chunking(CHUNK), lambda: self.woken.put(None), share_from=share_from)
         self.events: dict[int, list[RequestEvent]] = {}
         self.last_id = 0
 
@@ -92,4 +92,5 @@ class Driver:
 
 
 def small_model(path: str, slots: int = 3, share_from: int = 32) -> Model:
-    return load(EngineSettings(path, slots, 256, 2, CHUNK, arithmetic=DEFAULT, share_from=share_from))
+    settings = EngineSettings(path, slots, 256, 2, CHUNK, arithmetic=DEFAULT, share_from=share_from)
+    return engine_kind(path).load(settings)

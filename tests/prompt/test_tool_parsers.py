@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
-from headstart.engine.grammar import Matcher
 from headstart.engine.grammar_check import END, Bytes
+from headstart.engine.matcher import Matcher
 from headstart.prompt import reasoning
 from headstart.prompt.answer_parts import Parser, Part, PlainText
 from headstart.prompt.reasoning import ReasoningParser

@@ -21,9 +21,10 @@ from headstart.cli.main import app
 from headstart.config.settings import load_settings
 from headstart.engine.trials import TrialShape
 from headstart.engine.tuning import machine_load
+from headstart.engine.tuning.constant import TOY
 from headstart.engine.tuning.machine_load import Spent, Watch
 from headstart.engine.tuning.measure import measure
-from headstart.engine.tuning.resolve import TOY, settled
+from headstart.engine.tuning.resolve import settled
 from headstart.numerics import DEFAULT, MOST_TRIES, Numerics, Tuning, preferred
 from headstart.protocol import EngineSettings
 from headstart.service.models.tuning_store import Key, Tunings

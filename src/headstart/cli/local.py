@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +13,7 @@ from tempfile import TemporaryDirectory
 from types import FrameType
 
 from headstart.cli.client import RequestFailed
+from headstart.machine import module_command
 
 READY_SECONDS = 120
 STOP_SECONDS = 10
@@ -28,9 +28,8 @@ def own_server(*flags: str) -> Iterator[str]:
         log = Path(directory) / "server.log"
         place = ["--host", "127.0.0.1", "--port", "0", "--cache-dir", str(Path(directory) / "cache")]
         with log.open("wb") as output:
-            # -P: what lies in the current folder is no part of the program.
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "headstart", "serve", *place, *flags],
+                module_command("headstart", "serve", *place, *flags),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

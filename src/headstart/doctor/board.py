@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import resource
 import subprocess
-import sys
 from pathlib import Path
 
 import msgspec
@@ -16,6 +15,7 @@ from headstart.engine.model import ModelError
 from headstart.engine.rkllm.build import options_of
 from headstart.engine.rkllm.options import CONTEXT_STEP, LIBRARY, MAX_CONTEXT, checked
 from headstart.errors import StartupError
+from headstart.machine import module_command
 from headstart.protocol import RkllmSettings
 from headstart.service.models.plan import engine_settings
 
@@ -85,7 +85,7 @@ def examine_board(given: RkllmSettings, root: Path = ROOT) -> Board:
 
 def look_at_runtime(given: RkllmSettings) -> tuple[Runtime | None, str | None]:
     """The runtime, or what is wrong with it. In a process of its own: it may crash."""
-    command = [sys.executable, "-m", "headstart.engine.rkllm.detect", given.library or LIBRARY, given.abi]
+    command = module_command("headstart.engine.rkllm.detect", given.library or LIBRARY, given.abi)
     try:
         done = subprocess.run(command, capture_output=True, timeout=LOOK_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,12 @@ from msgspec import Struct
 from headstart import __version__
 from headstart.config.settings import Settings
 from headstart.doctor.board import Board, examine_board, npu_settings
+from headstart.engine.kinds import engine_kind
 from headstart.engine.rkllm.build import options_of
 from headstart.engine.rkllm.first_checks import STEPS, Task
+from headstart.engine.worker_process import worker_environment
 from headstart.errors import StartupError
-from headstart.machine import signal_name
-from headstart.model_files import is_rkllm
+from headstart.machine import module_command, signal_name
 from headstart.prompt.process.client import PromptClient
 from headstart.prompt.process.protocol import Chat, ChatOpening, Load
 from headstart.prompt.process.requests import Prompts
@@ -71,7 +71,7 @@ def check_npu(name: str, settings: Settings, say: Notify) -> Checks:
     """Runs the first checks on the model of this name. Takes minutes. Raises StartupError where nothing can
     be tried."""
     path = model_path(settings.model_paths.get(name, name))
-    if not is_rkllm(path):
+    if not engine_kind(path).on_npu:
         raise StartupError(f"{name!r} is neither a .rkllm file nor the name of a model that is one.")
     npu_settings(path, settings)
     asked = engine_settings(path, settings)
@@ -89,10 +89,15 @@ def _run_all(task: Task, say: Notify) -> Iterator[Step]:
 
 
 def _run(name: str, task: Task) -> Step:
-    command = [sys.executable, "-m", "headstart.engine.rkllm.first_checks"]
+    command = module_command("headstart.engine.rkllm.first_checks")
     try:
         done = subprocess.run(
-            command, input=msgspec.json.encode(task), capture_output=True, timeout=STEP_SECONDS, check=False
+            command,
+            input=msgspec.json.encode(task),
+            capture_output=True,
+            timeout=STEP_SECONDS,
+            check=False,
+            env=worker_environment(),
         )
     except subprocess.TimeoutExpired:
         return Step(name, _about(name), error=f"not done after {STEP_SECONDS} seconds")

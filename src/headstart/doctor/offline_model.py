@@ -12,18 +12,17 @@ from msgspec.structs import replace
 from headstart.caches.entry import Entry, Fingerprint
 from headstart.caches.files import sha256_of
 from headstart.config.settings import Settings
+from headstart.engine.kinds import engine_kind
 from headstart.engine.model import ModelError
 from headstart.engine.tuning.resolve import measure_apart, settled
 from headstart.engine.worker_process import worker_environment
 from headstart.errors import StartupError
-from headstart.model_files import is_rkllm
 from headstart.numerics import Numerics
 from headstart.protocol import EngineSettings
 from headstart.service.models.cache_fit import doubted, kept_back, misfits, warnings
-from headstart.service.models.model import Notify, facts, model_path, toy_weights
+from headstart.service.models.model import Notify, facts, model_path
 from headstart.service.models.plan import make_plan
 from headstart.service.models.tuning_store import Tunings
-from headstart.toyspec import ToySpec
 
 
 class OfflineModel:
@@ -56,7 +55,7 @@ class OfflineModel:
 
     def fingerprint(self, entry: Entry, arithmetic: Numerics) -> Fingerprint:
         """The fingerprint of states computed with this model; what only the engine knows is the entry's."""
-        if is_rkllm(self.path):
+        if not engine_kind(self.path).tunable:
             # Which release computes, and with what context, only its library can say.
             return replace(entry.fingerprint, weights=self.weights, template=self.template)
         others = {k: v for k, v in entry.fingerprint.settings.items() if k not in arithmetic.shown()}
@@ -65,7 +64,7 @@ class OfflineModel:
     def measure(self, say: Notify, *, agree: bool) -> None:
         """Measures again; says which caches don't fit what was found, then remembers it. The arithmetic that
         caches have is kept unless `agree`. Raises StartupError."""
-        if is_rkllm(self.path):
+        if not engine_kind(self.path).tunable:
             say(f"{self.name} runs on the NPU: there is nothing to measure.")
             return
         asked = replace(self.plan.settings, tuning=None, tried=self.tunings.doubted(self.plan.key))
@@ -90,8 +89,8 @@ class OfflineModel:
 
 
 def _weights(path: str) -> str:
-    if ToySpec.matches(path):
-        return toy_weights(path)
+    if (substitute := engine_kind(path).weights_id(path)) is not None:
+        return substitute
     if not Path(path).is_file():
         raise StartupError(f"{path} can't be read: there is no such file")
     try:

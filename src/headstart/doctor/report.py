@@ -15,9 +15,8 @@ from headstart.config.settings import Settings, origin
 from headstart.doctor.board import Board, examine_board, has_npu, npu_settings
 from headstart.doctor.offline_model import OfflineModel
 from headstart.engine.converted_weights import found as found_conversions
-from headstart.engine.kinds import engine_version
+from headstart.engine.kinds import KINDS, engine_kind
 from headstart.errors import StartupError
-from headstart.model_files import is_rkllm
 from headstart.numerics import Tuning
 from headstart.protocol import EngineSettings
 from headstart.service.models.cache_fit import doubted, kept_back
@@ -99,7 +98,7 @@ def examine(settings: Settings, flags: Mapping[str, Any]) -> Report:
         cpus=machine.available_cpus(),
         cores=machine.physical_cores(),
         memory_bytes=machine.memory_bytes(),
-        engine=engine_version(""),
+        engine=KINDS["llama"].version(),
         features=features,
         cache_dir=str(settings.cache_dir.absolute()),
         models=models,
@@ -110,7 +109,7 @@ def examine(settings: Settings, flags: Mapping[str, Any]) -> Report:
 
 
 def _npu_models(settings: Settings) -> bool:
-    return any(is_rkllm(path) for path in settings.model_paths.values())
+    return any(engine_kind(path).on_npu for path in settings.model_paths.values())
 
 
 def _board(settings: Settings) -> Board | None:
@@ -184,7 +183,7 @@ def _converted_bytes(conversions: str) -> int | None:
 
 def _in_force(settings: Settings, flags: Mapping[str, Any], plan: Plan, now: EngineSettings) -> list[InForce]:
     """Raises StartupError where a model can't be loaded with them."""
-    if is_rkllm(now.path):
+    if engine_kind(now.path).on_npu:
         shown = npu_settings(now.path, settings)
         return [InForce(name, value, origin(settings, name, flags)) for name, value in shown.items()]
     values: dict[str, str] = {

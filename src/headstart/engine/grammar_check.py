@@ -19,7 +19,8 @@ from contextlib import suppress
 
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
-from headstart.engine.grammar import LIMITS, STACK_BYTES, GrammarError, Matcher, compiled, reason
+from headstart.engine.grammar import STACK_BYTES, GrammarError
+from headstart.engine.matcher import LIMITS, Matcher, compiled, reason
 
 MEMORY_BYTES = 4 << 30
 # Clock time, for a check that hangs without using processor time; long enough for a busy machine.

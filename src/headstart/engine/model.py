@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from headstart.engine.grammar import Grammars, Matcher
-from headstart.engine.logprobs import Logprobs
+from headstart.engine.grammar import Grammars
 from headstart.protocol import ModelInfo, Sampling
+
+if TYPE_CHECKING:
+    from headstart.engine.logprobs import Logprobs
+    from headstart.engine.matcher import Matcher
 
 # A step has room for at least this many prompt tokens, for several short prompts, however small the chunks
 # are.

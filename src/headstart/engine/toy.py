@@ -14,16 +14,19 @@ import zlib
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from itertools import islice
+from typing import TYPE_CHECKING
 
-import numpy as np
-from llguidance import LLTokenizer, TokenizerWrapper
-
-from headstart.engine.grammar import Grammars, Matcher
-from headstart.engine.logprobs import Logprobs, log_softmax
+from headstart.engine.grammar import Grammars
 from headstart.engine.model import LEAST_STEP_TOKENS, ModelError, Piece, Sampler, TooLarge
 from headstart.machine import available_bytes
 from headstart.protocol import EngineSettings, ModelInfo, Sampling
 from headstart.toyspec import BOS, CONTROL, EOS, GAP, MERGES, N_BYTES, N_VOCAB, ToySpec
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
+
+    from headstart.engine.logprobs import Logprobs
+    from headstart.engine.matcher import Matcher
 
 DEFAULT_SLOTS = 4
 EMBEDDING_SIZE = 16
@@ -41,6 +44,12 @@ class ToyVocabulary:
 
     def __call__(self, text: bytes) -> list[int]:
         return list(text)
+
+
+def _grammar_tokenizer() -> LLTokenizer:
+    from llguidance import LLTokenizer, TokenizerWrapper
+
+    return LLTokenizer(TokenizerWrapper(ToyVocabulary()))
 
 
 # The number of candidates for the next token, each half as likely as the one before.
@@ -120,7 +129,7 @@ class ToyModel:
         # The number of tokens that a sequence of the pool shares with the one it was copied from.
         self.shared = [0] * len(self.histories)
         self.rows: list[list[int]] = []
-        self.grammars = Grammars(lambda: LLTokenizer(TokenizerWrapper(ToyVocabulary())))
+        self.grammars = Grammars(_grammar_tokenizer)
 
     def evaluate(self, pieces: Seq[Piece]) -> None:
         if self.spec.crash == "decode":
@@ -160,9 +169,13 @@ class ToyModel:
         return int(scores.argmax())
 
     def logprobs(self, row: int) -> Logprobs:
+        from headstart.engine.logprobs import log_softmax
+
         return log_softmax(self._scores(row, 0))
 
     def _scores(self, row: int, salt: int) -> Logprobs:
+        import numpy as np
+
         scores = np.full(N_VOCAB, UNLIKELY, dtype=np.float32)
         for i, token in enumerate(islice(self._candidates(row, salt), CANDIDATES)):
             scores[token] = max(scores[token], -i * math.log(2))

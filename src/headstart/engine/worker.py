@@ -12,29 +12,18 @@ import selectors
 import signal
 import socket
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING
 
 from headstart.channel import Frames, frame
-from headstart.engine.core.chunking import Chunking
-from headstart.engine.core.engine import Engine
-from headstart.engine.kinds import load, prepare
+from headstart.engine.kinds import engine_kind
 from headstart.engine.model import ModelError, TooLarge
 from headstart.engine.tuning.resolve import find_tuning, settled
-from headstart.model_files import is_rkllm
+from headstart.engine.worker_engine import WorkerEngine
 from headstart.protocol import Begin, Command, EngineSettings, LoadFailed, Ready, Step, WorkerMessage
-
-if TYPE_CHECKING:
-    from headstart.engine.rkllm.engine import RkllmEngine
-
-Wake = Callable[[], object]
 
 
 class Worker:
-    engine: Engine | RkllmEngine
-
     def __init__(self, channel: socket.socket) -> None:
         """Waits for the settings and loads the model. Raises ModelError; EOFError if the channel is closed
         meanwhile."""
@@ -46,8 +35,10 @@ class Worker:
         wake_reader, wake_writer = os.pipe()
         self.selector.register(wake_reader, selectors.EVENT_READ, lambda: os.read(wake_reader, 4096))
         wake = partial(os.write, wake_writer, b"w")
-        self.engine, ready = (_npu if is_rkllm(settings.path) else _llama)(settings, wake, channel)
-        self.send(ready)
+        tuning = find_tuning(settings, channel)
+        kind = engine_kind(settings.path)
+        self.engine: WorkerEngine = kind.open(settled(settings, tuning), wake)
+        self.send(Ready(self.engine.info, tuning))
 
     def _settings(self) -> EngineSettings:
         while True:
@@ -82,31 +73,6 @@ class Worker:
             self.engine.handle(command)
 
 
-def _llama(settings: EngineSettings, wake: Wake, channel: socket.socket) -> tuple[Engine, Ready]:
-    """Raises ModelError, or EOFError if the channel is closed meanwhile."""
-    tuning = find_tuning(settings, channel)
-    settings = settled(settings, tuning)
-    model = load(settings)
-    engine = Engine(model, _cuts(settings), wake, share_from=settings.share_from or 0)
-    return engine, Ready(model.info, tuning)
-
-
-def _npu(settings: EngineSettings, wake: Wake, _: socket.socket) -> tuple[RkllmEngine, Ready]:
-    """Raises ModelError."""
-    from headstart.engine.rkllm.build import opened
-
-    engine = opened(settings, wake)
-    return engine, Ready(engine.info)
-
-
-def _cuts(settings: EngineSettings) -> Chunking:
-    tuning = settings.tuning
-    if tuning is None:
-        return Chunking(settings.prefill_chunk, settings.max_step_ms)
-    costs = tuning.pass_ms, tuning.token_ms, tuning.attend_ms
-    return Chunking(settings.prefill_chunk, settings.max_step_ms, *costs)
-
-
 def main() -> None:
     # The server decides when to stop: a Ctrl-C reaches the whole process group, but requests are drained
     # first.
@@ -116,7 +82,7 @@ def main() -> None:
     channel = socket.socket(fileno=int(sys.argv[1]))
     with suppress(Exception):
         # Loading fails in the same way, and reports the error.
-        prepare(sys.argv[2])
+        engine_kind(sys.argv[2]).prepare()
     try:
         worker = Worker(channel)
     except ModelError as error:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-import sys
 from collections.abc import AsyncIterator
 from contextlib import suppress
 
 from headstart.channel import Frames
-from headstart.machine import signal_name
-from headstart.model_files import is_rkllm
+from headstart.engine.kinds import engine_kind
+from headstart.machine import module_command, signal_name
 from headstart.protocol import WorkerMessage
 
 READ_BYTES = 1 << 20
@@ -26,8 +25,7 @@ async def started(path: str) -> tuple[asyncio.subprocess.Process, socket.socket]
     ours, theirs = socket.socketpair()
     try:
         process = await asyncio.create_subprocess_exec(
-            # -P: don't import modules from the current folder.
-            *(sys.executable, "-P", "-m", "headstart.engine.worker", str(theirs.fileno()), path),
+            *module_command("headstart.engine.worker", str(theirs.fileno()), path),
             pass_fds=[theirs.fileno()],
             stdin=asyncio.subprocess.DEVNULL,
             env=worker_environment(),
@@ -95,16 +93,4 @@ def explain_exit(code: int, path: str) -> str:
         return f"the worker process exited with status {code}"
     name = signal_name(-code)
     text = f"the worker process was ended by {name}"
-    if name in CRASHES and is_rkllm(path):
-        return (
-            f"{text}. At start-up this means that the NPU's runtime is another release than it was taken "
-            "for, or doesn't fit the driver: see `headstart doctor`"
-        )
-    if name in CRASHES:
-        text += (
-            ". At start-up this means that the model's file is not what llama.cpp expects, or, if other "
-            "models don't run either, that llama.cpp was built for another CPU or by a faulty compiler. "
-            "Build it again: `make rebuild`; if that doesn't help, `export CMAKE_ARGS=-DGGML_NATIVE=OFF` and "
-            "`make rebuild`, which is slower but runs everywhere"
-        )
-    return text
+    return f"{text}. {engine_kind(path).crash_hint}" if name in CRASHES else text

@@ -5,6 +5,8 @@ from __future__ import annotations
 import codecs
 from collections.abc import Callable, Sequence
 
+from headstart.tokens import overlap
+
 
 class AnswerText:
     """Turns tokens into text that may be sent. Text that could become a stop string, and an incomplete
@@ -43,11 +45,6 @@ class AnswerText:
             at, self.found = min(places)
             self.held = ""
             return text[:at]
-        keep = max((_overlap(text, stop) for stop in self.stop), default=0)
+        keep = max((overlap(text, stop) for stop in self.stop), default=0)
         self.held = text[len(text) - keep :]
         return text[: len(text) - keep]
-
-
-def _overlap(text: str, stop: str) -> int:
-    """The length of the longest suffix of `text` that is a prefix of `stop`."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from headstart.prompt.answer_parts import Parser, Part
 from headstart.prompt.tool_calls.grammar import Literal
+from headstart.tokens import overlap
 
 OPEN, CLOSE = "<think>", "</think>"
 MARKERS = (OPEN, CLOSE)
@@ -70,7 +71,7 @@ class ReasoningParser:
         if ending:
             self.held = ""
             return text
-        size = len(text) - _overlap(text)
+        size = len(text) - overlap(text, CLOSE)
         size = len(text[:size].rstrip())
         self.held = text[size:]
         return text[:size]
@@ -91,8 +92,3 @@ class Stripped:
 
     def end(self) -> list[Part]:
         return self.rest.end()
-
-
-def _overlap(text: str) -> int:
-    sizes = range(min(len(text), len(CLOSE) - 1), 0, -1)
-    return next((n for n in sizes if text.endswith(CLOSE[:n])), 0)

@@ -13,6 +13,8 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 
+from headstart.tokens import overlap
+
 # Bytes of one memory, and estimates of what Python needs for an entry, a character and a number.
 REMEMBERED_BYTES = 16 << 20
 ENTRY_BYTES, CHARACTER_BYTES, TOKEN_BYTES = 300, 4, 36
@@ -80,11 +82,6 @@ class RememberedTokens:
 
 def _stands_alone(text: str, specials: Sequence[str]) -> bool:
     """Whether no other special token can overlap with this one or contain it, so that it is always found."""
-    return not any(
-        _overlap(text, other) or _overlap(other, text) or text in other for other in specials if other != text
-    )
-
-
-def _overlap(one: str, other: str) -> bool:
-    """Whether a suffix of `one` is a prefix of `other`."""
-    return any(one.endswith(other[:n]) for n in range(1, min(len(one), len(other))))
+    others = [other for other in specials if other != text]
+    # This one may begin with another as a whole, hence [1:].
+    return not any(overlap(text, other) or overlap(other[1:], text) or text in other for other in others)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Protocol
 
-from headstart.model_files import is_rkllm
+from headstart.model_files import Kind, kind_of
 from headstart.prompt.vocabulary import Prefixed
-from headstart.toyspec import ToySpec
 
 
 class Tokenizer(Protocol):
@@ -45,17 +44,28 @@ class Tokenizer(Protocol):
         """The bytes of a prompt from which the token was made; control tokens by their names."""
 
 
-def load_tokenizer(path: str) -> Tokenizer:
-    """Raises StartupError if the file is not a GGUF model, or is an NPU model without a tokenizer."""
-    # Only the needed one is imported: the libraries of the others take long to load.
-    if ToySpec.matches(path):
-        from headstart.prompt.toy_tokenizer import ToyTokenizer
-
-        return ToyTokenizer(path)
-    if is_rkllm(path):
-        from headstart.prompt.hf_tokenizer import HfTokenizer
-
-        return HfTokenizer(path)
+def _llama(path: str) -> Tokenizer:
     from headstart.prompt.llama_tokenizer import LlamaTokenizer
 
     return LlamaTokenizer(path)
+
+
+def _rkllm(path: str) -> Tokenizer:
+    from headstart.prompt.hf_tokenizer import HfTokenizer
+
+    return HfTokenizer(path)
+
+
+def _toy(path: str) -> Tokenizer:
+    from headstart.prompt.toy_tokenizer import ToyTokenizer
+
+    return ToyTokenizer(path)
+
+
+# Only the needed one is imported: the libraries of the others take long to load.
+LOADERS: Mapping[Kind, Callable[[str], Tokenizer]] = {"llama": _llama, "rkllm": _rkllm, "toy": _toy}
+
+
+def load_tokenizer(path: str) -> Tokenizer:
+    """Raises StartupError if the file is not a GGUF model, or is an NPU model without a tokenizer."""
+    return LOADERS[kind_of(path)](path)

@@ -23,18 +23,18 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Fill:
-    """Load `tokens`, with which `origin` begins, into the pool's shared prefix slot (`trunk`)."""
+    """Load `tokens`, with which `origin` begins, into the pool's shared prefix slot."""
 
-    trunk: Slot
+    prefix_slot: Slot
     tokens: list[int]
     origin: StateRef | Slot
 
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """Clear an idle pool slot (`seat`)."""
+    """Clear an idle pool slot."""
 
-    seat: Slot
+    slot: Slot
 
 
 @dataclass(frozen=True, slots=True)

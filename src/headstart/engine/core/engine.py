@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from time import monotonic
+from typing import TYPE_CHECKING
 
 from headstart.engine.core import state_file
 from headstart.engine.core.actions import Action, Drop, Fill, Move, Start
@@ -16,8 +16,8 @@ from headstart.engine.core.sequence import Sequence, Slot
 from headstart.engine.core.state_io import Reader, Writer
 from headstart.engine.core.stats import stats, told
 from headstart.engine.grammar import GrammarError
-from headstart.engine.logprobs import Logprobs
 from headstart.engine.model import Model, ModelError
+from headstart.engine.worker_engine import Wake
 from headstart.protocol import (
     Cancel,
     Command,
@@ -26,25 +26,27 @@ from headstart.protocol import (
     FailureKind,
     Finished,
     FinishReason,
+    ModelInfo,
     Progress,
     RequestEvent,
     StateRef,
     Submit,
 )
 
+if TYPE_CHECKING:
+    from headstart.engine.logprobs import Logprobs
+
 log = logging.getLogger(__name__)
 
 
-class Engine:
+class CoreEngine:
     """Runs sequences on a model. Every submitted request ends in exactly one Finished or Failed event.
 
     Other threads wait for disks. They call `wake` when a step has something new to do: a state was written,
     or a sequence's state is in memory or its grammar compiled.
     """
 
-    def __init__(
-        self, model: Model, cuts: Chunking, wake: Callable[[], object], *, share_from: int = 0
-    ) -> None:
+    def __init__(self, model: Model, cuts: Chunking, wake: Wake, *, share_from: int = 0) -> None:
         self.model = model
         self.scheduler = Scheduler(
             model.info.slots,
@@ -60,6 +62,10 @@ class Engine:
         self.writer = Writer(wake)
         self.reader = Reader(wake)
         self.compiler = Compiler(model.grammars, wake)
+
+    @property
+    def info(self) -> ModelInfo:
+        return self.model.info
 
     @property
     def busy(self) -> bool:
@@ -99,6 +105,8 @@ class Engine:
         self._evaluate(self.scheduler.prefilling())
         self.events += self.embeddings.step()
         self.events += self.writer.finished()
+        if log.isEnabledFor(logging.DEBUG):
+            self.scheduler.check_integrity()
         events, self.events = self.events, []
         return events
 
@@ -106,11 +114,11 @@ class Engine:
         match action:
             case Start():
                 self._start(action)
-            case Fill(trunk=trunk, tokens=tokens, origin=origin):
-                self._fill(trunk, tokens, origin)
-            case Drop(seat=seat):
-                self.model.clear(seat.id)
-                seat.hold([], 0, 0)
+            case Fill(prefix_slot=prefix_slot, tokens=tokens, origin=origin):
+                self._fill(prefix_slot, tokens, origin)
+            case Drop(slot=slot):
+                self.model.clear(slot.id)
+                slot.hold([], 0, 0)
             case Move():
                 self._move(action)
 
@@ -136,13 +144,13 @@ class Engine:
             return self.model.copy(origin.id, slot.id, keep)
         return self._restore(slot.id, origin, keep)
 
-    def _fill(self, trunk: Slot, tokens: list[int], origin: StateRef | Slot) -> None:
-        if not self._load(trunk, origin, len(tokens)):
-            trunk.hold([], 0, 0)
+    def _fill(self, prefix_slot: Slot, tokens: list[int], origin: StateRef | Slot) -> None:
+        if not self._load(prefix_slot, origin, len(tokens)):
+            prefix_slot.hold([], 0, 0)
         elif isinstance(origin, Slot):
-            trunk.hold(tokens, min(origin.exact, len(tokens)), origin.boundary)
+            prefix_slot.hold(tokens, min(origin.exact, len(tokens)), origin.boundary)
         else:
-            trunk.hold(tokens, len(tokens), len(tokens))
+            prefix_slot.hold(tokens, len(tokens), len(tokens))
 
     def _move(self, move: Move) -> None:
         sequence, slot, origin = move.sequence, move.slot, move.origin

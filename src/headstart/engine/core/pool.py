@@ -20,43 +20,42 @@ ANSWER_CELLS = 64
 
 
 class Pool:
-    """Bookkeeping only. `trunk` is the shared prefix slot, `seats` are the pool slots of sequences that begin
-    with the shared prefix."""
+    """Bookkeeping only. `prefix_slot` holds the shared prefix, `slots` hold sequences that begin with it."""
 
     def __init__(self, n_slots: int, cells: int) -> None:
         self.cells = cells
-        self.seats = [Slot(n_slots + i, pooled=True) for i in range(n_slots)]
-        self.trunk = Slot(2 * n_slots, pooled=True)
+        self.slots = [Slot(n_slots + i, pooled=True) for i in range(n_slots)]
+        self.prefix_slot = Slot(2 * n_slots, pooled=True)
 
     @property
     def prefix(self) -> list[int]:
-        return self.trunk.tokens
+        return self.prefix_slot.tokens
 
-    def holds_opening(self, request: Submit) -> bool:
+    def holds_prefix(self, request: Submit) -> bool:
         """Whether the shared prefix is the request's cached prefix, prefilled with the same boundary."""
         boundary = request.boundary
-        return self.trunk.boundary == boundary and self.prefix == request.tokens[:boundary]
+        return self.prefix_slot.boundary == boundary and self.prefix == request.tokens[:boundary]
 
     @property
     def running(self) -> bool:
-        return any(seat.sequence for seat in self.seats)
+        return any(slot.sequence for slot in self.slots)
 
     @property
     def free(self) -> int:
-        return self.cells - len(self.prefix) - sum(map(self._own_cells, self.seats))
+        return self.cells - len(self.prefix) - sum(map(self._own_cells, self.slots))
 
     @property
     def in_use(self) -> int:
         """The number of cells that running sequences have beyond the shared prefix."""
-        return sum(self._own_cells(seat) for seat in self.seats if seat.sequence)
+        return sum(self._own_cells(slot) for slot in self.slots if slot.sequence)
 
-    def _own_cells(self, seat: Slot) -> int:
-        return max(len(seat.tokens) - len(self.prefix), 0)
+    def _own_cells(self, slot: Slot) -> int:
+        return max(len(slot.tokens) - len(self.prefix), 0)
 
     def idle(self) -> list[Slot]:
         """Pool slots that hold the state of ended sequences, the longest unused first."""
-        left = (seat for seat in self.seats if seat.tokens and not seat.sequence)
-        return sorted(left, key=lambda seat: seat.last_used)
+        left = (slot for slot in self.slots if slot.tokens and not slot.sequence)
+        return sorted(left, key=lambda slot: slot.last_used)
 
     def excess(self) -> Iterator[Slot]:
         """Idle pool slots to drop, because running sequences pay for their cells."""
@@ -67,17 +66,17 @@ class Pool:
     def continued_by(self, sequence: Sequence) -> Slot | None:
         """An idle pool slot with whose tokens the sequence begins: a continued conversation."""
         tokens = sequence.request.tokens
-        for seat in self.idle():
-            n = len(seat.tokens)
-            is_theirs = seat.owner == sequence.request.owner
-            if is_theirs and len(self.prefix) < n < len(tokens) and seat.tokens == tokens[:n]:
-                return seat
+        for slot in self.idle():
+            n = len(slot.tokens)
+            is_theirs = slot.owner == sequence.request.owner
+            if is_theirs and len(self.prefix) < n < len(tokens) and slot.tokens == tokens[:n]:
+                return slot
         return None
 
-    def empty_seat(self) -> Slot:
+    def empty_slot(self) -> Slot:
         """An empty pool slot; if there is none, the longest unused idle one."""
         return (
-            next((seat for seat in self.seats if not seat.tokens and not seat.sequence), None)
+            next((slot for slot in self.slots if not slot.tokens and not slot.sequence), None)
             or self.idle()[0]
         )
 
@@ -85,21 +84,21 @@ class Pool:
 def join(pool: Pool, sequence: Sequence, needed: int) -> Iterator[Action]:
     """Starts a sequence that begins with the shared prefix in a pool slot; it needs `needed` more cells."""
     # Alone in the pool, with no idle cells before its own, it computes the same bits as in a slot of its own.
-    for seat in pool.idle():
+    for slot in pool.idle():
         if pool.running and pool.free >= needed:
             break
-        yield Drop(seat)
-    yield from _sit(pool, sequence)
+        yield Drop(slot)
+    yield from _start(pool, sequence)
 
 
 def refill(pool: Pool, sequence: Sequence, origin: StateRef | Slot) -> Iterator[Action]:
     """Makes the sequence's cached prefix, which `origin` holds, the shared prefix; no sequence may run in the
     pool."""
     yield from _fill(pool, sequence, sequence.request.tokens[: sequence.request.boundary], origin)
-    yield from _sit(pool, sequence)
+    yield from _start(pool, sequence)
 
 
-def gathers(pool: Pool, parent: Sequence, n_siblings: int, share_from: int) -> bool:
+def shares_prompt(pool: Pool, parent: Sequence, n_siblings: int, share_from: int) -> bool:
     """Whether the whole prompt of a sequence should become the shared prefix, for it and its siblings."""
     assert parent.slot
     n_tokens = len(parent.slot.tokens)
@@ -108,22 +107,22 @@ def gathers(pool: Pool, parent: Sequence, n_siblings: int, share_from: int) -> b
     return not (parent.slot.pooled or pool.running) and n_tokens >= share_from and fits
 
 
-def gather(pool: Pool, parent: Sequence) -> Iterator[Action]:
+def share_prompt(pool: Pool, parent: Sequence) -> Iterator[Action]:
     assert parent.slot
     yield from _fill(pool, parent, parent.slot.tokens.copy(), parent.slot)
     if pool.prefix:
-        yield Move(parent, pool.empty_seat(), pool.trunk)
+        yield Move(parent, pool.empty_slot(), pool.prefix_slot)
 
 
 def _fill(pool: Pool, sequence: Sequence, tokens: list[int], origin: StateRef | Slot) -> Iterator[Action]:
-    for seat in pool.idle():
-        yield Drop(seat)
-    pool.trunk.owner = sequence.request.owner
-    yield Fill(pool.trunk, tokens, origin)
+    for slot in pool.idle():
+        yield Drop(slot)
+    pool.prefix_slot.owner = sequence.request.owner
+    yield Fill(pool.prefix_slot, tokens, origin)
 
 
-def _sit(pool: Pool, sequence: Sequence) -> Iterator[Action]:
-    seat = pool.empty_seat()
-    if seat.tokens:
-        yield Drop(seat)
-    yield Start(sequence, seat, len(pool.prefix), pool.trunk if pool.prefix else None)
+def _start(pool: Pool, sequence: Sequence) -> Iterator[Action]:
+    slot = pool.empty_slot()
+    if slot.tokens:
+        yield Drop(slot)
+    yield Start(sequence, slot, len(pool.prefix), pool.prefix_slot if pool.prefix else None)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 
 from headstart.engine.core.actions import Action, Drop, Move, Origin, Start
 from headstart.engine.core.chunking import Chunking
-from headstart.engine.core.pool import ANSWER_CELLS, Pool, gather, gathers, join, refill
+from headstart.engine.core.pool import ANSWER_CELLS, Pool, join, refill, share_prompt, shares_prompt
 from headstart.engine.core.sequence import Sequence, Slot, may_share, reusable
 from headstart.engine.model import Piece
 from headstart.protocol import StateRef, Submit
@@ -90,8 +90,8 @@ class Scheduler:
             ((reusable(slot, request, self.cuts, can_cut=self.can_cut), slot) for slot in free),
             key=lambda choice: choice[0],
         )
-        if self.pool and (seat := self._seat(self.pool, sequence, keep)):
-            yield from seat
+        if self.pool and (actions := self._start_in_pool(self.pool, sequence, keep)):
+            yield from actions
             return
         origin = self._origin(sequence)
         usable = self._usable(origin, request)
@@ -128,7 +128,7 @@ class Scheduler:
         request = sequence.request
         if request.restore is None or not request.reuse:
             return None
-        if self.pool and self.pool.holds_opening(request):
+        if self.pool and self.pool.holds_prefix(request):
             return None
         free = (slot for slot in self.slots if slot.sequence is None)
         held = max((reusable(slot, request, self.cuts, can_cut=self.can_cut) for slot in free), default=0)
@@ -139,7 +139,7 @@ class Scheduler:
         tokens, boundary = request.tokens, request.boundary
         if not (0 < boundary < len(tokens) and self.can_cut):
             return None
-        places = (*self.slots, self.pool.trunk) if self.pool else self.slots
+        places = (*self.slots, self.pool.prefix_slot) if self.pool else self.slots
         for slot in places:
             holds = slot.boundary == boundary <= slot.exact and slot.tokens[:boundary] == tokens[:boundary]
             if holds and may_share(slot.owner, request):
@@ -154,15 +154,15 @@ class Scheduler:
             return False
         return any(other.computed < request.boundary and other.opens_like(sequence) for other in self.running)
 
-    def _seat(self, pool: Pool, sequence: Sequence, keep: int) -> Iterator[Action] | None:
+    def _start_in_pool(self, pool: Pool, sequence: Sequence, keep: int) -> Iterator[Action] | None:
         """The actions that start the sequence in the pool; None if a slot of its own is better. `keep`: the
         number of its tokens that a free slot holds already."""
         request, boundary = sequence.request, sequence.request.boundary
         if not request.reuse or not request.max_tokens or boundary < self.share_from:
             return None
-        shares = pool.holds_opening(request) and may_share(pool.trunk.owner, request)
-        if shares and (seat := pool.continued_by(sequence)) and len(seat.tokens) > keep:
-            return iter([Start(sequence, seat, len(seat.tokens), None)])
+        shares = pool.holds_prefix(request) and may_share(pool.prefix_slot.owner, request)
+        if shares and (slot := pool.continued_by(sequence)) and len(slot.tokens) > keep:
+            return iter([Start(sequence, slot, len(slot.tokens), None)])
         if keep > boundary or (keep == boundary and not pool.running and not self._has_company(sequence)):
             return None
         if not shares:
@@ -185,8 +185,8 @@ class Scheduler:
         if not (pool := self.pool):
             return
         if pool.running:
-            for seat in pool.excess():
-                yield Drop(seat)
+            for slot in pool.excess():
+                yield Drop(slot)
         while (members := self._members()) and pool.free < _n_tokens(self.pooled()):
             if idle := pool.idle():
                 yield Drop(idle[0])
@@ -208,16 +208,16 @@ class Scheduler:
         the same cells. Slots were kept free for them."""
         if not siblings:
             return
-        if self.pool and gathers(self.pool, parent, len(siblings), self.share_from):
-            yield from gather(self.pool, parent)
+        if self.pool and shares_prompt(self.pool, parent, len(siblings), self.share_from):
+            yield from share_prompt(self.pool, parent)
         for sibling in siblings:
             if parent.slot is None or parent not in self.running:
                 return
             if self.pool and parent.slot.pooled:
-                seat = self.pool.empty_seat()
-                if seat.tokens:
-                    yield Drop(seat)
-                yield Move(sibling, seat, parent.slot)
+                slot = self.pool.empty_slot()
+                if slot.tokens:
+                    yield Drop(slot)
+                yield Move(sibling, slot, parent.slot)
             else:
                 yield Move(sibling, self._free_slot(), parent.slot)
 
@@ -274,8 +274,9 @@ class Scheduler:
         sequence.slot.last_used = self.step
 
     def check_integrity(self) -> None:
-        """Asserts invariants that hold whenever no step is running; called by tests."""
-        places = [*self.slots, *(self.pool.seats if self.pool else ())]
+        """Asserts invariants that hold between steps. Tests call it after each step, as does an engine that
+        logs at level DEBUG."""
+        places = [*self.slots, *(self.pool.slots if self.pool else ())]
         assert {id(s.slot) for s in self.running} == {id(s) for s in places if s.sequence}
         assert sum(len(sequence.ids) for sequence in self.running) <= len(self.slots)
         for sequence in self.running:
@@ -287,7 +288,7 @@ class Scheduler:
         if self.pool:
             assert self.pool.free >= 0
             n = len(self.pool.prefix)
-            assert all(seat.tokens[:n] == self.pool.prefix for seat in self.pool.seats if seat.tokens)
+            assert all(slot.tokens[:n] == self.pool.prefix for slot in self.pool.slots if slot.tokens)
 
 
 def _least_useful(idle: list[Slot]) -> Slot:

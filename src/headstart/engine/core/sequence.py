@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from dataclasses import replace as copied
+from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
 from headstart.engine.core.chunking import Chunking
-from headstart.engine.grammar import Matcher
 from headstart.engine.model import Piece, Sampler
 from headstart.protocol import Source, Submit
 from headstart.tokens import common_prefix
+
+if TYPE_CHECKING:
+    from headstart.engine.matcher import Matcher
 
 
 @dataclass(eq=False, slots=True)

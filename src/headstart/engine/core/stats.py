@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from time import monotonic
+from typing import TYPE_CHECKING
 
 from headstart.engine.core.sequence import Sequence
-from headstart.engine.logprobs import Logprobs, likeliest
 from headstart.protocol import Stats, Token
+
+if TYPE_CHECKING:
+    from headstart.engine.logprobs import Logprobs
 
 
 def told(sequence: Sequence, token: int, logprobs: Logprobs | None) -> Token:
     """The event for the sequence's next token, with probabilities if there are any."""
     if logprobs is None:
         return Token(sequence.request.id, token)
+    # numpy is imported for requests of probabilities only.
+    from headstart.engine.logprobs import likeliest
+
     top = likeliest(logprobs, sequence.request.sampling.logprobs or 0)
     return Token(sequence.request.id, token, float(logprobs[token]), top)
 

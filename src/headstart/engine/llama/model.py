@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import llama_cpp as lib
 
-from headstart.engine.grammar import Grammars, Matcher
+from headstart.engine.grammar import Grammars
 from headstart.engine.llama.context import LlamaContext, Shape
 from headstart.engine.llama.conversion import weights_path
 from headstart.engine.llama.embedder import LlamaEmbedder
@@ -26,6 +27,9 @@ from headstart.engine.logprobs import Logprobs, log_softmax
 from headstart.engine.model import LEAST_STEP_TOKENS, ModelError, Piece, Sampler, TooLarge
 from headstart.machine import available_bytes, available_cpus, memory_bytes
 from headstart.protocol import EngineSettings, ModelInfo, Sampling
+
+if TYPE_CHECKING:
+    from headstart.engine.matcher import Matcher
 
 DEFAULT_CTX = 8192
 DEFAULT_SLOTS = 4

@@ -7,14 +7,16 @@ import math
 import secrets
 from collections.abc import Sequence as Seq
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import llama_cpp as lib
 import numpy as np
 
-from headstart.engine.grammar import Matcher, Tokens
 from headstart.engine.llama.context import LlamaContext
 from headstart.protocol import Sampling
+
+if TYPE_CHECKING:
+    from headstart.engine.matcher import Matcher, Tokens
 
 Scores = np.ndarray[Any, np.dtype[np.float32]]
 CANDIDATE = np.dtype(lib.llama_token_data)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 from headstart.engine.rkllm.engine import RkllmEngine
 from headstart.engine.rkllm.options import LIBRARY, RuntimeOptions
 from headstart.engine.rkllm.runtime import Runtime
+from headstart.engine.worker_engine import Wake
 from headstart.protocol import EngineSettings
 
 DEFAULT_CTX = 4096
 
 
-def opened(settings: EngineSettings, wake: Callable[[], object]) -> RkllmEngine:
+def opened(settings: EngineSettings, wake: Wake) -> RkllmEngine:
     """Loads the model. Raises ModelError."""
     return RkllmEngine(partial(Runtime, settings.path, options_of(settings)), wake)
 

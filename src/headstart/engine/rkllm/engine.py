@@ -29,6 +29,7 @@ from headstart.engine.rkllm import saved_state
 from headstart.engine.rkllm.info import info_of
 from headstart.engine.rkllm.runtime import Runtime, RuntimeLost
 from headstart.engine.rkllm.turn import Turn
+from headstart.engine.worker_engine import Wake
 from headstart.protocol import (
     Cancel,
     Command,
@@ -54,7 +55,7 @@ class RkllmEngine:
     the model loaded; it is called now and after each failed run, and raises ModelError. All methods must be
     called from one thread. `wake` is called from others."""
 
-    def __init__(self, opened: Callable[[], Runtime], wake: Callable[[], object]) -> None:
+    def __init__(self, opened: Callable[[], Runtime], wake: Wake) -> None:
         self._opened = opened
         self._wake = wake
         self._runtime: Runtime | None = opened()

@@ -3,40 +3,19 @@
 from __future__ import annotations
 
 import logging
-import selectors
 import socket
-import subprocess
-import sys
 from collections.abc import Mapping
-from typing import get_args
 
 import msgspec
 
-from headstart.engine.kinds import only_embeds
+from headstart.engine.kinds import engine_kind
 from headstart.engine.model import ModelError
+from headstart.engine.tuning.constant import DEFAULT_CHUNK, DEFAULT_SHARE_FROM
 from headstart.machine import available_cpus
-from headstart.numerics import DEFAULT, Numerics, Tuning, Weights, preferred
+from headstart.numerics import DEFAULT, Tuning
 from headstart.protocol import EngineSettings
-from headstart.toyspec import ToySpec
 
 log = logging.getLogger(__name__)
-
-DEFAULT_CHUNK = 64
-DEFAULT_SHARE_FROM = 256
-# The toy model has no speed to measure.
-TOY = Tuning(
-    arithmetic=DEFAULT,
-    threads=1,
-    ubatch=DEFAULT_CHUNK,
-    pass_ms=0.0,
-    token_ms=0.0,
-    attend_ms=0.0,
-    share_from=DEFAULT_SHARE_FROM,
-    ranking=[Numerics(on, weights) for on in (False, True) for weights in get_args(Weights)],
-    measured={},
-    hits=[80.0, 80.0, 100.0, 100.0],
-    tries=1,
-)
 
 
 def settled(settings: EngineSettings, tuning: Tuning | None) -> EngineSettings:
@@ -70,62 +49,7 @@ def find_tuning(settings: EngineSettings, channel: socket.socket | None = None) 
 def measure_apart(
     settings: EngineSettings, channel: socket.socket | None = None, env: Mapping[str, str] | None = None
 ) -> Tuning:
-    """Measures in a process of its own: its memory is certainly free afterwards, and if it needs too much or
-    crashes, the model can still run. `env`: its environment, which must be a worker's; None: this process's.
-    Raises ModelError; EOFError if `channel` is closed meanwhile, which ends the measurement."""
-    if ToySpec.matches(settings.path):
-        return _of_toy(settings)
-    if only_embeds(settings.path):
-        # Only generation is measured.
-        chosen = settings.arithmetic.or_else(DEFAULT)
-        return msgspec.structs.replace(TOY, arithmetic=chosen, threads=available_cpus())
-    process = subprocess.Popen(
-        # -P: don't import modules from the current folder.
-        [
-            sys.executable,
-            "-P",
-            "-m",
-            "headstart.engine.tuning.measure",
-            msgspec.json.encode(settings).decode(),
-        ],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        env=env,
-    )
-    assert process.stdout
-    try:
-        with selectors.DefaultSelector() as selector:
-            selector.register(process.stdout, selectors.EVENT_READ)
-            if channel is not None:
-                # The server sends nothing before the worker is ready: readable means closed.
-                selector.register(channel, selectors.EVENT_READ)
-            if all(key.fileobj is not process.stdout for key, _ in selector.select()):
-                raise EOFError
-        answer = process.stdout.read()
-        status = process.wait()
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-    if status != 0:
-        raise ModelError(f"the measuring process ended with status {status}")
-    try:
-        return msgspec.json.decode(answer, type=Tuning)
-    except msgspec.MsgspecError as error:
-        raise ModelError(f"the measuring process said what is no tuning: {error}") from error
-
-
-def _of_toy(settings: EngineSettings) -> Tuning:
-    """The measurement's result for a toy model, by the switches in its path."""
-    spec = ToySpec.parse(settings.path)
-    tries = 1 + (settings.tried.tries if settings.tried else 0)
-    ranking = sorted(TOY.ranking, key=lambda tried: bool(tried.flash_attention) != bool(spec.attention))
-    hits = dict(zip(ranking, TOY.hits, strict=True))
-    return msgspec.structs.replace(
-        TOY,
-        arithmetic=preferred(hits, settings.arithmetic, settings.kept),
-        ranking=ranking,
-        hits=[*hits.values()],
-        tries=tries,
-        doubts={"1 token": "other programs used 2.0 CPUs"} if tries <= spec.busy else {},
-    )
+    """Measures the model outside this process, if there is anything to measure. `env`: the environment of the
+    measuring process, which must be a worker's; None: this process's. Raises ModelError; EOFError if
+    `channel` is closed meanwhile, which ends the measurement."""
+    return engine_kind(settings.path).measure(settings, channel, env)

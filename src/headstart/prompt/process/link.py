@@ -6,13 +6,12 @@ import asyncio
 import os
 import signal
 import socket
-import sys
 from contextlib import suppress
 
 import msgspec
 
 from headstart.channel import HEADER
-from headstart.machine import signal_name
+from headstart.machine import module_command, signal_name
 from headstart.prompt.process.protocol import Reply
 
 # Larger than any reply of a prompt process.
@@ -50,8 +49,7 @@ class Link:
         ours, theirs = socket.socketpair()
         try:
             process = await asyncio.create_subprocess_exec(
-                # -P: modules in the current folder are not imported.
-                *(sys.executable, "-P", "-m", "headstart.prompt.process.worker", str(theirs.fileno())),
+                *module_command("headstart.prompt.process.worker", str(theirs.fileno())),
                 pass_fds=[theirs.fileno()],
                 stdin=asyncio.subprocess.DEVNULL,
                 env=os.environ | ENVIRONMENT,

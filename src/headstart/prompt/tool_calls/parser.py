@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection
 
 from headstart.prompt.answer_parts import CallDelta, Part
 from headstart.prompt.tool_calls.scanner import BracketEnd, CallHead, ObjectReader
+from headstart.tokens import overlap
 
 State = Callable[[], "list[Part] | None"]
 ID_CHARACTERS = string.ascii_letters + string.digits
@@ -183,14 +184,10 @@ class CallParser:
 
     def _told_apart(self) -> int:
         """The number of characters of `held` that are text, whatever follows."""
-        overlap = max((_overlap(self.held, marker) for marker in self.markers), default=0)
-        size = len(self.held) - overlap
+        undecided = max((overlap(self.held, marker) for marker in self.markers), default=0)
+        size = len(self.held) - undecided
         return len(self.held[:size].rstrip())
 
 
 def said(text: str) -> list[Part]:
     return [Part(text=text)] if text else []
-
-
-def _overlap(text: str, marker: str) -> int:
-    return next((n for n in range(min(len(text), len(marker) - 1), 0, -1) if text.endswith(marker[:n])), 0)

@@ -7,10 +7,10 @@ import json
 import logging
 import os
 import signal
-import sys
 from contextlib import suppress
 
 from headstart.errors import Unavailable
+from headstart.machine import module_command
 
 log = logging.getLogger(__name__)
 
@@ -83,8 +83,7 @@ class Checker:
 
 async def _started() -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
-        # -P: modules in the current folder are not imported.
-        *(sys.executable, "-P", "-m", "headstart.engine.grammar_check"),
+        *module_command("headstart.engine.grammar_check"),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         # The process forks, so it must have no threads; those of numpy are not needed.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,6 +14,7 @@ from headstart.caches.entry import Entry, Fingerprint
 from headstart.caches.store import Store
 from headstart.config.settings import Settings
 from headstart.engine.client import EngineClient, State
+from headstart.engine.kinds import engine_kind
 from headstart.errors import ModelLoading, StartupError
 from headstart.prompt.process.client import PromptClient, facts_of
 from headstart.prompt.process.protocol import Facts, Load
@@ -25,7 +25,6 @@ from headstart.service.models.cache_fit import doubted, kept_back, misfits, warn
 from headstart.service.models.plan import Plan, engine_settings, make_plan
 from headstart.service.models.tenant_model import TenantModel
 from headstart.service.models.tuning_store import Tunings
-from headstart.toyspec import ToySpec
 
 Notify = Callable[[str], None]
 
@@ -93,7 +92,7 @@ class ServedModel:
         plan = self.plan(store)
         self.engine.settings = msgspec.structs.replace(plan.settings, within_memory=within_memory)
         async with measuring if plan.measures else nullcontext():
-            if plan.measures and not ToySpec.matches(self.path):
+            if plan.measures and engine_kind(self.path).is_timed:
                 say(f"Measuring what is fastest for {self.name} here (once per model and machine) ...")
             self.engine.start()
             await self.engine.wait_ready()
@@ -156,20 +155,12 @@ async def facts(path: str, settings: Settings, name: str) -> Facts:
 
 
 def model_path(path: str) -> str:
-    return path if ToySpec.matches(path) else str(Path(path).expanduser().absolute())
-
-
-def toy_weights(path: str) -> str:
-    """Substitute for the SHA-256 of a toy model's weights. Raises StartupError."""
-    try:
-        return hashlib.sha256(ToySpec.parse(path).weights.encode()).hexdigest()
-    except ValueError as error:
-        raise StartupError(str(error)) from error
+    return engine_kind(path).location(path)
 
 
 async def _weights_hash(path: str, store: Store) -> str:
-    if ToySpec.matches(path):
-        return toy_weights(path)
+    if (substitute := engine_kind(path).weights_id(path)) is not None:
+        return substitute
     if not Path(path).is_file():
         raise StartupError(f"{path} can't be read: there is no such file")
     return await store.weights_hash(Path(path))

@@ -12,8 +12,7 @@ from msgspec.structs import replace
 from headstart.caches.entry import Entry
 from headstart.config.settings import Settings
 from headstart.engine.converted_weights import conversions_of
-from headstart.engine.kinds import engine_version
-from headstart.model_files import is_rkllm
+from headstart.engine.kinds import engine_kind
 from headstart.numerics import DEFAULT, Numerics, Tuning
 from headstart.protocol import EngineSettings, RkllmSettings, Sampling
 from headstart.service.models.cache_fit import arithmetic_of
@@ -55,10 +54,10 @@ def make_plan(
     path: str, weights: str, settings: Settings, tunings: Tunings, entries: Sequence[Entry]
 ) -> Plan:
     """Never changes the numerics of a model's caches unless the user wants it."""
-    if is_rkllm(path):
-        key = Key.here(weights, engine_version(path), settings.threads)
+    kind = engine_kind(path)
+    key = Key.here(weights, kind.version(), settings.threads)
+    if not kind.tunable:
         return Plan(key, engine_settings(path, settings), Numerics(), {})
-    key = Key.here(weights, engine_version(path), settings.threads)
     given = Numerics(settings.flash_attention, settings.weights)
     agreed = tunings.agreed(key) if settings.tune else None
     overriding = tunings.overriding(key) if settings.tune else None
@@ -110,7 +109,7 @@ def engine_settings(path: str, settings: Settings) -> EngineSettings:
         prefill_chunk=settings.prefill_chunk,
         max_step_ms=settings.max_step_ms,
         share_from=settings.share_from,
-        tune=settings.tune and not is_rkllm(path),
+        tune=settings.tune and engine_kind(path).tunable,
         rkllm=rkllm_settings(settings),
     )
 
