@@ -14,7 +14,7 @@ from openai import OpenAI
 from conftest import StartServer
 from headstart.errors import BadRequest
 from headstart.prompt.answer_parts import PlainText
-from headstart.prompt.detokenizer import AnswerText
+from headstart.prompt.detokenizer import AnswerDetokenizer
 from headstart.prompt.prompts import Prompts
 from headstart.prompt.template import CHATML, FOLD, ChatTemplate
 from headstart.prompt.toy_tokenizer import ToyTokenizer
@@ -298,7 +298,9 @@ def _answered(pieces: list[bytes], stop: list[str]) -> Choice:
     tokenizer = ToyTokenizer("toy:")
     tokenizer.pieces |= {1000 + i: piece for i, piece in enumerate(pieces)}
     vocabulary = Vocabulary(Prompts(ToyTokenizer("toy:"), ChatTemplate(None, "", "")).facts())
-    answer = Answering(0, vocabulary, AnswerText(lambda token: tokenizer.pieces[token], stop), PlainText())
+    answer = Answering(
+        0, vocabulary, AnswerDetokenizer(lambda token: tokenizer.pieces[token], stop), PlainText()
+    )
     choice = Choice(0)
     for i in range(len(pieces)):
         if not answer.stopped:

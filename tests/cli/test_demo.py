@@ -19,7 +19,7 @@ from headstart.cli.client import Client, RequestFailed
 from headstart.cli.examples import GUIDE_EXAMPLES
 from headstart.cli.local import own_server
 from headstart.cli.main import app
-from headstart.cli.measure import Bench
+from headstart.cli.measure import BenchRun
 
 NOBODY = "http://127.0.0.1:1"
 STEPS = [
@@ -124,10 +124,10 @@ def test_an_interrupted_demo_leaves_nothing_behind(number: signal.Signals, tmp_p
 
 def test_runs_with_a_cache_load_it_from_its_file(start_server: StartServer) -> None:
     server = start_server("--model", "toy=toy:")
-    with Client(server.url) as client, Bench(client) as bench:
+    with Client(server.url) as client, BenchRun(client) as bench:
         comparison = bench.compare(GUIDE_EXAMPLES[0], 3)
         bench.fill_slots()
-        afterwards = server.chat("Hi", system=GUIDE_EXAMPLES[0].opening)
+        afterwards = server.chat("Hi", system=GUIDE_EXAMPLES[0].prefix)
     assert afterwards["timings"]["cache_source"] == "file", "a slot would have been taken first"
     assert [run.usage["cache_hit"] for run in comparison.with_cache] == [True] * 3
     assert all(run.cached_tokens == 0 for run in comparison.without)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from blake3 import blake3
 
-from headstart.caches.cache_file.writer import Writer
+from headstart.caches.cache_file.writer import CacheWriter
 from headstart.caches.entry import Entry, Fingerprint
 from headstart.caches.store import Store
 from headstart.names import Namespace
@@ -15,7 +15,7 @@ async def put_small(store: Store, name: str, prompt: str, repaired: Entry | None
     fingerprint = Fingerprint("w", "e", {}, "t")
     entry = Entry("toy", name, prompt, 1, 10.0, 20.0, fingerprint, {}, 1.0, 2.0)
     with store.scratch(Namespace("toy")) as path:
-        writer = Writer(path, entry, {"chat": [1, 2, 3]})
+        writer = CacheWriter(path, entry, {"chat": [1, 2, 3]})
         state = f"state of {name}".encode()
         with path.open("r+b") as output:
             output.seek(writer.end)

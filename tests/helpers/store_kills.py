@@ -22,7 +22,7 @@ from blake3 import blake3
 
 from cache_keys import cache_key
 from headstart.caches.cache_file import format
-from headstart.caches.cache_file.writer import Writer
+from headstart.caches.cache_file.writer import CacheWriter
 from headstart.caches.entry import Entry, Fingerprint
 from headstart.caches.store import Store
 from headstart.engine.core import state_file
@@ -48,7 +48,7 @@ def _content(name: str, version: int) -> tuple[Entry, list[int], bytes]:
 async def _write(store: Store, name: str, version: int) -> None:
     entry, tokens, state = _content(name, version)
     with store.scratch(Namespace(NAMESPACE)) as path:
-        writer = Writer(path, entry, {"chat": tokens})
+        writer = CacheWriter(path, entry, {"chat": tokens})
         saved = state_file.write(SaveTo(str(path), writer.end), memoryview(state))
         writer.wrote("chat", len(state), saved)
         await store.put(writer, entry)

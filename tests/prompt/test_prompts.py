@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from headstart.config.settings import embedded_model
 from headstart.errors import BadRequest, StartupError
-from headstart.prompt.detokenizer import AnswerText
+from headstart.prompt.detokenizer import AnswerDetokenizer
 from headstart.prompt.prompts import Prompts
 from headstart.prompt.template import ChatTemplate
 from headstart.prompt.tokenizer import load_tokenizer
@@ -104,7 +104,7 @@ def test_a_file_that_is_no_model_is_refused(tmp_path: object) -> None:
 
 
 def _feed(data: bytes, stop: list[str]) -> tuple[str, bool]:
-    answer = AnswerText(lambda token: bytes([token]), stop)
+    answer = AnswerDetokenizer(lambda token: bytes([token]), stop)
     text = ""
     for byte in data:
         text += answer.add(byte)
@@ -114,7 +114,7 @@ def _feed(data: bytes, stop: list[str]) -> tuple[str, bool]:
 
 
 def test_characters_are_never_split() -> None:
-    answer = AnswerText(lambda token: bytes([token]))
+    answer = AnswerDetokenizer(lambda token: bytes([token]))
     pieces = [answer.add(byte) for byte in "a🙂é".encode()]
     assert pieces == ["a", "", "", "", "🙂", "", "é"]
 

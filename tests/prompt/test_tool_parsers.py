@@ -17,7 +17,7 @@ from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 from headstart.engine.grammar_check import END, Bytes
 from headstart.engine.matcher import Matcher
 from headstart.prompt import reasoning
-from headstart.prompt.answer_parts import Parser, Part, PlainText
+from headstart.prompt.answer_parts import AnswerPart, Parser, PlainText
 from headstart.prompt.reasoning import ReasoningParser
 from headstart.prompt.tool_calls.formats import (
     DIALECTS,
@@ -37,11 +37,11 @@ LOOK = json.loads(ARGUMENTS)
 Said = tuple[str, str, list[tuple[str, Any]]]
 
 
-def _read(parser: Parser, pieces: Sequence[str]) -> list[Part]:
+def _read(parser: Parser, pieces: Sequence[str]) -> list[AnswerPart]:
     return [part for piece in pieces for part in parser.add(piece)] + parser.end()
 
 
-def _sum(parts: list[Part]) -> Said:
+def _sum(parts: list[AnswerPart]) -> Said:
     """Text, reasoning, and calls with their arguments; each call's deltas are in order."""
     text = "".join(part.text for part in parts)
     reasoning = "".join(part.reasoning for part in parts)
@@ -254,8 +254,8 @@ def test_text_is_told_as_soon_as_it_can_be_no_call() -> None:
     answer = LLAMA.parser(NAMES, None)
     assert [answer.add(piece) for piece in ("{", '"temp', "er")] == [
         [],
-        [Part(text='{"temp')],
-        [Part(text="er")],
+        [AnswerPart(text='{"temp')],
+        [AnswerPart(text="er")],
     ]
 
 

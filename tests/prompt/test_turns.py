@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 
-from headstart.prompt.process.turns import Turns
+from headstart.prompt.process.turns import OwnerTurns
 
 
 async def test_one_owner_with_many_does_not_keep_others_waiting() -> None:
-    turns: Turns[str] = Turns()
+    turns: OwnerTurns[str] = OwnerTurns()
     for number in range(3):
         turns.put("busy", f"busy {number}")
     turns.put("other", "other 0")
@@ -23,7 +23,7 @@ async def test_one_owner_with_many_does_not_keep_others_waiting() -> None:
 
 
 async def test_who_comes_to_an_empty_queue_is_waited_for() -> None:
-    turns: Turns[str] = Turns()
+    turns: OwnerTurns[str] = OwnerTurns()
     waiting = asyncio.create_task(turns.next())
     await asyncio.sleep(0)
     assert not waiting.done()

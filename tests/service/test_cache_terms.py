@@ -13,8 +13,8 @@ from msgspec.structs import replace
 from cache_keys import cache_key
 from conftest import StartServer
 from headstart.caches.cache_file import format
-from headstart.caches.cache_file.format import Part
-from headstart.caches.cache_file.writer import Writer
+from headstart.caches.cache_file.format import StatePart
+from headstart.caches.cache_file.writer import CacheWriter
 from headstart.caches.entry import Entry, Fingerprint, Form, Retention
 from headstart.caches.store import Store
 from headstart.errors import CacheNotFound
@@ -114,13 +114,13 @@ def test_edits_survive_a_restart_and_the_loss_of_the_index(start_server: StartSe
     server = start_server("--model", "toy=toy:")
     server.create("kept", PROMPT)
     # Longer than the room that the header has left.
-    terms = TERMS | {"description": "d" * 1000, "metadata": {f"k{i}": "ü" * 900 for i in range(20)}}
-    patch(server, "kept", **terms)
+    retention = TERMS | {"description": "d" * 1000, "metadata": {f"k{i}": "ü" * 900 for i in range(20)}}
+    patch(server, "kept", **retention)
     server.stop()
     for index in server.cache_dir.glob("index.sqlite*"):
         index.unlink()
     server.start()
-    assert kept(shown(server, "kept")) == terms
+    assert kept(shown(server, "kept")) == retention
     assert server.chat("Hi", use_cache="kept")["usage"]["cache_hit"] is True
 
 
@@ -267,9 +267,9 @@ class Clock:
 async def _stored(store: Store, entry: Entry, state: bytes = b"state") -> Entry:
     source = store.directory / "state"
     source.write_bytes(state)
-    forms: dict[Form, Part] = {"chat": Part([1, 2], source, 0, len(state))}
+    forms: dict[Form, StatePart] = {"chat": StatePart([1, 2], source, 0, len(state))}
     with store.scratch(entry.namespace) as path:
-        writer = Writer(path, entry, {form: part.tokens for form, part in forms.items()})
+        writer = CacheWriter(path, entry, {form: part.tokens for form, part in forms.items()})
         for form, part in forms.items():
             writer.copy(form, part)
         return await store.put(writer, entry)
@@ -278,7 +278,7 @@ async def _stored(store: Store, entry: Entry, state: bytes = b"state") -> Entry:
 async def test_a_clock_that_is_set_back_ends_nothing(tmp_path: Path) -> None:
     clock = Clock()
     store = Store(tmp_path / "cache", clock)
-    await _stored(store, replace(ENTRY, terms=Retention(ttl_seconds=60)))
+    await _stored(store, replace(ENTRY, retention=Retention(ttl_seconds=60)))
     clock.now = -DAY * 365
     store.end_old()
     assert store.find(cache_key("toy", "one"))
@@ -289,7 +289,7 @@ async def test_a_clock_that_is_set_back_ends_nothing(tmp_path: Path) -> None:
 async def test_a_clock_that_is_set_forward_ends_what_is_over(tmp_path: Path) -> None:
     clock = Clock()
     store = Store(tmp_path / "cache", clock)
-    await _stored(store, replace(ENTRY, terms=Retention(ttl_seconds=60)))
+    await _stored(store, replace(ENTRY, retention=Retention(ttl_seconds=60)))
     clock.now += 60
     with pytest.raises(CacheNotFound):
         store.find(cache_key("toy", "one"))
@@ -299,7 +299,7 @@ async def test_a_clock_that_is_set_forward_ends_what_is_over(tmp_path: Path) -> 
 async def test_a_file_is_not_taken_away_from_a_build_that_reads_it(tmp_path: Path) -> None:
     clock = Clock()
     store = Store(tmp_path / "cache", clock)
-    await _stored(store, replace(ENTRY, terms=Retention(ttl_seconds=60)))
+    await _stored(store, replace(ENTRY, retention=Retention(ttl_seconds=60)))
     store.use(cache_key("toy", "one"))
     clock.now += 60
     store.end_old()
@@ -312,17 +312,17 @@ LONG = {f"key-{i}": "long " * 200 for i in range(10)}
 
 
 @pytest.mark.parametrize("terms", [Retention(description="short"), Retention(metadata=LONG)])
-async def test_whoever_reads_the_old_file_goes_on(tmp_path: Path, terms: Retention) -> None:
+async def test_whoever_reads_the_old_file_goes_on(tmp_path: Path, retention: Retention) -> None:
     store = Store(tmp_path / "cache")
     state = bytes(range(256)) * 50_000
     entry = await _stored(store, ENTRY, state)
     path = store.path(cache_key("toy", "one"))
     with path.open("rb") as reader:
         before = path.read_bytes()
-        changed = await store.amend(entry, replace(entry, terms=terms))
+        changed = await store.amend(entry, replace(entry, retention=retention))
         assert reader.read() == before
     assert changed
-    assert changed.terms == terms
+    assert changed.retention == retention
     assert format.read(path) == changed
     assert format.verify(path, changed.identity) == {"chat": [1, 2]}
     form = changed.forms["chat"]
@@ -337,7 +337,7 @@ async def test_damage_to_a_state_is_not_hidden_by_an_edit(tmp_path: Path) -> Non
     damaged[-1] ^= 1
     path.write_bytes(damaged)
     entry = store.find(cache_key("toy", "one"))
-    changed = await store.amend(entry, replace(entry, terms=Retention(pinned=True)))
+    changed = await store.amend(entry, replace(entry, retention=Retention(pinned=True)))
     assert changed
     with pytest.raises(format.Corrupt):
         format.verify(path, changed.identity)
@@ -349,9 +349,9 @@ async def test_an_edit_of_a_file_without_a_readable_header_keeps_the_text(tmp_pa
     path = store.path(cache_key("toy", "one"))
     path.write_bytes(b"rubbish" * 100)
     entry = store.find(cache_key("toy", "one"))
-    changed = await store.amend(entry, replace(entry, terms=Retention(pinned=True)))
+    changed = await store.amend(entry, replace(entry, retention=Retention(pinned=True)))
     assert changed
-    assert (changed.prompt, changed.terms.pinned, changed.evicted) == ("text", True, ["chat"])
+    assert (changed.prompt, changed.retention.pinned, changed.evicted) == ("text", True, ["chat"])
     assert format.read(path) == changed
 
 
@@ -359,5 +359,5 @@ async def test_a_cache_that_was_replaced_meanwhile_is_not_amended(tmp_path: Path
     store = Store(tmp_path / "cache")
     old = await _stored(store, ENTRY)
     new = await _stored(store, replace(ENTRY, prompt="new"))
-    assert await store.amend(old, replace(old, terms=Retention(pinned=True))) is None
+    assert await store.amend(old, replace(old, retention=Retention(pinned=True))) is None
     assert store.find(cache_key("toy", "one")) == new

@@ -15,8 +15,8 @@ import pytest
 from conftest import StartServer
 from headstart.errors import BadRequest, Overloaded
 from headstart.service.generation import grammars as module
-from headstart.service.generation.grammar_checker import Checker, TookTooLong
-from headstart.service.generation.grammars import MOST_SECONDS, QUICK_SECONDS, Grammars, lark_grammar
+from headstart.service.generation.grammar_checker import CheckerProcess, TookTooLong
+from headstart.service.generation.grammars import MOST_SECONDS, QUICK_SECONDS, GrammarChecks, lark_grammar
 from servers import Json, RunningServer, eventually
 
 HONEST = {"type": "json_schema", "json_schema": {"schema": {"enum": ["yes", "no"]}}}
@@ -129,7 +129,7 @@ def test_checks_that_are_killed_are_done_again_and_nothing_honest_is_called_a_fa
     assert {ask(server, response_format=form).status_code for form in forms} == {200}
 
 
-class Fake(Checker):
+class Fake(CheckerProcess):
     """Checks that end when they are told to. Grammars named "slow" take too long for the quick lane."""
 
     def __init__(self, seconds: float) -> None:
@@ -154,7 +154,7 @@ class Checks:
     """Grammars whose processes are fakes."""
 
     def __init__(self, max_waiting: int = 10) -> None:
-        self.grammars = Grammars(max_waiting)
+        self.grammars = GrammarChecks(max_waiting)
         self.quick, self.slow = self.grammars._quick.checker, self.grammars._slow.checker
         assert isinstance(self.quick, Fake)
         assert isinstance(self.slow, Fake)
@@ -278,7 +278,7 @@ async def test_as_many_checks_wait_as_may(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 async def test_a_real_check_has_its_limit_of_time() -> None:
-    checker = Checker(0.05)
+    checker = CheckerProcess(0.05)
     with pytest.raises(TookTooLong):
         await checker.fault(lark_grammar(bomb(0)))
     process = checker._process

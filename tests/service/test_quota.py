@@ -11,11 +11,11 @@ from msgspec.structs import replace
 from cache_keys import cache_key
 from conftest import StartServer
 from driver import small_model
-from headstart.caches.cache_file.format import Part
-from headstart.caches.cache_file.writer import Writer
+from headstart.caches.cache_file.format import StatePart
+from headstart.caches.cache_file.writer import CacheWriter
 from headstart.caches.entry import Entry, Fingerprint, Form, Origin, StoredForm
 from headstart.caches.eviction import worth
-from headstart.caches.index.usage import Usage
+from headstart.caches.index.usage import CacheUsage
 from headstart.caches.store import Store
 from headstart.config.settings import embedded_model
 from headstart.engine.model import Piece
@@ -189,18 +189,18 @@ ENTRY = Entry(
 
 def test_what_saves_more_seconds_for_a_byte_is_worth_more() -> None:
     slow, large = replace(ENTRY, build_ms=2000.0), replace(ENTRY, identity=(1, 1, 2000, 1))
-    assert worth(slow, Usage(), 0) > worth(ENTRY, Usage(), 0) > worth(large, Usage(), 0)
+    assert worth(slow, CacheUsage(), 0) > worth(ENTRY, CacheUsage(), 0) > worth(large, CacheUsage(), 0)
 
 
 def test_hits_add_worth_and_days_without_one_halve_it() -> None:
-    used = Usage(hits=3, last_used=10 * DAY)
-    assert worth(ENTRY, used, 10 * DAY) == 4 * worth(ENTRY, Usage(), 0)
+    used = CacheUsage(hits=3, last_used=10 * DAY)
+    assert worth(ENTRY, used, 10 * DAY) == 4 * worth(ENTRY, CacheUsage(), 0)
     assert worth(ENTRY, used, 11 * DAY) == worth(ENTRY, used, 10 * DAY) / 2
     assert worth(ENTRY, used, 10_000 * DAY) > 0
 
 
 def test_a_clock_that_was_set_back_changes_no_worth() -> None:
-    assert worth(ENTRY, Usage(1, 50 * DAY), -DAY) == worth(ENTRY, Usage(1, 50 * DAY), 50 * DAY)
+    assert worth(ENTRY, CacheUsage(1, 50 * DAY), -DAY) == worth(ENTRY, CacheUsage(1, 50 * DAY), 50 * DAY)
 
 
 # What goes and what stays, on the disk.
@@ -212,14 +212,14 @@ async def _put(store: Store, name: str, size: int = 50_000, model: str = "toy", 
     source.write_bytes(bytes(size))
     form: Form = "chat"
     with store.scratch(entry.namespace) as path:
-        writer = Writer(path, entry, {form: [1, 2]})
-        writer.copy(form, Part([1, 2], source, 0, size))
+        writer = CacheWriter(path, entry, {form: [1, 2]})
+        writer.copy(form, StatePart([1, 2], source, 0, size))
         return await store.put(writer, entry)
 
 
 async def _hold(quota: Quota, name: str, size: int, namespace: str = "toy") -> None:
     with quota.reserving(cache_key(namespace, name)) as room:
-        await room.hold(size)
+        await room.reserve(size)
 
 
 @pytest.mark.parametrize("origin", ["automatic", "derived"])
@@ -267,7 +267,7 @@ async def test_a_cache_that_is_being_built_does_not_go(tmp_path: Path) -> None:
 async def test_what_is_being_built_counts_till_it_is_done_or_given_up(tmp_path: Path) -> None:
     quota = Quota(Store(tmp_path / "cache"), 100_000)
     with quota.reserving(cache_key("toy", "a")) as room:
-        await room.hold(60_000)
+        await room.reserve(60_000)
         with pytest.raises(QuotaExceeded):
             await _hold(quota, "b", 60_000)
     await _hold(quota, "b", 60_000)
@@ -281,7 +281,7 @@ async def test_two_that_want_room_at_once_don_t_get_the_same(tmp_path: Path) -> 
     async def build(name: str) -> bool:
         with quota.reserving(cache_key("toy", name)) as room:
             try:
-                await room.hold(60_000)
+                await room.reserve(60_000)
             except QuotaExceeded:
                 return False
             await asyncio.sleep(0.1)

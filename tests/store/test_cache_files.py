@@ -17,8 +17,8 @@ from safetensors import safe_open
 
 from cache_keys import cache_key
 from headstart.caches.cache_file import format
-from headstart.caches.cache_file.format import Corrupt, Part
-from headstart.caches.cache_file.writer import Writer
+from headstart.caches.cache_file.format import Corrupt, StatePart
+from headstart.caches.cache_file.writer import CacheWriter
 from headstart.caches.entry import Entry, Fingerprint, Form
 from headstart.caches.files import storage_errors
 from headstart.caches.store import Store
@@ -38,18 +38,18 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "cache")
 
 
-def _parts(directory: Path) -> dict[Form, Part]:
+def _parts(directory: Path) -> dict[Form, StatePart]:
     (directory / "chat").write_bytes(STATE)
     (directory / "completion").write_bytes(STATE[:777])
     return {
-        "chat": Part(TOKENS, directory / "chat", 0, len(STATE)),
-        "completion": Part(TOKENS[:2], directory / "completion", 7, 770),
+        "chat": StatePart(TOKENS, directory / "chat", 0, len(STATE)),
+        "completion": StatePart(TOKENS[:2], directory / "completion", 7, 770),
     }
 
 
-async def _put(store: Store, entry: Entry, parts: dict[Form, Part]) -> Entry:
+async def _put(store: Store, entry: Entry, parts: dict[Form, StatePart]) -> Entry:
     with store.scratch(entry.namespace) as path:
-        writer = Writer(path, entry, {form: part.tokens for form, part in parts.items()})
+        writer = CacheWriter(path, entry, {form: part.tokens for form, part in parts.items()})
         for form, part in parts.items():
             writer.copy(form, part)
         return await store.put(writer, entry)
@@ -72,7 +72,7 @@ async def test_a_cache_is_read_back_as_it_was_written(store: Store, tmp_path: Pa
 async def test_a_file_that_is_not_finished_is_none(store: Store, tmp_path: Path) -> None:
     parts = _parts(tmp_path)
     with store.scratch(Namespace("toy")) as path:
-        writer = Writer(path, ENTRY, {form: part.tokens for form, part in parts.items()})
+        writer = CacheWriter(path, ENTRY, {form: part.tokens for form, part in parts.items()})
         for form, part in parts.items():
             writer.copy(form, part)
             with pytest.raises(Corrupt):
@@ -83,7 +83,7 @@ async def test_the_header_has_room_for_times_that_are_known_last(store: Store, t
     parts = _parts(tmp_path)
     with store.scratch(Namespace("toy")) as path:
         short = replace(ENTRY, updated=0.0, build_ms=0.0, ttft_ms=0.0)
-        writer = Writer(path, short, {form: part.tokens for form, part in parts.items()})
+        writer = CacheWriter(path, short, {form: part.tokens for form, part in parts.items()})
         for form, part in parts.items():
             writer.copy(form, part)
         long = replace(ENTRY, updated=1700000000.123456789, build_ms=12345.678901234567, ttft_ms=1.0 / 3)
@@ -198,7 +198,7 @@ async def test_replacing_leaves_an_open_old_version_as_it_was(store: Store, tmp_
     path = store.path(cache_key("toy", "one"))
     old = path.read_bytes()
     with path.open("rb") as reader:
-        await _put(store, ENTRY, {"chat": Part([9], tmp_path / "completion", 0, 5)})
+        await _put(store, ENTRY, {"chat": StatePart([9], tmp_path / "completion", 0, 5)})
         assert reader.read() == old
     assert path.read_bytes() != old
 
@@ -208,7 +208,7 @@ async def test_a_write_that_fails_leaves_the_old_version_and_no_scratch_file(
 ) -> None:
     written = await _stored(store, tmp_path)
     with pytest.raises(StorageError):
-        await _put(store, ENTRY, {"chat": Part([9], tmp_path / "absent", 0, 5)})
+        await _put(store, ENTRY, {"chat": StatePart([9], tmp_path / "absent", 0, 5)})
     assert store.find(cache_key("toy", "one")) == written
     assert [path.name for path in (store.directory / "toy").iterdir()] == ["one.headstart"]
 
@@ -262,15 +262,15 @@ async def test_of_the_caches_a_text_may_begin_with_the_longest_that_is_there_is_
     for name, prompt in prompts.items():
         await _stored(store, tmp_path, replace(ENTRY, name=name, prompt=prompt))
     store.path(cache_key("toy", "gone")).unlink()
-    chat_only: dict[Form, Part] = {"chat": _parts(tmp_path)["chat"]}
+    chat_only: dict[Form, StatePart] = {"chat": _parts(tmp_path)["chat"]}
     await _put(store, replace(ENTRY, name="chat", prompt="You are the keeper o"), chat_only)
     model = cast(TenantModel, SimpleNamespace(namespace=Namespace("toy")))
     namespaces = NamespaceCatalog(store)
-    assert namespaces.known_opening(model, "You are the keeper of the light") == "You are the keeper"
-    assert namespaces.known_opening(model, "You are not") == "You are"
-    assert namespaces.known_opening(model, "Am I?") == ""
+    assert namespaces.known_prefix(model, "You are the keeper of the light") == "You are the keeper"
+    assert namespaces.known_prefix(model, "You are not") == "You are"
+    assert namespaces.known_prefix(model, "Am I?") == ""
     other = cast(TenantModel, SimpleNamespace(namespace=Namespace("other")))
-    assert namespaces.known_opening(other, "You are") == ""
+    assert namespaces.known_prefix(other, "You are") == ""
 
 
 async def test_only_caches_a_text_begins_with_are_looked_up_on_the_disk(
@@ -286,5 +286,5 @@ async def test_only_caches_a_text_begins_with_are_looked_up_on_the_disk(
 
     monkeypatch.setattr(store, "find", find)
     model = cast(TenantModel, SimpleNamespace(namespace=Namespace("toy")))
-    assert NamespaceCatalog(store).known_opening(model, "prompt 3 and more") == "prompt 3"
+    assert NamespaceCatalog(store).known_prefix(model, "prompt 3 and more") == "prompt 3"
     assert found == ["n3"]

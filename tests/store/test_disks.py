@@ -22,8 +22,8 @@ from cache_keys import cache_key
 from conftest import StartServer
 from forkserver import headstart
 from headstart.caches.cache_file import format
-from headstart.caches.cache_file.format import Part
-from headstart.caches.cache_file.writer import Writer
+from headstart.caches.cache_file.format import StatePart
+from headstart.caches.cache_file.writer import CacheWriter
 from headstart.caches.store import Store
 from headstart.names import Namespace
 from servers import RunningServer, running_server, said
@@ -233,9 +233,9 @@ def _rewrite(directory: Path, then: float) -> None:
         tokens = format.verify(path, entry.identity)
         moved = replace(entry, created=then, updated=then)
         with store.scratch(Namespace("toy")) as scratch:
-            writer = Writer(scratch, moved, tokens)
+            writer = CacheWriter(scratch, moved, tokens)
             for form, stored in entry.forms.items():
-                writer.copy(form, Part(tokens[form], path, stored.state_offset, stored.state_bytes))
+                writer.copy(form, StatePart(tokens[form], path, stored.state_offset, stored.state_bytes))
             await store.put(writer, moved)
         store.index.used(cache_key("toy", "keeper"), then, 0, 0.0)
         os.utime(path, (then, then))

@@ -21,7 +21,7 @@ from headstart.caches.cache_file import format
 from headstart.caches.entry import Entry
 from headstart.caches.index.index import Index
 from headstart.caches.index.records import Records
-from headstart.caches.index.usage import USAGE, Usage
+from headstart.caches.index.usage import USAGE, CacheUsage
 from headstart.caches.store import Store
 from servers import RunningServer, eventually, said
 from small_caches import put_small
@@ -375,7 +375,7 @@ async def test_figures_that_are_none_are_not_taken_over(tmp_path: Path, wrong: d
         values = (entry.namespace, entry.name, msgspec.json.encode(entry), *row.values())
         database.execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?)", values)
     store = Store(directory)
-    assert store.usage(entry) == Usage()
+    assert store.usage(entry) == CacheUsage()
     assert store.entries() == [entry]
     store.close()
 
@@ -390,7 +390,10 @@ def test_a_record_with_a_right_hash_and_wrong_figures_is_none(tmp_path: Path, va
     records.write({(USAGE, "toy/one"): value, ("another", "kind"): b"1", (USAGE, "toy/two"): b'{"hits": 2}'})
     records.close()
     index = Index(path)
-    assert (index.usage(cache_key("toy", "one")), index.usage(cache_key("toy", "two")).hits) == (Usage(), 2)
+    assert (index.usage(cache_key("toy", "one")), index.usage(cache_key("toy", "two")).hits) == (
+        CacheUsage(),
+        2,
+    )
     index.close()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, field
 from msgspec.structs import replace
 
 from headstart.caches.index.usage import Time
@@ -89,12 +89,12 @@ class Fingerprint(Struct, frozen=True):
 
 class StoredForm(Struct, frozen=True):
     """The number of tokens of a form and the place of its state: an offset in bytes in the cache file or,
-    with `beside`, a sidecar file."""
+    with `in_sidecar`, a sidecar file."""
 
     n_tokens: Count
     state_offset: Count
     state_bytes: Count
-    beside: bool = False
+    in_sidecar: bool = False
 
 
 class Content(Struct, frozen=True):
@@ -111,7 +111,7 @@ class Content(Struct, frozen=True):
         return FORMS if self.prompt else ("chat",)
 
     @property
-    def opening(self) -> list[dict[str, Any]]:
+    def prefix_messages(self) -> list[dict[str, Any]]:
         """The messages with which chats of this cache begin."""
         return [{"role": "system", "content": self.prompt}] if self.prompt else self.messages
 
@@ -148,7 +148,7 @@ class Entry(Struct, frozen=True):
     identity: Identity = (0, 0, 0, 0)
     messages: list[dict[str, Any]] = []
     tools: list[dict[str, Any]] = []
-    terms: Retention = DEFAULT_RETENTION
+    retention: Retention = field(default=DEFAULT_RETENTION, name="terms")
     origin: Origin = "client"
     parts: Annotated[list[CacheName], Meta(max_length=MAX_PARTS)] = []
     evicted: Annotated[list[Form], Meta(max_length=len(FORMS))] = []
@@ -170,12 +170,12 @@ class Entry(Struct, frozen=True):
     @property
     def size_bytes(self) -> int:
         """Bytes of its files."""
-        return self.identity[2] + sum(self.forms[form].state_bytes for form in self.beside)
+        return self.identity[2] + sum(self.forms[form].state_bytes for form in self.sidecar_forms)
 
     @property
-    def beside(self) -> list[Form]:
+    def sidecar_forms(self) -> list[Form]:
         """The forms with a sidecar file."""
-        return [form for form, stored in self.forms.items() if stored.beside]
+        return [form for form, stored in self.forms.items() if stored.in_sidecar]
 
     def without_states(self) -> Entry:
         """The entry after the eviction of its states."""
@@ -185,7 +185,7 @@ class Entry(Struct, frozen=True):
     @property
     def expires(self) -> float | None:
         """When it expires unless it is used, in seconds since 1970; None: never."""
-        ttl = self.terms.ttl_seconds
+        ttl = self.retention.ttl_seconds
         return None if ttl is None else self.updated + ttl
 
     @property

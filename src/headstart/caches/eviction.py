@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterable
 
 from headstart.caches.entry import Entry
-from headstart.caches.index.usage import Usage
+from headstart.caches.index.usage import CacheUsage
 
 HALF_LIFE_SECONDS = 86400.0
 
 
-def worth(entry: Entry, usage: Usage, now: float) -> float:
+def worth(entry: Entry, usage: CacheUsage, now: float) -> float:
     """The worth of keeping the cache's states, per byte.
 
         seconds of computation / bytes * (1 + hits) / 2 ** (days since the last use)
@@ -27,7 +27,7 @@ def worth(entry: Entry, usage: Usage, now: float) -> float:
     return entry.cost_ms / 1000 / max(entry.size_bytes, 1) * (1 + usage.hits) * fading
 
 
-def rank(entry: Entry, usage: Usage, now: float) -> tuple[bool, float]:
+def rank(entry: Entry, usage: CacheUsage, now: float) -> tuple[bool, float]:
     """Sort key of caches, first to evict first: stored responses, which have no name from a user, then by
     worth."""
     return entry.origin != "response", worth(entry, usage, now)
@@ -41,4 +41,6 @@ def keeps_text(entry: Entry) -> bool:
 
 def evictable(entries: Iterable[Entry]) -> list[Entry]:
     """The caches that may be evicted and whose eviction frees bytes."""
-    return [entry for entry in entries if not entry.terms.pinned and (entry.forms or not keeps_text(entry))]
+    return [
+        entry for entry in entries if not entry.retention.pinned and (entry.forms or not keeps_text(entry))
+    ]

@@ -98,7 +98,7 @@ class Scan:
     damaged: list[str] = field(default_factory=list)
 
 
-def survey(directory: Path) -> Scan:
+def scan(directory: Path) -> Scan:
     found = Scan()
     for _, what in contents(directory, whole=True):
         if isinstance(what, OrphanFile):

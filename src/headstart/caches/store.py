@@ -15,12 +15,12 @@ from time import time
 from headstart.caches.cache_file import format, sidecar
 from headstart.caches.cache_file.format import Corrupt
 from headstart.caches.cache_file.rewrite import rewrite, write_stub
-from headstart.caches.cache_file.writer import Writer
+from headstart.caches.cache_file.writer import CacheWriter
 from headstart.caches.entry import Entry, Form
 from headstart.caches.files import sha256_of, storage_errors, sync_directory, take_lock
 from headstart.caches.headers import Catalog, is_same
 from headstart.caches.index.index import Index
-from headstart.caches.index.usage import Usage
+from headstart.caches.index.usage import CacheUsage
 from headstart.caches.verified import Checked, Identities, Tokens, VerifiedState, identities
 from headstart.errors import CacheConflict, CacheNotFound, StorageError
 from headstart.names import CacheKey, Namespace
@@ -146,7 +146,7 @@ class Store:
                 self.index.put_weights_hash(str(path), identity, known)
         return known
 
-    def usage(self, entry: Entry) -> Usage:
+    def usage(self, entry: Entry) -> CacheUsage:
         return self.index.usage(entry.key)
 
     def used(self, entry: Entry, tokens: int = 0, restore_ms: float = 0.0) -> None:
@@ -171,8 +171,8 @@ class Store:
         if tokens is None or files[None] != entry.identity:
             raise Corrupt(f"{path} or its state is not the file it was")
         stored = entry.forms[form]
-        place = sidecar.state_path(path, form) if stored.beside else path
-        identity = files[form if stored.beside else None]
+        place = sidecar.state_path(path, form) if stored.in_sidecar else path
+        identity = files[form if stored.in_sidecar else None]
         assert identity is not None
         ref = StateRef(str(place), stored.state_offset, stored.state_bytes, stored.n_tokens, identity)
         return VerifiedState(tokens[form], ref)
@@ -207,7 +207,7 @@ class Store:
                 path.unlink(missing_ok=True)
                 sidecar.keep_only(path)
 
-    async def put(self, writer: Writer, entry: Entry, repaired: Entry | None = None) -> Entry:
+    async def put(self, writer: CacheWriter, entry: Entry, repaired: Entry | None = None) -> Entry:
         """Publishes the written scratch file as the cache of its name, atomically, or only in place of
         `repaired`. Returns the stored entry. On CacheConflict or OSError the old one is untouched."""
         if repaired and not is_same(self._look(repaired.key), repaired):
@@ -233,12 +233,12 @@ class Store:
         if previous and previous.content != stored.content:
             self._delete_derived(key)
 
-    def _publish(self, writer: Writer, entry: Entry) -> tuple[Entry, Identities]:
+    def _publish(self, writer: CacheWriter, entry: Entry) -> tuple[Entry, Identities]:
         final = self.path(entry.key)
         stored = writer.finish(entry)
         files = identities(writer.path, stored)
         writer.path.rename(final)
-        sidecar.place(writer.path, final, stored.beside)
+        sidecar.place(writer.path, final, stored.sidecar_forms)
         sync_directory(final.parent)
         return stored, files
 
@@ -265,7 +265,7 @@ class Store:
         self._tell_of_copy(stored)
         final = self.path(stored.key)
         scratch.rename(final)
-        sidecar.keep_only(final, stored.beside)
+        sidecar.keep_only(final, stored.sidecar_forms)
         self._replace(stored)
         await asyncio.to_thread(sync_directory, scratch.parent)
 

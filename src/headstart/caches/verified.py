@@ -28,7 +28,7 @@ class VerifiedState:
 def identities(path: Path, entry: Entry) -> Identities:
     """The current identities of a cache's files; `path` is the cache file."""
     found: Identities = {None: identity_at(path)}
-    found |= {form: identity_at(state_path(path, form)) for form in entry.beside}
+    found |= {form: identity_at(state_path(path, form)) for form in entry.sidecar_forms}
     return found
 
 

@@ -25,9 +25,9 @@ def create(
     model: str | None,
     forms: Sequence[str],
     overwrite: bool,
-    terms: Json | None = None,
+    retention: Json | None = None,
 ) -> None:
-    body: Json = {"cache_name": name, "prompt": prompt, "allow_overwrite": overwrite, **(terms or {})}
+    body: Json = {"cache_name": name, "prompt": prompt, "allow_overwrite": overwrite, **(retention or {})}
     if forms:
         body["for"] = list(forms)
     started = monotonic()
@@ -46,9 +46,9 @@ def size_of(made: Json) -> str:
     return f"{made['tokens']:,} tokens, {made['size_mb']} MB"
 
 
-def edit(client: Client, name: str, model: str | None, terms: Json) -> None:
-    client.call("PATCH", cache_path(chosen_model(client, model), name), "cache", terms)
-    out.print(f"Changed {', '.join(terms)} of cache {name!r}")
+def edit(client: Client, name: str, model: str | None, retention: Json) -> None:
+    client.call("PATCH", cache_path(chosen_model(client, model), name), "cache", retention)
+    out.print(f"Changed {', '.join(retention)} of cache {name!r}")
 
 
 def follow(events: Iterable[Json], console: Console) -> Json:
@@ -140,7 +140,7 @@ def _fields(cache: Json) -> dict[str, str]:
         "Hits": _untold(cache) or f"{cache['hits']:,}",
         "Last used": _untold(cache) or _local(cache["last_used"]),
         "Saved": _untold(cache) or f"{cache['tokens_saved']:,} tokens, {cache['seconds_saved']:,.1f} s",
-        **_terms(cache),
+        **_retention(cache),
         "Would hit": _prospect(cache),
     }
 
@@ -150,7 +150,7 @@ def _untold(cache: Json) -> str:
     return "?" if cache["hits"] is None else ""
 
 
-def _terms(cache: Json) -> dict[str, str]:
+def _retention(cache: Json) -> dict[str, str]:
     """The retention fields that differ from their defaults."""
     fields = {
         "Unverified": "its file can't be read: this is from the copy of its header"

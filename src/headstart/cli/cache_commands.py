@@ -39,17 +39,17 @@ Metadata = Annotated[
 ]
 
 
-def _terms(
+def _retention(
     ttl: float | None, pinned: bool | None, description: str | None, metadata: list[str] | None
 ) -> dict[str, Any]:
     """The retention options given on the command line."""
-    terms = {
+    retention = {
         "ttl_seconds": ttl,
         "pinned": pinned,
         "description": description,
         "metadata": pairs(metadata, "KEY=VALUE") if metadata else None,
     }
-    given = {name: value for name, value in terms.items() if value is not None}
+    given = {name: value for name, value in retention.items() if value is not None}
     return given | {"ttl_seconds": None} if ttl == 0 else given
 
 
@@ -98,9 +98,9 @@ def cache_create(
     from headstart.cli.cache import create
 
     text = _read_prompt(prompt, file)
-    terms = _terms(ttl, pinned, description, metadata)
+    retention = _retention(ttl, pinned, description, metadata)
     with server(url) as client:
-        create(client, name, text, model, purposes or [], overwrite=not no_overwrite, terms=terms)
+        create(client, name, text, model, purposes or [], overwrite=not no_overwrite, retention=retention)
 
 
 @cache.command("edit")
@@ -116,11 +116,11 @@ def cache_edit(
     """Change how a cache is kept; its version and states stay."""
     from headstart.cli.cache import edit
 
-    terms = _terms(ttl, pinned, description, metadata)
-    if not terms:
+    retention = _retention(ttl, pinned, description, metadata)
+    if not retention:
         raise typer.BadParameter("give one of --ttl, --pinned, --no-pinned, --description and --metadata")
     with server(url) as client:
-        edit(client, name, model, terms)
+        edit(client, name, model, retention)
 
 
 @cache.command("export")

@@ -13,7 +13,7 @@ from rich.text import Text
 from headstart.cli.client import Client
 from headstart.cli.examples import GUIDE_EXAMPLES, Example, long_example
 from headstart.cli.local import own_server
-from headstart.cli.measure import Bench, Comparison
+from headstart.cli.measure import BenchRun, Comparison
 
 EXAMPLE_RUNS = 3
 BREAKDOWN_RUNS = 3
@@ -44,12 +44,12 @@ def demo(url: str, model: str | None) -> None:
             with out.status(f"No server is ready at {client.url}; starting one ..."):
                 own_url = stack.enter_context(own_server("--slots", "1", "--no-tune"))
             client = stack.enter_context(Client(own_url))
-        bench = stack.enter_context(Bench(client, model, prefix))
+        bench = stack.enter_context(BenchRun(client, model, prefix))
         out.print(f"Headstart demo: {bench.model} at {client.url}, {origin}", style="bold")
         _walk(bench)
 
 
-def _walk(bench: Bench) -> None:
+def _walk(bench: BenchRun) -> None:
     for example in GUIDE_EXAMPLES:
         _show(_compared(bench, example, EXAMPLE_RUNS))
     comparison = _compared(bench, long_example(), BREAKDOWN_RUNS)
@@ -57,7 +57,7 @@ def _walk(bench: Bench) -> None:
     _show_breakdown(comparison, bench.slots)
 
 
-def _compared(bench: Bench, example: Example, repetitions: int) -> Comparison:
+def _compared(bench: BenchRun, example: Example, repetitions: int) -> Comparison:
     with out.status(f"{example.title} ..."):
         return bench.compare(example, repetitions)
 

@@ -11,7 +11,7 @@ from headstart.cli.client import Json
 
 
 @dataclass(frozen=True)
-class Chat:
+class ExampleChat:
     """Messages that follow a system prompt."""
 
     messages: Sequence[Json]
@@ -21,15 +21,15 @@ class Chat:
     def after(self, cache_name: str) -> Json:
         return {"messages": self.messages, "use_cache": cache_name}
 
-    def in_full(self, opening: str) -> Json:
-        return {"messages": [{"role": "system", "content": opening}, *self.messages]}
+    def in_full(self, prefix: str) -> Json:
+        return {"messages": [{"role": "system", "content": prefix}, *self.messages]}
 
     def __str__(self) -> str:
         return "\n".join(f"{message['role']}: {message['content']}" for message in self.messages)
 
 
 @dataclass(frozen=True)
-class Completion:
+class ExampleCompletion:
     """A text that follows another."""
 
     prompt: str
@@ -39,8 +39,8 @@ class Completion:
     def after(self, cache_name: str) -> Json:
         return {"prompt": self.prompt, "use_cache": cache_name}
 
-    def in_full(self, opening: str) -> Json:
-        return {"prompt": opening + self.prompt}
+    def in_full(self, prefix: str) -> Json:
+        return {"prompt": prefix + self.prompt}
 
     def __str__(self) -> str:
         return self.prompt.strip()
@@ -48,12 +48,12 @@ class Completion:
 
 @dataclass(frozen=True)
 class Example:
-    """`opening` is what is cached as `cache_name`; `new` is asked after it."""
+    """`prefix` is what is cached as `cache_name`; `new` is asked after it."""
 
     title: str
     cache_name: str
-    opening: str
-    new: Chat | Completion
+    prefix: str
+    new: ExampleChat | ExampleCompletion
 
 
 CODING_ASSISTANT = (
@@ -70,13 +70,13 @@ GUIDE_EXAMPLES = (
         "Example 1: coding assistant",
         "coding_assistant",
         CODING_ASSISTANT,
-        Chat([{"role": "user", "content": "Write a function to calculate fibonacci numbers"}]),
+        ExampleChat([{"role": "user", "content": "Write a function to calculate fibonacci numbers"}]),
     ),
     Example(
         "Example 2: conversation of several turns",
         "coding_assistant",
         CODING_ASSISTANT,
-        Chat(
+        ExampleChat(
             [
                 {"role": "user", "content": "What is a decorator?"},
                 {
@@ -91,7 +91,7 @@ GUIDE_EXAMPLES = (
         "Example 3: text completion",
         "python_context",
         PYTHON_CONTEXT,
-        Completion(
+        ExampleCompletion(
             "def process_dataframe(df: pd.DataFrame) -> pd.DataFrame:\n"
             '    """Clean and preprocess dataframe"""\n'
         ),
@@ -107,5 +107,5 @@ def long_example() -> Example:
         "Breakdown: a long system prompt",
         "coding_guidelines",
         guidelines,
-        Chat([{"role": "user", "content": question}]),
+        ExampleChat([{"role": "user", "content": question}]),
     )

@@ -15,7 +15,7 @@ ANSWER_TOKENS = 48
 
 
 @dataclass(frozen=True)
-class Run:
+class MeasuredRun:
     """One streamed answer. Milliseconds are from sending the request to the first text, or to the end of an
     answer without any, and to the end. `usage` and `timings` are the server's account."""
 
@@ -36,19 +36,19 @@ class Comparison:
 
     example: Example
     cache: Json
-    with_cache: list[Run] = field(default_factory=list)
-    without: list[Run] = field(default_factory=list)
+    with_cache: list[MeasuredRun] = field(default_factory=list)
+    without: list[MeasuredRun] = field(default_factory=list)
 
     @property
     def same_answers(self) -> bool:
         return len({run.text for run in (*self.with_cache, *self.without)}) == 1
 
-    def medians(self, measure: Callable[[Run], float]) -> tuple[float, float]:
+    def medians(self, measure: Callable[[MeasuredRun], float]) -> tuple[float, float]:
         """Without the cache and with it."""
         return median(map(measure, self.without)), median(map(measure, self.with_cache))
 
 
-class Bench:
+class BenchRun:
     """Compares on one model of a server, the first unless one is named. The caches it makes have names
     that begin with `prefix`, and are deleted at the end. All methods raise RequestFailed."""
 
@@ -60,7 +60,7 @@ class Bench:
         self.prefix = prefix
         self._caches: dict[str, Json] = {}
 
-    def __enter__(self) -> Bench:
+    def __enter__(self) -> BenchRun:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -73,7 +73,7 @@ class Bench:
         cache = self._cache(example)
         comparison = Comparison(example, cache)
         for _ in range(repetitions):
-            in_full = example.new.in_full(example.opening) | {"cache_prompt": False}
+            in_full = example.new.in_full(example.prefix) | {"cache_prompt": False}
             comparison.without.append(self._run(example.new.path, in_full))
             self.fill_slots()
             after = example.new.after(cache["cache_name"])
@@ -83,7 +83,7 @@ class Bench:
     def _cache(self, example: Example) -> Json:
         name = self.prefix + example.cache_name
         if name not in self._caches:
-            body = {"cache_name": name, "prompt": example.opening}
+            body = {"cache_name": name, "prompt": example.prefix}
             *_, self._caches[name] = self.client.events(cache_path(self.model), body)
         return self._caches[name]
 
@@ -92,11 +92,11 @@ class Bench:
         for _ in range(self.slots):
             self._run("/v1/completions", {"prompt": "1, 2, 3,", "cache_prompt": False, "max_tokens": 1})
 
-    def _run(self, path: str, body: Json) -> Run:
+    def _run(self, path: str, body: Json) -> MeasuredRun:
         return timed(self.client, path, {"model": self.model, "max_tokens": ANSWER_TOKENS, **body})
 
 
-def timed(client: Client, path: str, body: Json) -> Run:
+def timed(client: Client, path: str, body: Json) -> MeasuredRun:
     """One greedy answer, streamed. Raises RequestFailed."""
     request = {"temperature": 0, **body, "stream_options": {"include_usage": True}}
     pieces: list[str] = []
@@ -109,7 +109,7 @@ def timed(client: Client, path: str, body: Json) -> Run:
         pieces += [piece] if piece else []
         account |= {key: chunk[key] for key in ("usage", "timings") if chunk.get(key)}
     total_ms = 1000 * (perf_counter() - started)
-    return Run("".join(pieces), ttft_ms or total_ms, total_ms, account["usage"], account["timings"])
+    return MeasuredRun("".join(pieces), ttft_ms or total_ms, total_ms, account["usage"], account["timings"])
 
 
 def _text(chunk: Json) -> str:

@@ -30,7 +30,7 @@ FEW_FILES = 16384
 MODEL_LIMITS = f"context at most {MAX_CONTEXT} tokens, in steps of {CONTEXT_STEP}; one request at a time"
 
 
-class Runtime(Struct, frozen=True):
+class FoundRuntime(Struct, frozen=True):
     """As `headstart.engine.rkllm.detect` tells of it."""
 
     path: str
@@ -48,7 +48,7 @@ class Board(Struct, frozen=True):
     npu_mhz: int | None
     npu_max_mhz: int | None
     governor: str | None
-    runtime: Runtime | None
+    runtime: FoundRuntime | None
     open_files: int
     available_bytes: int | None
     notes: list[str]
@@ -83,7 +83,7 @@ def examine_board(given: RkllmSettings, root: Path = ROOT) -> Board:
     )
 
 
-def look_at_runtime(given: RkllmSettings) -> tuple[Runtime | None, str | None]:
+def look_at_runtime(given: RkllmSettings) -> tuple[FoundRuntime | None, str | None]:
     """The runtime, or what is wrong with it. In a process of its own: it may crash."""
     command = module_command("headstart.engine.rkllm.detect", given.library or LIBRARY, given.abi)
     try:
@@ -94,7 +94,7 @@ def look_at_runtime(given: RkllmSettings) -> tuple[Runtime | None, str | None]:
         return None, f"the NPU runtime crashes when it is loaded (signal {-done.returncode})"
     if done.returncode:
         return None, done.stderr.decode(errors="replace").strip()
-    return msgspec.json.decode(done.stdout, type=Runtime), None
+    return msgspec.json.decode(done.stdout, type=FoundRuntime), None
 
 
 def _notes(root: Path, driver: str | None, npu: Path, governor: str | None, open_files: int) -> list[str]:

@@ -22,7 +22,7 @@ from headstart.engine.worker_process import worker_environment
 from headstart.errors import StartupError
 from headstart.machine import module_command, signal_name
 from headstart.prompt.process.client import PromptClient
-from headstart.prompt.process.protocol import Chat, ChatOpening, Load
+from headstart.prompt.process.protocol import Chat, ChatPrefix, Load
 from headstart.prompt.process.requests import Prompts
 from headstart.service.models.model import Notify, model_path, template_of
 from headstart.service.models.plan import engine_settings
@@ -41,7 +41,7 @@ QUESTION = "What should I begin with?"
 Counted = tuple[str, int]
 
 
-class Step(Struct, frozen=True):
+class CheckStep(Struct, frozen=True):
     """`found` is None where the step failed: by `signal`, when the runtime crashed, or with `error`. `log`:
     the last lines that it wrote."""
 
@@ -58,7 +58,7 @@ class Checks(Struct, frozen=True):
     model: str
     model_bytes: int
     board: Board
-    steps: list[Step]
+    steps: list[CheckStep]
 
     @property
     def failed(self) -> bool:
@@ -82,13 +82,13 @@ def check_npu(name: str, settings: Settings, say: Notify) -> Checks:
     return Checks(__version__, Path(path).name, Path(path).stat().st_size, board, steps)
 
 
-def _run_all(task: Task, say: Notify) -> Iterator[Step]:
+def _run_all(task: Task, say: Notify) -> Iterator[CheckStep]:
     for number, name in enumerate(STEPS, 1):
         say(f"Step {number} of {len(STEPS)}: {_about(name)}")
         yield _run(name, msgspec.structs.replace(task, step=name))
 
 
-def _run(name: str, task: Task) -> Step:
+def _run(name: str, task: Task) -> CheckStep:
     command = module_command("headstart.engine.rkllm.first_checks")
     try:
         done = subprocess.run(
@@ -100,14 +100,14 @@ def _run(name: str, task: Task) -> Step:
             env=worker_environment(),
         )
     except subprocess.TimeoutExpired:
-        return Step(name, _about(name), error=f"not done after {STEP_SECONDS} seconds")
+        return CheckStep(name, _about(name), error=f"not done after {STEP_SECONDS} seconds")
     log = done.stderr.decode(errors="replace").splitlines()[-STDERR_LINES:]
     if done.returncode < 0:
-        return Step(name, _about(name), signal=signal_name(-done.returncode), log=log)
+        return CheckStep(name, _about(name), signal=signal_name(-done.returncode), log=log)
     if done.returncode:
-        return Step(name, _about(name), error=log[-1] if log else f"status {done.returncode}", log=log)
+        return CheckStep(name, _about(name), error=log[-1] if log else f"status {done.returncode}", log=log)
     # The runtime may write to the output, too.
-    return Step(name, _about(name), found=msgspec.json.decode(done.stdout.splitlines()[-1]), log=log)
+    return CheckStep(name, _about(name), found=msgspec.json.decode(done.stdout.splitlines()[-1]), log=log)
 
 
 def _about(name: str) -> str:
@@ -120,7 +120,7 @@ async def _texts(path: str, settings: Settings, name: str) -> tuple[tuple[Counte
     try:
         await client.start(Load(path, template_of(name, settings)))
         prompts = Prompts(client, "", can_cut=True)
-        one, other = [ChatOpening([{"role": "system", "content": text}]) for text in OPENINGS]
+        one, other = [ChatPrefix([{"role": "system", "content": text}]) for text in OPENINGS]
         chat = Chat([*one.messages, {"role": "user", "content": QUESTION}])
         first, second, whole = await prompts.tokens(one, other, chat)
     finally:

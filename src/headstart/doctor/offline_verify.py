@@ -12,42 +12,42 @@ from headstart.caches.scan import OrphanFile, contents
 from headstart.config.settings import Settings
 from headstart.doctor.offline_model import OfflineModel
 from headstart.errors import CacheNotFound, StartupError
-from headstart.service.caching.verify import Verdict, VerifyScope, judged, judged_stray
+from headstart.service.caching.verify import Verdict, VerifyScope, judged, judged_orphan
 from headstart.service.models.tuning_store import Tunings
 
 
-def inspect(settings: Settings, wish: VerifyScope) -> Iterator[Verdict]:
+def inspect(settings: Settings, scope: VerifyScope) -> Iterator[Verdict]:
     """As a server with these settings would judge, as far as that can be told without loading models. Raises
     CacheNotFound when a cache is named that isn't there."""
     found = list(contents(settings.cache_dir))
     inspector = _Inspector(settings, [entry for _, entry in found if isinstance(entry, Entry)])
     n_verdicts = 0
     for path, what in found:
-        if wish.covers(what.key):
+        if scope.covers(what.key):
             n_verdicts += 1
-            verdict = judged_stray(what) if isinstance(what, OrphanFile) else inspector.judge(path, what)
+            verdict = judged_orphan(what) if isinstance(what, OrphanFile) else inspector.judge(path, what)
             yield verdict.of(what.namespace)
-    if wish.name is not None and not n_verdicts:
-        raise CacheNotFound(f"There is no cache {wish.name!r} in {settings.cache_dir}.")
+    if scope.name is not None and not n_verdicts:
+        raise CacheNotFound(f"There is no cache {scope.name!r} in {settings.cache_dir}.")
 
 
 class _Inspector:
     def __init__(self, settings: Settings, entries: list[Entry]) -> None:
         self.settings = settings
         self.entries = entries
-        self._patients: dict[str, OfflineModel | str] = {}
+        self._models: dict[str, OfflineModel | str] = {}
 
     def judge(self, path: Path, entry: Entry) -> Verdict:
         try:
             format.verify(path, entry.identity, from_disk=True)
         except (Corrupt, OSError) as error:
             return judged(entry, "corrupt", str(error))
-        if entry.model not in self._patients:
-            self._patients[entry.model] = self._patient(entry.model)
-        patient = self._patients[entry.model]
-        if isinstance(patient, str):
-            return Verdict(entry.name, entry.model, "ok", detail=patient)
-        now = patient.fingerprint(entry, patient.in_force.arithmetic)
+        if entry.model not in self._models:
+            self._models[entry.model] = self._patient(entry.model)
+        model = self._models[entry.model]
+        if isinstance(model, str):
+            return Verdict(entry.name, entry.model, "ok", detail=model)
+        now = model.fingerprint(entry, model.in_force.arithmetic)
         miss = now.changed_since(entry.fingerprint)
         if miss is None and not entry.forms:
             miss = "too_short"

@@ -10,7 +10,7 @@ from typing import Any
 from msgspec import Struct
 
 from headstart import machine
-from headstart.caches.scan import Scan, survey
+from headstart.caches.scan import Scan, scan
 from headstart.config.settings import Settings, origin
 from headstart.doctor.board import Board, examine_board, has_npu, npu_settings
 from headstart.doctor.offline_model import OfflineModel
@@ -78,7 +78,7 @@ class Report(Struct, frozen=True):
 
 def examine(settings: Settings, flags: Mapping[str, Any]) -> Report:
     """`flags` are those the settings were made with."""
-    found = survey(settings.cache_dir)
+    found = scan(settings.cache_dir)
     tunings = Tunings(settings.cache_dir)
     models = [
         _examine_model(name, path, settings, flags, tunings, found)
@@ -119,16 +119,16 @@ def _board(settings: Settings) -> Board | None:
 
 def measure_again(settings: Settings, say: Notify, *, agree: bool) -> None:
     """Measures every model of the settings that can be served. Raises StartupError."""
-    found = survey(settings.cache_dir)
+    found = scan(settings.cache_dir)
     settings.cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     for name, path in settings.model_paths.items():
         try:
             entries = found.entries.get(name, [])
-            patient = OfflineModel(name, path, settings, Tunings(settings.cache_dir), entries)
+            model = OfflineModel(name, path, settings, Tunings(settings.cache_dir), entries)
         except StartupError:
             continue
         say(f"Measuring what is fastest for {name} here ...")
-        patient.measure(say, agree=agree)
+        model.measure(say, agree=agree)
 
 
 def _features() -> tuple[list[str], list[str]]:
@@ -148,26 +148,26 @@ def _examine_model(
     entries = found.entries.get(name, [])
     size = Path(path).stat().st_size if Path(path).is_file() else None
     try:
-        patient = OfflineModel(name, path, settings, tunings, entries)
-        in_force = _in_force(settings, flags, patient.plan, patient.in_force)
+        model = OfflineModel(name, path, settings, tunings, entries)
+        in_force = _in_force(settings, flags, model.plan, model.in_force)
     except StartupError as error:
         return ModelReport(name, path, size, problem=str(error))
-    tuning = patient.plan.settings.tuning
-    preferred = patient.plan.kept_back(tuning) if tuning else None
-    misfits = patient.misfits(patient.in_force.arithmetic)
+    tuning = model.plan.settings.tuning
+    preferred = model.plan.kept_back(tuning) if tuning else None
+    misfits = model.misfits(model.in_force.arithmetic)
     return ModelReport(
         name,
         path,
         size,
-        _converted_bytes(patient.plan.settings.conversions),
+        _converted_bytes(model.plan.settings.conversions),
         settings=in_force,
         tuning=tuning,
-        doubted=patient.plan.doubted,
+        doubted=model.plan.doubted,
         fitting=len(entries) - sum(map(len, misfits.values())),
         misfits=misfits,
         notes=[
             *([kept_back(name, tuning.arithmetic, preferred)] if tuning and preferred else []),
-            *([doubted(name, patient.plan.doubted)] if patient.plan.doubted else []),
+            *([doubted(name, model.plan.doubted)] if model.plan.doubted else []),
             *([UNTOLD.format(name=name)] if tuning and not tuning.tries else []),
         ],
     )

@@ -18,7 +18,7 @@ class CallDelta:
 
 
 @dataclass(frozen=True)
-class Part:
+class AnswerPart:
     """A part of an answer; exactly one field is set."""
 
     text: str = ""
@@ -30,17 +30,17 @@ class Parser(Protocol):
     """Parses one answer piece by piece. Ambiguous text is held back; nothing is lost, and a malformed call is
     returned as text."""
 
-    def add(self, text: str) -> list[Part]: ...
+    def add(self, text: str) -> list[AnswerPart]: ...
 
-    def end(self) -> list[Part]:
+    def end(self) -> list[AnswerPart]:
         """Returns what was held back, when no text follows."""
 
 
 class PlainText:
     """A parser for answers that are text only."""
 
-    def add(self, text: str) -> list[Part]:
-        return [Part(text=text)] if text else []
+    def add(self, text: str) -> list[AnswerPart]:
+        return [AnswerPart(text=text)] if text else []
 
-    def end(self) -> list[Part]:
+    def end(self) -> list[AnswerPart]:
         return []

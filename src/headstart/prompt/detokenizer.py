@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from headstart.tokens import overlap
 
 
-class AnswerText:
+class AnswerDetokenizer:
     """Turns tokens into text that may be sent. Text that could become a stop string, and an incomplete
     character, are held back until they are decided. Stop strings are never part of the text. `found`: the
     stop string that ended it. `n_characters`: complete characters so far, including those held back."""

@@ -41,7 +41,7 @@ class Prompts:
         self.can_cut = True
         self.template_hash = hashlib.sha256(template.source.encode()).hexdigest()
         self._tokens = RememberedTokens(tokenizer.encode, tokenizer.specials, template.source)
-        self._openings = Memory()
+        self._prefixes = Memory()
         # The markers of calls and reasoning that are one token; such a token may have no text.
         self.markers = self._find_tokens([*template.dialect.markers, *reasoning.MARKERS])
 
@@ -93,26 +93,26 @@ class Prompts:
         written = json.dumps([messages, tools], ensure_ascii=False)
         # A template may write today's date, so prefixes are remembered for a day.
         key = (date.today(), written)
-        if (opening := self._openings.get(key)) is None:
+        if (prefix := self._prefixes.get(key)) is None:
             one, other = (self.chat(_continued(messages, probe), tools) for probe in PROBES)
             shared = self._ended(one[: common_prefix(one, other)])
-            opening = shared if self.can_cut else shared[:-1]
-            self._openings.put(key, len(written), opening)
-        return opening
+            prefix = shared if self.can_cut else shared[:-1]
+            self._prefixes.put(key, len(written), prefix)
+        return prefix
 
     def text_opening(self, text: str) -> list[int]:
         """The tokens of a text that other text will follow."""
-        if (opening := self._openings.get(text)) is None:
+        if (prefix := self._prefixes.get(text)) is None:
             tokens = self.text(text)
-            opening = tokens if self.can_cut else tokens[:-1]
-            self._openings.put(text, len(text), opening)
-        return opening
+            prefix = tokens if self.can_cut else tokens[:-1]
+            self._prefixes.put(text, len(text), prefix)
+        return prefix
 
-    def _ended(self, opening: list[int]) -> list[int]:
+    def _ended(self, prefix: list[int]) -> list[int]:
         """The prefix up to the last token that may end one, if there is such a token."""
         ends = self.tokenizer.ends
-        at = next((i for i in range(len(opening), 0, -1) if opening[i - 1] in ends), len(opening))
-        return opening[:at]
+        at = next((i for i in range(len(prefix), 0, -1) if prefix[i - 1] in ends), len(prefix))
+        return prefix[:at]
 
 
 def _continued(messages: Sequence[Message], probe: str) -> list[Message]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from headstart.prompt.answer_parts import Parser, Part
+from headstart.prompt.answer_parts import AnswerPart, Parser
 from headstart.prompt.tool_calls.grammar import Literal
 from headstart.tokens import overlap
 
@@ -28,20 +28,20 @@ class ReasoningParser:
         self.inside = inside
         self.has_begun = False
 
-    def add(self, text: str) -> list[Part]:
+    def add(self, text: str) -> list[AnswerPart]:
         self.held += text
         return self._read(ending=False)
 
-    def end(self) -> list[Part]:
+    def end(self) -> list[AnswerPart]:
         return [*self._read(ending=True), *self.rest.end()]
 
-    def _read(self, *, ending: bool) -> list[Part]:
+    def _read(self, *, ending: bool) -> list[AnswerPart]:
         if self.undecided:
             self._decide(ending=ending)
         if self.undecided:
             return []
         reasoning = self._reasoning(ending=ending) if self.inside else ""
-        parts = [Part(reasoning=reasoning)] if reasoning else []
+        parts = [AnswerPart(reasoning=reasoning)] if reasoning else []
         if self.inside:
             return parts
         text, self.held = self.held, ""
@@ -84,11 +84,11 @@ class Stripped:
         self.rest = rest
         self.has_begun = False
 
-    def add(self, text: str) -> list[Part]:
+    def add(self, text: str) -> list[AnswerPart]:
         if not self.has_begun:
             text = text.lstrip()
             self.has_begun = bool(text)
         return self.rest.add(text) if text else []
 
-    def end(self) -> list[Part]:
+    def end(self) -> list[AnswerPart]:
         return self.rest.end()

@@ -12,12 +12,12 @@ from headstart.config.settings import Settings
 from headstart.errors import ModelNotFound
 from headstart.service.caching.caches import Caches
 from headstart.service.caching.caching import Caching
-from headstart.service.caching.expiry import Lifecycle
+from headstart.service.caching.expiry import ExpirySweep
 from headstart.service.caching.quota import Quota
 from headstart.service.caching.remeasure import Remeasuring
 from headstart.service.caching.verify import Verifier
 from headstart.service.generation.generate import Generation
-from headstart.service.generation.grammars import Grammars
+from headstart.service.generation.grammars import GrammarChecks
 from headstart.service.generation.planner import PromptPlanner
 from headstart.service.generation.prepare import Preparation
 from headstart.service.interface.observer import Observer, Observers
@@ -72,19 +72,19 @@ class Service:
         conversations = Conversations(caching)
         breakpoints = Breakpoints(caching, automatic)
         self.responses = Responses(settings, conversations, automatic, quota)
-        grammars = Grammars(settings.max_waiting)
+        grammars = GrammarChecks(settings.max_waiting)
         planner = PromptPlanner(caching, automatic, conversations, breakpoints)
         preparation = Preparation(planner, conversations, grammars)
         kept = (caching, automatic, conversations, self.responses, breakpoints)
         self.generation = Generation(preparation, *kept, observer)
-        self._lifecycle = Lifecycle(store, quota)
+        self._expiry = ExpirySweep(store, quota)
         idle_seconds = settings.tune_idle_seconds if settings.tune else 0
         self._remeasuring = Remeasuring(store, self.models, caching, say, idle_seconds)
         self._store = store
         # In the order in which they are closed: what starts builds, then builds, then what these need.
         self._parts = (
             self._remeasuring,
-            self._lifecycle,
+            self._expiry,
             declared,
             breakpoints,
             automatic,
@@ -97,7 +97,7 @@ class Service:
 
     async def load(self) -> None:
         """Returns when every model loaded at the start answers. Raises StartupError."""
-        self._lifecycle.start()
+        self._expiry.start()
         await self.models.load_first()
         self._remeasuring.start()
 

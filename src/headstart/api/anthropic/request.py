@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, StringConstraints
 from pydantic_core import PydanticCustomError
 
 from headstart.api.anthropic.turns import BETWEEN, Turns
-from headstart.api.fields.generation import Body, CachedRequest, StopString, asked
+from headstart.api.fields.generation import Body, CachedRequest, StopString, given_parameters
 from headstart.api.fields.tools import JsonObject
 from headstart.api.fields.values import Many, Utf8
 from headstart.errors import BadRequest
@@ -94,8 +94,8 @@ class ToolResultBlock(Marked):
     @property
     def mark(self) -> float | None:
         inner = self.content if isinstance(self.content, list) else []
-        marks = [super().mark, *(block.mark for block in inner if isinstance(block, TextBlock))]
-        return max((mark for mark in marks if mark), default=None)
+        breakpoints = [super().mark, *(block.mark for block in inner if isinstance(block, TextBlock))]
+        return max((mark for mark in breakpoints if mark), default=None)
 
 
 class ThinkingBlock(Body):
@@ -242,7 +242,7 @@ class CountRequest(CachedRequest):
             turn.add_to(turns)
         if self.cache_control:
             turns.mark(self.cache_control.seconds)
-        n_marks = len(turns.marks) + sum(tool.mark is not None for tool in tools[:-1])
+        n_marks = len(turns.breakpoints) + sum(tool.mark is not None for tool in tools[:-1])
         if n_marks > MOST_MARKS:
             raise BadRequest(
                 f"{n_marks} blocks have cache_control; {MOST_MARKS} is the most.", param="cache_control"
@@ -271,7 +271,7 @@ class MessagesRequest(CountRequest):
     )
 
     def options(
-        self, marks: list[Breakpoint], caches: tuple[str, ...] | None, grammar: AnswerGrammar | None
+        self, breakpoints: list[Breakpoint], caches: tuple[str, ...] | None, grammar: AnswerGrammar | None
     ) -> Options:
         """Raises BadRequest for a parameter that can't be honoured."""
         names = ("temperature", "top_p", "top_k")
@@ -284,8 +284,8 @@ class MessagesRequest(CountRequest):
             reuse=self.cache_prompt,
             explain=self.explain_cache,
             grammar=grammar,
-            given=asked(self),
-            marks=marks,
+            given=given_parameters(self),
+            breakpoints=breakpoints,
             calling=self.tool_choice.calling() if self.tool_choice else Calling(),
         )
 

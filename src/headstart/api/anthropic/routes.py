@@ -20,10 +20,10 @@ router = APIRouter(prefix="/v1/messages")
 async def messages(request: Request, body: MessagesRequest) -> Response:
     """Answers a chat. The prompt's state is stored at each `cache_control` breakpoint for later requests."""
     service: Service = request.app.state.service
-    chat, tools, marks = body.chat()
+    chat, tools, breakpoints = body.chat()
     target = admit(request, body)
     async with service.models.use(target.model) as model:
-        options = body.options(marks, target.caches, body.answer_grammar())
+        options = body.options(breakpoints, target.caches, body.answer_grammar())
         preparing = service.generation.chat(model, chat, options, tools)
         prepared = await while_preparing(request, options, tools, preparing)
         writer = MessageWriter(

@@ -13,11 +13,11 @@ BETWEEN = "\n\n"
 
 
 class Turns:
-    """`marks`: the breakpoints in prompt order, one for each block with `cache_control`."""
+    """`breakpoints`: the breakpoints in prompt order, one for each block with `cache_control`."""
 
     def __init__(self) -> None:
         self.messages: list[dict[str, Any]] = []
-        self.marks: list[Breakpoint] = []
+        self.breakpoints: list[Breakpoint] = []
         self._tools: dict[str, str] = {}
 
     def add_text(self, role: str, text: str) -> None:
@@ -46,8 +46,8 @@ class Turns:
         """Adds a breakpoint after the messages so far, unless `ttl_seconds` is None."""
         if ttl_seconds is not None:
             characters = len(self.messages[-1]["content"]) if self.messages else 0
-            self.marks.append(Breakpoint(len(self.messages), characters, ttl_seconds))
+            self.breakpoints.append(Breakpoint(len(self.messages), characters, ttl_seconds))
 
     def placed(self) -> list[Breakpoint]:
         """The breakpoints, without those before the first message."""
-        return [mark for mark in self.marks if mark.messages]
+        return [mark for mark in self.breakpoints if mark.messages]

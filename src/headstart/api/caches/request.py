@@ -91,13 +91,13 @@ class EditRequest(TermsBody):
 
 def shown(entry: Entry, ends: float | None) -> dict[str, Any]:
     """The retention fields of an answer. `ends`: when the cache expires, as a timestamp."""
-    terms = entry.terms
+    retention = entry.retention
     return {
-        "ttl_seconds": terms.ttl_seconds,
+        "ttl_seconds": retention.ttl_seconds,
         "expires": iso_time(ends),
-        "pinned": terms.pinned,
-        "description": terms.description,
-        "metadata": terms.metadata,
+        "pinned": retention.pinned,
+        "description": retention.description,
+        "metadata": retention.metadata,
     }
 
 

@@ -44,8 +44,8 @@ async def verify(request: Request, body: VerifyRequest) -> Response:
     service: Service = request.app.state.service
     model = None if body.model is None else service.settings.aliases.get(body.model, body.model)
     whose = "" if rank(request) == "admin" else owner(request)
-    wish = VerifyScope(model, body.cache_name, body.repair, body.remove_unreadable, whose)
-    verdicts = service.caches.verify(wish)
+    scope = VerifyScope(model, body.cache_name, body.repair, body.remove_unreadable, whose)
+    verdicts = service.caches.verify(scope)
     if body.stream:
         return EventStream(await begun(request, _events(verdicts), BEGIN_SECONDS))
     return JSONResponse(await while_connected(request, _whole(verdicts)))

@@ -131,9 +131,9 @@ class ChatRequest(GenerationRequest):
         continues = last.role == "assistant" and not last.tool_calls
         if self.continue_final_message not in (None, continues):
             end = "the user's" if continues else "the assistant's"
-            asked = str(self.continue_final_message).lower()
+            given_parameters = str(self.continue_final_message).lower()
             raise BadRequest(
-                f"continue_final_message = {asked} needs a last message of {end}.",
+                f"continue_final_message = {given_parameters} needs a last message of {end}.",
                 param="continue_final_message",
             )
         if self.add_generation_prompt is False and not continues:

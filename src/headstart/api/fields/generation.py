@@ -138,7 +138,7 @@ class GenerationRequest(SampledRequest, StructuredRequest):
             explain=self.explain_cache,
             n=self.n or 1,
             grammar=grammar,
-            given=asked(self),
+            given=given_parameters(self),
         )
 
     @property
@@ -203,17 +203,17 @@ NOTHING: dict[str, tuple[object, ...]] = {
 }
 
 
-def asked(body: BaseModel) -> frozenset[str]:
+def given_parameters(body: BaseModel) -> frozenset[str]:
     """Names of parameters set to a value that has an effect, so that an engine lacking one can refuse it."""
     fields = type(body).model_fields
     return frozenset(
         (name in fields and fields[name].alias) or name
         for name in body.model_fields_set
-        if _asks(name, getattr(body, name))
+        if _is_given(name, getattr(body, name))
     )
 
 
-def _asks(name: str, value: object) -> bool:
+def _is_given(name: str, value: object) -> bool:
     if isinstance(value, BaseModel):
         value = value.model_dump(exclude_unset=True)
     # 0 == False, but a number of logprobs is no flag.

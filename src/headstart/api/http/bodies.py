@@ -69,7 +69,7 @@ class Held:
         self.memory.give_back(self.owner, size)
 
 
-class Turns:
+class TenantTurns:
     """Serialises the parsing of large bodies. After each, the event loop is left to other work for as long as
     the parsing took."""
 
@@ -139,7 +139,7 @@ class JsonBodies:
         self.app = app
         self.max_bytes = max_bytes
         self.memory = memory
-        self.turns = Turns()
+        self.turns = TenantTurns()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS") or _is_file(scope):

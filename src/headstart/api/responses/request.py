@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, StringConstraints
 
-from headstart.api.fields.generation import Body, SampledRequest, asked
+from headstart.api.fields.generation import Body, SampledRequest, given_parameters
 from headstart.api.fields.tools import JsonObject, Tool, ToolChoice, calling
 from headstart.api.fields.values import Many, Utf8
 from headstart.api.responses.items import Items
@@ -138,7 +138,7 @@ class ResponseRequest(SampledRequest):
             keep=keep,
             count_reasoning=True,
             grammar=grammar,
-            given=asked(self),
+            given=given_parameters(self),
             calling=calling(self.tool_choice, self.parallel_tool_calls, None),
         )
 

@@ -23,7 +23,7 @@ def entry_of(text: str | bytes) -> Entry:
         raise ValueError("it is nested too deeply") from None
     if not set(entry.evicted) <= set(entry.content.forms) or len(set(entry.evicted)) < len(entry.evicted):
         raise ValueError("evicted: there are no such forms of what it holds")
-    _check_terms(entry.terms, kept=True)
+    _check_retention(entry.retention, kept=True)
     content = checked(entry.content)
     # Only a derived cache has parts; in others they are dropped.
     parts = entry.parts if entry.origin == "derived" else []
@@ -41,15 +41,15 @@ def checked(content: Content) -> Content:
     return Content(content.prompt, [message.plain() for message in kept.messages], content.tools)
 
 
-def check_terms(terms: Retention) -> None:
+def check_retention(retention: Retention) -> None:
     """Raises ValueError for retention that a request couldn't set either."""
-    _check_terms(terms, kept=False)
+    _check_retention(retention, kept=False)
 
 
-def _check_terms(terms: Retention, *, kept: bool) -> None:
-    said = asdict(terms)
+def _check_retention(retention: Retention, *, kept: bool) -> None:
+    said = asdict(retention)
     if kept:
-        said["metadata"] = {key: value for key, value in terms.metadata.items() if key != RECORD}
+        said["metadata"] = {key: value for key, value in retention.metadata.items() if key != RECORD}
     try:
         KeptTerms.model_validate(said)
     except ValidationError as error:

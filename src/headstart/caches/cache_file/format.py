@@ -34,7 +34,7 @@ __all__ = ["LENGTH", "MAX_HEADER", "Corrupt", "hashed", "header_text", "opened",
 
 
 @dataclass(frozen=True)
-class Part:
+class StatePart:
     """A stored form: its token ids, and its state as `size` bytes at `offset` of a file."""
 
     tokens: list[int]
@@ -95,7 +95,7 @@ def verify(path: Path, identity: Identity, *, from_disk: bool = False) -> dict[F
                     form, _, kind = name.partition(".")
                     if kind == "tokens":
                         tokens[form] = data.cast("i").tolist()  # type: ignore[index]
-    for form, size in header.beside.items():
+    for form, size in header.sidecar_sizes.items():
         state = state_path(path, form)
         wanted = size, header.hash_of(f"{form}.state")
         # A file of another size, which may be huge, need not be read.
@@ -117,7 +117,7 @@ def hash_of(data: memoryview) -> str:
 
 
 @contextmanager
-def mapped(part: Part) -> Iterator[memoryview]:
+def mapped(part: StatePart) -> Iterator[memoryview]:
     with (
         opened(part.path) as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapping,

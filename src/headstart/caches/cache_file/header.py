@@ -44,8 +44,8 @@ class Tensor(Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class Header:
-    """`start`: the offset of the tensors in the file. `beside`: the sizes of the states in sidecar files.
-    Each form has token ids and a state, each with a hash."""
+    """`start`: the offset of the tensors in the file. `sidecar_sizes`: the sizes of the states in sidecar
+    files. Each form has token ids and a state, each with a hash."""
 
     metadata: Mapping[str, str]
     tensors: Mapping[str, Tensor]
@@ -57,7 +57,7 @@ class Header:
         return self.start + max((tensor.data_offsets[1] for tensor in self.tensors.values()), default=0)
 
     @property
-    def beside(self) -> dict[Form, int]:
+    def sidecar_sizes(self) -> dict[Form, int]:
         return {
             cast(Form, name.removeprefix(BESIDE).removesuffix(".state")): int(size)
             for name, size in self.metadata.items()
@@ -66,12 +66,12 @@ class Header:
 
     @property
     def forms(self) -> dict[Form, StoredForm]:
-        beside = self.beside
+        sizes = self.sidecar_sizes
         found: dict[Form, StoredForm] = {}
         for form in (form for form in FORMS if f"{form}.tokens" in self.tensors):
             (n_tokens,) = self.tensors[f"{form}.tokens"].shape
-            if form in beside:
-                found[form] = StoredForm(n_tokens, 0, beside[form], beside=True)
+            if form in sizes:
+                found[form] = StoredForm(n_tokens, 0, sizes[form], in_sidecar=True)
             else:
                 begin, end = self.tensors[f"{form}.state"].data_offsets
                 found[form] = StoredForm(n_tokens, self.start + begin, end - begin)

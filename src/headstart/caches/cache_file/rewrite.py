@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from headstart.caches.cache_file import format
 from headstart.caches.cache_file.header import BESIDE, HASH, LENGTH, Corrupt, hashed, header_text, read_header
-from headstart.caches.cache_file.writer import Writer, room_for
+from headstart.caches.cache_file.writer import CacheWriter, room_for
 from headstart.caches.entry import Entry
 from headstart.regular_files import NotAFile
 
@@ -36,7 +36,7 @@ def rewrite(source: Path, target: Path, entry: Entry) -> Entry:
 def write_stub(target: Path, entry: Entry) -> Entry:
     """Writes into the empty file `target` the cache without its states. Raises OSError."""
     stub = entry.without_states()
-    return Writer(target, stub, {}).finish(stub)
+    return CacheWriter(target, stub, {}).finish(stub)
 
 
 def _rewrite(source: Path, target: Path, entry: Entry) -> Entry:

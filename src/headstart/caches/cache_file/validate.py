@@ -7,7 +7,7 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from headstart.caches.cache_file import format
-from headstart.caches.cache_file.entry_checks import RECORD, check_terms
+from headstart.caches.cache_file.entry_checks import RECORD, check_retention
 from headstart.caches.cache_file.format import Corrupt
 from headstart.caches.entry import Entry
 
@@ -19,13 +19,13 @@ def inspect(path: Path) -> Entry:
 
     The hashes reveal damage but don't prove the origin of a file: a forger can compute them too."""
     entry = format.read(path)
-    if entry.beside:
+    if entry.sidecar_forms:
         raise Corrupt("its states are in other files, as those of the NPU's runtime are")
     if entry.origin == "response":
-        metadata = {key: value for key, value in entry.terms.metadata.items() if key != RECORD}
-        entry = replace(entry, terms=replace(entry.terms, metadata=metadata))
+        metadata = {key: value for key, value in entry.retention.metadata.items() if key != RECORD}
+        entry = replace(entry, retention=replace(entry.retention, metadata=metadata))
     try:
-        check_terms(entry.terms)
+        check_retention(entry.retention)
     except ValueError as error:
         raise Corrupt(str(error)) from error
     format.verify(path, entry.identity)

@@ -14,7 +14,7 @@ from typing import Any
 from blake3 import blake3
 
 from headstart.caches.cache_file import format
-from headstart.caches.cache_file.format import Part
+from headstart.caches.cache_file.format import StatePart
 from headstart.caches.cache_file.header import BESIDE, LENGTH, NO_HASH, hashed, header_text
 from headstart.caches.cache_file.sidecar import hashed as hashed_file
 from headstart.caches.cache_file.sidecar import state_path, take
@@ -27,20 +27,20 @@ FAR = 10**15
 SPARE = 1024
 
 
-class Writer:
+class CacheWriter:
     """Writes the empty, existing file at `path`. `entry` and the token ids of each form must be known from
     the start; `finish` may get the entry with other times. A state's position is given by `place`: `copy`
     writes it there, or the caller does and then calls `wrote`. Methods raise OSError, after which the file is
     in an unknown state.
 
-    `beside`: each state is a sidecar file. `end`: the position of the next state in the cache file
+    `in_sidecars`: each state is a sidecar file. `end`: the position of the next state in the cache file
     otherwise."""
 
     def __init__(
-        self, path: Path, entry: Entry, tokens: Mapping[Form, list[int]], *, beside: bool = False
+        self, path: Path, entry: Entry, tokens: Mapping[Form, list[int]], *, in_sidecars: bool = False
     ) -> None:
         self.path = path
-        self.beside = beside
+        self.in_sidecars = in_sidecars
         self.tokens = dict(tokens)
         self._tensors: dict[str, dict[str, Any]] = {}
         self._hashes: dict[str, str] = {}
@@ -63,7 +63,7 @@ class Writer:
 
     def place(self, form: Form) -> tuple[Path, int]:
         """The file and the offset of the form's state, which must be the next one written."""
-        return (state_path(self.path, form), 0) if self.beside else (self.path, self.end)
+        return (state_path(self.path, form), 0) if self.in_sidecars else (self.path, self.end)
 
     @property
     def size(self) -> int:
@@ -72,7 +72,7 @@ class Writer:
 
     def wrote(self, form: Form, size: int, blake3_hex: str) -> None:
         """Records that the form's state, `size` bytes with this hash, is on the disk in its place."""
-        if self.beside:
+        if self.in_sidecars:
             self._sizes[form] = size
             self._hashes |= {f"{BESIDE}{form}.state": str(size), f"blake3 {form}.state": blake3_hex}
             return
@@ -81,9 +81,9 @@ class Writer:
         self._hashes[f"blake3 {form}.state"] = blake3_hex
         self.end += size
 
-    def copy(self, form: Form, part: Part) -> None:
+    def copy(self, form: Form, part: StatePart) -> None:
         """Copies the form's state from another file."""
-        if self.beside:
+        if self.in_sidecars:
             place, _ = self.place(form)
             take(part.path, place)
             self.wrote(form, *hashed_file(place))

@@ -20,13 +20,13 @@ from msgspec import Meta, Struct
 
 from headstart.caches.entry import Entry, Identity
 from headstart.caches.index.records import RecordKey, Records, is_damage
-from headstart.caches.index.usage import USAGE, Usage, usage_key
+from headstart.caches.index.usage import USAGE, CacheUsage, usage_key
 from headstart.names import CacheKey
 
 log = logging.getLogger(__name__)
 
 WEIGHTS = "weights"
-UNUSED = Usage()
+UNUSED = CacheUsage()
 
 
 class Weights(Struct, frozen=True):
@@ -36,8 +36,8 @@ class Weights(Struct, frozen=True):
     sha256: Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 
 
-Record = Usage | Weights
-TYPES: dict[str, type[Record]] = {USAGE: Usage, WEIGHTS: Weights}
+Record = CacheUsage | Weights
+TYPES: dict[str, type[Record]] = {USAGE: CacheUsage, WEIGHTS: Weights}
 
 
 class Index:
@@ -138,7 +138,7 @@ class Index:
 
     def _merge(self, key: RecordKey, record: Record) -> None:
         since = self._known.get(key)
-        if isinstance(since, Usage) and isinstance(record, Usage):
+        if isinstance(since, CacheUsage) and isinstance(record, CacheUsage):
             self._known[key] = self._changes[key] = record.plus(since)
         elif since is None and key not in self._changes:
             self._known[key] = record
@@ -146,21 +146,21 @@ class Index:
     def _put(self, key: RecordKey, record: Record) -> None:
         self._known[key] = self._changes[key] = record
 
-    def usage(self, key: CacheKey) -> Usage:
+    def usage(self, key: CacheKey) -> CacheUsage:
         found = self._known.get(usage_key(key))
-        return found if isinstance(found, Usage) else UNUSED
+        return found if isinstance(found, CacheUsage) else UNUSED
 
     def used(self, key: CacheKey, when: float, tokens: int, seconds: float) -> None:
         """Counts a hit."""
         with self._guard:
-            hit = Usage(1, when, tokens, seconds)
+            hit = CacheUsage(1, when, tokens, seconds)
             self._put(usage_key(key), self.usage(key).plus(hit))
         self.save()
 
     def touch(self, key: CacheKey, when: float) -> None:
         """Records a use that is not a hit."""
         with self._guard:
-            self._put(usage_key(key), self.usage(key).plus(Usage(last_used=when)))
+            self._put(usage_key(key), self.usage(key).plus(CacheUsage(last_used=when)))
         self.save()
 
     def delete(self, key: CacheKey) -> None:

@@ -17,7 +17,7 @@ import msgspec
 
 from headstart.caches.cache_file.entry_checks import entry_of
 from headstart.caches.entry import Entry
-from headstart.caches.index.usage import Usage, usage_key
+from headstart.caches.index.usage import CacheUsage, usage_key
 
 log = logging.getLogger(__name__)
 
@@ -71,5 +71,5 @@ def _take(old: Old, row: Mapping[str, Any]) -> None:
     if (entry.namespace, entry.name) != (row["shelf"], row["name"]):
         raise ValueError("it is about another cache than it says")
     old.entries.append(entry)
-    usage = msgspec.convert({name: row[name] for name in FIGURES if name in row}, Usage)
+    usage = msgspec.convert({name: row[name] for name in FIGURES if name in row}, CacheUsage)
     old.records[usage_key(entry.key)] = msgspec.json.encode(usage)

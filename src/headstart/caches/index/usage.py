@@ -20,7 +20,7 @@ Seconds = Annotated[float, Meta(ge=0, le=MOST)]
 Time = Annotated[float, Meta(ge=FIRST, le=LAST)]
 
 
-class Usage(Struct, frozen=True):
+class CacheUsage(Struct, frozen=True):
     """The number of hits, the time of the last use, and what the hits saved: tokens that were not evaluated,
     and the time of evaluating them minus that of restoring them."""
 
@@ -29,9 +29,9 @@ class Usage(Struct, frozen=True):
     tokens_saved: Count = 0
     seconds_saved: Seconds = 0.0
 
-    def plus(self, later: Usage) -> Usage:
+    def plus(self, later: CacheUsage) -> CacheUsage:
         """The sum of both, within the limits of the fields."""
-        return Usage(
+        return CacheUsage(
             min(self.hits + later.hits, MOST),
             self.last_used if later.last_used is None else later.last_used,
             min(self.tokens_saved + later.tokens_saved, MOST),

@@ -12,9 +12,9 @@ import msgspec
 
 from headstart.channel import HEADER
 from headstart.errors import BadRequest, ModelLoading, Overloaded, PromptsDied, StartupError, Unavailable
-from headstart.prompt.process.link import Ended, Link
+from headstart.prompt.process.link import Link, LinkEnded
 from headstart.prompt.process.protocol import Facts, Load, Refused, Reply, Request
-from headstart.prompt.process.turns import Turns
+from headstart.prompt.process.turns import OwnerTurns
 from headstart.prompt.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ LOAD_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
-class Job:
+class PromptJob:
     data: bytes
     reply: asyncio.Future[Reply]
 
@@ -43,8 +43,8 @@ class PromptClient:
         self.name, self.seconds = name, seconds
         self._vocabulary: Vocabulary | None = None
         self._load = b""
-        self._turns: Turns[Job] = Turns()
-        self._asking: Job | None = None
+        self._turns: OwnerTurns[PromptJob] = OwnerTurns()
+        self._asking: PromptJob | None = None
         self._task: asyncio.Task[None] | None = None
         self._link: Link
         self._failures = 0
@@ -62,7 +62,7 @@ class PromptClient:
         self._load = _frame(load)
         try:
             link, facts = await self._opened()
-        except Ended as error:
+        except LinkEnded as error:
             reason = f"the process that reads its tokenizer and template failed: {error}"
             raise StartupError(f"{load.path} can't be read: {reason}") from error
         self._vocabulary = Vocabulary(facts)
@@ -88,7 +88,7 @@ class PromptClient:
         if len(self._turns) >= MOST_WAITING:
             raise Overloaded(f"{len(self._turns)} prompts wait to be tokenised already.")
         try:
-            job = Job(_frame(request), asyncio.get_running_loop().create_future())
+            job = PromptJob(_frame(request), asyncio.get_running_loop().create_future())
         except (RecursionError, OverflowError, ValueError) as error:
             raise BadRequest(
                 f"Messages or tools can't be written as JSON: {error}", param="messages"
@@ -126,10 +126,10 @@ class PromptClient:
                     reply = await self._reply(job)
                     if not job.reply.done():
                         job.reply.set_result(reply)
-                except (Ended, StartupError) as error:
+                except (LinkEnded, StartupError) as error:
                     log.error("prompt process of %s: %s", self.name, error)
                     job.fail(self._told(error))
-                    with suppress(Ended, StartupError):
+                    with suppress(LinkEnded, StartupError):
                         await self._restart()
         finally:
             await self._give_back()
@@ -138,17 +138,17 @@ class PromptClient:
         self._fail_all()
         await self._link.close()
 
-    async def _reply(self, job: Job) -> Reply:
+    async def _reply(self, job: PromptJob) -> Reply:
         """Repeats the request once if the process was ended from outside. Raises Ended or StartupError."""
         try:
             return await self._asked(job)
-        except Ended as error:
+        except LinkEnded as error:
             if error.at_fault:
                 raise
             log.warning("prompt process of %s: %s", self.name, error)
             return await self._asked(job)
 
-    async def _asked(self, job: Job) -> Reply:
+    async def _asked(self, job: PromptJob) -> Reply:
         if self._link.has_ended:
             await self._restart()
         reply = await self._link.asked(job.data, self.seconds)
@@ -170,7 +170,7 @@ class PromptClient:
             raise StartupError("its file is another than was loaded: unload the model, then load it again")
         return link
 
-    def _told(self, error: Ended | StartupError) -> Unavailable:
+    def _told(self, error: LinkEnded | StartupError) -> Unavailable:
         if isinstance(error, StartupError):
             return unfit(self.name, str(error))
         died = PromptsDied(

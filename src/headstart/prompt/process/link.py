@@ -23,7 +23,7 @@ ENVIRONMENT = {"GGML_NO_BACKTRACE": "1", "TOKENIZERS_PARALLELISM": "false"}
 FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
 
 
-class Ended(Exception):
+class LinkEnded(Exception):
     """A process has ended or was ended; the message says why. `at_fault`: the request may be the cause."""
 
     def __init__(self, reason: str, *, at_fault: bool = True) -> None:
@@ -57,7 +57,7 @@ class Link:
         except BaseException as error:
             ours.close()
             if isinstance(error, OSError):
-                raise Ended(f"it can't be started: {error}", at_fault=False) from error
+                raise LinkEnded(f"it can't be started: {error}", at_fault=False) from error
             raise
         finally:
             theirs.close()
@@ -84,10 +84,10 @@ class Link:
                 return self.decoder.decode(await self.reader.readexactly(size))
         except TimeoutError as error:
             await self.close()
-            raise Ended(f"it had not answered after {seconds:g} seconds") from error
+            raise LinkEnded(f"it had not answered after {seconds:g} seconds") from error
         except msgspec.DecodeError as error:
             await self.close()
-            raise Ended(f"it answered with nonsense: {error}") from error
+            raise LinkEnded(f"it answered with nonsense: {error}") from error
         except (asyncio.IncompleteReadError, OSError, RuntimeError) as error:
             # uvloop raises RuntimeError for a socket that it has closed.
             raise _explained(await self._code()) from error
@@ -108,12 +108,12 @@ class Link:
             await self.writer.wait_closed()
 
 
-def _explained(code: int) -> Ended:
+def _explained(code: int) -> LinkEnded:
     if code >= 0:
-        return Ended(f"it ended with status {code}")
+        return LinkEnded(f"it ended with status {code}")
     name = signal_name(-code)
     if -code in FROM_OUTSIDE:
-        return Ended(f"it was ended by {name}", at_fault=False)
+        return LinkEnded(f"it was ended by {name}", at_fault=False)
     if -code == signal.SIGVTALRM:
-        return Ended("it took too much of the processor's time")
-    return Ended(f"it crashed ({name}); the log has its last words, if any")
+        return LinkEnded("it took too much of the processor's time")
+    return LinkEnded(f"it crashed ({name}); the log has its last words, if any")

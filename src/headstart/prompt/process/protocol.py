@@ -28,7 +28,7 @@ class Chat(Struct, frozen=True, tag=True):
     variables: dict[str, Any] = {}
 
 
-class ChatOpening(Struct, frozen=True, tag=True):
+class ChatPrefix(Struct, frozen=True, tag=True):
     """The common prefix of all chats that begin with these messages and tools."""
 
     messages: Messages
@@ -39,7 +39,7 @@ class Text(Struct, frozen=True, tag=True):
     text: str
 
 
-class TextOpening(Struct, frozen=True, tag=True):
+class TextPrefix(Struct, frozen=True, tag=True):
     text: str
 
 
@@ -52,16 +52,16 @@ class Plain(Struct, frozen=True, tag=True):
     special: bool = True
 
 
-Wanted = Chat | ChatOpening | Text | TextOpening | Plain
+Wanted = Chat | ChatPrefix | Text | TextPrefix | Plain
 
 
 class Tokenise(Struct, frozen=True, tag=True):
-    """Requests the tokens of each item, and those of an `opening` unless the template refuses it. `can_cut`:
+    """Requests the tokens of each item, and those of an `prefix` unless the template refuses it. `can_cut`:
     a state may be used in part."""
 
     wanted: list[Wanted]
     can_cut: bool
-    opening: ChatOpening | TextOpening | None = None
+    prefix: ChatPrefix | TextPrefix | None = None
 
 
 class Render(Struct, frozen=True, tag=True):
@@ -95,7 +95,7 @@ class Facts(Struct, frozen=True, tag=True):
 
 class Tokens(Struct, frozen=True, tag=True):
     lists: list[list[int]]
-    opening: list[int] | None = None
+    prefix: list[int] | None = None
 
 
 class Rendered(Struct, frozen=True, tag=True):

@@ -11,11 +11,11 @@ from headstart.prompt.chat import MOST_CHARACTERS
 from headstart.prompt.process.client import PromptClient
 from headstart.prompt.process.protocol import (
     Chat,
-    ChatOpening,
+    ChatPrefix,
     Plain,
     Render,
     Rendered,
-    TextOpening,
+    TextPrefix,
     Tokenise,
     Tokens,
     Wanted,
@@ -40,12 +40,12 @@ class Prompts:
         """The tokens of each, in one turn."""
         return (await self._asked(Tokenise(list(wanted), self.can_cut))).lists
 
-    async def with_opening(
-        self, wanted: Wanted, opening: ChatOpening | TextOpening
+    async def with_prefix(
+        self, wanted: Wanted, prefix: ChatPrefix | TextPrefix
     ) -> tuple[list[int], list[int] | None]:
-        """The tokens, and those of the `opening`; None if the template refuses it."""
-        reply = await self._asked(Tokenise([wanted], self.can_cut, opening))
-        return reply.lists[0], reply.opening
+        """The tokens, and those of the `prefix`; None if the template refuses it."""
+        reply = await self._asked(Tokenise([wanted], self.can_cut, prefix))
+        return reply.lists[0], reply.prefix
 
     async def _asked(self, request: Tokenise) -> Tokens:
         _check_length(request.wanted)
@@ -88,7 +88,7 @@ def _parts(texts: Sequence[str]) -> Iterable[list[str]]:
 def _check_length(wanted: Iterable[Wanted]) -> None:
     """Raises TextTooLong."""
     for each in wanted:
-        if isinstance(each, Chat | ChatOpening):
+        if isinstance(each, Chat | ChatPrefix):
             texts = [message.get("content") for message in each.messages]
             n, param = sum(len(text) for text in texts if isinstance(text, str)), "messages"
         else:

@@ -10,7 +10,7 @@ from headstart.round_robin import RoundRobin
 T = TypeVar("T")
 
 
-class Turns(Generic[T]):
+class OwnerTurns(Generic[T]):
     """Items of several owners: those of one owner come out in order, alternating with those of others."""
 
     def __init__(self) -> None:

@@ -23,7 +23,7 @@ from headstart.prompt.load import load_prompts
 from headstart.prompt.process import limits
 from headstart.prompt.process.protocol import (
     Chat,
-    ChatOpening,
+    ChatPrefix,
     Facts,
     Load,
     Plain,
@@ -33,7 +33,7 @@ from headstart.prompt.process.protocol import (
     Reply,
     Request,
     Text,
-    TextOpening,
+    TextPrefix,
     Tokenise,
     Tokens,
     Wanted,
@@ -71,10 +71,10 @@ class PromptProcess:
             case Load():
                 limits.end_after(limits.LOAD_SECONDS)
                 return self._load(request)
-            case Tokenise(wanted=wanted, can_cut=can_cut, opening=opening):
+            case Tokenise(wanted=wanted, can_cut=can_cut, prefix=prefix):
                 self.prompts.can_cut = can_cut
                 lists = [self._tokens(each) for each in wanted]
-                return Tokens(lists, self._tokens_if_any(opening) if opening else None)
+                return Tokens(lists, self._tokens_if_any(prefix) if prefix else None)
             case Render(messages=messages, tools=tools):
                 return Rendered(self.prompts.template.render(messages, tools))
 
@@ -92,9 +92,9 @@ class PromptProcess:
             log.warning("%s can't be read", load.path, exc_info=True)
             return Refused(f"{load.path} can't be read: {type(error).__name__}: {error}", always=True)
 
-    def _tokens_if_any(self, opening: ChatOpening | TextOpening) -> list[int] | None:
+    def _tokens_if_any(self, prefix: ChatPrefix | TextPrefix) -> list[int] | None:
         try:
-            return self._tokens(opening)
+            return self._tokens(prefix)
         except BadRequest:
             return None
 
@@ -103,11 +103,11 @@ class PromptProcess:
         match wanted:
             case Chat(messages=messages, tools=tools, variables=variables):
                 return prompts.chat(messages, tools, variables)
-            case ChatOpening(messages=messages, tools=tools):
+            case ChatPrefix(messages=messages, tools=tools):
                 return prompts.chat_opening(messages, tools)
             case Text(text=text):
                 return prompts.text(text)
-            case TextOpening(text=text):
+            case TextPrefix(text=text):
                 return prompts.text_opening(text)
             case Plain(text=text, first=first, special=special):
                 return prompts.tokenizer.encode(text, first, parse_special=special)

@@ -13,7 +13,7 @@ import re
 import warnings
 from typing import Any
 
-from headstart.prompt.answer_parts import Part
+from headstart.prompt.answer_parts import AnswerPart
 from headstart.prompt.tool_calls.llama import LlamaParser
 from headstart.prompt.tool_calls.scanner import BracketEnd, CallHead, encoded
 
@@ -30,7 +30,7 @@ class GemmaParser(LlamaParser):
     markers = (CODE, JSON)
     fenced = False
 
-    def read_start(self) -> list[Part] | None:
+    def read_start(self) -> list[AnswerPart] | None:
         if not self.held.lstrip().startswith("["):
             return super().read_start()
         self.end_of_brackets = PythonEnd()
@@ -38,7 +38,7 @@ class GemmaParser(LlamaParser):
         self.state = self.read_list
         return []
 
-    def read_list(self) -> list[Part] | None:
+    def read_list(self) -> list[AnswerPart] | None:
         if not self._may_be_list():
             return self.give_back()
         size = self.end_of_brackets.find(self.held[self.n_scanned :])
@@ -64,14 +64,14 @@ class GemmaParser(LlamaParser):
         else:
             self.state = self.read_code
 
-    def read_code(self) -> list[Part] | None:
+    def read_code(self) -> list[AnswerPart] | None:
         """A state: code up to the end of the block or of the answer."""
         size = self.held.find(FENCE)
         if size < 0 and not self.ending:
             return None
         return self._calls(size, size + len(FENCE)) if size >= 0 else self._calls(len(self.held), None)
 
-    def _calls(self, size: int, end: int | None) -> list[Part]:
+    def _calls(self, size: int, end: int | None) -> list[AnswerPart]:
         """The calls in the first `size` characters; their block ends at `end`."""
         try:
             heads = _read_python(self.held[:size])
@@ -83,7 +83,7 @@ class GemmaParser(LlamaParser):
         self.held = self.held[end:] if end is not None else ""
         return [part for head in heads for part in self.announce(head)] + self.end_call()
 
-    def after_object(self) -> list[Part] | None:
+    def after_object(self) -> list[AnswerPart] | None:
         if not self.fenced:
             return super().after_object()
         return None if self.skip(FENCE) is None else self.end_call()

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from headstart.prompt.answer_parts import Part
+from headstart.prompt.answer_parts import AnswerPart
 from headstart.prompt.tool_calls.grammar import Function, Literal, objects
 from headstart.prompt.tool_calls.parser import CallParser
 
@@ -18,7 +18,7 @@ MARKERS = (OPEN, CLOSE)
 class HermesParser(CallParser):
     markers = (OPEN,)
 
-    def after_object(self) -> list[Part] | None:
+    def after_object(self) -> list[AnswerPart] | None:
         return None if self.skip(CLOSE) is None else self.end_call()
 
 

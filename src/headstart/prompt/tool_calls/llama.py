@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from headstart.prompt.answer_parts import Part
+from headstart.prompt.answer_parts import AnswerPart
 from headstart.prompt.tool_calls.grammar import Function, Literal, objects
 from headstart.prompt.tool_calls.parser import CallParser
 
@@ -24,7 +24,7 @@ class LlamaParser(CallParser):
         super().__init__(names, most)
         self.state = self.read_start
 
-    def read_start(self) -> list[Part] | None:
+    def read_start(self) -> list[AnswerPart] | None:
         start = self.held.lstrip()
         if not start and not self.ending:
             return None
@@ -34,7 +34,7 @@ class LlamaParser(CallParser):
             self.state = self.read_text
         return []
 
-    def after_object(self) -> list[Part] | None:
+    def after_object(self) -> list[AnswerPart] | None:
         rest = self.held.lstrip()
         if not rest:
             return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 
-from headstart.prompt.answer_parts import Part
+from headstart.prompt.answer_parts import AnswerPart
 from headstart.prompt.tool_calls.grammar import Function, Literal, arguments, objects, quoted
 from headstart.prompt.tool_calls.parser import ID_CHARACTERS, CallParser
 from headstart.prompt.tool_calls.scanner import CallHead
@@ -27,7 +27,7 @@ class MistralParser(CallParser):
     def begin_call(self) -> None:
         self.state = self.read_kind
 
-    def read_kind(self) -> list[Part] | None:
+    def read_kind(self) -> list[AnswerPart] | None:
         start = self.held.lstrip()
         if not start:
             return self.give_back() if self.ending else None
@@ -40,7 +40,7 @@ class MistralParser(CallParser):
             self.state = self.read_name
         return []
 
-    def read_name(self) -> list[Part] | None:
+    def read_name(self) -> list[AnswerPart] | None:
         """A state: the name, up to the first bracket of the arguments."""
         before, bracket, _ = self.held.partition("{")
         if not bracket:
@@ -56,7 +56,7 @@ class MistralParser(CallParser):
         start = text.strip()
         return any(name.startswith(start) or start.startswith(name) for name in self.names)
 
-    def after_object(self) -> list[Part] | None:
+    def after_object(self) -> list[AnswerPart] | None:
         rest = self.held.lstrip()
         if not rest:
             return None

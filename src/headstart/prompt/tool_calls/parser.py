@@ -12,11 +12,11 @@ import secrets
 import string
 from collections.abc import Callable, Collection
 
-from headstart.prompt.answer_parts import CallDelta, Part
+from headstart.prompt.answer_parts import AnswerPart, CallDelta
 from headstart.prompt.tool_calls.scanner import BracketEnd, CallHead, ObjectReader
 from headstart.tokens import overlap
 
-State = Callable[[], "list[Part] | None"]
+State = Callable[[], "list[AnswerPart] | None"]
 ID_CHARACTERS = string.ascii_letters + string.digits
 
 
@@ -46,23 +46,23 @@ class CallParser:
         self.state: State = self.read_text
         self.after_arguments: State = self.rest_of_object
 
-    def add(self, text: str) -> list[Part]:
+    def add(self, text: str) -> list[AnswerPart]:
         self.held += text
         return self._read()
 
-    def end(self) -> list[Part]:
+    def end(self) -> list[AnswerPart]:
         self.ending = True
         return self._read()
 
-    def _read(self) -> list[Part]:
-        parts: list[Part] = []
+    def _read(self) -> list[AnswerPart]:
+        parts: list[AnswerPart] = []
         while (read := self.state()) is not None:
             parts += read
         return parts
 
     # States
 
-    def read_text(self) -> list[Part] | None:
+    def read_text(self) -> list[AnswerPart] | None:
         if self.after_call:
             self.held = self.held.lstrip()
             self.after_call = not self.held
@@ -79,7 +79,7 @@ class CallParser:
         text, self.held = self.held[:size], self.held[size:]
         return said(text) if text else None
 
-    def read_arguments(self) -> list[Part] | None:
+    def read_arguments(self) -> list[AnswerPart] | None:
         if not self.held:
             return None
         size = self.end_of_brackets.find(self.held)
@@ -88,9 +88,9 @@ class CallParser:
         else:
             self.state = self.after_arguments
         fragment, self.held = self.held[:size], self.held[size:]
-        return [Part(call=CallDelta(self.n_calls - 1, arguments=fragment))]
+        return [AnswerPart(call=CallDelta(self.n_calls - 1, arguments=fragment))]
 
-    def read_head(self) -> list[Part] | None:
+    def read_head(self) -> list[AnswerPart] | None:
         """A state: the object that calls a function, up to its arguments."""
         try:
             head = self.object.read(self.held)
@@ -103,7 +103,7 @@ class CallParser:
         self.held = self.held[head.size :]
         return self.announce(head)
 
-    def rest_of_object(self) -> list[Part] | None:
+    def rest_of_object(self) -> list[AnswerPart] | None:
         """A state: after the arguments. A missing bracket is accepted."""
         rest = self.held.lstrip()
         if not rest:
@@ -117,7 +117,7 @@ class CallParser:
         self.state = self.after_object
         return []
 
-    def other_keys(self) -> list[Part] | None:
+    def other_keys(self) -> list[AnswerPart] | None:
         """A state: other keys of the object, which are ignored once it ends."""
         size = self.end_of_brackets.find(self.held[self.n_scanned :])
         if size is None:
@@ -137,7 +137,7 @@ class CallParser:
         """Called after a marker was found and taken from `held`."""
         self.begin_object()
 
-    def after_object(self) -> list[Part] | None:
+    def after_object(self) -> list[AnswerPart] | None:
         """A state: an object that called a function has ended."""
         return self.end_call()
 
@@ -146,25 +146,25 @@ class CallParser:
         self.after_arguments = self.rest_of_object
         self.state = self.read_head
 
-    def announce(self, head: CallHead) -> list[Part]:
+    def announce(self, head: CallHead) -> list[AnswerPart]:
         """The first delta of a call; the arguments follow, or the text after them."""
         call = CallDelta(self.n_calls, self.new_id(), head.name, head.arguments or "")
         self.n_calls += 1
         self.opening = ""
         self.end_of_brackets = BracketEnd()
         self.state = self.read_arguments if head.arguments is None else self.after_object
-        return [Part(call=call)]
+        return [AnswerPart(call=call)]
 
     def new_id(self) -> str:
         return new_id()
 
-    def give_back(self) -> list[Part]:
+    def give_back(self) -> list[AnswerPart]:
         """Returns the beginning of a malformed call as text; the text after it is parsed as usual."""
         text, self.opening = self.opening, ""
         self.state = self.read_text
         return said(text)
 
-    def end_call(self) -> list[Part]:
+    def end_call(self) -> list[AnswerPart]:
         self.after_call = True
         self.state = self.read_text
         return []
@@ -189,5 +189,5 @@ class CallParser:
         return len(self.held[:size].rstrip())
 
 
-def said(text: str) -> list[Part]:
-    return [Part(text=text)] if text else []
+def said(text: str) -> list[AnswerPart]:
+    return [AnswerPart(text=text)] if text else []

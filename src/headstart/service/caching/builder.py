@@ -14,13 +14,13 @@ from time import monotonic
 from msgspec.structs import replace
 
 from headstart.caches.cache_file.entry_checks import checked
-from headstart.caches.cache_file.format import Corrupt, Part
-from headstart.caches.cache_file.writer import Writer, expected_size
+from headstart.caches.cache_file.format import Corrupt, StatePart
+from headstart.caches.cache_file.writer import CacheWriter, expected_size
 from headstart.caches.entry import DEFAULT_RETENTION, Content, Entry, Form, Origin, Retention
 from headstart.caches.store import Store
 from headstart.errors import BadRequest, HeadstartError
 from headstart.protocol import Finished, Progress, SaveTo, Stats, Submit
-from headstart.service.caching.prefix import Prefix, opening_tokens, prefix_of
+from headstart.service.caching.prefix import Prefix, prefix_of, prefix_tokens
 from headstart.service.caching.quota import Quota
 from headstart.service.interface.observer import Built, Observer, Restored
 from headstart.service.models.tenant_model import TenantModel
@@ -28,11 +28,11 @@ from headstart.service.models.tenant_model import TenantModel
 OnProgress = Callable[[int, int], None]
 
 
-async def opening_if_any(model: TenantModel, form: Form, content: Content) -> list[int]:
-    """Like `opening_tokens`, for requests that don't name the cache: returns no tokens if the template
+async def prefix_tokens_if_any(model: TenantModel, form: Form, content: Content) -> list[int]:
+    """Like `prefix_tokens`, for requests that don't name the cache: returns no tokens if the template
     refuses the content, because that error doesn't concern the request."""
     try:
-        return await opening_tokens(model, form, content)
+        return await prefix_tokens(model, form, content)
     except BadRequest:
         return []
 
@@ -40,7 +40,7 @@ async def opening_if_any(model: TenantModel, form: Form, content: Content) -> li
 @dataclass(frozen=True)
 class Build:
     """A cache to compute and store. With `keep_states`, states that the previous version already has are not
-    computed again. `head`: a cache with a common prefix, whose state is the starting point. `evicted`: forms
+    computed again. `base`: a cache with a common prefix, whose state is the starting point. `evicted`: forms
     stored without their states. `parts` are as in the entry."""
 
     model: TenantModel
@@ -48,12 +48,12 @@ class Build:
     content: Content
     forms: Sequence[Form]
     version: int
-    terms: Retention = DEFAULT_RETENTION
+    retention: Retention = DEFAULT_RETENTION
     origin: Origin = "client"
     previous: Entry | None = None
     keep_states: bool = True
     on_progress: OnProgress | None = None
-    head: Entry | None = None
+    base: Entry | None = None
     evicted: Sequence[Form] = ()
     parts: Sequence[str] = ()
 
@@ -78,7 +78,7 @@ class Builder:
         wanted: dict[Form, list[int]] = {}
         param = "prompt" if build.content.prompt else "messages"
         for form in build.forms:
-            if tokens := await opening_tokens(model, form, build.content):
+            if tokens := await prefix_tokens(model, form, build.content):
                 model.check_fits(len(tokens) + 1, param=param)
                 wanted[form] = tokens
         progress = _Sum(sum(map(len, wanted.values())), build.on_progress)
@@ -89,27 +89,29 @@ class Builder:
             self.quota.reserving(model.key(build.name)) as room,
             self.store.scratch(model.namespace) as path,
         ):
-            await room.hold(_expected_size(model, entry, wanted))
-            beside = model.info.state_files
-            writer = await asyncio.to_thread(partial(Writer, path, entry, wanted, beside=beside))
+            await room.reserve(_expected_size(model, entry, wanted))
+            in_sidecars = model.info.state_files
+            writer = await asyncio.to_thread(
+                partial(CacheWriter, path, entry, wanted, in_sidecars=in_sidecars)
+            )
             for form, tokens in wanted.items():
                 if kept := await self._kept(build, form, tokens):
                     await asyncio.to_thread(writer.copy, form, kept)
                     progress.next(len(tokens))
                     continue
-                head = await prefix_of(self.store, model, build.head, form, tokens)
+                prefix = await prefix_of(self.store, model, build.base, form, tokens)
                 place, offset = writer.place(form)
                 save_to = SaveTo(str(place), offset)
                 text = model.text(tokens, param=param)
-                stats[form] = await self._compute(model, tokens, head, save_to, text, progress)
+                stats[form] = await self._compute(model, tokens, prefix, save_to, text, progress)
                 writer.wrote(form, stats[form].saved_bytes, stats[form].saved_blake3)
             # Corrects the reservation: the expected size was unknown or wrong.
-            await room.hold(writer.size)
+            await room.reserve(writer.size)
             stored = await self.store.put(writer, _entry(build, stats, self.store.clock()), build.repaired)
         self.observer.built(Built(stored, stats, monotonic() - begun))
         return stored
 
-    async def _kept(self, build: Build, form: Form, tokens: list[int]) -> Part | None:
+    async def _kept(self, build: Build, form: Form, tokens: list[int]) -> StatePart | None:
         """The stored state of the previous version, if it has the same tokens."""
         entry = build.previous
         if not (build.keep_states and entry and form in entry.forms):
@@ -122,17 +124,23 @@ class Builder:
             return None
         if state.tokens != tokens:
             return None
-        return Part(tokens, Path(state.ref.path), state.ref.offset, state.ref.nbytes)
+        return StatePart(tokens, Path(state.ref.path), state.ref.offset, state.ref.nbytes)
 
     async def _compute(
-        self, model: TenantModel, tokens: list[int], head: Prefix, save_to: SaveTo, text: str, progress: _Sum
+        self,
+        model: TenantModel,
+        tokens: list[int],
+        prefix: Prefix,
+        save_to: SaveTo,
+        text: str,
+        progress: _Sum,
     ) -> Stats:
         request = Submit(
             id=0,
             tokens=tokens,
             boundary=len(tokens),
-            restore=head.restore,
-            shared=head.shared,
+            restore=prefix.restore,
+            shared=prefix.shared,
             save_to=save_to,
             owner=model.owner,
             text=text,
@@ -168,7 +176,7 @@ def _entry(build: Build, stats: Mapping[Form, Stats], now: float) -> Entry:
         messages=build.content.messages,
         tools=build.content.tools,
         owner=build.model.owner,
-        terms=build.terms,
+        retention=build.retention,
         origin=build.origin,
         parts=list(build.parts),
         evicted=list(build.evicted),

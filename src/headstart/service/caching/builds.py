@@ -21,21 +21,22 @@ class BuildKey:
 
     content: Content
     forms: frozenset[Form]
-    terms: Retention
+    retention: Retention
     origin: Origin
 
     @classmethod
-    def of(cls, content: Content, forms: Sequence[Form], terms: Retention, origin: Origin) -> BuildKey:
-        return cls(content, frozenset(forms), terms, origin)
+    def of(cls, content: Content, forms: Sequence[Form], retention: Retention, origin: Origin) -> BuildKey:
+        return cls(content, frozenset(forms), retention, origin)
 
 
 class SharedBuild:
-    """A build that several callers may join, identified by `asked`. Set `task` as soon as it was started."""
+    """A build that several callers may join, identified by `build_key`. Set `task` as soon as it was
+    started."""
 
     task: asyncio.Task[Entry]
 
-    def __init__(self, asked: BuildKey) -> None:
-        self.asked = asked
+    def __init__(self, build_key: BuildKey) -> None:
+        self.build_key = build_key
         self.abandoned = False
         self._waiting = 0
         self._told: list[OnProgress] = []
@@ -121,7 +122,7 @@ class Builds:
 
 
 @dataclass
-class Promise:
+class Pending:
     settled: asyncio.Event = field(default_factory=asyncio.Event)
     error: HeadstartError | None = None
 
@@ -131,28 +132,28 @@ class PendingDeclared:
     once its cache is built."""
 
     def __init__(self) -> None:
-        self._promises: dict[CacheKey, Promise] = {}
+        self._pending: dict[CacheKey, Pending] = {}
 
     def __contains__(self, key: CacheKey) -> bool:
-        return key in self._promises
+        return key in self._pending
 
     def make(self, key: CacheKey) -> None:
-        self._promises[key] = Promise()
+        self._pending[key] = Pending()
 
     def settle(self, key: CacheKey, error: HeadstartError | None = None) -> None:
         """Records that the cache was built, or that it failed with this error."""
-        promise = self._promises[key]
+        promise = self._pending[key]
         promise.error = error
         promise.settled.set()
 
     async def settled(self, key: CacheKey) -> None:
         """Waits until the declared cache is built or has failed; returns at once if the name isn't declared.
         Raises the error if it has failed."""
-        if promise := self._promises.get(key):
+        if promise := self._pending.get(key):
             await promise.settled.wait()
             if promise.error:
                 raise promise.error.with_traceback(None)
 
     def open(self) -> Iterator[CacheKey]:
         """Keys of the caches still to be built."""
-        return (key for key, promise in self._promises.items() if not promise.settled.is_set())
+        return (key for key, promise in self._pending.items() if not promise.settled.is_set())

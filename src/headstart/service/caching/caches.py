@@ -10,7 +10,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from headstart.caches.entry import Content, Entry, Form, MissReason
-from headstart.caches.index.usage import Usage
+from headstart.caches.index.usage import CacheUsage
 from headstart.caches.store import Store
 from headstart.service.caching.builder import OnProgress
 from headstart.service.caching.caching import Caching
@@ -70,7 +70,7 @@ class Caches:
         ModelLoading."""
         return await miss_reason(self._store, model, entry)
 
-    def usage(self, entry: Entry) -> Usage:
+    def usage(self, entry: Entry) -> CacheUsage:
         return self._store.usage(entry)
 
     def expires_at(self, entry: Entry) -> float | None:
@@ -99,7 +99,7 @@ class Caches:
             name,
             content,
             forms=forms,
-            terms=replace(self._caching.terms(model, name), **given),
+            retention=replace(self._caching.retention(model, name), **given),
             overwrite=overwrite,
             on_progress=on_progress,
         )

@@ -34,7 +34,7 @@ class Caching:
         self.store = store
         self.observer = observer or Observer()
         self.builder = Builder(store, quota or Quota(store), self.observer)
-        self.promises = PendingDeclared()
+        self.pending_declared = PendingDeclared()
         self.namespaces = NamespaceCatalog(store)
         self.builds = Builds(store, self.observer)
 
@@ -47,20 +47,20 @@ class Caching:
         check_name(name, param="use_cache")
         for namespace in model.namespace.visible:
             key = CacheKey(namespace, name)
-            await self.promises.settled(key)
+            await self.pending_declared.settled(key)
             if (build := self.builds.of(key)) and not self.namespaces.at(key):
                 await asyncio.wait([build])
             if entry := self.namespaces.at(key):
                 return entry
         return self.store.find(model.key(name))
 
-    async def unnamed(
-        self, model: TenantModel, opening: Content, tokens: list[int], wanted: list[int] | None = None
+    async def match(
+        self, model: TenantModel, prefix: Content, tokens: list[int], wanted: list[int] | None = None
     ) -> tuple[Entry, Start] | None:
         """For a chat that names no cache: the cache that begins with exactly these messages and tools, and
         how a request of `tokens` starts from it. Doesn't wait for builds. `wanted` is as in `opened`."""
         for entry in self.namespaces.known(model, "chat"):
-            if entry.tools == opening.tools and entry.content.opening == opening.messages:
+            if entry.tools == prefix.tools and entry.content.prefix_messages == prefix.messages:
                 return entry, await opened(self.store, model, entry, "chat", tokens, wanted=wanted)
         return None
 
@@ -76,7 +76,7 @@ class Caching:
     def building(self, owner: str | None, model: str | None = None) -> list[tuple[str, str]]:
         """Model and name of each cache that `visible` would list and that is being built or is declared and
         not yet built. `owner` None: those of all owners."""
-        keys = {*self.builds, *self.promises.open()}
+        keys = {*self.builds, *self.pending_declared.open()}
         return sorted(
             (namespace.model, name)
             for namespace, name in keys
@@ -93,13 +93,13 @@ class Caching:
         key = entry.key
         # Read before the state: a build that ends while the old state is checked had begun before.
         build = self.builds.of(key)
-        opening = await opened(self.store, model, entry, form, tokens, self._head(model, entry), wanted)
-        if opening.miss is None or opening.miss in KEEPS_STATE:
-            return opening
+        start = await opened(self.store, model, entry, form, tokens, self._base(model, entry), wanted)
+        if start.miss is None or start.miss in KEEPS_STATE:
+            return start
         if build := build or self.builds.of(key):
             await asyncio.wait([build])
             return None
-        return opening if self._is_latest(model, entry) else None
+        return start if self._is_latest(model, entry) else None
 
     async def create(
         self,
@@ -108,51 +108,51 @@ class Caching:
         content: Content,
         *,
         forms: Sequence[Form] | None = None,
-        terms: Retention | None = None,
+        retention: Retention | None = None,
         origin: Origin = "client",
         overwrite: bool = True,
         on_progress: OnProgress | None = None,
-        head: Entry | None = None,
+        base: Entry | None = None,
     ) -> Entry:
         """Computes and stores the states of `content`, in all forms unless `forms` is given. An entry with
-        version 1 is a new cache. Without `terms`, an existing cache keeps its retention. `head` is as in
+        version 1 is a new cache. Without `retention`, an existing cache keeps its retention. `base` is as in
         Build.
 
         Callers with the same request at the same time share one build; it is cancelled when its last caller
         is. Raises BadRequest, CacheConflict (also while another build of this name is running), StorageError
         or an error of the engine; then nothing has changed."""
         check_own_name(name, param="cache_name")
-        if not content.opening:
+        if not content.prefix_messages:
             raise BadRequest("The prompt is empty: there is nothing to keep.", param="prompt")
         if origin != "declared":
             self.check_not_declared(model, name, param="cache_name")
-        kept = terms or self.terms(model, name)
-        asked = BuildKey.of(content, content.forms if forms is None else forms, kept, origin)
-        joint = await self._joint(model, name, asked)
+        kept = retention or self.retention(model, name)
+        build_key = BuildKey.of(content, content.forms if forms is None else forms, kept, origin)
+        shared = await self._shared_build(model, name, build_key)
         previous = self.namespaces.own(model, name)
         if previous and not overwrite:
             raise CacheConflict(f"There is a cache {name!r} already.", param="cache_name")
-        if joint:
-            return await joint.join(on_progress)
+        if shared:
+            return await shared.join(on_progress)
         version = previous.version + 1 if previous else 1
         wanted = content.forms if forms is None else forms
-        joint = SharedBuild(asked)
+        shared = SharedBuild(build_key)
         build = Build(
-            model, name, content, wanted, version, kept, origin, previous, on_progress=joint.tell, head=head
+            model, name, content, wanted, version, kept, origin, previous, on_progress=shared.tell, base=base
         )
-        self.builds.share(model.key(name), joint, self.builder.build(build))
-        return await joint.join(on_progress)
+        self.builds.share(model.key(name), shared, self.builder.build(build))
+        return await shared.join(on_progress)
 
-    async def _joint(self, model: TenantModel, name: str, asked: BuildKey) -> SharedBuild | None:
+    async def _shared_build(self, model: TenantModel, name: str, build_key: BuildKey) -> SharedBuild | None:
         """The running build with this key, or None as soon as no build of this name runs. Waits for an
         abandoned build, and for one that only recomputes the states of the same content. Raises CacheConflict
         for other builds."""
         key = model.key(name)
         while task := self.builds.of(key):
-            joint = self.builds.shared(key)
-            if joint and joint.asked == asked and not joint.abandoned:
-                return joint
-            if not (joint.abandoned if joint else self._holds(model, name, asked.content)):
+            shared = self.builds.shared(key)
+            if shared and shared.build_key == build_key and not shared.abandoned:
+                return shared
+            if not (shared.abandoned if shared else self._holds(model, name, build_key.content)):
                 self.builds.check_none(key)
             await asyncio.wait([task])
         return None
@@ -161,10 +161,10 @@ class Caching:
         entry = self.namespaces.own(model, name)
         return entry is not None and entry.content == content
 
-    def terms(self, model: TenantModel, name: str) -> Retention:
+    def retention(self, model: TenantModel, name: str) -> Retention:
         """Retention of the named cache, or the default for a new one. Raises InvalidName."""
         previous = self.namespaces.own(model, check_name(name, param="cache_name"))
-        return previous.terms if previous else DEFAULT_RETENTION
+        return previous.retention if previous else DEFAULT_RETENTION
 
     async def edit(self, model: TenantModel, name: str, given: Mapping[str, Any]) -> Entry:
         """Changes only the `given` fields of a cache's retention; waits for a running build of it. The
@@ -177,7 +177,7 @@ class Caching:
             if entry.origin == "response" and "metadata" in given:
                 raise BadRequest("The metadata of a response can't be edited.", param="metadata")
             updated = self.store.clock() if "ttl_seconds" in given else entry.updated
-            changed = replace(entry, terms=replace(entry.terms, **given), updated=updated)
+            changed = replace(entry, retention=replace(entry.retention, **given), updated=updated)
             if amended := await self.store.amend(entry, changed):
                 return amended
 
@@ -200,11 +200,11 @@ class Caching:
             entry.content,
             (*entry.forms, *entry.evicted) or entry.content.forms,
             max(entry.version, 1),
-            entry.terms,
+            entry.retention,
             entry.origin,
             previous=entry,
             keep_states=False,
-            head=self._head(model, entry),
+            base=self._base(model, entry),
             parts=entry.parts,
         )
         work = self._derive(build) if entry.parts else self.builder.build(build)
@@ -221,7 +221,7 @@ class Caching:
         entry = composed(model, parts, form)
         return self.namespaces.own(model, entry.name) or entry
 
-    def _head(self, model: TenantModel, entry: Entry) -> Entry | None:
+    def _base(self, model: TenantModel, entry: Entry) -> Entry | None:
         """The first part of a derived cache, which is its prefix."""
         return self.namespaces.seen(model, entry.parts[0]) if entry.parts else None
 
@@ -244,7 +244,7 @@ class Caching:
         return self.store.find(entry.key, param="name")
 
     def is_declared(self, model: TenantModel, name: str) -> bool:
-        return model.key(name) in self.promises
+        return model.key(name) in self.pending_declared
 
     def check_not_declared(self, model: TenantModel, name: str, *, param: str) -> None:
         """Raises CacheConflict."""

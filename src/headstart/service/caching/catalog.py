@@ -50,7 +50,7 @@ class NamespaceCatalog:
         by_name = {(e.model, e.name): e for e in sorted(named, key=lambda entry: entry.owner)}
         return [by_name[key] for key in sorted(by_name)]
 
-    def known_opening(self, model: TenantModel, text: str) -> str:
+    def known_prefix(self, model: TenantModel, text: str) -> str:
         """The longest cached completion prompt that is a prefix of `text`; "" for none."""
         known = self.known(model, "completion")
         begun = [entry for entry in known if entry.prompt and text.startswith(entry.prompt)]

@@ -82,7 +82,9 @@ def _content(parts: Sequence[Entry], form: Form) -> Content:
     tools: list[dict[str, Any]] = []
     for part in parts:
         tools += [tool for tool in part.tools if tool not in tools]
-    return Content(messages=[message for part in parts for message in part.content.opening], tools=tools)
+    return Content(
+        messages=[message for part in parts for message in part.content.prefix_messages], tools=tools
+    )
 
 
 def _name(content: Content) -> str:

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 SWEEP_SECONDS = 10.0
 
 
-class Lifecycle:
+class ExpirySweep:
     """Sweeps periodically, from `start` to `close`. An expired cache is refused at once, even before its file
     is deleted. The interval between sweeps doesn't depend on the wall clock."""
 

@@ -10,7 +10,7 @@ from headstart.caches.entry import Entry, Form, MissReason
 from headstart.caches.store import Store
 from headstart.errors import BadRequest
 from headstart.protocol import StateRef
-from headstart.service.caching.prefix import opening_tokens, prefix_of
+from headstart.service.caching.prefix import prefix_of, prefix_tokens
 from headstart.service.models.tenant_model import TenantModel
 from headstart.tokens import common_prefix
 
@@ -38,14 +38,14 @@ async def opened(
     entry: Entry,
     form: Form,
     tokens: list[int],
-    head: Entry | None = None,
+    base: Entry | None = None,
     wanted: list[int] | None = None,
 ) -> Start:
     """How a request with the prompt `tokens` starts from the cache at present. If the cache is evicted, or
-    derived and not yet built, the state of `head`, a cache with a common prefix, is used. `wanted`: the
-    cache's `opening_tokens`, if known. Raises ModelLoading."""
+    derived and not yet built, the state of `base`, a cache with a common prefix, is used. `wanted`: the
+    cache's `prefix_tokens`, if known. Raises ModelLoading."""
     try:
-        wanted = await opening_tokens(model, form, entry.content) if wanted is None else wanted
+        wanted = await prefix_tokens(model, form, entry.content) if wanted is None else wanted
     except BadRequest as error:
         # The content was accepted by another template, or has never been rendered.
         log.warning("cache %s of %s can't be used: %s", entry.name, entry.namespace, error.message)
@@ -55,7 +55,7 @@ async def opened(
     if reason := model.fingerprint.changed_since(entry.fingerprint):
         return Start(boundary, miss=reason)
     if form in entry.evicted and boundary > 0:
-        start = await prefix_of(store, model, head, form, tokens)
+        start = await prefix_of(store, model, base, form, tokens)
         reason = "evicted" if entry.version else "first_use"
         return Start(boundary, start.restore, reason, start.shared)
     if form not in entry.forms:
@@ -87,10 +87,10 @@ async def miss_reason(store: Store, model: TenantModel, entry: Entry) -> MissRea
     """The miss reason of a request that begins with the cache; None if it would hit. Raises ModelLoading."""
     for form in tuple(entry.forms) or entry.content.forms:
         try:
-            wanted = await opening_tokens(model, form, entry.content)
+            wanted = await prefix_tokens(model, form, entry.content)
         except BadRequest:
             return "template_changed"
-        opening = await opened(store, model, entry, form, [*wanted, NO_TOKEN])
-        if opening.miss:
-            return opening.miss
+        start = await opened(store, model, entry, form, [*wanted, NO_TOKEN])
+        if start.miss:
+            return start.miss
     return None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from headstart.caches.cache_file.format import Corrupt
 from headstart.caches.entry import Content, Entry, Form
 from headstart.caches.store import Store
-from headstart.prompt.process.protocol import ChatOpening, TextOpening
+from headstart.prompt.process.protocol import ChatPrefix, TextPrefix
 from headstart.protocol import StateRef
 from headstart.service.models.tenant_model import TenantModel
 from headstart.tokens import common_prefix
@@ -41,12 +41,12 @@ async def prefix_of(
     return Prefix(state.ref, shared) if shared else NOTHING
 
 
-def opening_of(form: Form, content: Content) -> ChatOpening | TextOpening:
+def prefix_request(form: Form, content: Content) -> ChatPrefix | TextPrefix:
     if form == "completion":
-        return TextOpening(content.prompt)
-    return ChatOpening(content.opening, content.tools)
+        return TextPrefix(content.prompt)
+    return ChatPrefix(content.prefix_messages, content.tools)
 
 
-async def opening_tokens(model: TenantModel, form: Form, content: Content) -> list[int]:
+async def prefix_tokens(model: TenantModel, form: Form, content: Content) -> list[int]:
     """The tokens of a form's state, rendered with the current template."""
-    return await model.prompts.one(opening_of(form, content))
+    return await model.prompts.one(prefix_request(form, content))

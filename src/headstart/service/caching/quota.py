@@ -56,7 +56,7 @@ class Quota:
         finally:
             self._reserved.pop(key, None)
 
-    async def hold(self, key: CacheKey, size: int) -> None:
+    async def reserve(self, key: CacheKey, size: int) -> None:
         """Makes room for `size` bytes of the cache, by eviction if needed. Raises QuotaExceeded, with nothing
         evicted, if eviction can't free enough, or StorageError."""
         async with self._deciding:
@@ -149,9 +149,9 @@ class Reservation:
         self.quota = quota
         self.key = key
 
-    async def hold(self, size: int) -> None:
+    async def reserve(self, size: int) -> None:
         """Reserves `size` bytes in place of the previous reservation; see Quota.hold."""
-        await self.quota.hold(self.key, size)
+        await self.quota.reserve(self.key, size)
 
 
 def _gain(entry: Entry) -> int:

@@ -31,7 +31,7 @@ from headstart.errors import (
 from headstart.names import Namespace, check_name
 from headstart.service.caching.caching import Caching
 from headstart.service.caching.derived import check_own_name
-from headstart.service.caching.prefix import opening_tokens
+from headstart.service.caching.prefix import prefix_tokens
 from headstart.service.caching.quota import Quota
 from headstart.service.models.tenant_model import TenantModel
 
@@ -60,7 +60,7 @@ class Transfer:
         """Raises CacheNotFound, BadRequest if the states are in sidecar files, or StorageError if the header
         is damaged."""
         entry = self.store.find(model.key(check_name(name, param="name")), param="name")
-        if entry.beside:
+        if entry.sidecar_forms:
             raise BadRequest(
                 f"The states of cache {name!r} are files of the NPU's runtime, which fit nowhere else; make "
                 "the cache there from its prompt.",
@@ -110,7 +110,7 @@ class Transfer:
                     work.cancel()
         forms = (*entry.forms, *entry.evicted) or None
         return await self.caching.create(
-            model, name, entry.content, forms=forms, terms=entry.terms, overwrite=overwrite
+            model, name, entry.content, forms=forms, retention=entry.retention, overwrite=overwrite
         )
 
     def _check_free(self, model: TenantModel, name: str, overwrite: bool) -> None:
@@ -153,9 +153,9 @@ class Transfer:
             self.quota.reserving(model.key(name)) as room,
             self.store.scratch(model.namespace) as target,
         ):
-            await room.hold(entry.size_bytes)
+            await room.reserve(entry.size_bytes)
             stored = await asyncio.to_thread(rewrite, scratch, target, placed)
-            await room.hold(stored.size_bytes)
+            await room.reserve(stored.size_bytes)
             await self.store.publish(target, stored)
         return stored
 
@@ -175,7 +175,7 @@ def _open(path: Path, entry: Entry) -> Exported:
 async def _check_renders(model: TenantModel, entry: Entry) -> None:
     """Raises BadRequest, as creating the cache would, if the model can't render or hold its content."""
     for form in entry.content.forms:
-        tokens = await opening_tokens(model, form, entry.content)
+        tokens = await prefix_tokens(model, form, entry.content)
         model.check_fits(len(tokens) + 1, param="prompt" if entry.prompt else "messages")
 
 

@@ -49,23 +49,23 @@ class Verifier:
         self.store = caching.store
         self.models = models
 
-    async def verify(self, wish: VerifyScope) -> AsyncGenerator[Verdict, None]:
+    async def verify(self, scope: VerifyScope) -> AsyncGenerator[Verdict, None]:
         """Raises CacheNotFound if `name` is given and there is no such cache."""
         found = await asyncio.to_thread(orphan_files, self.store.directory)
         self.store.reconcile()
         n_verdicts = 0
         for entry in self.store.entries():
-            if wish.covers(entry.key) and (verdict := await self._entry(entry, wish)):
+            if scope.covers(entry.key) and (verdict := await self._entry(entry, scope)):
                 n_verdicts += 1
                 yield verdict.of(entry.namespace)
-        for stray in found:
-            if wish.covers(stray.key) and not self._knows(stray):
+        for orphan in found:
+            if scope.covers(orphan.key) and not self._knows(orphan):
                 n_verdicts += 1
-                yield self._stray(stray, wish).of(stray.namespace)
-        if wish.name is not None and not n_verdicts:
-            raise CacheNotFound(f"There is no cache {wish.name!r}.", param="cache_name")
+                yield self._orphan(orphan, scope).of(orphan.namespace)
+        if scope.name is not None and not n_verdicts:
+            raise CacheNotFound(f"There is no cache {scope.name!r}.", param="cache_name")
 
-    async def _entry(self, entry: Entry, wish: VerifyScope) -> Verdict | None:
+    async def _entry(self, entry: Entry, scope: VerifyScope) -> Verdict | None:
         """None if the cache was deleted meanwhile."""
         model = self._model(entry)
         verdict = await self._look(model, entry)
@@ -74,8 +74,8 @@ class Verifier:
         except CacheNotFound:
             return None
         if current != entry and (current.version, current.identity) != (entry.version, entry.identity):
-            return await self._entry(current, wish)
-        if not (wish.repair and verdict.is_wrong):
+            return await self._entry(current, scope)
+        if not (scope.repair and verdict.is_wrong):
             return verdict
         if model is None:
             return verdict.after("failed", f"{verdict.detail}; it can be repaired where its model is served")
@@ -105,29 +105,29 @@ class Verifier:
         model = self.models.get(entry.model)
         return model.seen_by(entry.owner) if model else None
 
-    def _knows(self, stray: OrphanFile) -> bool:
+    def _knows(self, orphan: OrphanFile) -> bool:
         """Whether the store knows the cache of this file, from a copy of its header."""
-        if not stray.key.is_valid:
+        if not orphan.key.is_valid:
             return False
         try:
-            self.store.find(stray.key)
+            self.store.find(orphan.key)
         except CacheNotFound:
             return False
         return True
 
-    def _stray(self, stray: OrphanFile, wish: VerifyScope) -> Verdict:
-        verdict = judged_stray(stray)
-        if not (wish.repair and stray.damaged):
+    def _orphan(self, orphan: OrphanFile, scope: VerifyScope) -> Verdict:
+        verdict = judged_orphan(orphan)
+        if not (scope.repair and orphan.damaged):
             return verdict
         try:
-            if wish.remove_unreadable:
-                stray.path.unlink()
-                return verdict.after("removed", f"{stray.why}; its prompt can't be read, so it was deleted")
-            aside = set_aside(stray.path)
+            if scope.remove_unreadable:
+                orphan.path.unlink()
+                return verdict.after("removed", f"{orphan.why}; its prompt can't be read, so it was deleted")
+            aside = set_aside(orphan.path)
         except OSError as error:
-            return verdict.after("failed", f"{stray.why}; it can't be set aside: {error.strerror}")
+            return verdict.after("failed", f"{orphan.why}; it can't be set aside: {error.strerror}")
         return verdict.after(
-            "set_aside", f"{stray.why}; its prompt can't be read, so the file was kept as {aside.name}"
+            "set_aside", f"{orphan.why}; its prompt can't be read, so the file was kept as {aside.name}"
         )
 
 
@@ -178,6 +178,6 @@ def judged(entry: Entry, miss: MissReason | None, detail: str = "") -> Verdict:
     )
 
 
-def judged_stray(stray: OrphanFile) -> Verdict:
-    state: State = "damaged" if stray.damaged else "stray"
-    return Verdict(stray.name, stray.model, state, would_hit=False, detail=stray.why)
+def judged_orphan(orphan: OrphanFile) -> Verdict:
+    state: State = "damaged" if orphan.damaged else "stray"
+    return Verdict(orphan.name, orphan.model, state, would_hit=False, detail=orphan.why)

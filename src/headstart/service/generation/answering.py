@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from headstart.prompt.answer_parts import Parser, Part
-from headstart.prompt.detokenizer import AnswerText
+from headstart.prompt.answer_parts import AnswerPart, Parser
+from headstart.prompt.detokenizer import AnswerDetokenizer
 from headstart.prompt.vocabulary import Vocabulary
 from headstart.protocol import FinishReason, Token
 from headstart.service.interface.answer import Choice, Delta, Ended, TokenLogprob
@@ -15,7 +15,7 @@ class Answering:
     """`said`: the whole text so far, as the model wrote it. `whole`: the sum of the deltas so far. `stopped`:
     a stop string was found; further tokens are ignored."""
 
-    def __init__(self, choice: int, vocabulary: Vocabulary, text: AnswerText, parser: Parser) -> None:
+    def __init__(self, choice: int, vocabulary: Vocabulary, text: AnswerDetokenizer, parser: Parser) -> None:
         self.choice = choice
         self.vocabulary = vocabulary
         self.text = text
@@ -57,8 +57,8 @@ class Answering:
         self.said += text
         yield from self._with_logprobs(self.parser.add(text), self._told())
 
-    def _with_logprobs(self, parts: list[Part], logprobs: list[TokenLogprob]) -> Iterator[Delta]:
-        for part in parts or ([Part()] if logprobs else []):
+    def _with_logprobs(self, parts: list[AnswerPart], logprobs: list[TokenLogprob]) -> Iterator[Delta]:
+        for part in parts or ([AnswerPart()] if logprobs else []):
             self.has_called = self.has_called or part.call is not None
             delta = Delta(self.choice, part.text, part.reasoning, part.call, logprobs)
             self.whole.add(delta)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from headstart.caches.entry import Entry, Form, MissReason
 from headstart.prompt.chat import Message
 from headstart.protocol import Stats
-from headstart.service.caching.builder import opening_if_any
+from headstart.service.caching.builder import prefix_tokens_if_any
 from headstart.service.interface.answer import Explanation
 from headstart.service.models.tenant_model import TenantModel
 from headstart.tokens import common_prefix
@@ -66,7 +66,7 @@ async def closest(
     if not candidates:
         return None
     entry = max(candidates, key=lambda entry: (*_likeness(_text(entry), text), entry.updated))
-    tokens = await opening_if_any(model, form, entry.content)
+    tokens = await prefix_tokens_if_any(model, form, entry.content)
     changes = model.fingerprint.differences(entry.fingerprint)
     return Closest(entry, tokens, changes, model.vocabulary.written)
 
@@ -76,7 +76,7 @@ def texts_of(messages: Iterable[Message]) -> list[str]:
 
 
 def _text(entry: Entry) -> str:
-    return "".join(texts_of(entry.content.opening))
+    return "".join(texts_of(entry.content.prefix_messages))
 
 
 def _likeness(one: str, other: str) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from headstart.caches.entry import KEEPS_STATE, MissReason
 from headstart.errors import HeadstartError
-from headstart.prompt.detokenizer import AnswerText
+from headstart.prompt.detokenizer import AnswerDetokenizer
 from headstart.protocol import Finished, Stats, Token
 from headstart.service.caching.caching import Caching
 from headstart.service.generation.answering import Answering
@@ -122,8 +122,8 @@ class Generation:
         keep, plan = prepared.options.keep, prepared.plan
         if keep is None or keep.body or plan.chat is None:
             return None
-        head = plan.entry.name if plan.entry else None
-        saving = Saving(prepared.model, keep.name, keep.overwrite, plan.chat, head)
+        base = plan.entry.name if plan.entry else None
+        saving = Saving(prepared.model, keep.name, keep.overwrite, plan.chat, base)
         self.conversations.save(saving, answer.said)
         return keep.name
 
@@ -132,10 +132,10 @@ class Generation:
         if keep is None or keep.body is None or plan.chat is None:
             return
         if keep.caches is None:
-            n_cached = len(plan.entry.content.opening) if plan.entry else 0
+            n_cached = len(plan.entry.content.prefix_messages) if plan.entry else 0
             keep = replace(keep, caches=prepared.names, n_cached=n_cached)
-        head = plan.entry.name if plan.entry else None
-        self.responses.keep(prepared.model, keep, plan.chat, head, answer.whole)
+        base = plan.entry.name if plan.entry else None
+        self.responses.keep(prepared.model, keep, plan.chat, base, answer.whole)
 
     def _rebuild_after_miss(self, prepared: Prepared, miss: MissReason | None) -> None:
         """Rebuilds a state that could not be used; called once the request itself has its first token."""
@@ -145,7 +145,7 @@ class Generation:
 
 
 def _answering(prepared: Prepared, choice: int) -> Answering:
-    text = AnswerText(prepared.piece, prepared.options.stop)
+    text = AnswerDetokenizer(prepared.piece, prepared.options.stop)
     return Answering(choice, prepared.model.vocabulary, text, prepared.parser())
 
 

@@ -25,7 +25,7 @@ class TookTooLong(Exception):
     """A check has used all its processor time."""
 
 
-class Checker:
+class CheckerProcess:
     """Checks one grammar at a time, each within `seconds` of processor time. The process starts with the
     first grammar and runs until `close`; if it ends, it is restarted."""
 

@@ -21,7 +21,7 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from headstart.errors import BadRequest, Overloaded
 from headstart.service.generation.fair_queue import FairQueue
-from headstart.service.generation.grammar_checker import ENDED, Checker, TookTooLong
+from headstart.service.generation.grammar_checker import ENDED, CheckerProcess, TookTooLong
 
 Schema = dict[str, Any]
 
@@ -94,7 +94,7 @@ Key = tuple[str, bytes]
 class Lane:
     """One process and its queue."""
 
-    checker: Checker
+    checker: CheckerProcess
     queue: FairQueue
 
 
@@ -107,14 +107,14 @@ class Flight:
     running: bool = False
 
 
-class Grammars:
+class GrammarChecks:
     """Checks grammars in two processes, first with a short time limit. At most `max_waiting` checks wait in
     each queue. Processes start when first needed, run until `close`, and are restarted if they end."""
 
     def __init__(self, max_waiting: int) -> None:
         self.max_waiting = max_waiting
-        self._quick = Lane(Checker(QUICK_SECONDS), FairQueue(max_waiting))
-        self._slow = Lane(Checker(MOST_SECONDS), FairQueue(max_waiting))
+        self._quick = Lane(CheckerProcess(QUICK_SECONDS), FairQueue(max_waiting))
+        self._slow = Lane(CheckerProcess(MOST_SECONDS), FairQueue(max_waiting))
         self._faults: OrderedDict[bytes, str] = OrderedDict()
         self._flights: dict[Key, Flight] = {}
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from headstart.caches.entry import Content, Entry, Form
-from headstart.prompt.process.protocol import TextOpening
-from headstart.service.caching.builder import opening_if_any
+from headstart.prompt.process.protocol import TextPrefix
+from headstart.service.caching.builder import prefix_tokens_if_any
 from headstart.service.caching.caching import Caching
 from headstart.service.caching.derived import check_parts, text_of
 from headstart.service.caching.lookup import Start
-from headstart.service.caching.prefix import opening_of, prefix_of
+from headstart.service.caching.prefix import prefix_of, prefix_request
 from headstart.service.interface.chat import Chat
 from headstart.service.interface.options import Options
 from headstart.service.interface.text import Text
@@ -59,23 +59,23 @@ class PromptPlanner:
     async def _unnamed_chat(self, model: TenantModel, own: Chat, options: Options) -> PlannedPrompt:
         """A chat that names no cache may start from a cache with the same prefix."""
         chat = replace(own, messages=self.automatic.with_default(own.messages))
-        begun = self._begun(model, chat)
-        tokens, wanted = await model.prompts.with_opening(chat.prompt, opening_of("chat", begun))
+        prefix = self._cacheable_prefix(model, chat)
+        tokens, wanted = await model.prompts.with_prefix(chat.prompt, prefix_request("chat", prefix))
         model.check_fits(len(tokens), param="messages")
         boundary = _cut(wanted or [], tokens)
         places = await self._places(model, chat, own, options, tokens)
         if places:
             wanted = None
-            begun, boundary = await self._cached_or_placed(model, chat, tokens, places[-1])
+            prefix, boundary = await self._cached_or_placed(model, chat, tokens, places[-1])
         if not options.reuse:
             return PlannedPrompt(tokens, Start(boundary), chat=chat)
-        match = await self.automatic.look(model, begun, tokens, boundary, wanted)
-        head, start = None, Start(boundary, restore=match.restore if match else None)
+        match = await self.automatic.look(model, prefix, tokens, boundary, wanted)
+        base, start = None, Start(boundary, restore=match.restore if match else None)
         if match and match.entry is None:
-            head, start = await self._from_shorter(model, chat, tokens, boundary)
+            base, start = await self._from_shorter(model, chat, tokens, boundary)
             # A breakpoint's prefix is cached at once, not counted.
-            match = None if begun in [place.content for place in places] else match
-        plan = BreakpointPlan(places, head) if places else None
+            match = None if prefix in [place.content for place in places] else match
+        plan = BreakpointPlan(places, base) if places else None
         return PlannedPrompt(tokens, start, match=match, breakpoints=plan, chat=chat)
 
     async def _places(
@@ -83,31 +83,31 @@ class PromptPlanner:
     ) -> list[PlacedBreakpoint]:
         """The request's breakpoints, placed in the chat with the configured system message."""
         added = len(chat.messages) - len(own.messages)
-        marks = [replace(mark, messages=mark.messages + added) for mark in options.marks]
-        return await self.breakpoints.place(model, chat, marks, tokens)
+        breakpoints = [replace(mark, messages=mark.messages + added) for mark in options.breakpoints]
+        return await self.breakpoints.place(model, chat, breakpoints, tokens)
 
-    def _begun(self, model: TenantModel, chat: Chat) -> Content:
+    def _cacheable_prefix(self, model: TenantModel, chat: Chat) -> Content:
         """The longest prefix of the chat that a cache has or could have."""
-        return chat.opening(list(self.caching.namespaces.known(model, "chat")))
+        return chat.cacheable_prefix(list(self.caching.namespaces.known(model, "chat")))
 
     async def _cached_or_placed(
         self, model: TenantModel, chat: Chat, tokens: list[int], last: PlacedBreakpoint
     ) -> tuple[Content, int]:
         """The longest prefix that a cache holds, or will hold up to the `last` breakpoint, and the cut at its
         end. Breakpoints replace the system prompt here."""
-        begun = chat.held(self.caching.namespaces.known(model, "chat")) or last.content
-        boundary = _cut(await opening_if_any(model, "chat", begun), tokens)
+        prefix = chat.cached_prefix(self.caching.namespaces.known(model, "chat")) or last.content
+        boundary = _cut(await prefix_tokens_if_any(model, "chat", prefix), tokens)
         # A state that can't be cut helps only requests that begin with all of it.
         if last.boundary > boundary and model.info.can_cut:
             return last.content, last.boundary
-        return begun, boundary
+        return prefix, boundary
 
     async def _from_shorter(
         self, model: TenantModel, chat: Chat, tokens: list[int], boundary: int
     ) -> tuple[Entry | None, Start]:
         """If the prefix has no cache: the longest cached prefix of the chat, and how to start from it."""
-        held = chat.held(self.caching.namespaces.known(model, "chat"))
-        found = await self.caching.unnamed(model, held, tokens) if held else None
+        cached_prefix = chat.cached_prefix(self.caching.namespaces.known(model, "chat"))
+        found = await self.caching.match(model, cached_prefix, tokens) if cached_prefix else None
         if found is None or found[1].restore is None:
             return None, Start(boundary)
         entry, start = found
@@ -121,8 +121,8 @@ class PromptPlanner:
             entry = await self._named(model, names, "chat")
             chat = own if whole else own.after(entry.content)
             if chat.begins_with(entry.content):
-                asked = chat.prompt, opening_of("chat", entry.content)
-                tokens, wanted = await model.prompts.with_opening(*asked)
+                asked = chat.prompt, prefix_request("chat", entry.content)
+                tokens, wanted = await model.prompts.with_prefix(*asked)
                 start = await self.caching.open(model, entry, "chat", tokens, wanted)
             else:
                 tokens = await model.prompts.one(chat.prompt)
@@ -133,9 +133,11 @@ class PromptPlanner:
         """How to start if the chat doesn't begin with the named cache's content: a common prefix may still be
         used."""
         model.check_fits(len(tokens), param="messages")
-        boundary = _cut(await opening_if_any(model, "chat", self._begun(model, chat)), tokens)
-        head = await prefix_of(self.caching.store, model, entry, "chat", tokens)
-        return Start(boundary, restore=head.restore, shared=head.shared, miss="prompt_differs")
+        boundary = _cut(
+            await prefix_tokens_if_any(model, "chat", self._cacheable_prefix(model, chat)), tokens
+        )
+        common = await prefix_of(self.caching.store, model, entry, "chat", tokens)
+        return Start(boundary, restore=common.restore, shared=common.shared, miss="prompt_differs")
 
     async def count(self, model: TenantModel, own: Chat, names: Sequence[str] | None) -> int:
         """The number of tokens in the prompt of such a chat."""
@@ -151,8 +153,8 @@ class PromptPlanner:
         prompts = model.prompts
         tokens = await prompt.read(prompts)
         model.check_fits(len(tokens), param="prompt")
-        known = self.caching.namespaces.known_opening(model, prompt.whole(model.vocabulary))
-        return PlannedPrompt(tokens, Start(_cut(await prompts.one(TextOpening(known)), tokens)))
+        known = self.caching.namespaces.known_prefix(model, prompt.whole(model.vocabulary))
+        return PlannedPrompt(tokens, Start(_cut(await prompts.one(TextPrefix(known)), tokens)))
 
     async def _named_text(self, model: TenantModel, prompt: Text, names: Sequence[str]) -> PlannedPrompt:
         start = None
@@ -173,7 +175,7 @@ class PromptPlanner:
         return parts[0] if len(parts) == 1 else self.caching.derived(model, parts, form)
 
 
-def _cut(opening: list[int], tokens: list[int]) -> int:
+def _cut(prefix: list[int], tokens: list[int]) -> int:
     """The place to cut the prefill: where a cache of this prefix would end, so that the answer is the
     same."""
-    return max(min(common_prefix(opening, tokens), len(tokens) - 1), 0)
+    return max(min(common_prefix(prefix, tokens), len(tokens) - 1), 0)

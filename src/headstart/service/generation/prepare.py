@@ -16,7 +16,7 @@ from headstart.service.caching.lookup import Start
 from headstart.service.generation import engine_support
 from headstart.service.generation.engine_support import check_bias
 from headstart.service.generation.explain import Closest, closest, longest_match, texts_of
-from headstart.service.generation.grammars import Grammars
+from headstart.service.generation.grammars import GrammarChecks
 from headstart.service.generation.planner import PlannedPrompt, PromptPlanner
 from headstart.service.generation.tool_calls import Reading, reading
 from headstart.service.interface.chat import Chat
@@ -61,7 +61,7 @@ class Preparation:
         self,
         planner: PromptPlanner,
         conversations: Conversations,
-        grammars: Grammars,
+        grammars: GrammarChecks,
     ) -> None:
         self.planner = planner
         self.store = planner.caching.store

@@ -24,11 +24,11 @@ class Chat:
     def after(self, cached: Content) -> Chat:
         """The cached prefix followed by this chat. Messages that repeat the prefix, all of it or its first
         system messages, are left out. A chat without tools gets the cache's."""
-        opening = cached.opening
-        own = self.messages[_repeated(opening, self.messages) :]
+        prefix = cached.prefix_messages
+        own = self.messages[_repeated(prefix, self.messages) :]
         # Equal tools may be written in another order, which would be another prompt.
         others = self.tools and self.tools != cached.tools
-        return replace(self, messages=[*opening, *own], tools=self.tools if others else cached.tools)
+        return replace(self, messages=[*prefix, *own], tools=self.tools if others else cached.tools)
 
     def answered(self, text: str) -> Chat:
         """The chat with the answer, which may continue the last message."""
@@ -41,16 +41,16 @@ class Chat:
     def prompt(self) -> protocol.Chat:
         return protocol.Chat(self.messages, self.tools, dict(self.variables))
 
-    def opening(self, known: Iterable[Entry]) -> Content:
+    def cacheable_prefix(self, known: Iterable[Entry]) -> Content:
         """The chat's longest prefix that a cache could hold: that of one of the `known` caches, or its first
         system messages."""
         system = Content(messages=_system(self.messages), tools=self.tools)
-        return max(system, self.held(known) or system, key=_length)
+        return max(system, self.cached_prefix(known) or system, key=_length)
 
-    def held(self, known: Iterable[Entry]) -> Content | None:
+    def cached_prefix(self, known: Iterable[Entry]) -> Content | None:
         """The chat's longest prefix that one of the `known` caches holds."""
-        openings = (Content(messages=entry.content.opening, tools=entry.tools) for entry in known)
-        return max(filter(self.begins_with, openings), key=_length, default=None)
+        prefixes = (Content(messages=entry.content.prefix_messages, tools=entry.tools) for entry in known)
+        return max(filter(self.begins_with, prefixes), key=_length, default=None)
 
     def up_to(self, n_messages: int, n_characters: int) -> Content:
         """The first messages, with only the first characters of the last one. The last message is left
@@ -60,10 +60,10 @@ class Chat:
             last = {**last, "content": last["content"][:n_characters], UNFINISHED: True}
         return Content(messages=[*whole, last], tools=self.tools)
 
-    def begins_with(self, opening: Content) -> bool:
-        *whole, last = opening.opening or [{}]
-        n = len(opening.opening)
-        if not 0 < n <= len(self.messages) or self.tools != opening.tools:
+    def begins_with(self, prefix: Content) -> bool:
+        *whole, last = prefix.prefix_messages or [{}]
+        n = len(prefix.prefix_messages)
+        if not 0 < n <= len(self.messages) or self.tools != prefix.tools:
             return False
         return self.messages[: n - 1] == whole and _begins(self.messages[n - 1], last)
 
@@ -72,24 +72,24 @@ def _system(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(takewhile(lambda message: message["role"] == "system", messages))
 
 
-def _begins(message: dict[str, Any], opening: dict[str, Any]) -> bool:
-    if not opening.get(UNFINISHED):
-        return message == opening
-    same_role = message["role"] == opening["role"]
-    return same_role and bool(message["content"].startswith(opening["content"]))
+def _begins(message: dict[str, Any], prefix: dict[str, Any]) -> bool:
+    if not prefix.get(UNFINISHED):
+        return message == prefix
+    same_role = message["role"] == prefix["role"]
+    return same_role and bool(message["content"].startswith(prefix["content"]))
 
 
-def _length(opening: Content) -> tuple[int, bool, int]:
+def _length(prefix: Content) -> tuple[int, bool, int]:
     """Sort key that orders prefixes of one chat by length."""
-    if not opening.messages:
+    if not prefix.messages:
         return 0, True, 0
-    last = opening.messages[-1]
-    return len(opening.messages), not last.get(UNFINISHED), len(last["content"])
+    last = prefix.messages[-1]
+    return len(prefix.messages), not last.get(UNFINISHED), len(last["content"])
 
 
-def _repeated(opening: list[dict[str, Any]], messages: list[dict[str, Any]]) -> int:
-    """The number of first `messages` that repeat those of `opening`."""
-    if messages[: len(opening)] == opening:
-        return len(opening)
-    pairs = zip(_system(opening), messages, strict=False)
+def _repeated(prefix: list[dict[str, Any]], messages: list[dict[str, Any]]) -> int:
+    """The number of first `messages` that repeat those of `prefix`."""
+    if messages[: len(prefix)] == prefix:
+        return len(prefix)
+    pairs = zip(_system(prefix), messages, strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

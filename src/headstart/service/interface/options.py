@@ -64,8 +64,8 @@ class Options:
     from, in this order, or none. `keep`: how to store a chat after its answer, if at all. `explain`: the
     result explains why the request started from a cache or didn't. `n`: number of answers. `grammar`: what
     the answer must match. `variables`: further variables of the chat template. `whole`: the messages include
-    the cached prefix. `marks`: breakpoints of a chat that names no cache. `count_reasoning`: the result has
-    the number of reasoning tokens. `given`: names of parameters set to a non-default value."""
+    the cached prefix. `breakpoints`: breakpoints of a chat that names no cache. `count_reasoning`: the result
+    has the number of reasoning tokens. `given`: names of parameters set to a non-default value."""
 
     max_tokens: int | None = None
     sampling: Sampling = field(default_factory=Sampling)
@@ -79,6 +79,6 @@ class Options:
     calling: Calling = field(default_factory=Calling)
     variables: Variables = field(default_factory=dict)
     whole: bool = False
-    marks: Sequence[Breakpoint] = ()
+    breakpoints: Sequence[Breakpoint] = ()
     count_reasoning: bool = False
     given: frozenset[str] = frozenset()

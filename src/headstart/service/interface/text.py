@@ -52,8 +52,8 @@ class Text:
         if self.suffix:
             raise BadRequest("suffix goes with a prompt that is a text, not token ids.", param="suffix")
         check_tokens(prompts.client.vocabulary, self.tokens, param="prompt")
-        opening = await prompts.one(protocol.Text(cached)) if cached else []
-        return [*opening, *self.tokens]
+        prefix = await prompts.one(protocol.Text(cached)) if cached else []
+        return [*prefix, *self.tokens]
 
 
 def check_tokens(vocabulary: Vocabulary, tokens: Sequence[int], *, param: str) -> None:

@@ -28,17 +28,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ImplicitMatch:
-    """The beginning of a request that names no cache: its prefix `begun` of `boundary` tokens, and the cache
+    """The beginning of a request that names no cache: its prefix `prefix` of `boundary` tokens, and the cache
     with exactly this prefix, if there is one."""
 
-    begun: Content
+    prefix: Content
     boundary: int
     entry: Entry | None = None
-    opening: Start | None = None
+    start: Start | None = None
 
     @property
     def restore(self) -> StateRef | None:
-        return self.opening.restore if self.opening else None
+        return self.start.restore if self.start else None
 
 
 class Automatic:
@@ -66,57 +66,57 @@ class Automatic:
     async def look(
         self,
         model: TenantModel,
-        begun: Content,
+        prefix: Content,
         tokens: list[int],
         boundary: int,
         wanted: list[int] | None = None,
     ) -> ImplicitMatch | None:
         """The implicit match of a request of `tokens` that begins with these messages and tools; `wanted`:
         the tokens of these, if known."""
-        if not begun.messages:
+        if not prefix.messages:
             return None
-        found = await self.caching.unnamed(model, begun, tokens, wanted)
-        return ImplicitMatch(begun, boundary, *found) if found else ImplicitMatch(begun, boundary)
+        found = await self.caching.match(model, prefix, tokens, wanted)
+        return ImplicitMatch(prefix, boundary, *found) if found else ImplicitMatch(prefix, boundary)
 
-    def answered(self, model: TenantModel, unnamed: ImplicitMatch, stats: Stats) -> None:
+    def answered(self, model: TenantModel, match: ImplicitMatch, stats: Stats) -> None:
         """Call after the last byte of the answer was sent; may write to disk and start a build."""
-        entry, opening = unnamed.entry, unnamed.opening
-        if entry is None or opening is None:
-            self._count(model, unnamed)
-        elif opening.restore and stats.cached_tokens >= unnamed.boundary:
-            self.caching.count_hit(entry, unnamed.boundary, stats)
-        elif (opening.miss or "restore_failed") not in KEEPS_STATE:
+        entry, start = match.entry, match.start
+        if entry is None or start is None:
+            self._count(model, match)
+        elif start.restore and stats.cached_tokens >= match.boundary:
+            self.caching.count_hit(entry, match.boundary, stats)
+        elif (start.miss or "restore_failed") not in KEEPS_STATE:
             self.caching.rebuild_after_miss(model, entry)
 
-    def _count(self, model: TenantModel, unnamed: ImplicitMatch) -> None:
+    def _count(self, model: TenantModel, match: ImplicitMatch) -> None:
         settings = self.settings
-        is_default = unnamed.begun == Content(messages=self.default)
-        if not settings.automatic or not (is_default or unnamed.boundary > settings.automatic_tokens):
+        is_default = match.prefix == Content(messages=self.default)
+        if not settings.automatic or not (is_default or match.boundary > settings.automatic_tokens):
             return
         # The configured system message is not private to a key.
         model = model.seen_by("") if is_default else model
-        name = automatic_name(unnamed.begun)
+        name = automatic_name(match.prefix)
         enough = 1 if is_default else settings.automatic_after
         if name not in self._too_large and self._seen.again(model.namespace, name, monotonic(), enough):
-            self._tasks.start(self.make(model, unnamed.begun))
+            self._tasks.start(self.make(model, match.prefix))
 
-    def is_worth_keeping(self, begun: Content, n_tokens: int) -> bool:
+    def is_worth_keeping(self, prefix: Content, n_tokens: int) -> bool:
         """Whether an automatic cache of this prefix may be built: it is long enough and wasn't found too
         large."""
-        return n_tokens > self.settings.automatic_tokens and automatic_name(begun) not in self._too_large
+        return n_tokens > self.settings.automatic_tokens and automatic_name(prefix) not in self._too_large
 
     async def make(
         self,
         model: TenantModel,
-        begun: Content,
-        terms: Retention = DEFAULT_RETENTION,
-        head: Entry | None = None,
+        prefix: Content,
+        retention: Retention = DEFAULT_RETENTION,
+        base: Entry | None = None,
     ) -> Entry | None:
-        """Builds the cache of a prefix of chats; `head` is a cache with a common prefix. Returns None if that
+        """Builds the cache of a prefix of chats; `base` is a cache with a common prefix. Returns None if that
         fails, which is no error: no client requested it by name."""
-        name = automatic_name(begun)
-        prompt = Content(begun.messages[0]["content"])
-        content = prompt if begun == Content(messages=prompt.opening) else begun
+        name = automatic_name(prefix)
+        prompt = Content(prefix.messages[0]["content"])
+        content = prompt if prefix == Content(messages=prompt.prefix_messages) else prefix
         async with self._turn:
             try:
                 entry = await self.caching.create(
@@ -124,10 +124,10 @@ class Automatic:
                     name,
                     content,
                     forms=["chat"],
-                    terms=terms,
+                    retention=retention,
                     origin="automatic",
                     overwrite=False,
-                    head=head,
+                    base=base,
                 )
                 if entry in self._trim():
                     log.info("%s of %s alone exceeds automatic_quota_mb", name, model.namespace)
@@ -147,7 +147,7 @@ class Automatic:
         """Deletes the least recently used automatic caches until the others are within their quota; returns
         the deleted ones."""
         store, deleted = self.caching.store, []
-        entries = [e for e in store.entries() if e.origin == "automatic" and not e.terms.pinned]
+        entries = [e for e in store.entries() if e.origin == "automatic" and not e.retention.pinned]
         entries.sort(key=lambda entry: store.usage(entry).last_used or entry.updated)
         excess = sum(entry.size_bytes for entry in entries) - 1e6 * self.settings.automatic_quota_mb
         for entry in entries:
@@ -161,8 +161,8 @@ class Automatic:
         return deleted
 
 
-def automatic_name(begun: Content) -> str:
-    written = [begun.messages, begun.tools] if begun.tools else begun.messages
+def automatic_name(prefix: Content) -> str:
+    written = [prefix.messages, prefix.tools] if prefix.tools else prefix.messages
     return "auto-" + hashlib.sha256(msgspec.json.encode(written)).hexdigest()[:12]
 
 

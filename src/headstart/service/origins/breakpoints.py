@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from headstart.caches.entry import Content, Entry, Retention
 from headstart.errors import HeadstartError
 from headstart.service.background import BackgroundTasks
-from headstart.service.caching.builder import opening_if_any
+from headstart.service.caching.builder import prefix_tokens_if_any
 from headstart.service.caching.caching import Caching
 from headstart.service.interface.chat import Chat
 from headstart.service.interface.options import Breakpoint
@@ -39,11 +39,11 @@ class PlacedBreakpoint:
 
 @dataclass(frozen=True)
 class BreakpointPlan:
-    """The breakpoints of a prompt, the longest last. `head`: the cache that the request started from if the
+    """The breakpoints of a prompt, the longest last. `base`: the cache that the request started from if the
     longest breakpoint had no state yet."""
 
     places: Sequence[PlacedBreakpoint] = ()
-    head: Entry | None = None
+    base: Entry | None = None
 
     def written(self, cached_tokens: int) -> dict[float, int]:
         """The number of evaluated tokens that are written to new states, by the seconds these are kept."""
@@ -67,14 +67,14 @@ class Breakpoints:
         await self._tasks.close()
 
     async def place(
-        self, model: TenantModel, chat: Chat, marks: Sequence[Breakpoint], tokens: list[int]
+        self, model: TenantModel, chat: Chat, breakpoints: Sequence[Breakpoint], tokens: list[int]
     ) -> list[PlacedBreakpoint]:
         """The positions of the breakpoints in the chat's tokens, in order; without those whose prefix is too
         short or too large to be cached."""
         found: dict[int, PlacedBreakpoint] = {}
-        for mark in marks:
+        for mark in breakpoints:
             content = chat.up_to(mark.messages, mark.characters)
-            wanted = await opening_if_any(model, "chat", content)
+            wanted = await prefix_tokens_if_any(model, "chat", content)
             boundary = min(common_prefix(wanted, tokens), len(tokens) - 1)
             if self.automatic.is_worth_keeping(content, boundary):
                 longest = max(mark.ttl_seconds, found[boundary].ttl_seconds if boundary in found else 0)
@@ -93,33 +93,34 @@ class Breakpoints:
                 missing.append(place)
             if entry:
                 self.caching.touch(entry)
-        if marked.head:
-            self.caching.touch(marked.head)
+        if marked.base:
+            self.caching.touch(marked.base)
         if missing:
-            self._tasks.start(self._keep(model, missing, marked.head))
+            self._tasks.start(self._keep(model, missing, marked.base))
 
     async def _keep(
-        self, model: TenantModel, missing: Sequence[PlacedBreakpoint], head: Entry | None
+        self, model: TenantModel, missing: Sequence[PlacedBreakpoint], base: Entry | None
     ) -> None:
         """Stores the longest first, since its tokens are still in memory; the others are prefixes of it."""
         for place in missing:
             if entry := self._kept(model, place.content):
                 with suppress(HeadstartError):
                     given = {"ttl_seconds": place.ttl_seconds}
-                    head = await self.caching.edit(model.seen_by(entry.owner), entry.name, given)
+                    base = await self.caching.edit(model.seen_by(entry.owner), entry.name, given)
             else:
-                terms = Retention(ttl_seconds=place.ttl_seconds)
-                head = await self.automatic.make(model, place.content, terms, head) or head
+                retention = Retention(ttl_seconds=place.ttl_seconds)
+                base = await self.automatic.make(model, place.content, retention, base) or base
 
     def _kept(self, model: TenantModel, content: Content) -> Entry | None:
         """The cache with exactly this content."""
         known = self.caching.namespaces.known(model, "chat")
         return next(
-            (e for e in known if e.tools == content.tools and e.content.opening == content.messages), None
+            (e for e in known if e.tools == content.tools and e.content.prefix_messages == content.messages),
+            None,
         )
 
 
 def _ends_early(entry: Entry, place: PlacedBreakpoint) -> bool:
     """Whether the cache was created for a breakpoint with a shorter lifetime."""
-    ttl = entry.terms.ttl_seconds
+    ttl = entry.retention.ttl_seconds
     return entry.origin == "automatic" and ttl is not None and ttl < place.ttl_seconds

@@ -27,16 +27,16 @@ CHAT: tuple[Form, ...] = ("chat",)
 @dataclass(frozen=True)
 class Saving:
     """How to store a chat after its answer. `overwrite` None: it may replace a conversation, but no other
-    cache. `head`: the name of the cache that it started from. `terms` None: the retention of the cache that
-    it replaces. Without `states` only its content is stored."""
+    cache. `base`: the name of the cache that it started from. `retention` None: the retention of the cache
+    that it replaces. Without `states` only its content is stored."""
 
     model: TenantModel
     name: str
     overwrite: bool | None
     chat: Chat
-    head: str | None = None
+    base: str | None = None
     origin: Origin = "conversation"
-    terms: Retention | None = None
+    retention: Retention | None = None
     states: bool = True
 
     @property
@@ -116,18 +116,18 @@ class Conversations:
         """Builds the cache. It is stored without a state if the engine can't compute that now, or if it is a
         response and there is no room for the state."""
         content = Content(messages=saving.chat.messages, tools=saving.chat.tools)
-        kept = previous.terms if previous else DEFAULT_RETENTION
-        head = self._current(saving.model, saving.head) if saving.head else previous
+        kept = previous.retention if previous else DEFAULT_RETENTION
+        base = self._current(saving.model, saving.base) if saving.base else previous
         build = Build(
             saving.model,
             saving.name,
             content,
             CHAT,
             previous.version + 1 if previous else 1,
-            saving.terms or kept,
+            saving.retention or kept,
             saving.origin,
             previous,
-            head=head,
+            base=base,
         )
         without = replace(build, forms=(), evicted=CHAT)
         try:

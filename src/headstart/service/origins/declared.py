@@ -30,7 +30,7 @@ class Declaration:
     name: str
     content: Content
     forms: tuple[Form, ...]
-    terms: Retention
+    retention: Retention
 
     @property
     def key(self) -> CacheKey:
@@ -40,7 +40,7 @@ class Declaration:
     def is_met_by(self, entry: Entry, fingerprint: Fingerprint) -> bool:
         """Whether the cache needs no build or change. Evicted states are not rebuilt."""
         return (
-            (entry.origin, entry.content, entry.terms) == ("declared", self.content, self.terms)
+            (entry.origin, entry.content, entry.retention) == ("declared", self.content, self.retention)
             and {*entry.forms, *entry.evicted} == set(self.forms)
             and entry.fingerprint == fingerprint
         )
@@ -72,7 +72,7 @@ class Declared:
         self.say = say
         self._tasks = BackgroundTasks()
         for declaration in self.declarations:
-            caching.promises.make(declaration.key)
+            caching.pending_declared.make(declaration.key)
 
     def start(self, model: TenantModel) -> None:
         """Builds the model's declared caches, one after the other; the model must be loaded."""
@@ -94,22 +94,22 @@ class Declared:
 
     def _settle_others(self, declared: Sequence[Declaration], error: HeadstartError) -> None:
         """Fails the caches not yet built; requests would wait for them forever."""
-        promised = set(self.caching.promises.open())
+        promised = set(self.caching.pending_declared.open())
         for one in declared:
             if one.key in promised:
-                self.caching.promises.settle(one.key, error)
+                self.caching.pending_declared.settle(one.key, error)
 
     async def _bring_about(self, model: TenantModel, declared: Sequence[Declaration]) -> None:
         missing = [one for one in declared if not self._is_met(model, one)]
         # Existing caches wait for no build.
         for one in declared:
             if one not in missing:
-                self.caching.promises.settle(one.key)
+                self.caching.pending_declared.settle(one.key)
         if self.prune:
             self._prune(model, {one.name for one in declared})
         for number, one in enumerate(missing, 1):
             self.say(f"Building cache {one.name} of {model.name} ({number} of {len(missing)}) ...")
-            self.caching.promises.settle(one.key, await self._failure(model, one))
+            self.caching.pending_declared.settle(one.key, await self._failure(model, one))
 
     def _is_met(self, model: TenantModel, declaration: Declaration) -> bool:
         try:
@@ -152,7 +152,7 @@ class Declared:
                     declaration.name,
                     declaration.content,
                     forms=declaration.forms,
-                    terms=declaration.terms,
+                    retention=declaration.retention,
                     origin="declared",
                 )
             except EngineDied:

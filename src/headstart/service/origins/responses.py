@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, field
 
 from headstart.caches.cache_file.entry_checks import RECORD
 from headstart.caches.entry import Entry, Retention
@@ -36,11 +36,11 @@ Json = dict[str, Any]
 
 
 class Record(Struct, frozen=True):
-    """A response as it was sent. Its chat begins with `opening` messages of the `caches` that it named; then
+    """A response as it was sent. Its chat begins with `n_cached` messages of the `caches` that it named; then
     come its instructions, unless they are among those, and then the messages that are carried on."""
 
     body: Json
-    opening: Annotated[int, Meta(ge=0)] = 0
+    n_cached: Annotated[int, Meta(ge=0)] = field(default=0, name="opening")
     caches: Sequence[str] = ()
 
     def __post_init__(self) -> None:
@@ -98,7 +98,7 @@ class Responses:
     def _read(self, key: CacheKey) -> Kept | None:
         try:
             entry = self.store.find(key)
-            return Kept(entry, msgspec.json.decode(entry.terms.metadata[RECORD], type=Record))
+            return Kept(entry, msgspec.json.decode(entry.retention.metadata[RECORD], type=Record))
         except (CacheNotFound, KeyError, msgspec.MsgspecError, RecursionError):
             return None
 
@@ -114,33 +114,38 @@ class Responses:
     def continued(self, kept: Kept, instructions: str | None, said: Sequence[Json]) -> list[Json]:
         """The messages of a chat that continues the response with the messages `said`. The response's
         instructions are replaced by those given now."""
-        opening, rest = kept.entry.messages[: kept.record.opening], kept.entry.messages[kept.record.opening :]
+        cached, rest = (
+            kept.entry.messages[: kept.record.n_cached],
+            kept.entry.messages[kept.record.n_cached :],
+        )
         own = instructing(kept.record.body.get("instructions"))
         # The configured system message is for chats that have none.
-        replaced = own or (self.automatic.default if instructions and not opening else [])
+        replaced = own or (self.automatic.default if instructions and not cached else [])
         if replaced and rest[:1] == replaced:
             rest = rest[1:]
-        messages = [*opening, *instructing(instructions), *rest, *said]
-        return messages if opening else self.automatic.with_default(messages)
+        messages = [*cached, *instructing(instructions), *rest, *said]
+        return messages if cached else self.automatic.with_default(messages)
 
     def options(self, options: Options, kept: Kept, model: TenantModel) -> Options:
         """The options of a request that continues the response; its state is usable only by its own model."""
         own = kept.entry.namespace == model.namespace
         record = kept.record
-        keep = options.keep and replace(options.keep, caches=record.caches, n_cached=record.opening)
+        keep = options.keep and replace(options.keep, caches=record.caches, n_cached=record.n_cached)
         return replace(options, use_cache=(kept.entry.name,) if own else None, whole=True, keep=keep)
 
-    def keep(self, model: TenantModel, keep: Keep, chat: Chat, head: str | None, answer: Choice) -> None:
-        """Starts storing the `chat` with its answer; see Conversations.keep. `head`: the name of the cache
+    def keep(self, model: TenantModel, keep: Keep, chat: Chat, base: str | None, answer: Choice) -> None:
+        """Starts storing the `chat` with its answer; see Conversations.keep. `base`: the name of the cache
         that the chat began with."""
         saving = Saving(
             model,
             keep.name,
             keep.overwrite,
             Chat([*chat.messages, spoken(answer)], chat.tools),
-            head,
+            base,
             origin="response",
-            terms=Retention(self.settings.responses_ttl_seconds, metadata={RECORD: _written(_record(keep))}),
+            retention=Retention(
+                self.settings.responses_ttl_seconds, metadata={RECORD: _written(_record(keep))}
+            ),
             states=self.settings.responses_quota_mb > 0,
         )
         self._tasks.start(self._kept(self.conversations.keep(saving), saving.model.owner))
@@ -166,7 +171,7 @@ class Responses:
 
     def _movable(self, entries: Sequence[Entry]) -> list[Entry]:
         in_use = self.store.is_in_use
-        return [each for each in entries if not (each.terms.pinned or in_use(each.key))]
+        return [each for each in entries if not (each.retention.pinned or in_use(each.key))]
 
 
 def instructing(instructions: str | None) -> list[Json]:
