@@ -191,6 +191,10 @@ class Begun(AsyncGenerator[T, None]):
         self._events = events
         self._told = False
 
+    def __anext__(self) -> Coroutine[Any, Any, T]:
+        # Skips a coroutine per event.
+        return self._events.__anext__() if self._told else self.asend(None)
+
     async def asend(self, _: None) -> T:
         if self._told:
             return await anext(self._events)

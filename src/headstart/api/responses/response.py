@@ -111,7 +111,7 @@ class GrowingCall(GrowingItem):
 
 
 class ResponseWriter:
-    """Writes one response. `body` is also complete after `failed`."""
+    """Writes one response. `body` is complete after `closing` or `failed`, also of a stream."""
 
     done = b""
     opens_at_once = True
