@@ -14,15 +14,8 @@ from fastapi.routing import APIRoute
 
 import headstart
 from headstart import errors
-from headstart.api.anthropic import routes as messages
-from headstart.api.caches import files as cache_files
-from headstart.api.caches import routes as caches
-from headstart.api.caches import verify
-from headstart.api.completions import routes as completions
-from headstart.api.models import routes as models
-from headstart.api.responses import routes as responses
-from headstart.api.tokens import embeddings
-from headstart.api.tokens import tokenize as tokens
+from headstart.api.dialect import Dialect, dialect_of
+from headstart.api.dialects import DIALECTS
 from headstart.config.settings import Settings
 
 ROOT = Path(headstart.__file__).parent
@@ -74,8 +67,8 @@ SERVICE_FLOORS = (
     ("log_observer",),
     ("service",),
 )
-# Folders of the API that stand side by side, and what they may share.
-DIALECTS = {"completions", "responses", "anthropic", "caches", "models", "tokens"}
+# The modules of a dialect that generates.
+MODULES_OF_A_DIALECT = {"routes", "request", "response", "schema"}
 MOST_MODULES = 14
 
 
@@ -115,10 +108,63 @@ def test_floors_of_the_service_import_downwards_only(path: Path) -> None:
     assert _folders(path, "service") - {floor} <= below
 
 
-@pytest.mark.parametrize("dialect", sorted(DIALECTS))
-def test_dialects_never_import_each_other(dialect: str) -> None:
-    for path in (ROOT / "api" / dialect).glob("*.py"):
-        assert _folders(path, "api") & DIALECTS <= {dialect}, path
+def _folder(dialect: Dialect) -> str:
+    (folder,) = {_module(route).split(".")[2] for route in _routes(dialect)}
+    return folder
+
+
+def _routes(dialect: Dialect) -> list[APIRoute]:
+    routes = [route for router in dialect.routers for route in router.routes]
+    assert all(isinstance(route, APIRoute) for route in routes)
+    return [route for route in routes if isinstance(route, APIRoute)]
+
+
+def _module(route: APIRoute) -> str:
+    return str(route.endpoint.__module__)
+
+
+FOLDERS = {_folder(dialect) for dialect in DIALECTS}
+GENERATING = [dialect for dialect in DIALECTS if dialect.generates]
+
+
+def test_every_folder_of_routes_is_in_the_list_once() -> None:
+    found = {path.parent.name for path in (ROOT / "api").glob("*/dialect.py")}
+    assert len(FOLDERS) == len(DIALECTS)
+    assert found == FOLDERS
+
+
+@pytest.mark.parametrize("folder", sorted(FOLDERS))
+def test_dialects_never_import_each_other(folder: str) -> None:
+    for path in (ROOT / "api" / folder).glob("*.py"):
+        assert _folders(path, "api") & FOLDERS <= {folder}, path
+
+
+def test_only_the_list_of_dialects_imports_from_their_folders() -> None:
+    others = [path for path in (ROOT / "api").rglob("*.py") if path.parent.name not in FOLDERS]
+    assert [path.name for path in others if _folders(path, "api") & FOLDERS] == ["dialects.py"]
+
+
+@pytest.mark.parametrize("dialect", DIALECTS, ids=_folder)
+def test_the_path_of_a_route_tells_its_dialect(dialect: Dialect) -> None:
+    for route in _routes(dialect):
+        assert dialect_of(route.path, DIALECTS) is dialect
+        if route.path.startswith("/v1/"):
+            assert dialect_of(f"/prefix{route.path}", DIALECTS) is dialect
+    for prefix in dialect.prefixes:
+        assert dialect_of(f"{prefix}-other", DIALECTS) is None
+
+
+@pytest.mark.parametrize("dialect", GENERATING, ids=_folder)
+def test_a_dialect_that_generates_is_complete(dialect: Dialect) -> None:
+    """Its folder has the four modules; each route that streams has a table and is tested."""
+    assert {path.stem for path in (ROOT / "api" / _folder(dialect)).glob("*.py")} >= MODULES_OF_A_DIALECT
+    tables = (ROOT.parents[1] / "docs" / "compatibility.md").read_text().splitlines()
+    tests = [path.read_text() for path in Path(__file__).parent.glob("api/test_*.py")]
+    streamed = [path for (_, path), answer in dialect.answers.items() if answer.event]
+    assert streamed
+    for path in streamed:
+        assert f"## POST {path}" in tables
+        assert any(f'"{path}"' in test for test in tests), path
 
 
 def test_no_folder_has_more_modules_than_one_sees_at_once() -> None:
@@ -196,11 +242,9 @@ def test_every_setting_is_documented_with_its_default() -> None:
 
 def test_every_route_is_documented() -> None:
     text = (ROOT.parents[1] / "docs" / "http-api.md").read_text()
-    parts = (completions, responses, messages, embeddings, tokens, models, caches, cache_files, verify)
-    routes = [route for part in parts for route in part.router.routes]
+    routes = [route for dialect in DIALECTS for route in _routes(dialect)]
     assert len(routes) > 8
     for route in routes:
-        assert isinstance(route, APIRoute)
         path = route.path.replace("{name:path}", "{name}").replace("/v1/models/{name}", "/v1/models/{model}")
         assert any(f"{method} {path}`" in text for method in route.methods or ()), route.path
 

@@ -15,15 +15,7 @@ import pytest
 from fastapi.routing import APIRoute
 
 import headstart
-from headstart.api.anthropic import routes as messages
-from headstart.api.caches import files as cache_files
-from headstart.api.caches import routes as caches
-from headstart.api.caches import verify
-from headstart.api.completions import routes as completions
-from headstart.api.models import routes as models
-from headstart.api.responses import routes as responses
-from headstart.api.tokens import embeddings
-from headstart.api.tokens import tokenize as tokens
+from headstart.api.dialects import DIALECTS
 from headstart.config.settings import Settings, load_settings
 from servers import Json, RunningServer, eventually, running_server
 
@@ -35,7 +27,6 @@ KEYS = (
 )
 DECLARED = f'[caches.declared]\nprompt = "{COMMON}"\n'
 SECURITY = Path(headstart.__file__).parents[2] / "docs" / "security.md"
-PARTS = (completions, responses, messages, embeddings, tokens, models, caches, cache_files, verify)
 
 
 class Client:
@@ -312,7 +303,13 @@ def documented() -> dict[str, str]:
 
 
 def routes() -> list[str]:
-    found = [route for part in PARTS for route in part.router.routes if isinstance(route, APIRoute)]
+    found = [
+        route
+        for dialect in DIALECTS
+        for router in dialect.routers
+        for route in router.routes
+        if isinstance(route, APIRoute)
+    ]
     plain = [(route.methods, route.path.replace(":path}", "}")) for route in found]
     return [f"`{method} {path}`" for methods, path in plain for method in methods or ()]
 

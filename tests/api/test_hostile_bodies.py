@@ -10,15 +10,7 @@ from typing import Any
 import pytest
 from fastapi.routing import APIRoute
 
-from headstart.api.anthropic import routes as messages
-from headstart.api.caches import files as cache_files
-from headstart.api.caches import routes as caches
-from headstart.api.caches import verify
-from headstart.api.completions import routes as completions
-from headstart.api.models import routes as models
-from headstart.api.responses import routes as responses
-from headstart.api.tokens import embeddings
-from headstart.api.tokens import tokenize as tokens
+from headstart.api.dialects import DIALECTS
 from headstart.json_scan import JsonScan
 from headstart.limits import MAX_DEPTH
 from headstart.prompt.tool_calls.scanner import ObjectReader
@@ -27,11 +19,11 @@ from servers import Json, RunningServer, running_server
 from sweeps import swept
 
 CHAT = "/v1/chat/completions"
-PARTS = (cache_files, caches, completions, embeddings, messages, models, responses, tokens, verify)
 ROUTES = [
     (method, route.path.replace("{model}", "toy").replace("{name:path}", "a").replace("{name}", "a"))
-    for part in PARTS
-    for route in part.router.routes
+    for dialect in DIALECTS
+    for router in dialect.routers
+    for route in router.routes
     if isinstance(route, APIRoute)
     for method in sorted((route.methods or set()) - {"GET", "HEAD"})
 ]

@@ -14,10 +14,11 @@ import httpx
 import pytest
 from jsonschema import Draft202012Validator
 
-from headstart.api.openapi.answers import ANSWERS
-from headstart.api.openapi.examples import EXAMPLES
+from headstart.api.dialects import DIALECTS
 from servers import Json, RunningServer, events
 
+ANSWERS = {route: answer for dialect in DIALECTS for route, answer in dialect.answers.items()}
+EXAMPLES = {route: titles for dialect in DIALECTS for route, titles in dialect.examples.items()}
 HOOKS = Path(__file__).parent / "schemathesis" / "hooks.py"
 # Left out: our fields are lenient with types, as their clients are used to; not all that is refused can be
 # written in JSON Schema; and what is under a cache's name is no name.

@@ -7,19 +7,11 @@ from fastapi_offline import FastAPIOffline
 
 from headstart import __version__
 from headstart.api import errors
-from headstart.api.anthropic import routes as messages
 from headstart.api.auth import PAGES, Keyring, Keys
-from headstart.api.caches import files as cache_files
-from headstart.api.caches import routes as caches
-from headstart.api.caches import verify
-from headstart.api.completions import routes as completions
+from headstart.api.dialects import DIALECTS
 from headstart.api.http.bodies import BodyMemory, JsonBodies
 from headstart.api.middleware import Faults, PlainPaths, RequestIds, Routes
-from headstart.api.models import routes as models
 from headstart.api.openapi import document as reference
-from headstart.api.responses import routes as responses
-from headstart.api.tokens import embeddings
-from headstart.api.tokens import tokenize as tokens
 from headstart.config.settings import Settings
 from headstart.service.service import Service
 
@@ -39,6 +31,7 @@ def create_app(service: Service) -> FastAPI:
         static_url=PAGES,
     )
     app.state.service = service
+    app.state.dialects = DIALECTS
     settings = service.settings
     app.add_middleware(JsonBodies, max_bytes=_bytes(settings.max_body_mb), memory=_body_memory(settings))
     # Middleware runs in reverse order: the last one added sees a request first.
@@ -47,10 +40,9 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(PlainPaths)
     app.add_middleware(Faults)
     app.add_middleware(RequestIds)
-    parts = (completions, responses, messages, embeddings, tokens, models, cache_files, caches, verify)
-    routers = [part.router for part in parts]
+    routers = [router for dialect in DIALECTS for router in dialect.routers]
     errors.install(app, routers)
-    reference.install(app)
+    reference.install(app, DIALECTS)
     for router in routers:
         app.include_router(router)
     return app

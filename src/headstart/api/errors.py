@@ -1,10 +1,8 @@
-"""Every error in OpenAI's format: {"error": {"message", "type", "param", "code", …}}; under /v1/messages in
-Anthropic's: {"type": "error", "error": {"type", "message"}, "request_id"}."""
+"""Every error as an answer in the format of the dialect that the request's path belongs to."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -14,24 +12,13 @@ from starlette.responses import Response
 from starlette.routing import Match, Route
 from starlette.types import Receive, Scope, Send
 
-from headstart.api.anthropic.errors import anthropic_body, is_anthropic
+from headstart.api.dialect import requested_dialect
+from headstart.api.fields.error import openai_body
 from headstart.errors import BadRequest, HeadstartError, MethodNotAllowed, NotFound
 
 
-def body(error: HeadstartError) -> dict[str, Any]:
-    return {
-        "error": {
-            "message": error.message,
-            "type": error.type,
-            "param": error.param,
-            "code": error.code,
-            **error.details,
-        }
-    }
-
-
 class ErrorResponse(Response):
-    """An error in the format of the API that the request's path belongs to."""
+    """An error in the format of the dialect that the request's path belongs to."""
 
     def __init__(self, error: HeadstartError, headers: Mapping[str, str]) -> None:
         super().__init__(status_code=error.status, headers=headers)
@@ -40,8 +27,9 @@ class ErrorResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id = scope.get("state", {}).get("request_id")
-        anthropic = is_anthropic(scope["path"])
-        content = anthropic_body(self.error, request_id) if anthropic else body(self.error)
+        dialect = requested_dialect(scope)
+        write = dialect.error_body if dialect else openai_body
+        content = write(self.error, request_id)
         await JSONResponse(content, self.error.status, self.told)(scope, receive, send)
 
 

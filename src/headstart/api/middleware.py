@@ -11,14 +11,14 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from headstart.api import errors
-from headstart.api.anthropic.errors import is_anthropic
+from headstart.api.dialect import requested_dialect
 from headstart.errors import HeadstartError, InvalidName, ShuttingDown
 
 log = logging.getLogger(__name__)
 
 
 class RequestIds:
-    """Sets x-request-id on every reply: the client's, or a new one."""
+    """Sets x-request-id on every reply, and the dialect's own header: the client's id, or a new one."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -35,8 +35,9 @@ class RequestIds:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
-                if is_anthropic(scope["path"]):
-                    headers["request-id"] = request_id
+                dialect = requested_dialect(scope)
+                if dialect and dialect.request_id_header:
+                    headers[dialect.request_id_header] = request_id
             await send(message)
 
         await self.app(scope, receive, send_with_id)

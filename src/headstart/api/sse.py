@@ -13,7 +13,7 @@ from fastapi import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from headstart.api import errors
+from headstart.api.fields.error import openai_body
 from headstart.errors import HeadstartError, ShuttingDown
 
 T = TypeVar("T")
@@ -66,7 +66,7 @@ def as_named_event(content: dict[str, Any]) -> bytes:
 
 def failed(error: HeadstartError) -> bytes:
     """Encodes an error after the start of the stream as an event."""
-    return as_event(errors.body(error))
+    return as_event(openai_body(error))
 
 
 class EventStream(Response):
@@ -190,6 +190,10 @@ class Begun(AsyncGenerator[T, None]):
         self._first = first
         self._events = events
         self._told = False
+
+    def __anext__(self) -> Coroutine[Any, Any, T]:
+        # Skips a coroutine per event.
+        return self._events.__anext__() if self._told else self.asend(None)
 
     async def asend(self, _: None) -> T:
         if self._told:

@@ -22,10 +22,10 @@ class AnswerWriter(Protocol):
 
     @property
     def body(self) -> Json:
-        """The whole answer; complete after `closing`."""
+        """The whole answer; complete after `closing` if it is no stream."""
 
     def opening(self) -> Iterable[bytes]:
-        """Called once before the others, for streams only."""
+        """Begins a stream; not called for a whole answer."""
 
     def add(self, event: Delta | Ended) -> Iterable[bytes]: ...
 

@@ -27,8 +27,3 @@ def anthropic_body(error: HeadstartError, request_id: str | None = None) -> dict
         message += error.message
     told = {"type": ANTHROPIC_TYPES.get(error.status, otherwise), "message": message}
     return {"type": "error", "error": told, "request_id": request_id}
-
-
-def is_anthropic(path: str) -> bool:
-    """Whether the path belongs to Anthropic's API, with or without a route's prefix."""
-    return f"/{path.partition('/v1/')[2]}/".startswith("/messages/")

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from headstart.api.fields.reply import Account, CacheAccount, Reply
+from headstart.api.fields.reply import Account, Answer, CacheAccount, Reply
 
 
 class AnswerText(Reply):
@@ -76,3 +76,10 @@ class AnthropicErrorReply(Reply):
     type: Literal["error"]
     error: AnthropicError
     request_id: str | None
+
+
+# Keyed by method and path.
+ANSWERS = {
+    ("post", "/v1/messages"): Answer(Message, MessageEvent, done=None, error=AnthropicErrorReply),
+    ("post", "/v1/messages/count_tokens"): Answer(TokenCount, error=AnthropicErrorReply),
+}

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, RootModel
 
-from headstart.api.fields.reply import Reply
+from headstart.api.fields.reply import Answer, Reply
 from headstart.caches.entry import Form, MissReason, Origin
 from headstart.service.caching.verify import Action, State
 
@@ -143,3 +143,17 @@ class Verification(Summary):
 
 class VerificationEvent(RootModel[CacheVerdict | Summary]):
     """A verdict for each cache; the last event has the totals."""
+
+
+# Keyed by method and path.
+ANSWERS = {
+    ("get", "/v1/cache"): Answer(AllCaches),
+    ("post", "/v1/cache/{model}"): Answer(CacheMade, CacheEvent),
+    ("get", "/v1/cache/{model}"): Answer(CacheList),
+    ("get", "/v1/cache/{model}/{name}"): Answer(CacheDetails),
+    ("patch", "/v1/cache/{model}/{name}"): Answer(Cache),
+    ("delete", "/v1/cache/{model}/{name}"): Answer(CacheDeleted),
+    ("get", "/v1/cache/{model}/{name}/file"): Answer(None),
+    ("put", "/v1/cache/{model}/{name}/file"): Answer(CacheMade),
+    ("post", "/v1/verify"): Answer(Verification, VerificationEvent),
+}

@@ -34,24 +34,27 @@ class ChatWriter:
         self.extra: Json = {"usage": None} if include_usage else {}
         self._choices = [Choice(index) for index in range(n)]
         self._account: Json = {}
-        # The last choice's end, to be completed by the result.
+        # Only of a stream: the last choice's end, to be completed by the result.
         self._ended: Json = {}
+        self._chunks: TextChunks | None = None
 
     @property
     def body(self) -> Json:
         return self._object(self.object, [self._choice(choice) for choice in self._choices]) | self._account
 
     def opening(self) -> Iterable[bytes]:
-        self._texts = TextChunks(self.chunk(Delta(choice.index, MARK)) for choice in self._choices)
+        self._chunks = TextChunks(self, len(self._choices))
         openings = (self.opening_chunk(choice.index) for choice in self._choices)
         return [as_event(each) for each in openings if each]
 
     def add(self, event: Delta | Ended) -> Iterable[bytes]:
-        self._choices[event.choice].add(event)
+        if not self._chunks:
+            self._choices[event.choice].add(event)
+            return ()
         if isinstance(event, Delta):
-            return map(self._encoded, (event,))
+            return (self._chunks.encode(event),)
         ended, self._ended = self._ended, self.chunk(event)
-        return map(as_event, (ended,) if ended else ())
+        return (as_event(ended),) if ended else ()
 
     def closing(self, result: Result) -> Iterable[bytes]:
         self._account = {"usage": usage(result), **ending(result)}
@@ -70,11 +73,6 @@ class ChatWriter:
         delta = {"role": "assistant", "content": ""}
         told = {"index": choice, "delta": delta, "logprobs": None, "finish_reason": None}
         return self._object(self.chunk_object, [told]) | self.extra
-
-    def _encoded(self, delta: Delta) -> bytes:
-        if delta.reasoning or delta.call or delta.logprobs or not delta.text:
-            return as_event(self.chunk(delta))
-        return self._texts.encode(delta)
 
     def _object(self, kind: str, choices: list[Json]) -> Json:
         return {"object": kind, **self.head, "choices": choices}
@@ -195,13 +193,16 @@ def _written(token: bytes) -> str:
 
 
 class TextChunks:
-    """Encodes chunks quickly that contain only text: those of a choice differ only in the text. `chunks`: one
-    for each choice, with MARK as its text."""
+    """Encodes chunks quickly: those that contain only text differ only in the text."""
 
-    def __init__(self, chunks: Iterable[Json]) -> None:
+    def __init__(self, writer: ChatWriter, n: int) -> None:
+        self.writer = writer
         mark = msgspec.json.encode(MARK)
+        chunks = (writer.chunk(Delta(choice, MARK)) for choice in range(n))
         self.around = [as_event(chunk).split(mark) for chunk in chunks]
 
     def encode(self, delta: Delta) -> bytes:
+        if delta.reasoning or delta.call or delta.logprobs or not delta.text:
+            return as_event(self.writer.chunk(delta))
         before, after = self.around[delta.choice]
         return before + msgspec.json.encode(delta.text) + after

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from headstart.api.fields.reply import Account, Ending, Reply, Usage
+from headstart.api.fields.reply import Account, Answer, Ending, Reply, Usage
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 
@@ -133,3 +133,10 @@ class TextChunk(Ending):
     model: str
     choices: list[TextChoice]
     usage: Usage | None = None
+
+
+# Keyed by method and path.
+ANSWERS = {
+    ("post", "/v1/chat/completions"): Answer(ChatCompletion, ChatChunk),
+    ("post", "/v1/completions"): Answer(TextCompletion, TextChunk),
+}

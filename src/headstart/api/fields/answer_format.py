@@ -27,17 +27,17 @@ T = TypeVar("T")
 Written = Annotated[Utf8, StringConstraints(min_length=1, max_length=65536)]
 
 
-class Part(BaseModel):
+class FormatField(BaseModel):
     model_config = ConfigDict(extra="allow", populate_by_name=True)
 
 
-class JsonSchema(Part):
+class JsonSchema(FormatField):
     name: Utf8 | None = Field(None, description="The schema's name. Accepted and ignored.")
     schema_: Schema = Field(alias="schema", description="The JSON schema that the answer must match.")
     strict: bool | None = Field(None, description="Ignored: the schema is always enforced.")
 
 
-class ResponseFormat(Part):
+class ResponseFormat(FormatField):
     type: Literal["text", "json_object", "json_schema", "regex", "lark"] = Field(
         description="The answer's format; `text`: no constraint."
     )
@@ -65,7 +65,7 @@ class ResponseFormat(Part):
             yield lark_grammar(self.lark)
 
 
-class StructuredOutputs(Part):
+class StructuredOutputs(FormatField):
     json_: Schema | None = Field(None, alias="json", description="A JSON schema that the answer must match.")
     json_object: bool | None = Field(None, description="True: the answer is any JSON object.")
     regex: Written | None = Field(None, description="An expression that the whole answer must match.")

@@ -8,16 +8,18 @@ from email.utils import formatdate
 from http import HTTPStatus
 
 from headstart.api import errors
-from headstart.api.anthropic.errors import anthropic_body, is_anthropic
+from headstart.api.dialect import dialect_of
+from headstart.api.dialects import DIALECTS
+from headstart.api.fields.error import openai_body
 from headstart.errors import HeadstartError
 
 
 def refusal(error: HeadstartError, path: str) -> bytes:
-    """A complete answer in the error format of the path's API; the connection is closed after it."""
+    """A complete answer in the error format of the path's dialect; the connection is closed after it."""
     request_id = uuid.uuid4().hex
-    anthropic = is_anthropic(path)
-    content = anthropic_body(error, request_id) if anthropic else errors.body(error)
-    body = json.dumps(content, ensure_ascii=False).encode()
+    dialect = dialect_of(path, DIALECTS)
+    write = dialect.error_body if dialect else openai_body
+    body = json.dumps(write(error, request_id), ensure_ascii=False).encode()
     headers = {
         "date": formatdate(usegmt=True),
         "content-type": "application/json",

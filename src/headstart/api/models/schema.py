@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from headstart.api.fields.reply import Reply
+from headstart.api.fields.reply import Answer, Reply
 
 State = Literal["available", "loading", "ready", "failed"]
 
@@ -44,3 +44,15 @@ class Health(Reply):
         None,
         description="Builds of the key's own and of public caches, for admins all; absent like `models`.",
     )
+
+
+# Keyed by method and path.
+ANSWERS = {
+    ("get", "/v1/models"): Answer(ModelList),
+    ("get", "/v1/models/available"): Answer(ModelList),
+    ("get", "/v1/models/loaded"): Answer(ModelList),
+    ("get", "/v1/models/{name}"): Answer(Model),
+    ("post", "/v1/models/load"): Answer(Model),
+    ("post", "/v1/models/unload"): Answer(Unloaded),
+    ("get", "/health"): Answer(Health),
+}

@@ -1,7 +1,8 @@
-"""/openapi.json: requests as described by FastAPI, answers as described in `answers.py`."""
+"""/openapi.json: requests as described by FastAPI, answers as described by the dialects."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -9,9 +10,8 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from headstart.api.dialect import Dialect, RouteKey
 from headstart.api.fields.reply import Answer
-from headstart.api.openapi.answers import ANSWERS
-from headstart.api.openapi.examples import EXAMPLES
 
 Json = dict[str, Any]
 
@@ -21,36 +21,39 @@ NOT_OURS = ("HTTPValidationError", "ValidationError")
 EVENTS = "A stream ends with an event whose data is `[DONE]`."
 
 
-def install(app: FastAPI) -> None:
+def install(app: FastAPI, dialects: Sequence[Dialect]) -> None:
     """Makes the application build its OpenAPI document at the first request for it."""
 
     def described() -> Json:
         if app.openapi_schema is None:
-            app.openapi_schema = document(app)
+            app.openapi_schema = document(app, dialects)
         return app.openapi_schema
 
     app.openapi = described  # type: ignore[method-assign]
 
 
-def document(app: FastAPI) -> Json:
+def document(app: FastAPI, dialects: Sequence[Dialect]) -> Json:
     found: Json = get_openapi(
         title=app.title, version=app.version, description=app.description, routes=app.routes
     )
     schemas = found["components"]["schemas"]
     for name in NOT_OURS:
         schemas.pop(name, None)
-    answers = _answer_schemas()
-    assert not schemas.keys() & answers.keys()
-    schemas |= answers
+    answers = {route: answer for dialect in dialects for route, answer in dialect.answers.items()}
+    examples = {route: titles for dialect in dialects for route, titles in dialect.examples.items()}
+    described = _answer_schemas(answers.values())
+    assert not schemas.keys() & described.keys()
+    schemas |= described
     for path, operations in found["paths"].items():
         for method, operation in operations.items():
-            _describe(operation, method, path)
+            route = (method, path.replace(":path}", "}"))
+            _describe(operation, route, answers[route], examples.get(route, {}))
     return found
 
 
-def _answer_schemas() -> Json:
+def _answer_schemas(answers: Iterable[Answer]) -> Json:
     kinds: dict[type[BaseModel], None] = dict.fromkeys(
-        kind for each in ANSWERS.values() for kind in (each.whole, each.event, each.error) if kind
+        kind for each in answers for kind in (each.whole, each.event, each.error) if kind
     )
     _, schemas = models_json_schema(
         [(kind, "serialization") for kind in kinds], ref_template=REFERENCE, by_alias=True
@@ -58,11 +61,10 @@ def _answer_schemas() -> Json:
     return dict(schemas["$defs"])
 
 
-def _describe(operation: Json, method: str, path: str) -> None:
-    plain = path.replace(":path}", "}")
-    operation["operationId"] = f"{method} {plain}"
-    operation["responses"] = _responses(ANSWERS[method, plain])
-    for title, value in EXAMPLES.get((method, plain), {}).items():
+def _describe(operation: Json, route: RouteKey, answer: Answer, examples: Mapping[str, Any]) -> None:
+    operation["operationId"] = " ".join(route)
+    operation["responses"] = _responses(answer)
+    for title, value in examples.items():
         content = operation["requestBody"]["content"]["application/json"]
         content.setdefault("examples", {})[title] = {"value": value}
 

@@ -114,7 +114,7 @@ def new_id() -> str:
 
 
 class ResponseWriter:
-    """Writes one response. `body` is also complete after `failed`."""
+    """Writes one response. `body` is complete after `closing` or `failed`, also of a stream."""
 
     done = b""
     opens_at_once = True

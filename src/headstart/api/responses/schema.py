@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from headstart.api.fields.reply import Account, CacheAccount, PromptDetails, Reply
+from headstart.api.fields.reply import Account, Answer, CacheAccount, PromptDetails, Reply
 
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
 
@@ -112,3 +112,11 @@ class ResponseDeleted(Reply):
     id: str
     object: Literal["response"]
     deleted: Literal[True]
+
+
+# Keyed by method and path.
+ANSWERS = {
+    ("post", "/v1/responses"): Answer(Response, ResponseEvent, done=None),
+    ("get", "/v1/responses/{response_id}"): Answer(Response),
+    ("delete", "/v1/responses/{response_id}"): Answer(ResponseDeleted),
+}

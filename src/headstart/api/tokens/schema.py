@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from headstart.api.fields.reply import Reply
+from headstart.api.fields.reply import Answer, Reply
 
 
 class Embedding(Reply):
@@ -45,3 +45,12 @@ class Detokenized(Reply):
 
 class Prompt(Reply):
     prompt: str
+
+
+# Keyed by method and path.
+ANSWERS = {
+    ("post", "/v1/embeddings"): Answer(Embeddings),
+    ("post", "/tokenize"): Answer(Tokens),
+    ("post", "/detokenize"): Answer(Detokenized),
+    ("post", "/apply-template"): Answer(Prompt),
+}

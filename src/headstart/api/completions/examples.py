@@ -4,14 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-ASSISTANT = (
-    "You are an expert Python developer with 10 years of experience. You provide clear, concise code "
-    "examples with explanations. You follow PEP 8 style guidelines and write idiomatic Python code."
-)
-CONTEXT = (
-    "# Python utility functions\n# File: utils.py\n# Contains common helper functions for data processing\n\n"
-    "import numpy as np\nimport pandas as pd\nfrom typing import List, Dict, Any\n\n"
-)
 FRAME = 'def process_dataframe(df: pd.DataFrame) -> pd.DataFrame:\n    """Clean and preprocess dataframe"""\n'
 WEATHER = {
     "type": "function",
@@ -32,10 +24,6 @@ def _user(text: str) -> list[dict[str, str]]:
 
 # Titles and bodies, keyed by method and path.
 EXAMPLES: dict[tuple[str, str], dict[str, Any]] = {
-    ("post", "/v1/cache/{model}"): {
-        "A system prompt": {"cache_name": "coding_assistant", "prompt": ASSISTANT},
-        "The beginning of a file": {"cache_name": "python_context", "prompt": CONTEXT},
-    },
     ("post", "/v1/chat/completions"): {
         "With a cache": {
             "model": "smollm2",
