@@ -12,7 +12,7 @@ from headstart.engine.tuning import measure as module
 from headstart.engine.tuning.bench import in_turn
 from headstart.engine.tuning.costs import Sample, fit
 from headstart.engine.tuning.measure import MARGIN, break_even, measure, thread_counts
-from headstart.engine.tuning.resolve import settled
+from headstart.engine.tuning.resolve import resolved
 from headstart.numerics import DEFAULT, Numerics
 from headstart.protocol import EngineSettings
 from trials import Cost, FakeTrials
@@ -226,7 +226,7 @@ def test_a_slow_model_is_measured_over_less_and_not_much_longer(slowness: float)
 
 def test_what_is_set_wins_over_what_was_measured_and_that_over_defaults() -> None:
     tuning = measure(MODEL, FakeTrials(attention_faster))
-    measured = settled(EngineSettings("m", 0, 0), tuning)
+    measured = resolved(EngineSettings("m", 0, 0), tuning)
     assert (measured.arithmetic, measured.prefill_chunk, measured.threads, measured.share_from) == (
         ATTENTION,
         tuning.ubatch,
@@ -234,9 +234,9 @@ def test_what_is_set_wins_over_what_was_measured_and_that_over_defaults() -> Non
         tuning.share_from,
     )
     forced = EngineSettings("m", 0, 0, threads=7, prefill_chunk=48, arithmetic=DEFAULT, share_from=99)
-    forced_too = settled(forced, tuning)
+    forced_too = resolved(forced, tuning)
     assert (forced_too.threads, forced_too.prefill_chunk) == (7, 48)
     assert (forced_too.arithmetic, forced_too.share_from) == (DEFAULT, 99)
-    default = settled(EngineSettings("m", 0, 0), None)
+    default = resolved(EngineSettings("m", 0, 0), None)
     assert (default.arithmetic, default.prefill_chunk, default.share_from) == (DEFAULT, 64, 256)
     assert default.threads > 0

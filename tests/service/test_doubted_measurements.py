@@ -24,7 +24,7 @@ from headstart.engine.tuning import machine_load
 from headstart.engine.tuning.constant import TOY
 from headstart.engine.tuning.machine_load import Spent, Watch
 from headstart.engine.tuning.measure import measure
-from headstart.engine.tuning.resolve import settled
+from headstart.engine.tuning.resolve import resolved
 from headstart.numerics import DEFAULT, MOST_TRIES, Numerics, Tuning, preferred
 from headstart.protocol import EngineSettings
 from headstart.service.models.tuning_store import Key, Tunings
@@ -113,11 +113,11 @@ def test_a_machine_that_tells_nothing_is_no_doubt(tmp_path: Path, monkeypatch: p
 
 def test_what_is_in_doubt_is_not_run_with_until_there_were_five_tries() -> None:
     doubted = msgspec.structs.replace(TOY, threads=3, ubatch=16, arithmetic=ATTENTION, doubts={"a": "b"})
-    safe = settled(MODEL, doubted)
-    assert safe == settled(MODEL, None)
+    safe = resolved(MODEL, doubted)
+    assert safe == resolved(MODEL, None)
     assert (safe.arithmetic, safe.prefill_chunk) == (DEFAULT, 64)
     last = msgspec.structs.replace(doubted, tries=MOST_TRIES)
-    assert settled(MODEL, last).arithmetic == ATTENTION
+    assert resolved(MODEL, last).arithmetic == ATTENTION
     assert not last.is_sure
 
 

@@ -14,7 +14,7 @@ from headstart.caches.files import sha256_of
 from headstart.config.settings import Settings
 from headstart.engine.kinds import engine_kind
 from headstart.engine.model import ModelError
-from headstart.engine.tuning.resolve import measure_apart, settled
+from headstart.engine.tuning.resolve import measure_apart, resolved
 from headstart.engine.worker_process import worker_environment
 from headstart.errors import StartupError
 from headstart.numerics import Numerics
@@ -42,7 +42,7 @@ class OfflineModel:
 
     @property
     def in_force(self) -> EngineSettings:
-        return settled(self.plan.settings, self.plan.settings.tuning)
+        return resolved(self.plan.settings, self.plan.settings.tuning)
 
     def misfits(self, arithmetic: Numerics) -> dict[str, list[str]]:
         """Names of caches that don't fit with it, by reason. It is all of a state's settings that can be

@@ -216,7 +216,7 @@ class ToyModel:
             self.shared[seq] = n_tokens
         return True
 
-    def settle(self, seq: int) -> None:
+    def relocate(self, seq: int) -> None:
         pass
 
     def save(self, seq: int) -> memoryview:

@@ -184,7 +184,7 @@ class LlamaModel:
             return True
         return here.restore(number, *there.save(other)) and here.cut(number, n_tokens)
 
-    def settle(self, seq: int) -> None:
+    def relocate(self, seq: int) -> None:
         context, number = self._place(seq)
         state = context.save(number)
         context.clear(number)

@@ -18,7 +18,7 @@ from headstart.protocol import EngineSettings
 log = logging.getLogger(__name__)
 
 
-def settled(settings: EngineSettings, tuning: Tuning | None) -> EngineSettings:
+def resolved(settings: EngineSettings, tuning: Tuning | None) -> EngineSettings:
     """The settings with nothing left open. A tuning that doesn't count is not used."""
     tuning = tuning if tuning and tuning.counts else None
     share_from = settings.share_from
