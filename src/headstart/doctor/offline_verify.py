@@ -47,7 +47,7 @@ class _Inspector:
         patient = self._patients[entry.model]
         if isinstance(patient, str):
             return Verdict(entry.name, entry.model, "ok", detail=patient)
-        now = patient.fingerprint(entry, patient.in_force.arithmetic)
+        now = patient.fingerprint(entry, patient.in_force.numerics)
         miss = now.changed_since(entry.fingerprint)
         if miss is None and not entry.forms:
             miss = "too_short"
