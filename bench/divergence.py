@@ -41,14 +41,14 @@ def main() -> None:
     with TemporaryDirectory() as directory:
         base = log_probabilities(DEFAULT, tokens, Path(directory))
         report(DEFAULT, base, base, tokens)
-        for arithmetic in OTHERS:
-            report(arithmetic, log_probabilities(arithmetic, tokens, Path(directory)), base, tokens)
+        for numerics in OTHERS:
+            report(numerics, log_probabilities(numerics, tokens, Path(directory)), base, tokens)
 
 
-def log_probabilities(arithmetic: Numerics, tokens: list[int], directory: Path) -> Array:
+def log_probabilities(numerics: Numerics, tokens: list[int], directory: Path) -> Array:
     """Of the whole vocabulary after each token."""
     settings = EngineSettings(
-        embedded_model(), 1, 0, arithmetic=arithmetic, conversions=conversions_of("source", directory)
+        embedded_model(), 1, 0, numerics=numerics, conversions=conversions_of("source", directory)
     )
     model = open_model(weights_path(settings))
     shape = Shape(
@@ -57,7 +57,7 @@ def log_probabilities(arithmetic: Numerics, tokens: list[int], directory: Path) 
         streams=True,
         batch=CHUNK,
         threads=available_cpus(),
-        flash_attention=bool(arithmetic.flash_attention),
+        flash_attention=bool(numerics.flash_attention),
     )
     context = LlamaContext(model, shape)
     rows = np.concatenate([logits(context, tokens, start) for start in range(0, len(tokens), CHUNK)])
@@ -75,11 +75,11 @@ def logits(context: LlamaContext, tokens: list[int], start: int) -> Array:
     return np.array([np.ctypeslib.as_array(row, (context.n_vocab,)) for row in rows], dtype=np.float64)
 
 
-def report(arithmetic: Numerics, found: Array, base: Array, tokens: list[int]) -> None:
+def report(numerics: Numerics, found: Array, base: Array, tokens: list[int]) -> None:
     divergence = (np.exp(base) * (base - found)).sum(axis=1).mean()
     same = (found.argmax(axis=1) == base.argmax(axis=1)).mean()
     perplexity = np.exp(-found[np.arange(len(tokens) - 1), tokens[1:]].mean())
-    name = ", ".join(f"{part.replace('_', ' ')} {value}" for part, value in arithmetic.shown().items())
+    name = ", ".join(f"{part.replace('_', ' ')} {value}" for part, value in numerics.shown().items())
     print(f"{name:35s} {divergence:.1e}  {same:9.1%}  {perplexity:10.2f}", flush=True)
 
 

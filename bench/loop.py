@@ -31,7 +31,7 @@ CHUNK, CTX = 64, 2048
 
 class Bench:
     def __init__(self, model: str, threads: int, directory: Path) -> None:
-        settings = EngineSettings(model, SEQUENCES, CTX, threads, CHUNK, arithmetic=DEFAULT, share_from=256)
+        settings = EngineSettings(model, SEQUENCES, CTX, threads, CHUNK, numerics=DEFAULT, share_from=256)
         self.model = engine_kind(model).load(settings)
         self.engine = CoreEngine(self.model, Chunking(CHUNK), lambda: None, share_from=256)
         self.random = random.Random(1)

@@ -47,7 +47,7 @@ GRAMMARS = {
 
 class Bench:
     def __init__(self, model: str, threads: int) -> None:
-        settings = EngineSettings(model, 1, CTX, threads, CHUNK, arithmetic=DEFAULT)
+        settings = EngineSettings(model, 1, CTX, threads, CHUNK, numerics=DEFAULT)
         self.engine = CoreEngine(engine_kind(model).load(settings), Chunking(CHUNK), lambda: None)
         self.prompt = load_tokenizer(model).encode(PROMPT)
 

@@ -158,8 +158,8 @@ def engine_of(host: Host) -> Engine:
         return Engine(host.model, DEFAULT_CHUNK, bool(DEFAULT.flash_attention))
     tuning = known[-1].tuning
     converted = [*(states / DIRECTORY).glob("*.gguf")]
-    model = str(converted[0]) if tuning.arithmetic.weights == "q8_0" and converted else host.model
-    return Engine(model, tuning.ubatch, bool(tuning.arithmetic.flash_attention))
+    model = str(converted[0]) if tuning.numerics.weights == "q8_0" and converted else host.model
+    return Engine(model, tuning.ubatch, bool(tuning.numerics.flash_attention))
 
 
 class LlamaServer:

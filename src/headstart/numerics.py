@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Literal, get_args
 
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, field
 
 # As in the model file, or converted to Q8_0.
 Weights = Literal["file", "q8_0"]
@@ -77,7 +77,7 @@ class Tuning(Struct, frozen=True):
 
     `ubatch`: the smallest power of two from 16 to 256 whose prefill throughput is within 5 % of the best.
     `share_from`: tokens of a common prefix from which a unified cache decodes 4 sequences faster than
-    streams; 0: never. `ranking`: all measured numerics, the best first. `arithmetic`: the first of them that
+    streams; 0: never. `ranking`: all measured numerics, the best first. `numerics`: the first of them that
     was allowed, or those of existing caches where none saves a tenth of a hit against them; all other figures
     were measured with it. `hits`: the time of a hit for each of `ranking`. `measured`: the figures behind the
     choices.
@@ -86,7 +86,8 @@ class Tuning(Struct, frozen=True):
     doubtful figures, with the reasons. If there are any, figures are the best of all tries. `depth`: tokens
     in the sequence, where a figure's name has a depth; another try uses as many or more."""
 
-    arithmetic: Numerics
+    # Named as in existing tuning.json files.
+    numerics: Numerics = field(name="arithmetic")
     threads: Annotated[int, Meta(ge=1, le=4096)]
     ubatch: Annotated[int, Meta(ge=1, le=4096)]
     pass_ms: Ms

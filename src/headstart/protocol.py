@@ -72,7 +72,7 @@ class EngineSettings(Struct, frozen=True):
     ctx: int
     threads: int = 0
     prefill_chunk: int = 0
-    arithmetic: Numerics = Numerics()
+    numerics: Numerics = Numerics()
     max_step_ms: float = 300
     share_from: int | None = None
     tune: bool = False

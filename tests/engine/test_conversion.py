@@ -129,7 +129,7 @@ def converting(conversions: str, path: str = "") -> EngineSettings:
         slots=1,
         ctx=512,
         prefill_chunk=256,
-        arithmetic=Numerics(False, "q8_0"),
+        numerics=Numerics(False, "q8_0"),
         conversions=conversions,
     )
 
@@ -144,7 +144,7 @@ def test_the_converted_model_says_nearly_always_what_the_file_says(conversions: 
         # The second is Q8_0 already, and used as it is.
         likely.append(_most_likely(settings, tokens[:200]))
     assert likely[0] == likely[1]
-    file = EngineSettings(embedded_model(), 1, 512, prefill_chunk=256, arithmetic=Numerics(False, "file"))
+    file = EngineSettings(embedded_model(), 1, 512, prefill_chunk=256, numerics=Numerics(False, "file"))
     same = [a == b for a, b in zip(likely[0], _most_likely(file, tokens[:200]), strict=True)]
     assert sum(same) >= 0.9 * 200
 

@@ -12,7 +12,7 @@ from headstart.engine.tuning import measure as module
 from headstart.engine.tuning.bench import in_turn
 from headstart.engine.tuning.costs import Sample, fit
 from headstart.engine.tuning.measure import MARGIN, break_even, measure, thread_counts
-from headstart.engine.tuning.resolve import settled
+from headstart.engine.tuning.resolve import resolved
 from headstart.numerics import DEFAULT, Numerics
 from headstart.protocol import EngineSettings
 from trials import Cost, FakeTrials
@@ -24,8 +24,8 @@ CONVERTED = Numerics(flash_attention=False, weights="q8_0")
 BOTH = Numerics(flash_attention=True, weights="q8_0")
 
 
-def asking(**arithmetic: Any) -> EngineSettings:
-    return EngineSettings("m", 0, 0, arithmetic=Numerics(**arithmetic))
+def asking(**numerics: Any) -> EngineSettings:
+    return EngineSettings("m", 0, 0, numerics=Numerics(**numerics))
 
 
 def linear(shape: TrialShape, threads: int, n: int, depth: int) -> float:
@@ -34,11 +34,11 @@ def linear(shape: TrialShape, threads: int, n: int, depth: int) -> float:
 
 
 def attention_slower(shape: TrialShape, threads: int, n: int, depth: int) -> float:
-    return linear(shape, threads, n, depth) * (1.5 if shape.arithmetic.flash_attention else 1)
+    return linear(shape, threads, n, depth) * (1.5 if shape.numerics.flash_attention else 1)
 
 
 def attention_faster(shape: TrialShape, threads: int, n: int, depth: int) -> float:
-    return linear(shape, threads, n, depth) * (0.8 if shape.arithmetic.flash_attention else 1)
+    return linear(shape, threads, n, depth) * (0.8 if shape.numerics.flash_attention else 1)
 
 
 def sharing_pays_from(length: int) -> Cost:
@@ -56,45 +56,45 @@ def sharing_pays_from(length: int) -> Cost:
 
 
 def test_flash_attention_is_off_where_it_costs_more_and_on_where_it_saves() -> None:
-    assert measure(MODEL, FakeTrials(attention_slower)).arithmetic == DEFAULT
-    assert measure(MODEL, FakeTrials(attention_faster)).arithmetic == ATTENTION
+    assert measure(MODEL, FakeTrials(attention_slower)).numerics == DEFAULT
+    assert measure(MODEL, FakeTrials(attention_faster)).numerics == ATTENTION
 
 
 def test_flash_attention_needs_more_than_a_draw() -> None:
-    assert measure(MODEL, FakeTrials(linear)).arithmetic == DEFAULT
+    assert measure(MODEL, FakeTrials(linear)).numerics == DEFAULT
 
 
 def test_a_given_flash_attention_wins_and_the_preferred_one_is_told() -> None:
     tuning = measure(asking(flash_attention=True), FakeTrials(attention_slower))
-    assert tuning.arithmetic == ATTENTION
+    assert tuning.numerics == ATTENTION
     assert tuning.ranking == [DEFAULT, ATTENTION]
     assert tuning.token_ms == pytest.approx(1.5 * TOKEN_MS)
 
 
 def test_decoding_weighs_more_than_the_new_tokens() -> None:
     def slow_decode(shape: TrialShape, threads: int, n: int, depth: int) -> float:
-        if not shape.arithmetic.flash_attention:
+        if not shape.numerics.flash_attention:
             return linear(shape, threads, n, depth)
         return 40 if n == 1 else 0.5 * linear(shape, threads, n, depth)
 
-    assert measure(MODEL, FakeTrials(slow_decode)).arithmetic == DEFAULT
+    assert measure(MODEL, FakeTrials(slow_decode)).numerics == DEFAULT
 
 
 def test_a_model_that_can_not_do_flash_attention_is_measured_without() -> None:
-    without = FakeTrials(attention_faster, refused=lambda shape: bool(shape.arithmetic.flash_attention))
-    assert measure(MODEL, without).arithmetic == DEFAULT
+    without = FakeTrials(attention_faster, refused=lambda shape: bool(shape.numerics.flash_attention))
+    assert measure(MODEL, without).numerics == DEFAULT
     with pytest.raises(ModelError):
         measure(asking(flash_attention=True), without)
     assert without.closed
-    only = FakeTrials(attention_slower, refused=lambda shape: not shape.arithmetic.flash_attention)
-    assert measure(MODEL, only).arithmetic == ATTENTION
+    only = FakeTrials(attention_slower, refused=lambda shape: not shape.numerics.flash_attention)
+    assert measure(MODEL, only).numerics == ATTENTION
 
 
 def costs_by(factors: dict[Numerics, float], **more: Any) -> FakeTrials:
-    """Trials of a model with converted weights where each arithmetic takes so many times as long."""
+    """Trials of a model with converted weights where each numerics takes so many times as long."""
 
     def cost(shape: TrialShape, threads: int, n: int, depth: int) -> float:
-        return linear(shape, threads, n, depth) * factors.get(shape.arithmetic, 1)
+        return linear(shape, threads, n, depth) * factors.get(shape.numerics, 1)
 
     return FakeTrials(cost, weights=("file", "q8_0"), **more)
 
@@ -104,30 +104,30 @@ def test_of_weights_and_flash_attention_the_pair_is_taken_that_a_hit_is_fastest_
     best: Numerics,
 ) -> None:
     tuning = measure(MODEL, costs_by({best: 0.8}))
-    assert tuning.arithmetic == tuning.ranking[0] == best
+    assert tuning.numerics == tuning.ranking[0] == best
     assert len(tuning.ranking) == 4
     assert tuning.token_ms == pytest.approx(0.8 * TOKEN_MS)
 
 
 def test_converted_weights_need_more_than_a_draw() -> None:
-    assert measure(MODEL, costs_by({CONVERTED: MARGIN + 0.01})).arithmetic == DEFAULT
-    assert measure(MODEL, costs_by({CONVERTED: MARGIN - 0.01})).arithmetic == CONVERTED
+    assert measure(MODEL, costs_by({CONVERTED: MARGIN + 0.01})).numerics == DEFAULT
+    assert measure(MODEL, costs_by({CONVERTED: MARGIN - 0.01})).numerics == CONVERTED
 
 
 def test_what_is_left_open_is_the_best_of_what_is_given() -> None:
     factors = {ATTENTION: 0.9, CONVERTED: 0.7, BOTH: 0.8}
     tuning = measure(asking(flash_attention=True), costs_by(factors))
-    assert tuning.arithmetic == BOTH
+    assert tuning.numerics == BOTH
     assert tuning.ranking == [CONVERTED, BOTH, ATTENTION, DEFAULT]
-    assert measure(asking(weights="file"), costs_by(factors)).arithmetic == ATTENTION
+    assert measure(asking(weights="file"), costs_by(factors)).numerics == ATTENTION
 
 
 def test_converted_weights_that_prefill_slowly_are_not_taken_for_fast_decoding() -> None:
     def cost(shape: TrialShape, threads: int, n: int, depth: int) -> float:
-        converted = shape.arithmetic.weights == "q8_0"
+        converted = shape.numerics.weights == "q8_0"
         return linear(shape, threads, n, depth) * ((0.8 if n == 1 else 1.5) if converted else 1)
 
-    assert measure(MODEL, FakeTrials(cost, weights=("file", "q8_0"))).arithmetic == DEFAULT
+    assert measure(MODEL, FakeTrials(cost, weights=("file", "q8_0"))).numerics == DEFAULT
 
 
 def test_what_one_pair_has_prefilled_is_copied_to_the_one_with_other_weights() -> None:
@@ -226,17 +226,17 @@ def test_a_slow_model_is_measured_over_less_and_not_much_longer(slowness: float)
 
 def test_what_is_set_wins_over_what_was_measured_and_that_over_defaults() -> None:
     tuning = measure(MODEL, FakeTrials(attention_faster))
-    measured = settled(EngineSettings("m", 0, 0), tuning)
-    assert (measured.arithmetic, measured.prefill_chunk, measured.threads, measured.share_from) == (
+    measured = resolved(EngineSettings("m", 0, 0), tuning)
+    assert (measured.numerics, measured.prefill_chunk, measured.threads, measured.share_from) == (
         ATTENTION,
         tuning.ubatch,
         tuning.threads,
         tuning.share_from,
     )
-    forced = EngineSettings("m", 0, 0, threads=7, prefill_chunk=48, arithmetic=DEFAULT, share_from=99)
-    forced_too = settled(forced, tuning)
+    forced = EngineSettings("m", 0, 0, threads=7, prefill_chunk=48, numerics=DEFAULT, share_from=99)
+    forced_too = resolved(forced, tuning)
     assert (forced_too.threads, forced_too.prefill_chunk) == (7, 48)
-    assert (forced_too.arithmetic, forced_too.share_from) == (DEFAULT, 99)
-    default = settled(EngineSettings("m", 0, 0), None)
-    assert (default.arithmetic, default.prefill_chunk, default.share_from) == (DEFAULT, 64, 256)
+    assert (forced_too.numerics, forced_too.share_from) == (DEFAULT, 99)
+    default = resolved(EngineSettings("m", 0, 0), None)
+    assert (default.numerics, default.prefill_chunk, default.share_from) == (DEFAULT, 64, 256)
     assert default.threads > 0

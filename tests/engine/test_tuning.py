@@ -25,7 +25,7 @@ from headstart.engine.tuning.measure import measure
 from headstart.engine.tuning.resolve import find_tuning
 from headstart.numerics import DEFAULT, Numerics
 from headstart.protocol import EngineSettings
-from headstart.service.models.cache_fit import arithmetic_of
+from headstart.service.models.cache_fit import numerics_of
 from headstart.service.models.tuning_store import Key, Tunings
 from headstart.service.service import Service
 
@@ -178,7 +178,7 @@ def test_every_difference_of_fingerprints_has_words() -> None:
 
 def test_agreeing_to_one_arithmetic_ends_the_agreement_to_another(tmp_path: Path) -> None:
     tunings, key = Tunings(tmp_path), Key.here("w", "toy", 0)
-    converted = msgspec.structs.replace(TOY, arithmetic=CONVERTED)
+    converted = msgspec.structs.replace(TOY, numerics=CONVERTED)
     tunings.put(key, TOY)
     tunings.put(key, converted, agreed=True)
     tunings.put(key, msgspec.structs.replace(converted, share_from=5))
@@ -187,7 +187,7 @@ def test_agreeing_to_one_arithmetic_ends_the_agreement_to_another(tmp_path: Path
     assert found
     assert found.share_from == 5
     tunings.put(key, TOY, agreed=True)
-    assert [(known.tuning.arithmetic, known.agreed) for known in tunings.all()] == [
+    assert [(known.tuning.numerics, known.agreed) for known in tunings.all()] == [
         (CONVERTED, False),
         (DEFAULT, True),
     ]
@@ -196,14 +196,14 @@ def test_agreeing_to_one_arithmetic_ends_the_agreement_to_another(tmp_path: Path
 def test_what_was_measured_under_a_setting_is_not_taken_for_the_best_without_it(tmp_path: Path) -> None:
     tunings, key = Tunings(tmp_path), Key.here("w", "toy", 0)
     ranking = [CONVERTED, Numerics(True, "q8_0"), Numerics(True, "file"), DEFAULT]
-    best = msgspec.structs.replace(TOY, arithmetic=CONVERTED, ranking=ranking)
+    best = msgspec.structs.replace(TOY, numerics=CONVERTED, ranking=ranking)
     tunings.put(key, best)
-    tunings.put(key, msgspec.structs.replace(best, arithmetic=ranking[2]))
+    tunings.put(key, msgspec.structs.replace(best, numerics=ranking[2]))
     assert tunings.find(key, Numerics()) == best
     assert tunings.find(key, Numerics(flash_attention=True)) is None
     found = tunings.find(key, Numerics(True, "file"))
     assert found
-    assert found.arithmetic == ranking[2]
+    assert found.numerics == ranking[2]
 
 
 async def test_converted_weights_are_part_of_a_state_and_those_of_the_file_are_not_named(
@@ -242,9 +242,9 @@ def test_most_caches_of_these_weights_decide() -> None:
 
     old, new = entry("w", flash_attention="off"), entry("w", flash_attention="off", weights="q8_0")
     others = [entry("x", flash_attention="on")] * 5
-    assert arithmetic_of([old, new, new, *others], "w") == CONVERTED
-    assert arithmetic_of([new, old, *others], "w") == DEFAULT
-    assert arithmetic_of(others, "w") == Numerics()
+    assert numerics_of([old, new, new, *others], "w") == CONVERTED
+    assert numerics_of([new, old, *others], "w") == DEFAULT
+    assert numerics_of(others, "w") == Numerics()
 
 
 def test_states_of_other_weights_are_built_again_and_the_answer_says_why(start_server: StartServer) -> None:
@@ -407,6 +407,13 @@ async def test_measuring_again_keeps_the_weights_of_caches_unless_agreed(tmp_pat
     assert in_force(model)["weights"] == ("file", "agreed to")
 
 
+def test_a_tuning_names_its_numerics_as_existing_files_do() -> None:
+    record = msgspec.json.decode(msgspec.json.encode(TOY))
+    assert record["arithmetic"] == {"flash_attention": False, "weights": "file"}
+    assert "numerics" not in record
+    assert msgspec.convert(record, type(TOY)) == TOY
+
+
 def test_the_engine_is_named_as_states_name_it() -> None:
     kind = engine_kind("toy:")
     assert kind.load(EngineSettings("toy:", 1, 0, 1, 16)).info.engine == kind.version()
@@ -425,7 +432,7 @@ def test_a_real_model_is_measured_in_sane_figures() -> None:
     assert tuning.token_ms + 1024 * tuning.attend_ms > 0
     assert tuning.attend_ms >= 0
     assert tuning.share_from % 64 == 0
-    assert tuning.ranking[0] == tuning.arithmetic
+    assert tuning.ranking[0] == tuning.numerics
     assert len(tuning.measured) >= 10
     assert all(ms > 0 for ms in tuning.measured.values())
 

@@ -55,11 +55,11 @@ class FakeTrial:
 
     def save(self, seq: int) -> Any:
         assert not self.closed
-        return self.held[seq], self.shape.arithmetic.flash_attention
+        return self.held[seq], self.shape.numerics.flash_attention
 
     def restore(self, seq: int, state: Any) -> None:
         self.held[seq], flash_attention = state
-        assert flash_attention == self.shape.arithmetic.flash_attention
+        assert flash_attention == self.shape.numerics.flash_attention
         self.owner.restored += 1
 
     def close(self) -> None:

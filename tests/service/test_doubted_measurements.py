@@ -24,7 +24,7 @@ from headstart.engine.tuning import machine_load
 from headstart.engine.tuning.constant import TOY
 from headstart.engine.tuning.machine_load import Spent, Watch
 from headstart.engine.tuning.measure import measure
-from headstart.engine.tuning.resolve import settled
+from headstart.engine.tuning.resolve import resolved
 from headstart.numerics import DEFAULT, MOST_TRIES, Numerics, Tuning, preferred
 from headstart.protocol import EngineSettings
 from headstart.service.models.tuning_store import Key, Tunings
@@ -39,7 +39,7 @@ PROMPT = "You keep the lighthouse. " * 20
 
 def cost(shape: TrialShape, threads: int, n: int, depth: int) -> float:
     """Flash attention costs a fifth more."""
-    return (6.0 + n * (4.0 + depth * 0.002)) * (1.2 if shape.arithmetic.flash_attention else 1)
+    return (6.0 + n * (4.0 + depth * 0.002)) * (1.2 if shape.numerics.flash_attention else 1)
 
 
 class Bursts(Calm):
@@ -112,12 +112,12 @@ def test_a_machine_that_tells_nothing_is_no_doubt(tmp_path: Path, monkeypatch: p
 
 
 def test_what_is_in_doubt_is_not_run_with_until_there_were_five_tries() -> None:
-    doubted = msgspec.structs.replace(TOY, threads=3, ubatch=16, arithmetic=ATTENTION, doubts={"a": "b"})
-    safe = settled(MODEL, doubted)
-    assert safe == settled(MODEL, None)
-    assert (safe.arithmetic, safe.prefill_chunk) == (DEFAULT, 64)
+    doubted = msgspec.structs.replace(TOY, threads=3, ubatch=16, numerics=ATTENTION, doubts={"a": "b"})
+    safe = resolved(MODEL, doubted)
+    assert safe == resolved(MODEL, None)
+    assert (safe.numerics, safe.prefill_chunk) == (DEFAULT, 64)
     last = msgspec.structs.replace(doubted, tries=MOST_TRIES)
-    assert settled(MODEL, last).arithmetic == ATTENTION
+    assert resolved(MODEL, last).numerics == ATTENTION
     assert not last.is_sure
 
 
@@ -126,7 +126,7 @@ def test_after_five_tries_the_best_figures_of_all_count() -> None:
     hurt = 0
 
     def one_hurt(shape: TrialShape, threads: int, n: int, depth: int) -> float:
-        without = not shape.arithmetic.flash_attention
+        without = not shape.numerics.flash_attention
         return cost(shape, threads, n, depth) * (2.0 if hurt != 1 and without else 1.0)
 
     tuning: Tuning | None = None
@@ -135,7 +135,7 @@ def test_after_five_tries_the_best_figures_of_all_count() -> None:
         tuning = measure(msgspec.structs.replace(MODEL, tried=tuning), trials)
         assert tuning.tries == hurt + 1
         assert tuning.counts == (tuning.tries == MOST_TRIES)
-        assert tuning.arithmetic == (ATTENTION if hurt == 0 else DEFAULT)
+        assert tuning.numerics == (ATTENTION if hurt == 0 else DEFAULT)
     assert tuning
     assert tuning.doubts
 
@@ -150,11 +150,11 @@ def test_a_try_that_agrees_with_itself_counts_alone() -> None:
 @pytest.mark.parametrize(("factor", "chosen"), [(1.05, ATTENTION), (1.2, DEFAULT)])
 def test_caches_keep_their_arithmetic_unless_another_saves_a_tenth(factor: float, chosen: Numerics) -> None:
     def slower(shape: TrialShape, threads: int, n: int, depth: int) -> float:
-        return (6.0 + n * 4.0) * (factor if shape.arithmetic.flash_attention else 1)
+        return (6.0 + n * 4.0) * (factor if shape.numerics.flash_attention else 1)
 
     asked = msgspec.structs.replace(MODEL, kept=ATTENTION)
     tuning = measure(asked, FakeTrials(slower))
-    assert tuning.arithmetic == chosen
+    assert tuning.numerics == chosen
     assert tuning.ranking[0] == DEFAULT
     assert preferred({DEFAULT: 90.0, ATTENTION: 100.0}, Numerics(), ATTENTION) == DEFAULT
 

@@ -14,7 +14,7 @@ from headstart.caches.files import sha256_of
 from headstart.config.settings import Settings
 from headstart.engine.kinds import engine_kind
 from headstart.engine.model import ModelError
-from headstart.engine.tuning.resolve import measure_apart, settled
+from headstart.engine.tuning.resolve import measure_apart, resolved
 from headstart.engine.worker_process import worker_environment
 from headstart.errors import StartupError
 from headstart.numerics import Numerics
@@ -42,34 +42,34 @@ class OfflineModel:
 
     @property
     def in_force(self) -> EngineSettings:
-        return settled(self.plan.settings, self.plan.settings.tuning)
+        return resolved(self.plan.settings, self.plan.settings.tuning)
 
-    def misfits(self, arithmetic: Numerics) -> dict[str, list[str]]:
+    def misfits(self, numerics: Numerics) -> dict[str, list[str]]:
         """Names of caches that don't fit with it, by reason. It is all of a state's settings that can be
         set."""
         found: dict[str, list[str]] = {}
         for entry in self.entries:
-            for reason, names in misfits([entry], self.fingerprint(entry, arithmetic)).items():
+            for reason, names in misfits([entry], self.fingerprint(entry, numerics)).items():
                 found.setdefault(reason, []).extend(names)
         return found
 
-    def fingerprint(self, entry: Entry, arithmetic: Numerics) -> Fingerprint:
+    def fingerprint(self, entry: Entry, numerics: Numerics) -> Fingerprint:
         """The fingerprint of states computed with this model; what only the engine knows is the entry's."""
         if not engine_kind(self.path).tunable:
             # Which release computes, and with what context, only its library can say.
             return replace(entry.fingerprint, weights=self.weights, template=self.template)
-        others = {k: v for k, v in entry.fingerprint.settings.items() if k not in arithmetic.shown()}
-        return Fingerprint(self.weights, self.plan.key.engine, others | arithmetic.kept(), self.template)
+        others = {k: v for k, v in entry.fingerprint.settings.items() if k not in numerics.shown()}
+        return Fingerprint(self.weights, self.plan.key.engine, others | numerics.kept(), self.template)
 
     def measure(self, say: Notify, *, agree: bool) -> None:
-        """Measures again; says which caches don't fit what was found, then remembers it. The arithmetic that
-        caches have is kept unless `agree`. Raises StartupError."""
+        """Measures again; says which caches don't fit what was found, then remembers it. The numerics that
+        caches have are kept unless `agree`. Raises StartupError."""
         if not engine_kind(self.path).tunable:
             say(f"{self.name} runs on the NPU: there is nothing to measure.")
             return
         asked = replace(self.plan.settings, tuning=None, tried=self.tunings.doubted(self.plan.key))
         if agree:
-            asked = replace(asked, arithmetic=self.plan.given)
+            asked = replace(asked, numerics=self.plan.given)
         try:
             tuning = measure_apart(asked, env=worker_environment())
         except ModelError as error:
@@ -80,10 +80,10 @@ class OfflineModel:
             return
         preferred = self.plan.kept_back(tuning)
         if preferred:
-            say(kept_back(self.name, tuning.arithmetic, preferred))
+            say(kept_back(self.name, tuning.numerics, preferred))
             for warning in warnings(self.name, self.misfits(preferred)):
                 say(f"If it were changed: {warning}")
-        for warning in warnings(self.name, self.misfits(tuning.arithmetic)):
+        for warning in warnings(self.name, self.misfits(tuning.numerics)):
             say(warning)
         self.tunings.put(self.plan.key, tuning, agreed=agree and not self.plan.given.is_whole)
 

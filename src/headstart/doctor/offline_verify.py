@@ -43,17 +43,17 @@ class _Inspector:
         except (Corrupt, OSError) as error:
             return judged(entry, "corrupt", str(error))
         if entry.model not in self._models:
-            self._models[entry.model] = self._patient(entry.model)
+            self._models[entry.model] = self._model(entry.model)
         model = self._models[entry.model]
         if isinstance(model, str):
             return Verdict(entry.name, entry.model, "ok", detail=model)
-        now = model.fingerprint(entry, model.in_force.arithmetic)
+        now = model.fingerprint(entry, model.in_force.numerics)
         miss = now.changed_since(entry.fingerprint)
         if miss is None and not entry.forms:
             miss = "too_short"
         return judged(entry, miss, now.differences(entry.fingerprint))
 
-    def _patient(self, model: str) -> OfflineModel | str:
+    def _model(self, model: str) -> OfflineModel | str:
         """Or why there is none."""
         path = self.settings.model_paths.get(model)
         if path is None:

@@ -154,7 +154,7 @@ def _examine_model(
         return ModelReport(name, path, size, problem=str(error))
     tuning = model.plan.settings.tuning
     preferred = model.plan.kept_back(tuning) if tuning else None
-    misfits = model.misfits(model.in_force.arithmetic)
+    misfits = model.misfits(model.in_force.numerics)
     return ModelReport(
         name,
         path,
@@ -166,7 +166,7 @@ def _examine_model(
         fitting=len(entries) - sum(map(len, misfits.values())),
         misfits=misfits,
         notes=[
-            *([kept_back(name, tuning.arithmetic, preferred)] if tuning and preferred else []),
+            *([kept_back(name, tuning.numerics, preferred)] if tuning and preferred else []),
             *([doubted(name, model.plan.doubted)] if model.plan.doubted else []),
             *([UNTOLD.format(name=name)] if tuning and not tuning.tries else []),
         ],
@@ -187,7 +187,7 @@ def _in_force(settings: Settings, flags: Mapping[str, Any], plan: Plan, now: Eng
         shown = npu_settings(now.path, settings)
         return [InForce(name, value, origin(settings, name, flags)) for name, value in shown.items()]
     values: dict[str, str] = {
-        **now.arithmetic.shown(),
+        **now.numerics.shown(),
         "threads": str(now.threads),
         "prefill_chunk": str(now.prefill_chunk),
         "share_from": str(now.share_from) if now.share_from else "never",

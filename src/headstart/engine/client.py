@@ -112,7 +112,7 @@ class EngineClient:
         self._next_id = 1
         self._requests: dict[int, Running] = {}
         self._writer: asyncio.StreamWriter | None = None
-        self._settled = asyncio.Event()
+        self._load_ended = asyncio.Event()
         self._supervisor: asyncio.Task[None] | None = None
 
     @property
@@ -122,18 +122,18 @@ class EngineClient:
     def start(self) -> None:
         """Runs a worker from now on, until `close`."""
         self.state, self.failure, self.out_of_memory = "loading", "", False
-        self._settled.clear()
+        self._load_ended.clear()
         self._supervisor = asyncio.create_task(self._supervise(), name=f"engine {self.name}")
 
     def fail(self, reason: str) -> None:
         """Marks the model as failed without starting a worker; `start` can still be called."""
         self.state, self.failure = "failed", reason
-        self._settled.set()
+        self._load_ended.set()
 
     async def wait_ready(self) -> ModelInfo:
         """Returns when the model is loaded. Raises StartupError if it can't be loaded or was closed,
         OutOfMemory if `within_memory` is set and memory is short."""
-        await self._settled.wait()
+        await self._load_ended.wait()
         if self.out_of_memory:
             raise OutOfMemory(self.failure)
         if self.info is None or self.state in ("failed", "available"):
@@ -150,7 +150,7 @@ class EngineClient:
                 await asyncio.wait([supervisor])
             await self.launcher.discard()
         finally:
-            self._settled.set()
+            self._load_ended.set()
 
     def check_available(self) -> None:
         """Raises Unavailable if a request would not be accepted now."""
@@ -217,7 +217,7 @@ class EngineClient:
             loaded = loaded or was_ready
             if not was_ready and (not loaded or failures >= len(RESTART_SECONDS)):
                 self.state = "failed"
-                self._settled.set()
+                self._load_ended.set()
                 return
             self.state = "loading"
             await asyncio.sleep(RESTART_SECONDS[failures])
@@ -252,7 +252,7 @@ class EngineClient:
                 self.info, self.state, self.failure = info, "ready", ""
                 # A worker that replaces this one need not measure again.
                 self.settings = msgspec.structs.replace(self.settings, tuning=tuning)
-                self._settled.set()
+                self._load_ended.set()
                 return True
             case LoadFailed(message=reason, out_of_memory=out_of_memory):
                 self.failure, self.out_of_memory = reason, out_of_memory

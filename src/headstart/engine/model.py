@@ -103,7 +103,7 @@ class Model(Protocol):
         """Fills a cleared sequence with the first `n_tokens` tokens of another; False, leaving unknown
         values, if that is impossible. Within the pool both then use the same cells."""
 
-    def settle(self, seq: int) -> None:
+    def relocate(self, seq: int) -> None:
         """Moves the sequence's cells to where a restore of its state would place them, so that later tokens
         are computed in the same order. Raises ModelError, leaving unknown values."""
 

@@ -29,7 +29,7 @@ class TrialShape:
     streams: bool
     batch: int
     threads: int
-    arithmetic: Numerics
+    numerics: Numerics
 
 
 class Trial(Protocol):

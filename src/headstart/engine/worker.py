@@ -18,7 +18,7 @@ from functools import partial
 from headstart.channel import Frames, frame
 from headstart.engine.kinds import engine_kind
 from headstart.engine.model import ModelError, TooLarge
-from headstart.engine.tuning.resolve import find_tuning, settled
+from headstart.engine.tuning.resolve import find_tuning, resolved
 from headstart.engine.worker_engine import WorkerEngine
 from headstart.protocol import Begin, Command, EngineSettings, LoadFailed, Ready, Step, WorkerMessage
 
@@ -37,7 +37,7 @@ class Worker:
         wake = partial(os.write, wake_writer, b"w")
         tuning = find_tuning(settings, channel)
         kind = engine_kind(settings.path)
-        self.engine: WorkerEngine = kind.open(settled(settings, tuning), wake)
+        self.engine: WorkerEngine = kind.open(resolved(settings, tuning), wake)
         self.send(Ready(self.engine.info, tuning))
 
     def _settings(self) -> EngineSettings:

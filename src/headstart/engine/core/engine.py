@@ -187,7 +187,7 @@ class CoreEngine:
         self.scheduler.served(work)
         for row, (sequence, piece) in enumerate(work):
             self._advance(sequence, len(piece.tokens))
-            if sequence.computed == sequence.request.boundary and not self._settle(sequence):
+            if sequence.computed == sequence.request.boundary and not self._relocate(sequence):
                 continue
             if piece.sample:
                 self._sample(sequence, row)
@@ -206,13 +206,13 @@ class CoreEngine:
         if sequence.request.save_to:
             self.events.append(Progress(sequence.request.id, sequence.computed, sequence.n_prompt))
 
-    def _settle(self, sequence: Sequence) -> bool:
+    def _relocate(self, sequence: Sequence) -> bool:
         """At the boundary, moves a state that can only be used whole to where a restore would place it:
         computed cells of a window may lie elsewhere. False: the sequence has failed."""
         assert sequence.slot is not None
         try:
             if not self.model.info.can_cut:
-                self.model.settle(sequence.slot.id)
+                self.model.relocate(sequence.slot.id)
         except ModelError as error:
             self._fail(sequence, str(error))
             return False

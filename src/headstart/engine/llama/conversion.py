@@ -65,12 +65,12 @@ class Format:
 
 def weights_path(settings: EngineSettings) -> str:
     """The file to compute with; converts it first if necessary. Raises ModelError."""
-    return settings.path if settings.arithmetic.weights != "q8_0" else _converted(settings)
+    return settings.path if settings.numerics.weights != "q8_0" else _converted(settings)
 
 
 def weights_to_try(settings: EngineSettings) -> dict[Weights, str]:
     """The files to measure, the model's own first. Raises ModelError."""
-    wanted = settings.arithmetic.weights == "q8_0"
+    wanted = settings.numerics.weights == "q8_0"
     worth_trying = Format.of(settings.path).is_worth_trying
     files: dict[Weights, str] = {}
     if worth_trying or not wanted:

@@ -77,7 +77,7 @@ class LlamaModel:
             streams=streams,
             batch=_step_tokens(settings) + self.slots,
             threads=settings.threads or available_cpus(),
-            flash_attention=bool(settings.arithmetic.flash_attention),
+            flash_attention=bool(settings.numerics.flash_attention),
         )
         return LlamaContext(self.model, shape)
 
@@ -119,7 +119,7 @@ class LlamaModel:
     def _info(self, settings: EngineSettings, *, converted: bool) -> ModelInfo:
         # Recurrent layers have a state of their own, whose size llama.cpp doesn't report in advance.
         attends = not (lib.llama_model_is_recurrent(self.model) or lib.llama_model_is_hybrid(self.model))
-        kept = settings.arithmetic.kept() | {"kv_type": "f16"}
+        kept = settings.numerics.kept() | {"kv_type": "f16"}
         if not converted:
             # A file that is Q8_0 already is used as it is.
             kept.pop("weights", None)
@@ -184,7 +184,7 @@ class LlamaModel:
             return True
         return here.restore(number, *there.save(other)) and here.cut(number, n_tokens)
 
-    def settle(self, seq: int) -> None:
+    def relocate(self, seq: int) -> None:
         context, number = self._place(seq)
         state = context.save(number)
         context.clear(number)

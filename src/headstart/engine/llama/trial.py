@@ -41,8 +41,8 @@ class LlamaTrials:
         return [token for token in chosen if not lib.llama_vocab_is_control(vocab, token)] or chosen
 
     def trial(self, shape: TrialShape) -> LlamaTrial:
-        assert shape.arithmetic.weights
-        model = self.models[shape.arithmetic.weights]
+        assert shape.numerics.weights
+        model = self.models[shape.numerics.weights]
         return LlamaTrial(model, shape, self.words)
 
     def close(self) -> None:
@@ -63,7 +63,7 @@ class LlamaTrial:
                 streams=shape.streams,
                 batch=shape.batch,
                 threads=shape.threads,
-                flash_attention=bool(shape.arithmetic.flash_attention),
+                flash_attention=bool(shape.numerics.flash_attention),
             ),
         )
 

@@ -14,7 +14,7 @@ from headstart.toyspec import ToySpec
 DEFAULT_CHUNK = 64
 DEFAULT_SHARE_FROM = 256
 TOY = Tuning(
-    arithmetic=DEFAULT,
+    numerics=DEFAULT,
     threads=1,
     ubatch=DEFAULT_CHUNK,
     pass_ms=0.0,
@@ -30,8 +30,8 @@ TOY = Tuning(
 
 def embedder_tuning(settings: EngineSettings) -> Tuning:
     """The tuning of a model that only makes embeddings: only generation is measured."""
-    chosen = settings.arithmetic.or_else(DEFAULT)
-    return msgspec.structs.replace(TOY, arithmetic=chosen, threads=available_cpus())
+    chosen = settings.numerics.or_else(DEFAULT)
+    return msgspec.structs.replace(TOY, numerics=chosen, threads=available_cpus())
 
 
 def toy_tuning(settings: EngineSettings) -> Tuning:
@@ -42,7 +42,7 @@ def toy_tuning(settings: EngineSettings) -> Tuning:
     hits = dict(zip(ranking, TOY.hits, strict=True))
     return msgspec.structs.replace(
         TOY,
-        arithmetic=preferred(hits, settings.arithmetic, settings.kept),
+        numerics=preferred(hits, settings.numerics, settings.kept),
         ranking=ranking,
         hits=[*hits.values()],
         tries=tries,

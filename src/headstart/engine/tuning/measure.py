@@ -52,7 +52,7 @@ def measure(
     settings: EngineSettings, open_trials: Callable[[EngineSettings], Trials] | None = None
 ) -> Tuning:
     """Measures a model, in about 15 seconds for a small one. `threads` (unless 0) and the choices in
-    `arithmetic` that are not open are fixed; other numerics are measured all the same. Raises ModelError."""
+    `numerics` that are not open are fixed; other numerics are measured all the same. Raises ModelError."""
     trials = (open_trials or _llama_trials)(settings)
     try:
         with ExitStack() as stack:
@@ -72,7 +72,7 @@ class Measurement:
 
     def __init__(self, trials: Trials, stack: ExitStack, settings: EngineSettings) -> None:
         self.trials, self.stack = trials, stack
-        self.threads, self.allowed, self.kept = settings.threads, settings.arithmetic, settings.kept
+        self.threads, self.allowed, self.kept = settings.threads, settings.numerics, settings.kept
         tried = settings.tried
         self.tries, self.tried = (tried.tries, tried.measured) if tried else (0, {})
         # The results of earlier tries are comparable at the same depth only.
@@ -97,7 +97,7 @@ class Measurement:
         ubatch, samples = self._time_prefill(bench, depth)
         samples += [Sample(n, depth + n, ms) for n, ms in hits[chosen].items()]
         return Tuning(
-            arithmetic=chosen,
+            numerics=chosen,
             threads=threads,
             ubatch=ubatch,
             **fit(samples)._asdict(),
@@ -205,7 +205,7 @@ class Measurement:
         sizes = [n for n in UBATCHES if n == UBATCHES[0] or first * n / UBATCHES[0] <= CALL_MS]
         actions = {(depth, n): bench.timing(n) for n in sizes}
         actions |= {(0, n): bench.timing(n, [1]) for n in (1, *sizes[:3])}
-        suffix = f" at once{self._with(bench.shape.arithmetic)}"
+        suffix = f" at once{self._with(bench.shape.numerics)}"
         names = {(start, n): f"{_tokens(n)} after {start}{suffix}" for start, n in actions}
         times = self._times(actions, names, UBATCH_MS)
         speeds = {n: n / times[depth, n] for n in sizes}
@@ -219,7 +219,7 @@ class Measurement:
         bench.trial.close()
         seqs = range(LAYOUT_SEQUENCES)
         benches = {
-            (start, shared): self._layout(state, start, shared, threads, bench.shape.arithmetic)
+            (start, shared): self._layout(state, start, shared, threads, bench.shape.numerics)
             for start in (0, depth)
             for shared in (False, True)
         }
@@ -227,12 +227,12 @@ class Measurement:
             prepared.time(1, seqs)
         actions = {key: layout.timing(1, seqs) for key, layout in benches.items()}
         each = {True: "sharing their prefix", False: "each with its own"}
-        suffix, sequences = self._with(bench.shape.arithmetic), f"1 token each of {len(seqs)} sequences"
+        suffix, sequences = self._with(bench.shape.numerics), f"1 token each of {len(seqs)} sequences"
         names = {(n, shared): f"{sequences} after {n}, {each[shared]}{suffix}" for n, shared in actions}
         return break_even(depth, self._times(actions, names, LAYOUT_MS))
 
-    def _with(self, arithmetic: Numerics) -> str:
-        shown = (f", {name.replace('_', ' ')} {value}" for name, value in arithmetic.shown().items())
+    def _with(self, numerics: Numerics) -> str:
+        shown = (f", {name.replace('_', ' ')} {value}" for name, value in numerics.shown().items())
         return "".join(shown) + self.suffix
 
     def _layout(self, state: Any, depth: int, shared: bool, threads: int, chosen: Numerics) -> Bench:
@@ -287,7 +287,7 @@ def main() -> None:
     logging.basicConfig(level=os.environ.get("HEADSTART_LOG_LEVEL", "WARNING").upper())
     settings = msgspec.json.decode(sys.argv[1], type=EngineSettings)
     tuning = measure(settings)
-    if tuning.counts and tuning.arithmetic.weights == "file":
+    if tuning.counts and tuning.numerics.weights == "file":
         with suppress(OSError):
             discard(settings.conversions)
     sys.stdout.buffer.write(msgspec.json.encode(tuning))

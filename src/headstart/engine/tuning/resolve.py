@@ -18,7 +18,7 @@ from headstart.protocol import EngineSettings
 log = logging.getLogger(__name__)
 
 
-def settled(settings: EngineSettings, tuning: Tuning | None) -> EngineSettings:
+def resolved(settings: EngineSettings, tuning: Tuning | None) -> EngineSettings:
     """The settings with nothing left open. A tuning that doesn't count is not used."""
     tuning = tuning if tuning and tuning.counts else None
     share_from = settings.share_from
@@ -28,7 +28,7 @@ def settled(settings: EngineSettings, tuning: Tuning | None) -> EngineSettings:
         settings,
         threads=settings.threads or (tuning.threads if tuning else available_cpus()),
         prefill_chunk=settings.prefill_chunk or (tuning.ubatch if tuning else DEFAULT_CHUNK),
-        arithmetic=settings.arithmetic.or_else(tuning.arithmetic if tuning else DEFAULT),
+        numerics=settings.numerics.or_else(tuning.numerics if tuning else DEFAULT),
         share_from=share_from,
         tuning=tuning,
     )

@@ -106,13 +106,13 @@ class Remeasuring:
         tuning = await self._measured(asked)
         if tuning is None:
             return
-        changes = asked.kept.is_whole and tuning.counts and tuning.arithmetic != asked.kept
+        changes = asked.kept.is_whole and tuning.counts and tuning.numerics != asked.kept
         self._tunings.put(plan.key, tuning, overrides=changes)
         if not tuning.counts:
             log.warning(doubted(model.name, tuning))
             return
         self._fitted.discard(model.name)
-        n_caches = len(self._unfit(model, tuning.arithmetic)) if changes else 0
+        n_caches = len(self._unfit(model, tuning.numerics)) if changes else 0
         self.say(measured_again(model.name, tuning, n_caches))
         try:
             await self.models.reload(model)
@@ -154,12 +154,12 @@ class Remeasuring:
                 async with self.models.use(model.seen_by(entry.owner)) as used:
                     await self.caching.rebuilt(used, entry)
 
-    def _unfit(self, model: ServedModel, arithmetic: Numerics) -> list[Entry]:
+    def _unfit(self, model: ServedModel, numerics: Numerics) -> list[Entry]:
         """Caches with states that are worth rebuilding; those of responses aren't."""
         return [
             entry
             for entry in model.entries(self.store)
             if entry.forms
             and entry.origin != "response"
-            and Numerics.of(entry.fingerprint.settings) != arithmetic
+            and Numerics.of(entry.fingerprint.settings) != numerics
         ]

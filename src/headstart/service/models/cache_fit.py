@@ -50,7 +50,7 @@ def measured_again(model: str, tuning: Tuning, n_caches: int) -> str:
     """Notice that a repeated measurement is used."""
     sure = "what was found is sure" if tuning.is_sure else "the best figures of all tries count, unsure"
     caches = f" {_caches(n_caches)} of it are computed again." if n_caches else ""
-    shown = tuning.arithmetic.shown()
+    shown = tuning.numerics.shown()
     return f"{model} was measured again, and {sure}: it runs with {_values(shown, list(shown))}.{caches}"
 
 
@@ -58,11 +58,11 @@ def _values(shown: Mapping[str, str], names: Sequence[str]) -> str:
     return " and ".join(f"{name.replace('_', ' ')} {shown[name]}" for name in names)
 
 
-def arithmetic_of(entries: Iterable[Entry], weights: str) -> Numerics:
+def numerics_of(entries: Iterable[Entry], weights: str) -> Numerics:
     """The numerics of most caches of these weights; all unset if there are none."""
     prints = [entry.fingerprint for entry in entries if entry.fingerprint.weights == weights]
     found = Counter(Numerics.of(fingerprint.settings) for fingerprint in prints)
-    whole = [arithmetic for arithmetic in found if arithmetic.is_whole]
+    whole = [numerics for numerics in found if numerics.is_whole]
     return max(whole, key=lambda one: (found[one], one == DEFAULT), default=Numerics())
 
 

@@ -101,7 +101,7 @@ class ServedModel:
             tunings.put(plan.key, tuning)
             preferred = plan.kept_back(tuning)
             if preferred and tuning.counts:
-                say(kept_back(self.name, tuning.arithmetic, preferred))
+                say(kept_back(self.name, tuning.numerics, preferred))
         suspect = tuning if plan.measures and tuning and not tuning.counts else plan.doubted
         if suspect:
             say(doubted(self.name, suspect))

@@ -15,7 +15,7 @@ from headstart.engine.converted_weights import conversions_of
 from headstart.engine.kinds import engine_kind
 from headstart.numerics import DEFAULT, Numerics, Tuning
 from headstart.protocol import EngineSettings, RkllmSettings, Sampling
-from headstart.service.models.cache_fit import arithmetic_of
+from headstart.service.models.cache_fit import numerics_of
 from headstart.service.models.tuning_store import Key, Tunings
 
 # The source of a part of the numerics. set: configured; caches: that of existing caches; agreed: the user
@@ -47,7 +47,7 @@ class Plan:
         """The numerics that measuring prefers but that existing caches wouldn't fit; None if nothing is kept
         back."""
         preferred = tuning.best(self.given)
-        return preferred if "caches" in self.why.values() and preferred != tuning.arithmetic else None
+        return preferred if "caches" in self.why.values() and preferred != tuning.numerics else None
 
 
 def make_plan(
@@ -66,7 +66,7 @@ def make_plan(
     sources: list[tuple[Why, Numerics]] = [
         *fixed,
         ("measured", overriding or Numerics()),
-        ("caches", arithmetic_of(entries, weights)),
+        ("caches", numerics_of(entries, weights)),
     ]
     wanted = _joined(sources)
     tuning = tunings.find(key, wanted) if settings.tune else None
@@ -78,7 +78,7 @@ def make_plan(
     }
     asked = replace(
         engine_settings(path, settings),
-        arithmetic=wanted,
+        numerics=wanted,
         tuning=tuning,
         tune=settings.tune and doubted is None,
         conversions=conversions_of(weights, settings.cache_dir),
@@ -87,7 +87,7 @@ def make_plan(
     if doubted or (tuning and not tuning.is_final):
         kept = wanted.or_else(DEFAULT) if "caches" in why.values() else Numerics()
         tried = tunings.doubted(key)
-        again = replace(asked, tune=True, tuning=None, arithmetic=_joined(fixed), kept=kept, tried=tried)
+        again = replace(asked, tune=True, tuning=None, numerics=_joined(fixed), kept=kept, tried=tried)
     return Plan(key, asked, given, why, doubted, again, overrides=overriding is not None)
 
 

@@ -114,12 +114,12 @@ class Tunings:
     def overriding(self, key: Key) -> Numerics | None:
         """The numerics that caches are rebuilt with because a reliable repeated measurement chose them."""
         found = (known for known in self.known() if known.key == key and known.overrides)
-        return next((known.tuning.arithmetic for known in found), None)
+        return next((known.tuning.numerics for known in found), None)
 
     def agreed(self, key: Key) -> Numerics | None:
         """The numerics that the user agreed to."""
         agreed = (known for known in self.known() if known.key == key and known.agreed)
-        return next((known.tuning.arithmetic for known in agreed), None)
+        return next((known.tuning.numerics for known in agreed), None)
 
     def put(self, key: Key, tuning: Tuning, *, agreed: bool = False, overrides: bool = False) -> None:
         """Replaces the measurement with this key and numerics, and unreliable ones of this key. Agreeing to
@@ -134,7 +134,7 @@ class Tunings:
         for known in content.tunings:
             if known.key != key:
                 kept.append(known)
-            elif known.tuning.arithmetic == tuning.arithmetic:
+            elif known.tuning.numerics == tuning.numerics:
                 agreed, overrides = agreed or known.agreed, overrides or known.overrides
             elif known.tuning.is_final or known.agreed:
                 mine = {"agreed": known.agreed and not agreed, "overrides": known.overrides and not overrides}
@@ -169,14 +169,14 @@ def _bytes_of(path: Path) -> bytes:
 
 def _is_choice(tuning: Tuning, wanted: Numerics) -> bool:
     """Whether it was measured with the requested numerics, and with no more threads than CPUs."""
-    fits = wanted.allows(tuning.arithmetic) and tuning.threads <= available_cpus()
+    fits = wanted.allows(tuning.numerics) and tuning.threads <= available_cpus()
     # Measuring may have stayed with the numerics of the caches where little was to be gained.
-    return fits and tuning.arithmetic == tuning.best(wanted)
+    return fits and tuning.numerics == tuning.best(wanted)
 
 
 def _fault(tuning: Tuning) -> str:
     """The inconsistency between its values; "" for none."""
-    if not all(tried.is_whole for tried in (tuning.arithmetic, *tuning.ranking)):
+    if not all(tried.is_whole for tried in (tuning.numerics, *tuning.ranking)):
         return "an arithmetic that is not whole"
     if tuning.hits and len(tuning.hits) != len(tuning.ranking):
         return "hits that are not those of the ranking"
