@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
 from headstart import __version__
 from headstart.api import errors
 from headstart.api.auth import PAGES, Keyring, Keys
+from headstart.api.dialect import Dialect
 from headstart.api.dialects import DIALECTS
 from headstart.api.http.bodies import BodyMemory, JsonBodies
 from headstart.api.middleware import Faults, PlainPaths, RequestIds, Routes
@@ -20,8 +23,9 @@ once with `POST /v1/cache/{model}`, then start chats and completions from it wit
 are accepted."""
 
 
-def create_app(service: Service) -> FastAPI:
-    """Raises StartupError for an API key that can't be read."""
+def create_app(service: Service, dialects: Sequence[Dialect] = DIALECTS) -> FastAPI:
+    """Serves `dialects`, in this order in /openapi.json. Raises StartupError for an API key that can't be
+    read."""
     app: FastAPI = FastAPIOffline(
         title="Headstart",
         version=__version__,
@@ -31,7 +35,7 @@ def create_app(service: Service) -> FastAPI:
         static_url=PAGES,
     )
     app.state.service = service
-    app.state.dialects = DIALECTS
+    app.state.dialects = dialects
     settings = service.settings
     app.add_middleware(JsonBodies, max_bytes=_bytes(settings.max_body_mb), memory=_body_memory(settings))
     # Middleware runs in reverse order: the last one added sees a request first.
@@ -40,9 +44,9 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(PlainPaths)
     app.add_middleware(Faults)
     app.add_middleware(RequestIds)
-    routers = [router for dialect in DIALECTS for router in dialect.routers]
+    routers = [router for dialect in dialects for router in dialect.routers]
     errors.install(app, routers)
-    reference.install(app, DIALECTS)
+    reference.install(app, dialects)
     for router in routers:
         app.include_router(router)
     return app
