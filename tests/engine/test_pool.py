@@ -227,16 +227,16 @@ def test_a_state_saved_with_some_slots_is_restored_with_others(llama: Model, tmp
 
 
 def test_chunks_shrink_with_depth_and_are_cut_alike_from_any_cut() -> None:
-    cuts = Chunking(64, longest_ms=100, pass_ms=5, token_ms=1, attend_ms=0.005)
+    chunking = Chunking(64, longest_ms=100, pass_ms=5, token_ms=1, attend_ms=0.005)
     whole = [0]
     while whole[-1] < 3000:
-        whole.append(cuts.end(whole[-1], 0, 3000))
+        whole.append(chunking.end(whole[-1], 0, 3000))
     sizes = [b - a for a, b in itertools.pairwise(whole)]
     assert sizes[0] > sizes[-2]
-    assert all(cuts.cost(a, b - a) <= 100 for a, b in itertools.pairwise(whole))
-    assert all(cuts.last(0, at + 1) == at for at in whole[:-2])
+    assert all(chunking.cost(a, b - a) <= 100 for a, b in itertools.pairwise(whole))
+    assert all(chunking.last(0, at + 1) == at for at in whole[:-2])
 
 
 def test_chunks_are_of_one_size_where_nothing_is_known_of_their_cost() -> None:
-    cuts = Chunking(CHUNK)
-    assert [cuts.end(at, 20, 60) for at in (0, 16, 20, 36, 52)] == [16, 20, 36, 52, 60]
+    chunking = Chunking(CHUNK)
+    assert [chunking.end(at, 20, 60) for at in (0, 16, 20, 36, 52)] == [16, 20, 36, 52, 60]

@@ -39,9 +39,9 @@ class Embeddings:
 
     The embedder is created, and takes memory, at the first request."""
 
-    def __init__(self, model: Model, cuts: Chunking) -> None:
+    def __init__(self, model: Model, chunking: Chunking) -> None:
         self.model = model
-        self.cuts = cuts
+        self.chunking = chunking
         self.jobs: deque[Job] = deque()
         self.embedder: Embedder | None = None
 
@@ -60,7 +60,7 @@ class Embeddings:
     def step(self) -> list[RequestEvent]:
         """Evaluates about one chunk's worth of tokens, and returns the resulting events."""
         events: list[RequestEvent] = []
-        n_left, ms_left = self.cuts.size(0), self.cuts.longest_ms
+        n_left, ms_left = self.chunking.size(0), self.chunking.longest_ms
         for _ in range(INPUTS_A_STEP):
             if not self.jobs or n_left <= 0 or ms_left <= 0:
                 break
@@ -74,7 +74,7 @@ class Embeddings:
                 events.append(self._failed(job, error))
                 break
             n_left -= n_tokens
-            ms_left -= self.cuts.cost(start, n_tokens)
+            ms_left -= self.chunking.cost(start, n_tokens)
         return events
 
     def _advance(self, job: Job) -> int:
@@ -83,7 +83,7 @@ class Embeddings:
         tokens, start = job.tokens, job.computed
         if start == 0:
             embedder.clear()
-        job.computed = len(tokens) if embedder.whole else self.cuts.end(start, 0, len(tokens))
+        job.computed = len(tokens) if embedder.whole else self.chunking.end(start, 0, len(tokens))
         embedder.evaluate(start, tokens[start : job.computed])
         return job.computed - start
 

@@ -46,17 +46,17 @@ class CoreEngine:
     or a sequence's state is in memory or its grammar compiled.
     """
 
-    def __init__(self, model: Model, cuts: Chunking, wake: Wake, *, share_from: int = 0) -> None:
+    def __init__(self, model: Model, chunking: Chunking, wake: Wake, *, share_from: int = 0) -> None:
         self.model = model
         self.scheduler = Scheduler(
             model.info.slots,
-            cuts,
+            chunking,
             step_tokens=model.info.step_tokens,
             can_cut=model.info.can_cut,
             pool_cells=model.info.pool_tokens,
             share_from=share_from,
         )
-        self.embeddings = Embeddings(model, cuts)
+        self.embeddings = Embeddings(model, chunking)
         self.events: list[RequestEvent] = []
         self.wake = wake
         self.writer = Writer(wake)

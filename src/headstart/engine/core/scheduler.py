@@ -28,14 +28,14 @@ class Scheduler:
     def __init__(
         self,
         n_slots: int,
-        cuts: Chunking,
+        chunking: Chunking,
         *,
         step_tokens: int,
         can_cut: bool = True,
         pool_cells: int = 0,
         share_from: int = 0,
     ) -> None:
-        self.cuts = cuts
+        self.chunking = chunking
         self.step_tokens = step_tokens
         self.can_cut = can_cut
         self.share_from = share_from
@@ -87,7 +87,7 @@ class Scheduler:
         request = sequence.request
         free = [slot for slot in self.slots if slot.sequence is None]
         keep, best = max(
-            ((reusable(slot, request, self.cuts, can_cut=self.can_cut), slot) for slot in free),
+            ((reusable(slot, request, self.chunking, can_cut=self.can_cut), slot) for slot in free),
             key=lambda choice: choice[0],
         )
         if self.pool and (actions := self._start_in_pool(self.pool, sequence, keep)):
@@ -117,7 +117,7 @@ class Scheduler:
         if request.shared is None:
             return min(origin.n_tokens, request.boundary)
         # Before both boundaries, both prefills are cut on the same grid.
-        return self.cuts.last(0, min(request.shared, request.boundary)) if self.can_cut else 0
+        return self.chunking.last(0, min(request.shared, request.boundary)) if self.can_cut else 0
 
     def _restores_whole(self, request: Submit) -> bool:
         return bool(request.restore) and self._usable(request.restore, request) == request.boundary
@@ -131,7 +131,7 @@ class Scheduler:
         if self.pool and self.pool.holds_prefix(request):
             return None
         free = (slot for slot in self.slots if slot.sequence is None)
-        held = max((reusable(slot, request, self.cuts, can_cut=self.can_cut) for slot in free), default=0)
+        held = max((reusable(slot, request, self.chunking, can_cut=self.can_cut) for slot in free), default=0)
         return request.restore if held < self._usable(request.restore, request) else None
 
     def _holder(self, request: Submit) -> Slot | None:
@@ -244,14 +244,14 @@ class Scheduler:
         return [sequence for sequence in self.running if sequence.slot and not sequence.slot.pooled]
 
     def _pieces(self, sequences: Iterable[Sequence]) -> Work:
-        return [(sequence, sequence.next_piece(self.cuts)) for sequence in sequences]
+        return [(sequence, sequence.next_piece(self.chunking)) for sequence in sequences]
 
     def _chunks(self, sequences: Iterable[Sequence]) -> Work:
         work: Work = []
-        n_left, ms_left = self.step_tokens, self.cuts.longest_ms
+        n_left, ms_left = self.step_tokens, self.chunking.longest_ms
         for sequence in sorted(sequences, key=lambda sequence: sequence.last_step):
-            piece = sequence.next_piece(self.cuts)
-            cost = self.cuts.cost(piece.start, len(piece.tokens))
+            piece = sequence.next_piece(self.chunking)
+            cost = self.chunking.cost(piece.start, len(piece.tokens))
             if len(piece.tokens) <= n_left and (cost <= ms_left or not work):
                 n_left -= len(piece.tokens)
                 ms_left -= cost

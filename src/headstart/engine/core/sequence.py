@@ -108,12 +108,12 @@ class Sequence:
         same = boundary == other.request.boundary and one.tokens[:boundary] == other.request.tokens[:boundary]
         return one.reuse and same and may_share(one.owner, other.request)
 
-    def next_piece(self, cuts: Chunking) -> Piece:
+    def next_piece(self, chunking: Chunking) -> Piece:
         """The tokens to evaluate next: the one just generated, or prompt tokens up to the next cut."""
         assert self.slot is not None
         end = len(self.tokens)
         if self.is_prefilling:
-            end = cuts.end(self.computed, self.request.boundary, end)
+            end = chunking.end(self.computed, self.request.boundary, end)
         sample = end == len(self.tokens) and self.request.max_tokens > 0
         return Piece(self.slot.id, self.computed, self.tokens[self.computed : end], sample)
 
@@ -125,7 +125,7 @@ def _answer(request: Submit, number: int) -> Submit:
     return replace(request, id=request.id + number, n=1, sampling=sampling)
 
 
-def reusable(slot: Slot, request: Submit, cuts: Chunking, *, can_cut: bool) -> int:
+def reusable(slot: Slot, request: Submit, chunking: Chunking, *, can_cut: bool) -> int:
     """The number of the slot's tokens from which the request may start; it always evaluates at least one
     token.
 
@@ -142,7 +142,7 @@ def reusable(slot: Slot, request: Submit, cuts: Chunking, *, can_cut: bool) -> i
         return 0
     if shared > slot.exact and not request.save_to:
         return shared
-    kept = _last_common_cut(min(shared, slot.exact), slot.boundary, request.boundary, cuts)
+    kept = _last_common_cut(min(shared, slot.exact), slot.boundary, request.boundary, chunking)
     return kept if can_cut or kept == len(slot.tokens) else 0
 
 
@@ -151,7 +151,7 @@ def may_share(owner: str, request: Submit) -> bool:
     return owner == request.owner or request.boundary <= request.public
 
 
-def _last_common_cut(shared: int, held: int, wanted: int, cuts: Chunking) -> int:
+def _last_common_cut(shared: int, held: int, wanted: int, chunking: Chunking) -> int:
     if held == wanted:
-        return cuts.last(wanted if shared >= wanted else 0, shared)
-    return cuts.last(0, min([shared, *filter(None, (held, wanted))]))
+        return chunking.last(wanted if shared >= wanted else 0, shared)
+    return chunking.last(0, min([shared, *filter(None, (held, wanted))]))
