@@ -22,8 +22,8 @@ from headstart.engine.worker_process import worker_environment
 from headstart.errors import StartupError
 from headstart.machine import module_command, signal_name
 from headstart.prompt.process.client import PromptClient
-from headstart.prompt.process.protocol import Chat, ChatPrefix, Load
-from headstart.prompt.process.requests import Prompts
+from headstart.prompt.process.protocol import ChatPrefix, ChatPrompt, Load
+from headstart.prompt.process.requests import PromptRequests
 from headstart.service.models.model import Notify, model_path, template_of
 from headstart.service.models.plan import engine_settings
 
@@ -119,9 +119,9 @@ async def _texts(path: str, settings: Settings, name: str) -> tuple[tuple[Counte
     client = PromptClient(name, settings.prompt_timeout)
     try:
         await client.start(Load(path, template_of(name, settings)))
-        prompts = Prompts(client, "", can_cut=True)
+        prompts = PromptRequests(client, "", can_cut=True)
         one, other = [ChatPrefix([{"role": "system", "content": text}]) for text in OPENINGS]
-        chat = Chat([*one.messages, {"role": "user", "content": QUESTION}])
+        chat = ChatPrompt([*one.messages, {"role": "user", "content": QUESTION}])
         first, second, whole = await prompts.tokens(one, other, chat)
     finally:
         await client.close()

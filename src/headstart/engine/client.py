@@ -59,7 +59,7 @@ FAILURES = {
 State = Literal["available", "loading", "ready", "failed"]
 
 
-class Running:
+class SubmittedRequest:
     """A submitted request, an iterator over its events. It ends after Embedded, or after one Finished for
     each of its `n` answers, whose ids are consecutive. Use it as a context manager: leaving it early cancels
     the sequences, which then end within one engine step."""
@@ -78,7 +78,7 @@ class Running:
         """Requests the end of one answer; its Finished event still follows."""
         self.engine.cancel(self.id + answer)
 
-    def __enter__(self) -> Running:
+    def __enter__(self) -> SubmittedRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -110,7 +110,7 @@ class EngineClient:
         self.failure = ""
         self.out_of_memory = False
         self._next_id = 1
-        self._requests: dict[int, Running] = {}
+        self._requests: dict[int, SubmittedRequest] = {}
         self._writer: asyncio.StreamWriter | None = None
         self._load_ended = asyncio.Event()
         self._supervisor: asyncio.Task[None] | None = None
@@ -161,7 +161,7 @@ class EngineClient:
         if self.n_requests >= self.info.slots + self.max_waiting:
             raise Overloaded("As many requests are running and waiting as may.")
 
-    def submit(self, request: Submit | Embed) -> Running:
+    def submit(self, request: Submit | Embed) -> SubmittedRequest:
         """Sends the request to the worker with a new `id`. Raises Unavailable if it isn't accepted,
         BadRequest if the model doesn't support it or it can't be encoded; then it takes no place in the
         queue."""
@@ -171,7 +171,7 @@ class EngineClient:
                 f"Model {self.name!r} makes embeddings only: it can't generate text.", param="model"
             )
         n = request.n if isinstance(request, Submit) else 1
-        running = Running(self._next_id, n, self)
+        running = SubmittedRequest(self._next_id, n, self)
         try:
             self._write(frame(msgspec.structs.replace(request, id=running.id)))
         except Unsendable as error:
@@ -181,7 +181,7 @@ class EngineClient:
         self._requests |= dict.fromkeys(running.ids, running)
         return running
 
-    def forget(self, running: Running) -> None:
+    def forget(self, running: SubmittedRequest) -> None:
         for request_id in running.ids:
             self._requests.pop(request_id, None)
 

@@ -12,7 +12,7 @@ Origin = StateRef | Slot | None
 
 
 @dataclass(frozen=True, slots=True)
-class Start:
+class StartSequence:
     """Start `sequence` in `slot` from the first `keep` tokens of `origin`."""
 
     sequence: Sequence
@@ -47,4 +47,4 @@ class Move:
     origin: Slot
 
 
-Action = Start | Fill | Drop | Move
+Action = StartSequence | Fill | Drop | Move

@@ -7,7 +7,7 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from headstart.engine.core import state_file
-from headstart.engine.core.actions import Action, Drop, Fill, Move, Start
+from headstart.engine.core.actions import Action, Drop, Fill, Move, StartSequence
 from headstart.engine.core.chunking import Chunking
 from headstart.engine.core.embeddings import Embeddings
 from headstart.engine.core.grammar_compiler import Compiler
@@ -112,7 +112,7 @@ class CoreEngine:
 
     def _act(self, action: Action) -> None:
         match action:
-            case Start():
+            case StartSequence():
                 self._start(action)
             case Fill(prefix_slot=prefix_slot, tokens=tokens, origin=origin):
                 self._fill(prefix_slot, tokens, origin)
@@ -122,7 +122,7 @@ class CoreEngine:
             case Move():
                 self._move(action)
 
-    def _start(self, start: Start) -> None:
+    def _start(self, start: StartSequence) -> None:
         sequence, slot, keep = start.sequence, start.slot, start.keep
         sequence.placed = monotonic()
         exact = min(slot.exact, keep) if start.origin is None else keep

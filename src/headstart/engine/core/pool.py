@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from headstart.engine.core.actions import Action, Drop, Fill, Move, Start
+from headstart.engine.core.actions import Action, Drop, Fill, Move, StartSequence
 from headstart.engine.core.sequence import Sequence, Slot
 from headstart.protocol import StateRef, Submit
 
@@ -125,4 +125,4 @@ def _start(pool: Pool, sequence: Sequence) -> Iterator[Action]:
     slot = pool.empty_slot()
     if slot.tokens:
         yield Drop(slot)
-    yield Start(sequence, slot, len(pool.prefix), pool.prefix_slot if pool.prefix else None)
+    yield StartSequence(sequence, slot, len(pool.prefix), pool.prefix_slot if pool.prefix else None)

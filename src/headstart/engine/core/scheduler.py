@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 
-from headstart.engine.core.actions import Action, Drop, Move, Origin, Start
+from headstart.engine.core.actions import Action, Drop, Move, Origin, StartSequence
 from headstart.engine.core.chunking import Chunking
 from headstart.engine.core.pool import ANSWER_CELLS, Pool, join, refill, share_prompt, shares_prompt
 from headstart.engine.core.sequence import Sequence, Slot, may_share, reusable
@@ -72,7 +72,7 @@ class Scheduler:
                 return
             self.waiting.remove(sequence)
             for action in self._start(sequence):
-                if isinstance(action, Start):
+                if isinstance(action, StartSequence):
                     self._take(sequence, action.slot)
                 yield action
 
@@ -96,9 +96,9 @@ class Scheduler:
         origin = self._origin(sequence)
         usable = self._usable(origin, request)
         if origin and usable > keep:
-            yield Start(sequence, _least_useful(free), usable, origin)
+            yield StartSequence(sequence, _least_useful(free), usable, origin)
         else:
-            yield Start(sequence, best if keep else _least_useful(free), keep, None)
+            yield StartSequence(sequence, best if keep else _least_useful(free), keep, None)
 
     def _origin(self, sequence: Sequence) -> StateRef | Slot | None:
         """The state or slot from which the sequence can start: one with its whole cached prefix, else one
@@ -162,7 +162,7 @@ class Scheduler:
             return None
         shares = pool.holds_prefix(request) and may_share(pool.prefix_slot.owner, request)
         if shares and (slot := pool.continued_by(sequence)) and len(slot.tokens) > keep:
-            return iter([Start(sequence, slot, len(slot.tokens), None)])
+            return iter([StartSequence(sequence, slot, len(slot.tokens), None)])
         if keep > boundary or (keep == boundary and not pool.running and not self._has_company(sequence)):
             return None
         if not shares:

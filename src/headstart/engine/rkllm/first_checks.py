@@ -40,7 +40,7 @@ class Task(Struct, frozen=True):
     question: tuple[str, int]
 
 
-class Trial:
+class TrialRun:
     """One run, in the form of the report."""
 
     def __init__(self, runtime: Runtime, prompt: str, n_tokens: int, save_to: str | None = None) -> None:
@@ -72,9 +72,9 @@ def first_run(task: Task) -> Found:
     started = time.monotonic()
     runtime = Runtime(task.model, task.options)
     load_ms = round(1000 * (time.monotonic() - started))
-    cold, warm = (Trial(runtime, *_prompt(task, 0)) for _ in range(2))
+    cold, warm = (TrialRun(runtime, *_prompt(task, 0)) for _ in range(2))
     runtime.clear()
-    cleared = Trial(runtime, *_prompt(task, 0))
+    cleared = TrialRun(runtime, *_prompt(task, 0))
     return {
         "load_ms": load_ms,
         "cold": cold.told(),
@@ -91,11 +91,11 @@ def first_run(task: Task) -> Found:
 def saved_and_restored(task: Task) -> Found:
     """Tests whether a state is written, how many tokens it claims to have, and whether it is used."""
     runtime = Runtime(task.model, task.options)
-    cold = Trial(runtime, *_prompt(task, 0))
+    cold = TrialRun(runtime, *_prompt(task, 0))
     runtime.clear()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "opening.rkllm_cache"
-        saving = Trial(runtime, *task.openings[0], save_to=str(path))
+        saving = TrialRun(runtime, *task.openings[0], save_to=str(path))
         found = {"saving": saving.told(), "file_was_written": path.is_file()}
         if not path.is_file():
             return found
@@ -103,7 +103,7 @@ def saved_and_restored(task: Task) -> Found:
         runtime.close()
         runtime = Runtime(task.model, task.options)
         runtime.load_cache(str(path))
-        warm = Trial(runtime, *_prompt(task, 0))
+        warm = TrialRun(runtime, *_prompt(task, 0))
         return {
             **found,
             "file_bytes": path.stat().st_size,
@@ -123,13 +123,13 @@ def two_in_turn(task: Task) -> Found:
         paths = [str(Path(folder) / f"{i}.rkllm_cache") for i in range(2)]
         for i, path in enumerate(paths):
             runtime.clear()
-            Trial(runtime, *task.openings[i], save_to=path)
+            TrialRun(runtime, *task.openings[i], save_to=path)
         rounds: list[Found] = []
         for i in (0, 1) * 3:
             started = time.monotonic()
             runtime.load_cache(paths[i])
             loaded_ms = round(1000 * (time.monotonic() - started))
-            trial = Trial(runtime, *_prompt(task, i))
+            trial = TrialRun(runtime, *_prompt(task, i))
             rounds.append({"cache": i, "loaded_ms": loaded_ms, **trial.told(), "tokens_told": trial.tokens})
         return {"rounds": rounds, "model_loads": runtime.loads}
 
@@ -137,13 +137,13 @@ def two_in_turn(task: Task) -> Found:
 def aborted(task: Task) -> Found:
     """Tests when an abort during the prefill takes effect, and whether the next run is normal."""
     runtime = Runtime(task.model, task.options)
-    cold = Trial(runtime, *_prompt(task, 0))
+    cold = TrialRun(runtime, *_prompt(task, 0))
     runtime.clear()
     timer = threading.Timer(min(cold.ms / 4000, 1), runtime.abort)
     timer.start()
-    cut = Trial(runtime, *_prompt(task, 0))
+    cut = TrialRun(runtime, *_prompt(task, 0))
     timer.join()
-    after = Trial(runtime, *_prompt(task, 0))
+    after = TrialRun(runtime, *_prompt(task, 0))
     same = after.tokens == cold.tokens
     return {"cold": cold.told(), "aborted": cut.told(), "after": after.told(), "same_text": same}
 
@@ -154,12 +154,12 @@ def loaded_after_abort(task: Task) -> Found:
     runtime = Runtime(task.model, task.options)
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "opening.rkllm_cache")
-        Trial(runtime, *task.openings[0], save_to=path)
+        TrialRun(runtime, *task.openings[0], save_to=path)
         text, _ = _prompt(task, 0)
         runtime.run(text, max_new_tokens=ANSWER, sampling=GREEDY, on_token=lambda token, piece: False)
         runtime.trust_abort()
         runtime.load_cache(path)
-        return {"after": Trial(runtime, *_prompt(task, 0)).told(), "model_loads": runtime.loads}
+        return {"after": TrialRun(runtime, *_prompt(task, 0)).told(), "model_loads": runtime.loads}
 
 
 STEPS: dict[str, Callable[[Task], Found]] = {
@@ -176,7 +176,7 @@ def _prompt(task: Task, opening: int) -> tuple[str, int]:
     return text + question, n + m
 
 
-def _fewer(warm: Trial, cold: Trial) -> bool | None:
+def _fewer(warm: TrialRun, cold: TrialRun) -> bool | None:
     """Whether fewer tokens were evaluated; None if the runtime doesn't count them."""
     if warm.run.prefill_tokens is None or cold.run.prefill_tokens is None:
         return None

@@ -20,7 +20,7 @@ class Load(Struct, frozen=True, tag=True):
     template: str | None = None
 
 
-class Chat(Struct, frozen=True, tag=True):
+class ChatPrompt(Struct, frozen=True, tag=True):
     """A whole prompt; `variables` are further template variables."""
 
     messages: Messages
@@ -35,7 +35,7 @@ class ChatPrefix(Struct, frozen=True, tag=True):
     tools: list[dict[str, Any]] = []
 
 
-class Text(Struct, frozen=True, tag=True):
+class TextPrompt(Struct, frozen=True, tag=True):
     text: str
 
 
@@ -52,7 +52,7 @@ class Plain(Struct, frozen=True, tag=True):
     special: bool = True
 
 
-Wanted = Chat | ChatPrefix | Text | TextPrefix | Plain
+Wanted = ChatPrompt | ChatPrefix | TextPrompt | TextPrefix | Plain
 
 
 class Tokenise(Struct, frozen=True, tag=True):

@@ -10,8 +10,8 @@ from headstart.errors import TextTooLong
 from headstart.prompt.chat import MOST_CHARACTERS
 from headstart.prompt.process.client import PromptClient
 from headstart.prompt.process.protocol import (
-    Chat,
     ChatPrefix,
+    ChatPrompt,
     Plain,
     Render,
     Rendered,
@@ -28,7 +28,7 @@ TURN_CHARACTERS = 1 << 18
 
 
 @dataclass(frozen=True)
-class Prompts:
+class PromptRequests:
     """The prompts of one model for one owner; owners take turns. `can_cut`: a state may be used in part. All
     methods raise BadRequest for a prompt that can't be rendered or is too long, and Unavailable."""
 
@@ -88,7 +88,7 @@ def _parts(texts: Sequence[str]) -> Iterable[list[str]]:
 def _check_length(wanted: Iterable[Wanted]) -> None:
     """Raises TextTooLong."""
     for each in wanted:
-        if isinstance(each, Chat | ChatPrefix):
+        if isinstance(each, ChatPrompt | ChatPrefix):
             texts = [message.get("content") for message in each.messages]
             n, param = sum(len(text) for text in texts if isinstance(text, str)), "messages"
         else:

@@ -22,8 +22,8 @@ from headstart.errors import BadRequest, StartupError
 from headstart.prompt.load import load_prompts
 from headstart.prompt.process import limits
 from headstart.prompt.process.protocol import (
-    Chat,
     ChatPrefix,
+    ChatPrompt,
     Facts,
     Load,
     Plain,
@@ -32,8 +32,8 @@ from headstart.prompt.process.protocol import (
     Rendered,
     Reply,
     Request,
-    Text,
     TextPrefix,
+    TextPrompt,
     Tokenise,
     Tokens,
     Wanted,
@@ -101,11 +101,11 @@ class PromptProcess:
     def _tokens(self, wanted: Wanted) -> list[int]:
         prompts = self.prompts
         match wanted:
-            case Chat(messages=messages, tools=tools, variables=variables):
+            case ChatPrompt(messages=messages, tools=tools, variables=variables):
                 return prompts.chat(messages, tools, variables)
             case ChatPrefix(messages=messages, tools=tools):
                 return prompts.chat_opening(messages, tools)
-            case Text(text=text):
+            case TextPrompt(text=text):
                 return prompts.text(text)
             case TextPrefix(text=text):
                 return prompts.text_opening(text)

@@ -38,8 +38,8 @@ class Chat:
         return replace(self, messages=[*self.messages, {"role": "assistant", "content": text}])
 
     @property
-    def prompt(self) -> protocol.Chat:
-        return protocol.Chat(self.messages, self.tools, dict(self.variables))
+    def prompt(self) -> protocol.ChatPrompt:
+        return protocol.ChatPrompt(self.messages, self.tools, dict(self.variables))
 
     def cacheable_prefix(self, known: Iterable[Entry]) -> Content:
         """The chat's longest prefix that a cache could hold: that of one of the `known` caches, or its first

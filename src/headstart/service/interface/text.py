@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from headstart.errors import BadRequest
 from headstart.prompt.process import protocol
-from headstart.prompt.process.requests import Prompts
+from headstart.prompt.process.requests import PromptRequests
 from headstart.prompt.vocabulary import Vocabulary
 
 
@@ -44,15 +44,15 @@ class Text:
         before, after, between = vocabulary.gap
         return f"{before}{said.removeprefix(before)}{after}{self.suffix}{between}"
 
-    async def read(self, prompts: Prompts, cached: str = "") -> list[int]:
+    async def read(self, prompts: PromptRequests, cached: str = "") -> list[int]:
         """The tokens of the whole prompt, including the cached text. Raises BadRequest."""
         if self.tokens is None:
             whole = self.whole(prompts.client.vocabulary, cached)
-            return await prompts.one(protocol.Text(whole))
+            return await prompts.one(protocol.TextPrompt(whole))
         if self.suffix:
             raise BadRequest("suffix goes with a prompt that is a text, not token ids.", param="suffix")
         check_tokens(prompts.client.vocabulary, self.tokens, param="prompt")
-        prefix = await prompts.one(protocol.Text(cached)) if cached else []
+        prefix = await prompts.one(protocol.TextPrompt(cached)) if cached else []
         return [*prefix, *self.tokens]
 
 

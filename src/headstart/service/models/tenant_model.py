@@ -10,7 +10,7 @@ from headstart.config.settings import Settings
 from headstart.engine.client import EngineClient
 from headstart.errors import BadRequest, ContextLengthExceeded
 from headstart.names import CacheKey, Namespace
-from headstart.prompt.process.requests import Prompts
+from headstart.prompt.process.requests import PromptRequests
 from headstart.prompt.vocabulary import Vocabulary
 from headstart.protocol import ModelInfo
 
@@ -54,9 +54,9 @@ class TenantModel:
         return self.served.engine
 
     @property
-    def prompts(self) -> Prompts:
+    def prompts(self) -> PromptRequests:
         """Raises ModelLoading until the engine has been ready once."""
-        return Prompts(self.served.prompt_process, self.owner, self.info.can_cut)
+        return PromptRequests(self.served.prompt_process, self.owner, self.info.can_cut)
 
     @property
     def vocabulary(self) -> Vocabulary:

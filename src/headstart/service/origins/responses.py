@@ -19,7 +19,7 @@ from headstart.errors import CacheNotFound, HeadstartError, ResponseNotFound
 from headstart.json_scan import depth
 from headstart.limits import MAX_DEPTH
 from headstart.names import CacheKey
-from headstart.prompt.process.protocol import Text
+from headstart.prompt.process.protocol import TextPrompt
 from headstart.service.background import BackgroundTasks
 from headstart.service.caching.quota import Quota
 from headstart.service.interface.answer import Choice
@@ -194,7 +194,7 @@ def called(call_id: str, name: str, arguments: str) -> Json:
 
 async def n_tokens(model: TenantModel, text: str) -> int:
     """The number of tokens in a part of an answer, tokenised by itself."""
-    return len(await model.prompts.one(Text(text))) if text else 0
+    return len(await model.prompts.one(TextPrompt(text))) if text else 0
 
 
 def _record(keep: Keep) -> Record:
