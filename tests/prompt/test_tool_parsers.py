@@ -20,14 +20,14 @@ from headstart.prompt import reasoning
 from headstart.prompt.answer_parts import AnswerPart, Parser, PlainText
 from headstart.prompt.reasoning import ReasoningParser
 from headstart.prompt.tool_calls.formats import (
-    DIALECTS,
+    CALL_FORMATS,
     GEMMA,
     HERMES,
     LLAMA,
     MISTRAL,
     MISTRAL_NAMED,
-    Dialect,
-    dialect_of,
+    CallFormat,
+    call_format_of,
 )
 from headstart.prompt.tool_calls.grammar import Function, quoted, schema_of
 
@@ -73,7 +73,7 @@ def _object(name: str, key: str = "arguments", arguments: str = ARGUMENTS) -> st
 PYTHON = "where='up {\" }] there', n=[1, {'a': None}]"
 LISTEN: tuple[str, Any] = ("listen", {})
 # Texts and what they say.
-CALLS: list[tuple[Dialect, str, str, list[tuple[str, Any]]]] = [
+CALLS: list[tuple[CallFormat, str, str, list[tuple[str, Any]]]] = [
     (HERMES, _hermes(_object("look")), "", [("look", LOOK)]),
     (HERMES, f"<tool_call>{_object('look')}</tool_call>", "", [("look", LOOK)]),
     (HERMES, "I look.\n\n" + _hermes(_object("look")) + "\nDone. ", "I look.Done. ", [("look", LOOK)]),
@@ -121,7 +121,7 @@ CALLS: list[tuple[Dialect, str, str, list[tuple[str, Any]]]] = [
 ]
 
 # Texts that look like calls and aren't.
-NO_CALLS: list[tuple[Dialect, str]] = [
+NO_CALLS: list[tuple[CallFormat, str]] = [
     (HERMES, _hermes("look up")),
     (HERMES, _hermes("{look: up}")),
     (HERMES, _hermes('{"where": "up"}')),
@@ -157,23 +157,27 @@ NO_CALLS: list[tuple[Dialect, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("dialect", "text", "content", "calls"), CALLS)
-def test_calls_are_read(dialect: Dialect, text: str, content: str, calls: list[tuple[str, Any]]) -> None:
-    assert _loaded(_sum(_read(dialect.parser(NAMES, None), [text]))) == (content, "", calls)
+@pytest.mark.parametrize(("call_format", "text", "content", "calls"), CALLS)
+def test_calls_are_read(
+    call_format: CallFormat, text: str, content: str, calls: list[tuple[str, Any]]
+) -> None:
+    assert _loaded(_sum(_read(call_format.parser(NAMES, None), [text]))) == (content, "", calls)
 
 
-@pytest.mark.parametrize(("dialect", "text"), NO_CALLS)
-def test_what_is_no_call_is_text_to_the_last_character(dialect: Dialect, text: str) -> None:
-    assert _sum(_read(dialect.parser(NAMES, None), [text])) == (text, "", [])
+@pytest.mark.parametrize(("call_format", "text"), NO_CALLS)
+def test_what_is_no_call_is_text_to_the_last_character(call_format: CallFormat, text: str) -> None:
+    assert _sum(_read(call_format.parser(NAMES, None), [text])) == (text, "", [])
 
 
-TEXTS = [(dialect, text) for dialect, text, *_ in CALLS] + [each for each in NO_CALLS if len(each[1]) < 1000]
+TEXTS = [(call_format, text) for call_format, text, *_ in CALLS] + [
+    each for each in NO_CALLS if len(each[1]) < 1000
+]
 
 
-@pytest.mark.parametrize(("dialect", "text"), TEXTS)
-def test_a_text_says_the_same_wherever_it_is_cut(dialect: Dialect, text: str) -> None:
+@pytest.mark.parametrize(("call_format", "text"), TEXTS)
+def test_a_text_says_the_same_wherever_it_is_cut(call_format: CallFormat, text: str) -> None:
     def said(pieces: Sequence[str]) -> Said:
-        return _sum(_read(dialect.parser(NAMES, None), pieces))
+        return _sum(_read(call_format.parser(NAMES, None), pieces))
 
     whole = said([text])
     assert said(list(text)) == whole
@@ -208,10 +212,10 @@ SCRAPS = (
 )
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("call_format", CALL_FORMATS)
 @given(scraps=st.lists(st.sampled_from(SCRAPS), max_size=12), data=st.data())
 def test_any_text_says_the_same_wherever_it_is_cut(
-    dialect: Dialect, scraps: list[str], data: st.DataObject
+    call_format: CallFormat, scraps: list[str], data: st.DataObject
 ) -> None:
     text = "".join(scraps)
     cuts = sorted(data.draw(st.sets(st.integers(0, len(text)), max_size=8)))
@@ -219,7 +223,7 @@ def test_any_text_says_the_same_wherever_it_is_cut(
     most = data.draw(st.sampled_from([None, 1]))
 
     def said(pieces: Sequence[str]) -> Said:
-        return _sum(_read(ReasoningParser(dialect.parser(NAMES, most), inside=False), pieces))
+        return _sum(_read(ReasoningParser(call_format.parser(NAMES, most), inside=False), pieces))
 
     whole = said([text])
     assert said(list(text)) == whole
@@ -227,18 +231,18 @@ def test_any_text_says_the_same_wherever_it_is_cut(
     assert len(whole[2]) <= (most or len(text))
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("call_format", CALL_FORMATS)
 @given(scraps=st.lists(st.sampled_from(SCRAPS), max_size=12))
-def test_a_text_without_calls_is_kept_whole(dialect: Dialect, scraps: list[str]) -> None:
+def test_a_text_without_calls_is_kept_whole(call_format: CallFormat, scraps: list[str]) -> None:
     text = "".join(scraps)
-    content, _, calls = _sum(_read(dialect.parser(NAMES, None), [text]))
+    content, _, calls = _sum(_read(call_format.parser(NAMES, None), [text]))
     assert calls or content == text
 
 
-@pytest.mark.parametrize("dialect", [HERMES, LLAMA, MISTRAL])
-def test_arguments_are_told_as_they_are_written(dialect: Dialect) -> None:
-    text = next(text for each, text, *_ in CALLS if each is dialect)
-    parser = dialect.parser(NAMES, None)
+@pytest.mark.parametrize("call_format", [HERMES, LLAMA, MISTRAL])
+def test_arguments_are_told_as_they_are_written(call_format: CallFormat) -> None:
+    text = next(text for each, text, *_ in CALLS if each is call_format)
+    parser = call_format.parser(NAMES, None)
     deltas = [[part.call for part in parser.add(character) if part.call] for character in text]
     first = next(i for i, told in enumerate(deltas) if told)
     assert text[: first + 1].endswith("{")
@@ -259,9 +263,9 @@ def test_text_is_told_as_soon_as_it_can_be_no_call() -> None:
     ]
 
 
-@pytest.mark.parametrize(("dialect", "text"), [(d, t) for d, t, _, calls in CALLS if len(calls) == 2])
-def test_a_call_that_is_one_too_many_is_text(dialect: Dialect, text: str) -> None:
-    content, _, calls = _sum(_read(dialect.parser(NAMES, 1), [text]))
+@pytest.mark.parametrize(("call_format", "text"), [(d, t) for d, t, _, calls in CALLS if len(calls) == 2])
+def test_a_call_that_is_one_too_many_is_text(call_format: CallFormat, text: str) -> None:
+    content, _, calls = _sum(_read(call_format.parser(NAMES, 1), [text]))
     assert len(calls) <= 1
     assert "listen" in content
 
@@ -311,12 +315,12 @@ FUNCTIONS: list[Function] = [
 
 @pytest.mark.parametrize("thinks", [False, True])
 @pytest.mark.parametrize("several", [False, True])
-@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("call_format", CALL_FORMATS)
 def test_what_the_grammar_of_a_form_allows_is_read_as_calls(
-    dialect: Dialect, several: bool, thinks: bool
+    call_format: CallFormat, several: bool, thinks: bool
 ) -> None:
     """Characters are chosen at random of those that are allowed."""
-    rules = dialect.grammar(FUNCTIONS, quoted, several=several)
+    rules = call_format.grammar(FUNCTIONS, quoted, several=several)
     start = f"start: thoughts calls\n{reasoning.grammar(quoted)}" if thinks else "start: calls"
     compiled = LLMatcher(LLTokenizer(TokenizerWrapper(Bytes())), f"{start}\n{rules}")
     assert not compiled.is_error(), compiled.get_error()
@@ -332,7 +336,7 @@ def test_what_the_grammar_of_a_form_allows_is_read_as_calls(
                 break
             written.append(numbers.choice(choices))
             matcher.accept(written[-1])
-        parser = ReasoningParser(dialect.parser(NAMES, None), inside=thinks)
+        parser = ReasoningParser(call_format.parser(NAMES, None), inside=thinks)
         content, thought, calls = _loaded(_sum(_read(parser, [written.decode()])))
         assert (content, thought) == ("", "Hm." if thinks else "")
         assert calls
@@ -342,7 +346,7 @@ def test_what_the_grammar_of_a_form_allows_is_read_as_calls(
 
 
 @pytest.mark.parametrize(
-    ("template", "dialect"),
+    ("template", "call_format"),
     [
         ("{{ '[TOOL_CALLS] [' }}", MISTRAL),
         ("{{ '[TOOL_CALLS]' + name + '[ARGS]' }}", MISTRAL_NAMED),
@@ -352,5 +356,5 @@ def test_what_the_grammar_of_a_form_allows_is_read_as_calls(
         ("{% for tool in tools %}{{ tool }}{% endfor %}", HERMES),
     ],
 )
-def test_the_form_of_calls_is_that_of_the_template(template: str, dialect: Dialect) -> None:
-    assert dialect_of(template) is dialect
+def test_the_form_of_calls_is_that_of_the_template(template: str, call_format: CallFormat) -> None:
+    assert call_format_of(template) is call_format

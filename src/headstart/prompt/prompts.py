@@ -43,7 +43,7 @@ class Prompts:
         self._tokens = RememberedTokens(tokenizer.encode, tokenizer.specials, template.source)
         self._prefixes = Memory()
         # The markers of calls and reasoning that are one token; such a token may have no text.
-        self.markers = self._find_tokens([*template.dialect.markers, *reasoning.MARKERS])
+        self.markers = self._find_tokens([*template.call_format.markers, *reasoning.MARKERS])
 
     def _find_tokens(self, texts: Sequence[str]) -> dict[str, int]:
         encoded = {text: self.tokenizer.encode(text, first=False) for text in texts}
@@ -70,7 +70,7 @@ class Prompts:
             bos_text=tokenizer.bos_text,
             gap=tokenizer.gap,
             template_hash=self.template_hash,
-            dialect=template.dialect.name,
+            call_format=template.call_format.name,
             reasons=template.reasons,
             markers=self.markers,
         )

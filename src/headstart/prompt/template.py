@@ -13,7 +13,7 @@ from headstart.errors import BadRequest, StartupError
 from headstart.prompt.chat import MOST_CHARACTERS, NO_VARIABLES, Message, Tool, Variables, is_open
 from headstart.prompt.reasoning import CLOSE
 from headstart.prompt.sandbox import OwnWords, Sandbox
-from headstart.prompt.tool_calls.formats import HERMES, dialect_of
+from headstart.prompt.tool_calls.formats import HERMES, call_format_of
 from headstart.prompt.tool_calls.plain_text import written_out
 
 CHATML = (
@@ -105,7 +105,7 @@ class ChatTemplate:
             # Python's compiler also reports errors, for deep nesting or a bug in Jinja's output.
             raise StartupError(f"The model's chat template is not valid Jinja: {_words(error)}") from error
         self.has_tools = "tools" in names
-        self.dialect = dialect_of(self.source) if self.has_tools else HERMES
+        self.call_format = call_format_of(self.source) if self.has_tools else HERMES
         self.reasons = CLOSE in self.source
 
     def render(

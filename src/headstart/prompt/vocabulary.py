@@ -21,7 +21,7 @@ class Vocabulary:
         self.facts = facts
         self.bos_text, self.gap = facts.bos_text, facts.gap
         self.template_hash = facts.template_hash
-        self.dialect, self.reasons, self.markers = named(facts.dialect), facts.reasons, facts.markers
+        self.call_format, self.reasons, self.markers = named(facts.call_format), facts.reasons, facts.markers
         self._ends = array("I", facts.ends)
         self._added = frozenset(facts.added)
         self.n_vocab = len(self._ends)
@@ -44,7 +44,7 @@ class Vocabulary:
     def spelled(self, *, calls: bool) -> Callable[[int], bytes]:
         """The bytes of tokens in a chat's answer, including the markers of reasoning and, with `calls`, of
         calls."""
-        texts = [*reasoning.MARKERS, *(self.dialect.markers if calls else ())]
+        texts = [*reasoning.MARKERS, *(self.call_format.markers if calls else ())]
         written = {self.markers[text]: text.encode() for text in texts if text in self.markers}
         piece = self.piece
         return (lambda token: written.get(token) or piece(token)) if written else piece

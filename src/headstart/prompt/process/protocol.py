@@ -76,9 +76,9 @@ class Facts(Struct, frozen=True, tag=True):
     """Facts of a model, sent once. `written`: the bytes from which tokens are made, concatenated; `ends`: the
     end of each token's bytes in it, u32 in native byte order. `spoken`: the bytes of tokens in answers, if
     different; control tokens have none. `prefixed`: a space is added before text, only before the first or
-    before each that follows one of the tokens `added`. `gap` is as in Tokenizer. `dialect`: the name of the
-    template's tool-call format; `reasons`: the template supports reasoning; `markers`: the markers of calls
-    and reasoning that are one token."""
+    before each that follows one of the tokens `added`. `gap` is as in Tokenizer. `call_format`: the name of
+    the template's format of tool calls; `reasons`: the template supports reasoning; `markers`: the markers of
+    calls and reasoning that are one token."""
 
     written: bytes
     ends: bytes
@@ -88,7 +88,7 @@ class Facts(Struct, frozen=True, tag=True):
     bos_text: str
     gap: tuple[str, str, str] | None
     template_hash: str
-    dialect: str
+    call_format: str
     reasons: bool
     markers: dict[str, int]
 

@@ -17,7 +17,7 @@ class Grammar(Protocol):
 
 
 @dataclass(frozen=True)
-class Dialect:
+class CallFormat:
     """A tool-call format. `name`: its identifier between processes. `signs`: texts of which one is in each
     template of this format. `markers`: texts that may be special tokens, which are otherwise not part of the
     text. `parser` takes the names of the functions and the maximum number of calls."""
@@ -29,14 +29,14 @@ class Dialect:
     grammar: Grammar
 
 
-HERMES = Dialect("hermes", (hermes.OPEN,), hermes.MARKERS, hermes.HermesParser, hermes.grammar)
-MISTRAL_NAMED = Dialect(
+HERMES = CallFormat("hermes", (hermes.OPEN,), hermes.MARKERS, hermes.HermesParser, hermes.grammar)
+MISTRAL_NAMED = CallFormat(
     "mistral_named", (mistral.ARGS,), mistral.MARKERS, mistral.MistralParser, mistral.named_grammar
 )
-MISTRAL = Dialect("mistral", (mistral.OPEN,), mistral.MARKERS, mistral.MistralParser, mistral.list_grammar)
+MISTRAL = CallFormat("mistral", (mistral.OPEN,), mistral.MARKERS, mistral.MistralParser, mistral.list_grammar)
 # Gemma's Python calls are forced as objects, since JSON schemas describe those.
-GEMMA = Dialect("gemma", ("tool_code", "func_name1("), (), gemma.GemmaParser, llama.grammar)
-LLAMA = Dialect(
+GEMMA = CallFormat("gemma", ("tool_code", "func_name1("), (), gemma.GemmaParser, llama.grammar)
+LLAMA = CallFormat(
     "llama",
     (llama.TAG, '{"name": function name, "parameters"'),
     llama.MARKERS,
@@ -44,15 +44,15 @@ LLAMA = Dialect(
     llama.grammar,
 )
 # The first format with a sign in the template is chosen.
-DIALECTS = (MISTRAL_NAMED, MISTRAL, HERMES, GEMMA, LLAMA)
+CALL_FORMATS = (MISTRAL_NAMED, MISTRAL, HERMES, GEMMA, LLAMA)
 
 
-def dialect_of(template: str) -> Dialect:
+def call_format_of(template: str) -> CallFormat:
     """The format of a template with tools; Hermes, the default, if none is recognised."""
-    known = (dialect for dialect in DIALECTS if any(sign in template for sign in dialect.signs))
+    known = (each for each in CALL_FORMATS if any(sign in template for sign in each.signs))
     return next(known, HERMES)
 
 
-def named(name: str) -> Dialect:
+def named(name: str) -> CallFormat:
     """Raises KeyError."""
-    return {dialect.name: dialect for dialect in DIALECTS}[name]
+    return {each.name: each for each in CALL_FORMATS}[name]

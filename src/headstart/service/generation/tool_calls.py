@@ -76,7 +76,7 @@ def _parser(vocabulary: Vocabulary, tools: Sequence[Tool], calling: Calling, *, 
     if tools:
         several = calling.parallel and calling.name is None
         names = {tool["function"]["name"] for tool in tools}
-        parser = vocabulary.dialect.parser(names, None if several else 1)
+        parser = vocabulary.call_format.parser(names, None if several else 1)
     return ReasoningParser(parser, inside=inside) if calling.reasoning else parser
 
 
@@ -95,7 +95,7 @@ def _grammar(vocabulary: Vocabulary, functions: list[Function], calling: Calling
     else:
         start = "start: calls"
     try:
-        rules = vocabulary.dialect.grammar(functions, literal, several=several)
+        rules = vocabulary.call_format.grammar(functions, literal, several=several)
     except RecursionError as error:
         raise BadRequest("The tools' parameters are nested too deeply.", param="tools") from error
     return f"{start}\n{rules}\n{reasoning.grammar(literal) if 'thoughts' in start else ''}"
