@@ -198,6 +198,13 @@ def test_modules_are_nouns_or_imperatives() -> None:
     assert named == GERUNDS | PARTICIPLES
 
 
+def test_class_names_are_unique() -> None:
+    """Names in modules called schema or reply are those of /openapi.json."""
+    trees = [ast.parse(path.read_text()) for path in MODULES if path.stem not in ("schema", "reply")]
+    names = Counter(node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
+    assert [name for name, n in names.items() if n > 1] == []
+
+
 def test_no_module_passes_300_lines() -> None:
     assert {path.name: n for path in MODULES if (n := len(path.read_text().splitlines())) > 300} == {}
 
