@@ -199,7 +199,7 @@ def _entry(**changes: Any) -> Any:
         *(_shape, _overlap, _negative, _no_state, _unknown, _type),
         _entry(prompt=""),
         _entry(version="one"),
-        _entry(retention={"ttl_seconds": -5}),
+        _entry(terms={"ttl_seconds": -5}),
         lambda header: header.update({"chat.tokens": [1]}),
         lambda header: header["__metadata__"].update({"entry": "[" * 100_000}),
         lambda header: header["__metadata__"].pop("blake3 chat.state"),
