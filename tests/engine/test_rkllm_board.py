@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,6 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from headstart.cli.main import app
-from headstart.doctor import board as boards
 from headstart.doctor.board import examine_board, has_npu
 from headstart.engine.rkllm.first_checks import STEPS
 from headstart.protocol import RkllmSettings
@@ -90,7 +91,7 @@ def test_a_driver_that_only_root_can_see_is_looked_for_elsewhere_or_noted(tmp_pa
 def test_few_open_files_are_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = RkllmSettings(library=standin("1.3.0"))
     for limit, noted in ((1024, True), (102400, False)):
-        monkeypatch.setattr(boards.resource, "getrlimit", lambda _, n=limit: (n, n))
+        monkeypatch.setattr(resource, "getrlimit", lambda _, n=limit: (n, n))
         board = examine_board(given, orange_pi(tmp_path))
         assert board.open_files == limit
         assert any("ulimit -n" in line for line in board.notes) is noted
@@ -109,7 +110,7 @@ def test_a_runtime_that_crashes_when_loaded_takes_nothing_with_it(
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nkill -SEGV $$\n")
     python.chmod(0o700)
-    monkeypatch.setattr(boards.sys, "executable", str(python))
+    monkeypatch.setattr(sys, "executable", str(python))
     board = examine_board(RkllmSettings(library=standin("1.3.0")), tmp_path)
     assert board.problems == ["the NPU runtime crashes when it is loaded (signal 11)"]
 
