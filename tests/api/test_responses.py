@@ -317,6 +317,7 @@ def test_responses_are_the_first_to_give_up_their_states(start_server: StartServ
     assert server.http.get("/v1/cache/toy/keeper").json()["evicted"] == []
 
 
+@pytest.mark.slow
 def test_a_key_has_responses_of_its_own(tmp_path: Path) -> None:
     config = tmp_path / "headstart.toml"
     config.write_text(

@@ -115,6 +115,7 @@ def test_a_runtime_that_crashes_when_loaded_takes_nothing_with_it(
     assert board.problems == ["the NPU runtime crashes when it is loaded (signal 11)"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("release", RELEASES)
 def test_doctor_shows_the_runtime_of_an_npu_model(model: str, tmp_path: Path, release: str) -> None:
     done = doctor(*flags(model, tmp_path, release))
@@ -128,6 +129,7 @@ def test_doctor_shows_the_runtime_of_an_npu_model(model: str, tmp_path: Path, re
     assert report["board"]["runtime"]["path"] == standin(release)
 
 
+@pytest.mark.slow
 def test_doctor_shows_the_settings_that_an_npu_model_has_and_refuses_those_it_can_not_have(
     model: str, tmp_path: Path
 ) -> None:
@@ -148,6 +150,7 @@ def test_doctor_says_nothing_of_an_npu_where_there_is_none(tmp_path: Path) -> No
     assert report["board"] is None
 
 
+@pytest.mark.slow
 def test_a_runtime_that_contradicts_itself_is_a_problem_of_its_models(model: str, tmp_path: Path) -> None:
     arguments = [*flags(model, tmp_path, "1.2.3")[:-1], standin("1.2.3", 130)]
     done = doctor(*arguments)

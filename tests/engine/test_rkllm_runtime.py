@@ -419,6 +419,7 @@ print("alive")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "switches", ["", *(f"{at}=crash" for at in ("init", "run", "decode", "save", "load"))]
 )

@@ -421,6 +421,7 @@ def _service(directory: Path, **settings: Any) -> Service:
     return Service(load_settings(None, models=models, cache_dir=directory, **settings), lambda _: None)
 
 
+@pytest.mark.slow
 async def test_a_model_whose_tokenizer_can_not_be_loaded_is_told_and_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
