@@ -92,4 +92,4 @@ class Driver:
 
 
 def small_model(path: str, slots: int = 3, share_from: int = 32) -> Model:
-    return load(EngineSettings(path, slots, 256, 2, CHUNK, arithmetic=DEFAULT, share_from=share_from))
+    return load(EngineSettings(path, slots, 256, 1, CHUNK, arithmetic=DEFAULT, share_from=share_from))
