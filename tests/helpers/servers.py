@@ -21,7 +21,7 @@ from forkserver import ROOM, started
 Json = dict[str, Any]
 
 READY_SECONDS = 60.0
-# For servers with the real model: where tests run in parallel, two threads each take 1.6 times the processor time.
+# For servers with the real model: with two threads, tests in parallel take 1.6 times the processor time.
 ONE_THREAD = ("--threads", "1")
 
 
