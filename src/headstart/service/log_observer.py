@@ -61,5 +61,5 @@ class LogObserver(Observer):
                 log.warning("building cache %s failed: %s", event.subject, event.error)
             case "load":
                 log.warning("model %s was not loaded: %s", event.subject, event.error)
-            case "answer":
+            case "answer" | "embed":
                 log.debug("%s did not answer: %s", event.subject, event.error)
