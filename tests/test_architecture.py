@@ -53,7 +53,8 @@ ALLOWED = {
     "service": BOTTOM | {"engine", "prompt", "caches"},
     "doctor": BOTTOM | {"service", "engine", "prompt", "caches"},
     "api": BOTTOM | {"service", "caches"},
-    "cli": BOTTOM | {"service", "doctor", "api"},
+    "telemetry": BOTTOM | {"service"},
+    "cli": BOTTOM | {"service", "doctor", "api", "telemetry"},
     "__init__": set(),
     "__main__": {"cli"},
 }
@@ -188,7 +189,7 @@ def test_docstrings_begin_with_their_subject(path: Path) -> None:
     assert [text for node in nodes if HEADLESS.match(text := ast.get_docstring(node) or "")] == []
 
 
-GERUNDS = {"chunking", "pooling", "sampling", "reasoning", "caching", "answering"}
+GERUNDS = {"chunking", "pooling", "sampling", "reasoning", "caching", "answering", "tracing"}
 PARTICIPLES = {"verified", "derived", "declared"}
 
 

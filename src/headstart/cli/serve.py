@@ -16,6 +16,7 @@ from headstart.api.http.server import HttpConfig, HttpServer
 from headstart.config.settings import Settings
 from headstart.errors import StartupError
 from headstart.service.service import Service
+from headstart.telemetry.otlp import tracing_observer
 
 log = logging.getLogger(__name__)
 
@@ -51,11 +52,19 @@ def serve(settings: Settings, say: Notify) -> None:
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     listener = _listen(settings.host, settings.port)
-    service = Service(settings, say)
+    tracing = tracing_observer() if settings.tracing else None
+    service = Service(settings, say, [tracing] if tracing else [])
     _allow_open_files(settings.max_connections)
-    config = HttpConfig(create_app(service), settings)
-    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        runner.run(_serve(service, HttpServer(config), listener, say))
+    app = create_app(service)
+    if tracing:
+        tracing.watch(app)
+    config = HttpConfig(app, settings)
+    try:
+        with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+            runner.run(_serve(service, HttpServer(config), listener, say))
+    finally:
+        if tracing:
+            tracing.close()
 
 
 async def _serve(service: Service, server: HttpServer, listener: socket.socket, say: Notify) -> None:

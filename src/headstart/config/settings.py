@@ -146,6 +146,9 @@ class Settings(BaseSettings):
     )
     drain_seconds: int = Field(30, ge=0, description="How long running requests may take to end at a stop.")
     log_level: str = Field("warning", description="debug, info, warning or error.")
+    tracing: bool = Field(
+        False, description="Send OpenTelemetry spans to a collector; the variables OTEL_* say where and how."
+    )
     caches: dict[str, DeclaredCache] = Field(
         default_factory=dict, description="Caches that are there whenever the server runs."
     )
