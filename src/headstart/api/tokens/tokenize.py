@@ -64,8 +64,8 @@ async def tokenize(request: Request, body: TokenizeRequest) -> Response:
         )
 
         def written() -> bytes:
-            told = _shown(model, tokens) if body.with_pieces else tokens
-            return msgspec.json.encode({"tokens": told, "n": len(tokens)})
+            listed = _shown(model, tokens) if body.with_pieces else tokens
+            return msgspec.json.encode({"tokens": listed, "n": len(tokens)})
 
         content = await worked_out(written, len(tokens))
         return Response(content, media_type="application/json")
@@ -77,11 +77,11 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> Json:
     service: Service = request.app.state.service
     async with service.models.use(_meant(request, body)) as model:
 
-        def said() -> str:
+        def written() -> str:
             check_tokens(model.vocabulary, body.tokens, param="tokens")
             return b"".join(pieces(model, body.tokens)).decode(errors="replace")
 
-        return {"content": await worked_out(said, len(body.tokens))}
+        return {"content": await worked_out(written, len(body.tokens))}
 
 
 @router.post("/apply-template")
