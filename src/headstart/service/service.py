@@ -114,7 +114,7 @@ class Service:
             raise ModelNotFound(
                 f"There is no model {name!r}. This server has: {', '.join(self.names())}.", param="model"
             )
-        return Target(model.seen_by(owner), None if cache is None else (cache,))
+        return Target(model.for_owner(owner), None if cache is None else (cache,))
 
     def model(self, name: str, owner: str = "") -> TenantModel:
         """The model of this name or alias. Raises ModelNotFound, also for a name with a cache

@@ -143,7 +143,7 @@ def _changed(request: Request, model: str, name: str) -> TenantModel:
     has no cache of this name. Raises AdminRequired, ModelNotFound or InvalidName."""
     service: Service = request.app.state.service
     served = model_of(request, model)
-    shared = service.caches.public_only(served, name)
+    shared = service.caches.public_view(served, name)
     if shared is None:
         return served
     # Not even an admin can delete a declared cache: `delete` refuses it.

@@ -100,7 +100,7 @@ def _meant(request: Request, body: ModelRequest) -> TenantModel:
         return service.resolve(body.model, owner(request)).model
     if len(service.models.all) != 1:
         raise BadRequest(f"Name a model: this server has {', '.join(service.names())}.", param="model")
-    return next(iter(service.models.all.values())).seen_by(owner(request))
+    return next(iter(service.models.all.values())).for_owner(owner(request))
 
 
 def _shown(model: TenantModel, tokens: list[int]) -> list[Json]:

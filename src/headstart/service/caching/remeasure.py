@@ -151,7 +151,7 @@ class Remeasuring:
             while not self.models.is_idle:
                 await asyncio.sleep(LOOK_SECONDS)
             with suppress(HeadstartError):
-                async with self.models.use(model.seen_by(entry.owner)) as used:
+                async with self.models.use(model.for_owner(entry.owner)) as used:
                     await self.caching.rebuilt(used, entry)
 
     def _unfit(self, model: ServedModel, numerics: Numerics) -> list[Entry]:

@@ -45,7 +45,7 @@ class Exported:
     closes it."""
 
     entry: Entry
-    opened: BinaryIO
+    file: BinaryIO
     size: int
     digest: str
 
@@ -73,7 +73,7 @@ class Transfer:
         except (Corrupt, OSError) as error:
             raise StorageError(f"The file of cache {name!r} can't be read: {error}") from error
 
-    async def take(
+    async def import_file(
         self,
         model: TenantModel,
         name: str,
@@ -161,15 +161,15 @@ class Transfer:
 
 
 def _open(path: Path, entry: Entry) -> Exported:
-    opened = format.opened(path)
+    file = format.opened(path)
     try:
-        header = read_header(opened)
-        size = os.fstat(opened.fileno()).st_size
-        opened.seek(0)
+        header = read_header(file)
+        size = os.fstat(file.fileno()).st_size
+        file.seek(0)
     except BaseException:
-        opened.close()
+        file.close()
         raise
-    return Exported(entry, opened, size, header.metadata[HASH])
+    return Exported(entry, file, size, header.metadata[HASH])
 
 
 async def _check_renders(model: TenantModel, entry: Entry) -> None:

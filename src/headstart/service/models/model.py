@@ -113,7 +113,7 @@ class ServedModel:
         tunings = Tunings(store.directory)
         return make_plan(self.path, self._weights, self.settings, tunings, self.entries(store))
 
-    def seen_by(self, owner: str) -> TenantModel:
+    def for_owner(self, owner: str) -> TenantModel:
         """The model for requests of `owner`; "": for the public."""
         return TenantModel(self, owner)
 

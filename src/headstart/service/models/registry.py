@@ -93,12 +93,12 @@ class Models:
         await asyncio.gather(*(self._load_at_start(self.all[name]) for name in self.first))
 
     async def _load_at_start(self, model: ServedModel) -> None:
-        begun = monotonic()
+        started = monotonic()
         async with self._turns[model.name]:
             await model.begin(self.store)
             await model.load(self.store, self.say, self._measuring)
         self._starting.discard(model.name)
-        self._tell(model, monotonic() - begun)
+        self._tell(model, monotonic() - started)
 
     async def close(self) -> None:
         await self._tasks.close()
@@ -115,7 +115,7 @@ class Models:
             if name not in self.all:
                 raise ModelNotFound(f"There is no model {name!r} any more.", param="model")
             await self._be_ready(name)
-            yield self.all[name].seen_by(model.owner)
+            yield self.all[name].for_owner(model.owner)
         finally:
             self._users[name] -= 1
             self._last_used[name] = monotonic()
@@ -142,7 +142,7 @@ class Models:
 
     async def _load(self, model: ServedModel) -> None:
         """Raises Unavailable."""
-        begun = monotonic()
+        started = monotonic()
         async with self._turns[model.name]:
             try:
                 # Outside `_making_room`: other models can load meanwhile, however long reading this file
@@ -158,7 +158,7 @@ class Models:
             except BaseException:
                 await model.evict()
                 raise
-        self._tell(model, monotonic() - begun)
+        self._tell(model, monotonic() - started)
 
     async def _keep_within(self, most: int, wanted: str) -> None:
         """Unloads models until one more may be loaded under the limit `most`. Raises OutOfMemory."""
@@ -205,7 +205,7 @@ class Models:
         Requests that arrive meanwhile wait. Raises Unavailable."""
         if not self.is_busy(model.name) and self.is_loaded(model.name):
             await self._stop(model.name)
-            async with self.use(model.seen_by("")):
+            async with self.use(model.for_owner("")):
                 pass
 
     @property
@@ -233,7 +233,7 @@ class Models:
         self._last_used[model.name] = monotonic()
         if model.name not in self._told:
             self._told.add(model.name)
-            self._on_loaded(model.seen_by(""))
+            self._on_loaded(model.for_owner(""))
 
     async def _unload_idle(self) -> None:
         while seconds := self.settings.idle_unload_seconds:

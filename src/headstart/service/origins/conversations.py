@@ -86,7 +86,7 @@ class Conversations:
         )
         return next(saved, None)
 
-    async def settled(self, model: TenantModel, name: str) -> None:
+    async def wait_saved(self, model: TenantModel, name: str) -> None:
         """Returns when no conversation is being saved under this name. Raises StorageError if the last one
         could not be saved, or BadRequest if it is too large for a cache."""
         key = model.key(name)
