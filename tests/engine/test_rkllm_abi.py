@@ -14,7 +14,7 @@ from headstart.engine.model import ModelError
 from headstart.engine.rkllm import detect as detection
 from headstart.engine.rkllm.detect import by_probe, by_symbols, detect
 from headstart.engine.rkllm.layouts import LAYOUTS
-from headstart.engine.rkllm.library import opened
+from headstart.engine.rkllm.library import load_library
 from headstart.engine.rkllm.offsets import BY_ABI, check, differences, layout_differences
 from rkllm_standin import RELEASES, standin, standin_model
 
@@ -50,7 +50,7 @@ def test_each_field_that_moved_is_noticed(abi: str) -> None:
 def test_the_headers_compiled_separately_agree(version: str) -> None:
     """The library's own code says where its defaults are; its sources assert each offset by themselves."""
     layout = LAYOUTS[ABIS[version]]
-    functions = opened(standin(version))
+    functions = load_library(standin(version))
     functions.rkllm_createDefaultParam.restype = layout.param
     param = functions.rkllm_createDefaultParam()
     assert (param.max_context_len, param.max_new_tokens, param.top_k, param.n_keep) == (512, 512, 40, -1)
@@ -68,7 +68,7 @@ def test_a_release_is_found_out_by_three_signs_that_agree(version: str) -> None:
     path = standin(version)
     found = detect(path)
     assert (found.version, found.abi, found.path, found.forced) == (version, ABIS[version], path, False)
-    functions = opened(path)
+    functions = load_library(path)
     assert found.abi in by_symbols(functions)
     assert found.abi in by_probe(functions)
 

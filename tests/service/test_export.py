@@ -65,7 +65,7 @@ def test_an_export_is_the_whole_file_and_says_what_it_is(toy: RunningServer) -> 
     assert response.headers["content-type"] == "application/octet-stream"
     assert response.headers["content-disposition"] == 'attachment; filename="exp-out.headstart"'
     assert response.headers["content-length"] == str(len(response.content))
-    with format.opened(path) as opened:
+    with format.open_file(path) as opened:
         digest = header_of_file.read_header(opened).metadata["blake3"]
     assert response.headers["etag"] == f'"{digest}"'
 

@@ -48,7 +48,7 @@ class Client:
 
     def call(self, method: str, path: str, expected: str, body: Json | None = None) -> Json:
         """The answer, whose `object` is `expected`."""
-        with self._failures_told():
+        with self._explained_failures():
             response = self._http.request(method, path, json=body)
         answer = self._checked(response)
         if answer.get("object") != expected:
@@ -59,7 +59,7 @@ class Client:
         """The objects of a streamed answer, as they come. An error among them is raised."""
         complete = False
         with (
-            self._failures_told(),
+            self._explained_failures(),
             self._http.stream("POST", path, json={**body, "stream": True}) as response,
         ):
             if response.status_code != 200:
@@ -76,7 +76,7 @@ class Client:
 
     def download(self, path: str) -> Iterator[bytes]:
         """The pieces of a file."""
-        with self._failures_told(), self._http.stream("GET", path) as response:
+        with self._explained_failures(), self._http.stream("GET", path) as response:
             if response.status_code != 200:
                 response.read()
                 self._checked(response)
@@ -87,7 +87,7 @@ class Client:
         """Uploads a file of `size` bytes and returns the answer, which may take as long as computing it."""
         headers = {"content-length": str(size), "content-type": "application/octet-stream"}
         timeout = httpx.Timeout(None, connect=5)
-        with self._failures_told():
+        with self._explained_failures():
             response = self._http.put(path, content=content, headers=headers, timeout=timeout)
         return self._checked(response)
 
@@ -101,7 +101,7 @@ class Client:
     def is_ready(self) -> bool:
         """Whether a Headstart server with its models loaded answers; never raises."""
         try:
-            with self._failures_told():
+            with self._explained_failures():
                 return "models" in self._checked(self._http.get("/health"))
         except RequestFailed:
             return False
@@ -109,7 +109,7 @@ class Client:
     def is_there(self) -> bool:
         """Whether something answers, ready or not. Raises RequestFailed when it can't be said."""
         try:
-            with self._failures_told():
+            with self._explained_failures():
                 self._http.get("/health")
         except RequestFailed as failure:
             if isinstance(failure.__cause__, httpx.ConnectError):
@@ -118,7 +118,7 @@ class Client:
         return True
 
     @contextmanager
-    def _failures_told(self) -> Iterator[None]:
+    def _explained_failures(self) -> Iterator[None]:
         try:
             yield
         except httpx.ConnectError as error:

@@ -112,11 +112,11 @@ async def _load(service: Service, server: HttpServer) -> None:
 def _allow_open_files(connections: int) -> None:
     """Raises the limit of open files to what the connections need, as far as the system lets it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = connections + OTHER_FILES
-    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    needed = connections + OTHER_FILES
+    most = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
     if soft != resource.RLIM_INFINITY and soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    if most < wanted:
+    if most < needed:
         log.warning("only %d files may be open: of %d connections, some may have to wait", most, connections)
 
 

@@ -65,5 +65,7 @@ def _tell(verdict: Json) -> None:
 def _sum_up(verdicts: Iterable[Json], where: str) -> None:
     states = Counter(verdict["state"] for verdict in verdicts)
     actions = Counter(DONE[verdict["action"]] for verdict in verdicts if verdict["action"])
-    told = [f"{n} {what}" for what, n in [*states.items(), *actions.items()]]
-    out.print(f"Verified {sum(states.values())} caches in {where}" + (": " + ", ".join(told) if told else ""))
+    counts = [f"{n} {what}" for what, n in [*states.items(), *actions.items()]]
+    out.print(
+        f"Verified {sum(states.values())} caches in {where}" + (": " + ", ".join(counts) if counts else "")
+    )

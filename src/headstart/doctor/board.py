@@ -113,8 +113,8 @@ def _notes(root: Path, driver: str | None, npu: Path, governor: str | None, open
 
 
 def _driver(root: Path) -> str | None:
-    said = next((text for path in DRIVERS if (text := _read(root / path))), None)
-    return said.rpartition(":")[2].strip().removeprefix("v") if said else None
+    version_text = next((text for path in DRIVERS if (text := _read(root / path))), None)
+    return version_text.rpartition(":")[2].strip().removeprefix("v") if version_text else None
 
 
 def _chip(root: Path) -> str | None:

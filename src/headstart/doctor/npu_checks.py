@@ -74,10 +74,10 @@ def check_npu(name: str, settings: Settings, say: Notify) -> Checks:
     if not engine_kind(path).on_npu:
         raise StartupError(f"{name!r} is neither a .rkllm file nor the name of a model that is one.")
     npu_settings(path, settings)
-    asked = engine_settings(path, settings)
+    engine = engine_settings(path, settings)
     openings, question = asyncio.run(_texts(path, settings, name))
-    task = Task("", path, options_of(asked), openings, question)
-    board = examine_board(asked.rkllm)
+    task = Task("", path, options_of(engine), openings, question)
+    board = examine_board(engine.rkllm)
     steps = list(_run_all(task, say)) if board.runtime else []
     return Checks(__version__, Path(path).name, Path(path).stat().st_size, board, steps)
 
@@ -125,5 +125,7 @@ async def _texts(path: str, settings: Settings, name: str) -> tuple[tuple[Counte
         first, second, whole = await prompts.tokens(one, other, chat)
     finally:
         await client.close()
-    said = [(client.vocabulary.text(tokens), len(tokens)) for tokens in (first, second, whole[len(first) :])]
-    return (said[0], said[1]), said[2]
+    counted = [
+        (client.vocabulary.text(tokens), len(tokens)) for tokens in (first, second, whole[len(first) :])
+    ]
+    return (counted[0], counted[1]), counted[2]

@@ -36,8 +36,8 @@ class OfflineModel:
         self.weights = _weights(self.path)
         # On a thread: whoever asks may run an event loop already.
         with ThreadPoolExecutor(1) as thread:
-            told = thread.submit(lambda: asyncio.run(facts(self.path, settings, name))).result()
-        self.template = told.template_hash
+            model_facts = thread.submit(lambda: asyncio.run(facts(self.path, settings, name))).result()
+        self.template = model_facts.template_hash
         self.plan = make_plan(self.path, self.weights, settings, tunings, entries)
 
     @property
@@ -59,7 +59,9 @@ class OfflineModel:
             # Which release computes, and with what context, only its library can say.
             return replace(entry.fingerprint, weights=self.weights, template=self.template)
         others = {k: v for k, v in entry.fingerprint.settings.items() if k not in numerics.shown()}
-        return Fingerprint(self.weights, self.plan.key.engine, others | numerics.kept(), self.template)
+        return Fingerprint(
+            self.weights, self.plan.key.engine, others | numerics.fingerprinted(), self.template
+        )
 
     def measure(self, say: Notify, *, agree: bool) -> None:
         """Measures again; says which caches don't fit what was found, then remembers it. The numerics that
@@ -67,11 +69,11 @@ class OfflineModel:
         if not engine_kind(self.path).tunable:
             say(f"{self.name} runs on the NPU: there is nothing to measure.")
             return
-        asked = replace(self.plan.settings, tuning=None, tried=self.tunings.doubted(self.plan.key))
+        trial_settings = replace(self.plan.settings, tuning=None, tried=self.tunings.doubted(self.plan.key))
         if agree:
-            asked = replace(asked, numerics=self.plan.given)
+            trial_settings = replace(trial_settings, numerics=self.plan.given)
         try:
-            tuning = measure_apart(asked, env=worker_environment())
+            tuning = measure_apart(trial_settings, env=worker_environment())
         except ModelError as error:
             raise StartupError(f"Measuring {self.name} failed: {error}") from error
         if not tuning.counts:

@@ -113,8 +113,8 @@ def _npu_models(settings: Settings) -> bool:
 
 
 def _board(settings: Settings) -> Board | None:
-    wanted = has_npu() or _npu_models(settings) or settings.rkllm_library
-    return examine_board(rkllm_settings(settings)) if wanted else None
+    is_relevant = has_npu() or _npu_models(settings) or settings.rkllm_library
+    return examine_board(rkllm_settings(settings)) if is_relevant else None
 
 
 def measure_again(settings: Settings, say: Notify, *, agree: bool) -> None:

@@ -109,8 +109,8 @@ class Service:
     def resolve(self, name: str, owner: str = "") -> Target:
         """The model of this name for requests of `owner`, and the cache if the name is `model@cache` or an
         alias of one. Raises ModelNotFound."""
-        wanted, cache = split(name, self.settings.aliases)
-        if (model := self.models.find(wanted)) is None:
+        model_name, cache = split(name, self.settings.aliases)
+        if (model := self.models.find(model_name)) is None:
             raise ModelNotFound(
                 f"There is no model {name!r}. This server has: {', '.join(self.names())}.", param="model"
             )

@@ -103,7 +103,7 @@ class Connection(HttpToolsProtocol):
     def _count(self, part: str | None, received: int, of_body: int) -> None:
         if self._part == "head":
             try:
-                self._head.came(received)
+                self._head.count_bytes(received)
             except HeadstartError as error:
                 self._refuse(error)
         elif self._part == part == "body":

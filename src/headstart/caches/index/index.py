@@ -73,7 +73,7 @@ class Index:
             self._is_due = True
             self._writer.submit(self._write)
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Returns when earlier changes were written or could not be."""
         self._writer.submit(self._write).result()
 

@@ -150,7 +150,7 @@ class Reservation:
         self.key = key
 
     async def reserve(self, size: int) -> None:
-        """Reserves `size` bytes in place of the previous reservation; see Quota.hold."""
+        """Reserves `size` bytes in place of the previous reservation; see Quota.reserve."""
         await self.quota.reserve(self.key, size)
 
 

@@ -161,7 +161,7 @@ class Transfer:
 
 
 def _open(path: Path, entry: Entry) -> Exported:
-    file = format.opened(path)
+    file = format.open_file(path)
     try:
         header = read_header(file)
         size = os.fstat(file.fileno()).st_size

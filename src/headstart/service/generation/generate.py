@@ -124,7 +124,7 @@ class Generation:
             return None
         base = plan.entry.name if plan.entry else None
         saving = SaveRequest(prepared.model, keep.name, keep.overwrite, plan.chat, base)
-        self.conversations.save(saving, answer.said)
+        self.conversations.save(saving, answer.raw_text)
         return keep.name
 
     def _keep_response(self, prepared: Prepared, answer: Answering) -> None:
