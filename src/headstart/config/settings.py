@@ -139,8 +139,8 @@ class Settings(BaseSettings):
     max_bodies_mb: float = Field(
         64,
         gt=0,
-        description="Maximum MiB of the bodies of all requests in progress; more get 503. Each of several API "
-        "keys may have half.",
+        description="Maximum MiB of the bodies of all requests in progress; more get 503. Each of "
+        "several API keys may have half.",
     )
     max_connections: int = Field(
         1000,
