@@ -125,7 +125,7 @@ def test_a_file_that_is_no_library_is_refused(tmp_path: Path) -> None:
 def test_a_library_that_is_not_there_is_told_with_where_it_was_looked_for(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    with pytest.raises(ModelError, match="isn't there: /nowhere/"):
+    with pytest.raises(ModelError, match="is missing: /nowhere/"):
         detect("/nowhere/librkllmrt.so")
     monkeypatch.setattr(detection, "DIRECTORIES", (str(tmp_path),))
     with pytest.raises(ModelError, match="set rkllm_library"):
@@ -147,7 +147,7 @@ def test_it_is_told_in_a_process_of_its_own() -> None:
     assert '"version":"1.2.3","abi":"1.2.1"' in done.stdout
     done = subprocess.run([*command, "/nowhere/x.so"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "isn't there" in done.stderr
+    assert "is missing" in done.stderr
 
 
 CARELESS = """

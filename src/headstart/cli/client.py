@@ -19,7 +19,7 @@ LOOPBACK = ("all://127.0.0.1", "all://localhost", "all://[::1]")
 
 
 class RequestFailed(Exception):
-    """The server said no, or there is none; the message is its own, or says what to do."""
+    """The server refused the request or is missing. The message is the server's, or says how to proceed."""
 
 
 class Client:
@@ -56,7 +56,7 @@ class Client:
         return answer
 
     def events(self, path: str, body: Json) -> Iterator[Json]:
-        """The objects of a streamed answer, as they come. An error among them is raised."""
+        """The objects of a streamed answer, as they arrive. Raises an error that is among them."""
         complete = False
         with (
             self._explained_failures(),
@@ -92,7 +92,7 @@ class Client:
         return self._checked(response)
 
     def model(self, name: str | None = None) -> Json:
-        """The server's description of a model, of its first one without a name."""
+        """The server's description of a model; without a name, of its first one."""
         if name is None:
             first: Json = self.call("GET", "/v1/models", "list")["data"][0]
             return first
@@ -107,7 +107,7 @@ class Client:
             return False
 
     def is_there(self) -> bool:
-        """Whether something answers, ready or not. Raises RequestFailed when it can't be said."""
+        """Whether something answers, ready or not. Raises RequestFailed if that is unknown."""
         try:
             with self._explained_failures():
                 self._http.get("/health")
@@ -145,7 +145,7 @@ class Client:
 
 
 def cache_path(model: str, name: str | None = None) -> str:
-    """The path of a model's caches, or of one; neither name need be a valid one."""
+    """The path of a model's caches, or of one cache; the names may be invalid."""
     return "/".join(["/v1/cache", *(_quoted(part) for part in (model, name) if part is not None)])
 
 

@@ -1,4 +1,4 @@
-"""A server for as long as a block of code needs one."""
+"""A server for the duration of a block of code."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class DeclaredCache(Table):
     @model_validator(mode="after")
     def _check_text(self) -> DeclaredCache:
         if bool(self.prompt) == (self.file is not None):
-            raise ValueError("needs a prompt or a file, not both")
+            raise ValueError("needs exactly one of prompt and file")
         return self
 
     def text(self, name: str, folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""A model as it would be served, looked at without loading its weights."""
+"""A model as a server would run it, examined without loading its weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from headstart.service.models.tuning_store import Tunings
 
 
 class OfflineModel:
-    """Raises StartupError when the model couldn't be served."""
+    """A model with its plan and the caches in the directory. Raises StartupError if it can't be served."""
 
     def __init__(
         self, name: str, path: str, settings: Settings, tunings: Tunings, entries: Sequence[Entry]
@@ -34,7 +34,7 @@ class OfflineModel:
         self.name, self.tunings, self.entries = name, tunings, entries
         self.path = model_path(path)
         self.weights = _weights(self.path)
-        # On a thread: whoever asks may run an event loop already.
+        # On a thread: the caller may already run an event loop.
         with ThreadPoolExecutor(1) as thread:
             model_facts = thread.submit(lambda: asyncio.run(facts(self.path, settings, name))).result()
         self.template = model_facts.template_hash
@@ -54,7 +54,7 @@ class OfflineModel:
         return found
 
     def fingerprint(self, entry: Entry, numerics: Numerics) -> Fingerprint:
-        """The fingerprint of states computed with this model; what only the engine knows is the entry's."""
+        """The fingerprint of states computed with this model; what it can't know is taken from the entry."""
         if not engine_kind(self.path).tunable:
             # Which release computes, and with what context, only its library can say.
             return replace(entry.fingerprint, weights=self.weights, template=self.template)

@@ -120,9 +120,7 @@ class Service:
         """The model of this name or alias. Raises ModelNotFound, also for a name with a cache
         (`model@cache`)."""
         if "@" in name:
-            raise ModelNotFound(
-                f"{name!r} names a cache too; here a model's name is wanted alone.", param="model"
-            )
+            raise ModelNotFound(f"{name!r} also names a cache; send the model's name alone.", param="model")
         return self.resolve(name, owner).model
 
     def names(self) -> list[str]:

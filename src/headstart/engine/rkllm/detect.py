@@ -91,7 +91,7 @@ def located(library: str) -> str:
         if Path(place).is_file():
             return str(Path(place).absolute())
     if "/" in library:
-        raise ModelError(f"the NPU runtime isn't there: {library}")
+        raise ModelError(f"the NPU runtime is missing: {library}")
     raise ModelError(
         f"the NPU runtime, {library}, is in none of {', '.join(DIRECTORIES)}: install it there, or set "
         "rkllm_library to its path"

@@ -162,7 +162,7 @@ class PromptClient:
 
     async def _restart(self) -> None:
         """Restarts the process, with a longer wait the more often it has ended without an answer. Raises
-        Ended or StartupError."""
+        LinkEnded or StartupError."""
         await asyncio.sleep(RESTART_SECONDS[min(self._failures, len(RESTART_SECONDS) - 1)])
         self._failures += 1
         self._link = await self._again()

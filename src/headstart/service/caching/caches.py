@@ -126,7 +126,7 @@ class Caches:
         overwrite: bool,
         rebuild: bool,
     ) -> Entry:
-        """Imports a cache file. Raises as Transfer.take."""
+        """Imports a cache file. Raises as Transfer.import_file."""
         return await self._transfer.import_file(
             model, name, chunks, size=size, overwrite=overwrite, rebuild=rebuild
         )

@@ -62,8 +62,8 @@ class Transfer:
         entry = self.store.find(model.key(check_name(name, param="name")), param="name")
         if entry.sidecar_forms:
             raise BadRequest(
-                f"The states of cache {name!r} are files of the NPU's runtime, which fit nowhere else; make "
-                "the cache there from its prompt.",
+                f"The states of cache {name!r} are files of the NPU's runtime and can't be exported; "
+                "create the cache on the other server from its prompt.",
                 param="name",
             )
         try:
@@ -98,7 +98,7 @@ class Transfer:
                 entry = await asyncio.to_thread(inspect, scratch)
             except Corrupt as error:
                 reason = str(error).removeprefix(f"{scratch}: ")
-                raise DamagedFile(f"This is not a cache's file as it was written: {reason}.") from error
+                raise DamagedFile(f"The file is damaged: {reason}.") from error
             if not rebuild:
                 _check_fits(model, entry)
                 await _check_renders(model, entry)
@@ -183,7 +183,7 @@ def _check_fits(model: TenantModel, entry: Entry) -> None:
     """Raises CacheMismatch."""
     if reason := model.fingerprint.changed_since(entry.fingerprint):
         raise CacheMismatch(
-            f"These states were not computed as {model.name!r} is run here: "
+            f"The states were computed with another fingerprint than that of {model.name!r}: "
             f"{model.fingerprint.differences(entry.fingerprint)}. Send the file with ?rebuild=true to have "
             "its text computed here.",
             reason=reason,

@@ -49,7 +49,7 @@ def _functions(tools: Sequence[Tool], calling: Calling) -> list[Function]:
     if calling.choice != "required":
         return []
     if not tools:
-        raise BadRequest("tool_choice wants a call, but there are no tools.", param="tool_choice")
+        raise BadRequest("tool_choice requires a call, but there are no tools.", param="tool_choice")
     functions = [tool["function"] for tool in tools]
     callable_functions = [each for each in functions if calling.name in (None, each["name"])]
     if not callable_functions:

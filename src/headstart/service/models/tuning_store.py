@@ -177,9 +177,9 @@ def _is_choice(tuning: Tuning, allowed: Numerics) -> bool:
 def _fault(tuning: Tuning) -> str:
     """The inconsistency between its values; "" for none."""
     if not all(tried.is_whole for tried in (tuning.numerics, *tuning.ranking)):
-        return "an arithmetic that is not whole"
+        return "incomplete numerics"
     if tuning.hits and len(tuning.hits) != len(tuning.ranking):
-        return "hits that are not those of the ranking"
+        return "hits that differ from the ranking"
     if not _are_plain((*tuning.measured, *tuning.doubts, *tuning.doubts.values())):
         return "a text that can't be printed"
     return ""

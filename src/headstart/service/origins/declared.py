@@ -123,7 +123,7 @@ class Declared:
             if entry.origin == "declared" and entry.name not in declared:
                 try:
                     self.caching.delete(model, entry.name)
-                    self.say(f"Deleted cache {entry.name} of {model.name}: it is declared no more")
+                    self.say(f"Deleted cache {entry.name} of {model.name}: it is no longer declared")
                 except HeadstartError as error:
                     log.warning("cache %s of %s is no longer declared, but %s", entry.name, model.name, error)
 
@@ -166,4 +166,4 @@ class Declared:
 def _as_known(error: Exception) -> HeadstartError:
     if isinstance(error, HeadstartError):
         return error
-    return HeadstartError("Something went wrong inside the server; its log says what.")
+    return HeadstartError("An unexpected error in the server; its log has details.")
