@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from headstart.engine.model import ModelError
-from headstart.engine.rkllm import options as checks
 from headstart.engine.rkllm import runtime as runtimes
 from headstart.engine.rkllm.options import RuntimeOptions, checked
 from headstart.engine.rkllm.run import Run
@@ -57,7 +56,7 @@ def switch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Switch:
     return lambda text: (path.write_text(text), None)[1]
 
 
-class BuildKey:
+class RecordedRun:
     """One run: its text, its tokens, and what the runtime said of it."""
 
     def __init__(
@@ -98,14 +97,14 @@ def saved_tokens(path: Path) -> list[int]:
 
 
 def save(runtime: Runtime, prompt: str, path: Path) -> Path:
-    BuildKey(runtime, prompt, max_new_tokens=1, save_to=path)
+    RecordedRun(runtime, prompt, max_new_tokens=1, save_to=path)
     assert path.stat().st_size > 0
     return path
 
 
 def test_a_run_tells_its_tokens_from_another_thread_and_what_it_counted(start: Start) -> None:
     runtime = start()
-    asked = BuildKey(runtime, SYSTEM + QUESTION, max_new_tokens=10)
+    asked = RecordedRun(runtime, SYSTEM + QUESTION, max_new_tokens=10)
     assert asked.text == bytes(asked.tokens)
     assert asked.threads != {threading.get_ident()}
     assert (asked.run.outcome, asked.run.tokens) == ("length", 10)
@@ -125,16 +124,16 @@ def test_the_prompt_is_not_wrapped_by_the_models_template(start: Start, tmp_path
 
 def test_an_answer_ends_by_itself(start: Start) -> None:
     runtime = start()
-    asked = BuildKey(runtime, "Hello", max_new_tokens=100)
+    asked = RecordedRun(runtime, "Hello", max_new_tokens=100)
     assert asked.run.outcome == "ended"
     assert asked.run.tokens == len(asked.tokens) < 100
 
 
 def test_the_end_token_may_be_told_of_too(start: Start, switch: Switch) -> None:
     runtime = start()
-    silent = BuildKey(runtime, "Hello", max_new_tokens=100).tokens
+    silent = RecordedRun(runtime, "Hello", max_new_tokens=100).tokens
     switch("eos=shown")
-    told = BuildKey(runtime, "Hello", max_new_tokens=100).tokens
+    told = RecordedRun(runtime, "Hello", max_new_tokens=100).tokens
     assert told == [*silent, *standin_tokens("<|im_end|>")]
 
 
@@ -142,13 +141,13 @@ def test_a_shorter_answer_than_was_set_at_the_start_is_ended_here(start: Start) 
     runtime = start()
     assert runtime.per_request_sampling == (runtime.abi == "1.3.0")
     for n in (1, 2, 7):
-        asked = BuildKey(runtime, SYSTEM, max_new_tokens=n)
+        asked = RecordedRun(runtime, SYSTEM, max_new_tokens=n)
         assert (asked.run.outcome, len(asked.tokens)) == ("length", n)
 
 
 def test_the_most_tokens_set_at_the_start_hold_before_1_3_0(start: Start) -> None:
     runtime = start(max_new_tokens=5)
-    asked = BuildKey(runtime, SYSTEM, max_new_tokens=20)
+    asked = RecordedRun(runtime, SYSTEM, max_new_tokens=20)
     assert asked.run.outcome == "length"
     assert len(asked.tokens) == (20 if runtime.per_request_sampling else 5)
 
@@ -156,9 +155,9 @@ def test_the_most_tokens_set_at_the_start_hold_before_1_3_0(start: Start) -> Non
 def test_sampling_is_each_runs_own_from_1_3_0_and_the_starts_before(start: Start) -> None:
     warm = Sampling(temperature=0.9, repeat_penalty=1.2)
     runtime, warm_runtime = start(), start(sampling=warm)
-    greedy = BuildKey(runtime, SYSTEM).text
-    own = BuildKey(runtime, SYSTEM, sampling=warm).text
-    by_start = BuildKey(warm_runtime, SYSTEM, sampling=warm).text
+    greedy = RecordedRun(runtime, SYSTEM).text
+    own = RecordedRun(runtime, SYSTEM, sampling=warm).text
+    by_start = RecordedRun(warm_runtime, SYSTEM, sampling=warm).text
     assert greedy != by_start
     assert own == (by_start if runtime.per_request_sampling else greedy)
 
@@ -172,18 +171,18 @@ def test_sampling_is_each_runs_own_from_1_3_0_and_the_starts_before(start: Start
     ],
 )
 def test_extreme_sampling_parameters_are_brought_into_range(start: Start, sampling: Sampling) -> None:
-    assert BuildKey(start(sampling=sampling), SYSTEM, max_new_tokens=2, sampling=sampling).tokens
+    assert RecordedRun(start(sampling=sampling), SYSTEM, max_new_tokens=2, sampling=sampling).tokens
 
 
 def test_characters_of_several_tokens_come_whole(start: Start, switch: Switch) -> None:
     runtime = start()
     switch("utf8=1")
-    asked = BuildKey(runtime, OTHER, max_new_tokens=60)
+    asked = RecordedRun(runtime, OTHER, max_new_tokens=60)
     assert bytes(asked.tokens).decode(errors="ignore").count("€") >= 1
     assert b"" in asked.pieces
     assert all(piece.decode() or not piece for piece in asked.pieces)
     switch("utf8=1,split=1")
-    split = BuildKey(runtime, OTHER, max_new_tokens=60)
+    split = RecordedRun(runtime, OTHER, max_new_tokens=60)
     assert split.tokens == asked.tokens
     assert all(split.pieces)
 
@@ -192,11 +191,11 @@ def test_an_abort_from_a_callback_ends_the_run_after_its_late_end(start: Start, 
     runtime = start()
     switch("abort=slow,decode_ms=5")
     started = time.monotonic()
-    asked = BuildKey(runtime, SYSTEM, max_new_tokens=90, on_token=lambda token, text: token is None)
+    asked = RecordedRun(runtime, SYSTEM, max_new_tokens=90, on_token=lambda token, text: token is None)
     assert time.monotonic() - started > 0.1
     assert (asked.run.outcome, asked.run.tokens, len(asked.tokens)) == ("aborted", 1, 1)
     switch("")
-    assert BuildKey(runtime, SYSTEM).run.outcome == "length"
+    assert RecordedRun(runtime, SYSTEM).run.outcome == "length"
 
 
 @pytest.mark.parametrize("switches", ["prefill_ms=4", "prefill_ms=4,abort=lost"])
@@ -208,7 +207,7 @@ def test_an_abort_during_the_prefill_ends_it_once_that_is_done(
     timer = threading.Timer(0.05, runtime.abort)
     timer.start()
     started = time.monotonic()
-    asked = BuildKey(runtime, SYSTEM, max_new_tokens=90)
+    asked = RecordedRun(runtime, SYSTEM, max_new_tokens=90)
     timer.join()
     assert asked.run.outcome == "aborted"
     assert asked.tokens == []
@@ -220,9 +219,9 @@ def test_an_abort_during_the_prefill_ends_it_once_that_is_done(
 def test_an_abort_when_nothing_runs_changes_nothing(start: Start) -> None:
     runtime = start()
     runtime.abort()
-    expected = BuildKey(runtime, SYSTEM).text
+    expected = RecordedRun(runtime, SYSTEM).text
     runtime.abort()
-    assert BuildKey(runtime, SYSTEM).text == expected
+    assert RecordedRun(runtime, SYSTEM).text == expected
 
 
 def test_what_a_callback_raises_is_raised_by_the_run(start: Start) -> None:
@@ -232,15 +231,15 @@ def test_what_a_callback_raises_is_raised_by_the_run(start: Start) -> None:
         raise ValueError("from the callback")
 
     with pytest.raises(ValueError, match="from the callback"):
-        BuildKey(runtime, SYSTEM, on_token=fail)
-    assert BuildKey(runtime, SYSTEM).run.outcome == "length"
+        RecordedRun(runtime, SYSTEM, on_token=fail)
+    assert RecordedRun(runtime, SYSTEM).run.outcome == "length"
 
 
 def test_a_run_that_returns_before_it_has_finished_is_waited_for(start: Start, switch: Switch) -> None:
     runtime = start()
     switch("late=200")
     started = time.monotonic()
-    asked = BuildKey(runtime, SYSTEM)
+    asked = RecordedRun(runtime, SYSTEM)
     assert time.monotonic() - started > 0.2
     assert asked.run.outcome == "length"
 
@@ -252,9 +251,9 @@ def test_a_run_that_never_finishes_is_given_up(
     runtime = start()
     switch("late=never")
     with pytest.raises(RuntimeLost, match="without finishing"):
-        BuildKey(runtime, SYSTEM)
+        RecordedRun(runtime, SYSTEM)
     with pytest.raises(ModelError, match="isn't loaded any more"):
-        BuildKey(runtime, SYSTEM)
+        RecordedRun(runtime, SYSTEM)
     runtime.close()
 
 
@@ -265,12 +264,12 @@ def test_a_run_that_fails_is_told_and_the_next_one_goes_on(
     start: Start, switch: Switch, switches: str, why: str
 ) -> None:
     runtime = start()
-    expected = BuildKey(runtime, SYSTEM).text
+    expected = RecordedRun(runtime, SYSTEM).text
     switch(switches)
     with pytest.raises(ModelError, match=why):
-        BuildKey(runtime, SYSTEM)
+        RecordedRun(runtime, SYSTEM)
     switch("")
-    assert BuildKey(runtime, SYSTEM).text == expected
+    assert RecordedRun(runtime, SYSTEM).text == expected
 
 
 @pytest.mark.parametrize(
@@ -279,18 +278,18 @@ def test_a_run_that_fails_is_told_and_the_next_one_goes_on(
 )
 def test_prompts_that_can_not_be_run_are_refused(start: Start, prompt: str, why: str) -> None:
     with pytest.raises(ModelError, match=why):
-        BuildKey(start(), prompt)
+        RecordedRun(start(), prompt)
 
 
 def test_the_last_runs_prefix_is_reused_and_with_history_kept_nothing_is(start: Start) -> None:
     runtime = start()
-    cold = BuildKey(runtime, SYSTEM + QUESTION)
-    warm = BuildKey(runtime, SYSTEM + QUESTION)
+    cold = RecordedRun(runtime, SYSTEM + QUESTION)
+    warm = RecordedRun(runtime, SYSTEM + QUESTION)
     assert warm.text == cold.text
     runtime.clear()
-    cleared = BuildKey(runtime, SYSTEM + QUESTION)
+    cleared = RecordedRun(runtime, SYSTEM + QUESTION)
     assert cleared.text == cold.text
-    appended = BuildKey(runtime, SYSTEM + QUESTION, keep_history=1)
+    appended = RecordedRun(runtime, SYSTEM + QUESTION, keep_history=1)
     assert appended.text != cold.text
     if runtime.has_perf:
         n = len(standin_tokens(SYSTEM + QUESTION))
@@ -302,10 +301,10 @@ def test_a_saved_cache_is_used_by_another_process_and_changes_nothing(start: Sta
     first = start()
     path = save(first, SYSTEM, tmp_path / "saved")
     runtime = start()
-    cold = BuildKey(runtime, SYSTEM + QUESTION)
+    cold = RecordedRun(runtime, SYSTEM + QUESTION)
     runtime.clear()
     runtime.load_cache(str(path))
-    warm = BuildKey(runtime, SYSTEM + QUESTION)
+    warm = RecordedRun(runtime, SYSTEM + QUESTION)
     assert warm.text == cold.text
     if runtime.has_perf:
         assert warm.run.prefill_tokens == len(standin_tokens(QUESTION))
@@ -316,11 +315,11 @@ def test_switching_between_two_caches_works_again_and_again(start: Start, tmp_pa
     openings = (SYSTEM, OTHER)
     paths = [save(runtime, text, tmp_path / str(i)) for i, text in enumerate(openings)]
     fresh = start()
-    expected = [BuildKey(fresh, opening + QUESTION).text for opening in openings]
+    expected = [RecordedRun(fresh, opening + QUESTION).text for opening in openings]
     for _ in range(3):
         for opening, path, text in zip(openings, paths, expected, strict=True):
             runtime.load_cache(str(path))
-            asked = BuildKey(runtime, opening + QUESTION)
+            asked = RecordedRun(runtime, opening + QUESTION)
             assert asked.text == text
             if runtime.has_perf:
                 assert asked.run.prefill_tokens == len(standin_tokens(QUESTION))
@@ -337,15 +336,15 @@ def test_the_model_is_loaded_again_between_an_abort_at_the_first_token_and_a_cac
     path = save(runtime, SYSTEM, tmp_path / "saved")
     runtime.load_cache(str(path))
     assert runtime.loads == (1 if runtime.per_request_sampling else 2)
-    BuildKey(runtime, SYSTEM + QUESTION, on_token=lambda token, text: False)
+    RecordedRun(runtime, SYSTEM + QUESTION, on_token=lambda token, text: False)
     loads = runtime.loads
-    BuildKey(runtime, SYSTEM + QUESTION)
+    RecordedRun(runtime, SYSTEM + QUESTION)
     runtime.load_cache(str(path))
     assert runtime.loads == loads
-    BuildKey(runtime, SYSTEM + QUESTION, on_token=lambda token, text: False)
+    RecordedRun(runtime, SYSTEM + QUESTION, on_token=lambda token, text: False)
     runtime.load_cache(str(path))
     assert runtime.loads == loads + 1
-    assert BuildKey(runtime, SYSTEM + QUESTION).tokens
+    assert RecordedRun(runtime, SYSTEM + QUESTION).tokens
 
 
 def test_files_that_are_no_cache_of_this_shape_are_refused(start: Start, tmp_path: Path) -> None:
@@ -367,10 +366,10 @@ def test_another_models_file_of_the_same_shape_is_taken_and_makes_another_text(
 ) -> None:
     """So the runtime can't be asked whose a file is."""
     runtime = start("a")
-    expected = BuildKey(runtime, SYSTEM + QUESTION).text
+    expected = RecordedRun(runtime, SYSTEM + QUESTION).text
     runtime.clear()
     runtime.load_cache(str(save(start("b"), SYSTEM, tmp_path / "other")))
-    assert BuildKey(runtime, SYSTEM + QUESTION).text != expected
+    assert RecordedRun(runtime, SYSTEM + QUESTION).text != expected
 
 
 def test_a_save_that_was_skipped_or_cut_short_is_seen_by_the_file_alone(
@@ -378,7 +377,7 @@ def test_a_save_that_was_skipped_or_cut_short_is_seen_by_the_file_alone(
 ) -> None:
     runtime = start()
     switch("save=skip")
-    BuildKey(runtime, SYSTEM, max_new_tokens=1, save_to=tmp_path / "skipped")
+    RecordedRun(runtime, SYSTEM, max_new_tokens=1, save_to=tmp_path / "skipped")
     assert not (tmp_path / "skipped").exists()
     switch("save=partial")
     partial = save(runtime, SYSTEM, tmp_path / "partial")
@@ -420,6 +419,7 @@ print("alive")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "switches", ["", *(f"{at}=crash" for at in ("init", "run", "decode", "save", "load"))]
 )
@@ -492,7 +492,7 @@ def test_a_model_of_another_kind_is_refused(version: str, tmp_path: Path) -> Non
 def test_options_are_checked_before_the_runtime_sees_them(
     version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, int], why: str
 ) -> None:
-    monkeypatch.setattr(checks.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
     model = standin_model(tmp_path / "m.rkllm")
     settings = {"n_ctx": 512, "max_new_tokens": 100, **options}
     with pytest.raises(ModelError, match=why):
@@ -504,9 +504,9 @@ def test_the_fast_cores_are_taken_where_nothing_is_set(
 ) -> None:
     model, options = standin_model(tmp_path / "m.rkllm"), RuntimeOptions(standin(version))
     for there, cpus, mask in ((8, 4, 0xF0), (4, 4, 0xF), (2, 2, 0b11)):
-        monkeypatch.setattr(checks.os, "cpu_count", lambda n=there: n)
+        monkeypatch.setattr(os, "cpu_count", lambda n=there: n)
         assert (checked(model, options).cpus, checked(model, options).cpu_mask) == (cpus, mask)
-    monkeypatch.setattr(checks.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
     assert checked(model, RuntimeOptions(cpus=2)).cpu_mask == 0b1100_0000
     assert checked(model, RuntimeOptions(cpu_mask=0x3F)).cpus == 6
 

@@ -311,7 +311,7 @@ async def test_a_file_is_not_taken_away_from_a_build_that_reads_it(tmp_path: Pat
 LONG = {f"key-{i}": "long " * 200 for i in range(10)}
 
 
-@pytest.mark.parametrize("terms", [Retention(description="short"), Retention(metadata=LONG)])
+@pytest.mark.parametrize("retention", [Retention(description="short"), Retention(metadata=LONG)])
 async def test_whoever_reads_the_old_file_goes_on(tmp_path: Path, retention: Retention) -> None:
     store = Store(tmp_path / "cache")
     state = bytes(range(256)) * 50_000

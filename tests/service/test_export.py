@@ -199,7 +199,7 @@ def _entry(**changes: Any) -> Any:
         *(_shape, _overlap, _negative, _no_state, _unknown, _type),
         _entry(prompt=""),
         _entry(version="one"),
-        _entry(retention={"ttl_seconds": -5}),
+        _entry(terms={"ttl_seconds": -5}),
         lambda header: header.update({"chat.tokens": [1]}),
         lambda header: header["__metadata__"].update({"entry": "[" * 100_000}),
         lambda header: header["__metadata__"].pop("blake3 chat.state"),
@@ -303,7 +303,7 @@ def test_export_and_import_as_commands(toy: RunningServer, tmp_path: Path, monke
         (["export", "exp-cli-here", "--out", "/no/such/folder/x"], "No such file"),
         (["export", "a/b"], "is not a name"),
         (["import", "/no/such/file"], "No such file"),
-        (["import", "/proc/self/cmdline", "--name", "x"], "not a cache's file"),
+        (["import", "/proc/self/cmdline", "--name", "x"], "The file is damaged"),
     ],
     ids=str,
 )

@@ -183,7 +183,7 @@ class Checks:
 
 @pytest.fixture
 def checks(monkeypatch: pytest.MonkeyPatch) -> Checks:
-    monkeypatch.setattr(module, "Checker", Fake)
+    monkeypatch.setattr(module, "CheckerProcess", Fake)
     return Checks()
 
 
@@ -266,7 +266,7 @@ async def test_a_check_left_in_the_quick_lane_goes_to_no_other(checks: Checks) -
 
 
 async def test_as_many_checks_wait_as_may(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "Checker", Fake)
+    monkeypatch.setattr(module, "CheckerProcess", Fake)
     checks = Checks(max_waiting=2)
     asking = await checks.ask(*(f"held {i}" for i in range(4)))
     assert [task.done() for task in asking] == [False, False, False, True]

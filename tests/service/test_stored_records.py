@@ -48,10 +48,10 @@ def test_a_record_that_is_none_is_a_response_that_is_not_there(start_server: Sta
     path = server.cache_dir / "toy" / f"{bad}.headstart"
     eventually(path.exists)
     whole = path.read_bytes()
-    retention = json.loads(header_of(whole)["__metadata__"]["entry"])["terms"]
+    terms = json.loads(header_of(whole)["__metadata__"]["entry"])["terms"]
     for record in RECORDS.values():
         metadata = {} if record is None else {"response": record}
-        path.write_bytes(with_entry(whole, retention={**retention, "metadata": metadata}))
+        path.write_bytes(with_entry(whole, terms={**terms, "metadata": metadata}))
         assert server.http.get(f"/v1/responses/{bad}").status_code == 404
         continued = server.post("/v1/responses", **BODY, previous_response_id=bad, instructions="x")
         assert continued.status_code == 404, continued.text
