@@ -467,7 +467,7 @@ async def test_whoever_waits_for_a_declared_cache_is_told_when_its_declaration_f
 
     monkeypatch.setattr(Declared, "_is_met", fails)
     await service.load()
-    with pytest.raises(Exception, match="Something went wrong"):
+    with pytest.raises(Exception, match="An unexpected error"):
         await asyncio.wait_for(service.caches._caching.find(service.model("one"), "keeper"), 20)
     assert service.caches.building("") == []
     await service.close()

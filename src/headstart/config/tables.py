@@ -102,7 +102,7 @@ def check_route(prefix: str) -> None:
     bad = not prefix.startswith("/") or prefix.endswith("/") or "//" in prefix or not prefix.isprintable()
     if bad or prefix.partition("/v1")[0] == "" or prefix == "/health":
         raise ValueError(
-            f"{prefix!r} is no route: a path such as /coding, not of the API, without / at its end"
+            f"{prefix!r} is not a route: a path outside the API, such as /coding, without / at its end"
         )
 
 

@@ -44,7 +44,7 @@ class BodyMemory:
     def reserve(self, owner: str, size: int) -> None:
         """Raises Overloaded."""
         if self._reserved[owner] + size > self.share or self._reserved.total() + size > self.most:
-            raise Overloaded("The bodies of requests in progress take as much memory as they may.")
+            raise Overloaded("The bodies of requests in progress have reached their memory limit.")
         self._reserved[owner] += size
 
     def release(self, owner: str, size: int) -> None:

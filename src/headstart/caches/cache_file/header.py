@@ -164,7 +164,7 @@ def _check(header: Header) -> None:
         msgspec.convert({name: header.hash_of(name) for name in expected}, dict[str, Hash])
         msgspec.convert(sizes, dict[str, Decimal])
     except (KeyError, msgspec.ValidationError) as error:
-        raise Corrupt(f"a hash or size that is none: {error}") from error
+        raise Corrupt(f"an invalid hash or size: {error}") from error
     end = 0
     for name, tensor in sorted(header.tensors.items(), key=lambda item: item[1].data_offsets):
         dtype, width = WIDTHS[name.partition(".")[2]]

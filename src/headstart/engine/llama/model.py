@@ -189,7 +189,7 @@ class LlamaModel:
         state = context.save(number)
         context.clear(number)
         if not context.restore(number, *state):
-            raise ModelError("llama.cpp did not take back a state of its own")
+            raise ModelError("llama.cpp could not restore its own state")
 
     def save(self, seq: int) -> memoryview:
         context, number = self._place(seq)

@@ -129,7 +129,7 @@ class Caching:
         or an error of the engine; then nothing has changed."""
         check_own_name(name, param="cache_name")
         if not content.prefix_messages:
-            raise BadRequest("The prompt is empty: there is nothing to keep.", param="prompt")
+            raise BadRequest("The prompt is empty: there is nothing to cache.", param="prompt")
         if origin != "declared":
             self.check_not_declared(model, name, param="cache_name")
         kept = retention or self.retention(model, name)

@@ -165,7 +165,7 @@ class Models:
         while most and len(self._loaded(but=name)) >= most:
             if not await self._unload_another(name):
                 raise OutOfMemory(
-                    f"Model {name!r} can't be loaded: no more than {most} may be, and all are in use."
+                    f"Model {name!r} can't be loaded: at most {most} may be loaded, and all are in use."
                 )
 
     async def _fits(self, model: ServedModel) -> bool:

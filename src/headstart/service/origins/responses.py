@@ -90,7 +90,7 @@ class Responses:
             if kept := self._read(entry.key):
                 return kept
         raise error(
-            f"There is no response {name[:80]!r}: it was not stored, was deleted or has ended. "
+            f"There is no response {name[:80]!r}: it was not stored, was deleted or has expired. "
             "Send the whole conversation as input.",
             param=param,
         )
