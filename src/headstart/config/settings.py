@@ -143,9 +143,7 @@ class Settings(BaseSettings):
         "several API keys may have half.",
     )
     max_connections: int = Field(
-        1000,
-        ge=1,
-        description="Maximum connections; beyond it, the longest idle one is closed.",
+        1000, ge=1, description="Maximum connections; beyond it, the longest idle one is closed."
     )
     head_seconds: float = Field(10, gt=0, description="Maximum seconds to receive the headers.")
     body_seconds: float = Field(
@@ -159,9 +157,7 @@ class Settings(BaseSettings):
     )
     drain_seconds: int = Field(30, ge=0, description="Seconds for running requests to finish at a stop.")
     log_level: str = Field("warning", description="debug, info, warning or error.")
-    tracing: bool = Field(
-        False, description="Send OpenTelemetry spans to a collector; the variables OTEL_* say where and how."
-    )
+    tracing: bool = Field(False, description="Send OpenTelemetry spans as the variables OTEL_* say.")
     caches: dict[str, DeclaredCache] = Field(
         default_factory=dict, description="Declared caches, built by the server."
     )
