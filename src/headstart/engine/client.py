@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -39,6 +39,7 @@ from headstart.protocol import (
     RequestEvent,
     Step,
     Submit,
+    Token,
     WorkerMessage,
 )
 
@@ -64,14 +65,20 @@ class SubmittedRequest:
     each of its `n` answers, whose ids are consecutive. Use it as a context manager: leaving it early cancels
     the sequences, which then end within one engine step."""
 
-    def __init__(self, first_id: int, n: int, engine: EngineClient) -> None:
+    def __init__(self, first_id: int, n: int, engine: EngineClient, n_prompt: int = 0) -> None:
         self.id = first_id
+        self.n_prompt = n_prompt
         self.ids = range(first_id, first_id + n)
         self.engine = engine
+        # False while it waits for a slot.
+        self.has_begun = False
+        self.n_generated = 0
         self._events: asyncio.Queue[RequestEvent] = asyncio.Queue()
         self._open = set(self.ids)
 
     def tell(self, event: RequestEvent) -> None:
+        self.has_begun = True
+        self.n_generated += isinstance(event, Token)
         self._events.put_nowait(event)
 
     def cancel(self, answer: int = 0) -> None:
@@ -97,6 +104,15 @@ class SubmittedRequest:
             yield event
 
 
+class EngineLoad(NamedTuple):
+    """The requests that the worker evaluates and those that wait for a slot; `kv_usage`: the part of the slots'
+    room that the former's tokens take, from 0 to 1."""
+
+    running: int
+    waiting: int
+    kv_usage: float
+
+
 class EngineClient:
     """One worker and its requests. `max_waiting`: the most requests besides those in slots."""
 
@@ -110,6 +126,8 @@ class EngineClient:
         self.failure = ""
         self.out_of_memory = False
         self._next_id = 1
+        # Workers that were started in place of one that ended by itself, since the start.
+        self.n_restarts = 0
         self._requests: dict[int, SubmittedRequest] = {}
         self._writer: asyncio.StreamWriter | None = None
         self._load_ended = asyncio.Event()
@@ -118,6 +136,13 @@ class EngineClient:
     @property
     def n_requests(self) -> int:
         return len(self._requests)
+
+    def load(self) -> EngineLoad:
+        requests = {running.id: running for running in self._requests.values()}.values()
+        begun = [running for running in requests if running.has_begun]
+        n_tokens = sum(running.n_prompt + running.n_generated for running in begun)
+        room = self.info.slots * self.info.n_ctx if self.info else 0
+        return EngineLoad(len(begun), len(requests) - len(begun), n_tokens / room if room else 0.0)
 
     def start(self) -> None:
         """Runs a worker from now on, until `close`."""
@@ -171,7 +196,8 @@ class EngineClient:
                 f"Model {self.name!r} makes embeddings only: it can't generate text.", param="model"
             )
         n = request.n if isinstance(request, Submit) else 1
-        running = SubmittedRequest(self._next_id, n, self)
+        n_prompt = len(request.tokens) if isinstance(request, Submit) else 0
+        running = SubmittedRequest(self._next_id, n, self, n_prompt)
         try:
             self._write(frame(msgspec.structs.replace(request, id=running.id)))
         except Unsendable as error:
@@ -220,6 +246,7 @@ class EngineClient:
                 self._load_ended.set()
                 return
             self.state = "loading"
+            self.n_restarts += 1
             await asyncio.sleep(RESTART_SECONDS[failures])
 
     async def _run_worker(self) -> bool:

@@ -58,8 +58,8 @@ class LogObserver(Observer):
     def failed(self, event: Failure) -> None:
         match event.work:
             case "build":
-                log.warning("building cache %s failed: %s", event.subject, event.error)
+                log.warning("building cache %s of %s failed: %s", event.cache, event.model, event.error)
             case "load":
-                log.warning("model %s was not loaded: %s", event.subject, event.error)
+                log.warning("model %s was not loaded: %s", event.model, event.error)
             case "answer":
-                log.debug("%s did not answer: %s", event.subject, event.error)
+                log.debug("%s did not answer: %s", event.model, event.error)

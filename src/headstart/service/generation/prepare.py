@@ -43,6 +43,7 @@ class Prepared:
     start: Start
     parser: Callable[[], Parser]
     piece: Callable[[int], bytes]
+    received: float
     matched: int
     closest: Closest | None
     warning: str
@@ -156,6 +157,7 @@ class Preparation:
         form: Form,
         near: Closest | None,
         warning: str,
+        received: float,
     ) -> Prepared:
         start = plan.start if options.reuse else Start(plan.start.boundary, miss="cache_prompt_false")
         matched = start.boundary
@@ -169,6 +171,7 @@ class Preparation:
             start,
             how.parser,
             how.piece,
+            received,
             matched,
             near,
             warning,
