@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from servers import RunningServer, running_server
+from servers import ONE_THREAD, RunningServer, running_server
 
 # Measuring takes seconds: servers do without, but for the tests about it (tests/engine/test_tuning.py).
 os.environ["HEADSTART_TUNE"] = "false"
@@ -61,7 +61,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
 def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """A server with SmolLM2, shared likewise; tests that use it are marked `real_model`."""
     directory = tmp_path_factory.mktemp("real") / "cache"
-    with running_server(directory, "--alias", "qwen3-0.6b=smollm2") as server:
+    with running_server(directory, *ONE_THREAD, "--alias", "qwen3-0.6b=smollm2") as server:
         yield server
 
 

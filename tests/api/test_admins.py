@@ -85,6 +85,7 @@ def refused(response: httpx.Response) -> str:
     return str(error["message"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"force": True}])
 def test_unloading_a_model_needs_an_admin(server: RunningServer, more: Json) -> None:
     root, bob = Client(server, "root"), Client(server, "bob")
@@ -103,6 +104,7 @@ def test_what_is_everyones_is_not_a_keys_to_change(server: RunningServer, method
     assert Client(server, "root").listed()["common"] == before
 
 
+@pytest.mark.slow
 def test_but_an_admins(fresh: RunningServer) -> None:
     root, bob = Client(fresh, "root"), Client(fresh, "bob")
     edited = root.call("PATCH", "/v1/cache/toy/common", json={"description": "for all"})
@@ -112,6 +114,7 @@ def test_but_an_admins(fresh: RunningServer) -> None:
     assert "common" not in bob.listed()
 
 
+@pytest.mark.slow
 def test_an_admins_own_cache_goes_before_everyones(fresh: RunningServer) -> None:
     root, bob = Client(fresh, "root"), Client(fresh, "bob")
     assert root.create("common").json()["object"] == "cache.created"
@@ -158,6 +161,7 @@ def test_ones_own_caches_are_ones_own_to_keep_verify_repair_and_delete(server: R
     assert ann.call("DELETE", "/v1/cache/toy/private").status_code == 200
 
 
+@pytest.mark.slow
 def test_an_admin_verifies_everything_and_is_told_whose_it_is(fresh: RunningServer) -> None:
     Client(fresh, "ann").create("private")
     (fresh.cache_dir / "toy@ann" / "stray.headstart").write_bytes(b"damaged")
@@ -170,6 +174,7 @@ def test_an_admin_verifies_everything_and_is_told_whose_it_is(fresh: RunningServ
     }
 
 
+@pytest.mark.slow
 def test_but_reads_no_others_caches(fresh: RunningServer) -> None:
     Client(fresh, "ann").create("private")
     root = Client(fresh, "root")
@@ -282,6 +287,7 @@ def test_without_keys_everything_is_allowed(start_server: Any) -> None:
     assert "models" in server.http.get("/health").json()
 
 
+@pytest.mark.slow
 def test_the_command_line_says_that_it_needs_an_admins_key(server: RunningServer) -> None:
     for command in (["model", "unload", "toy"], ["cache", "delete", "common", "--model", "toy"]):
         done = subprocess.run(

@@ -567,6 +567,7 @@ def is_served(server: RunningServer) -> bool:
     return server.post(TEXT, model="toy", prompt="a", max_tokens=1).status_code == 200
 
 
+@pytest.mark.slow
 def test_a_second_create_of_the_same_name_is_refused_while_the_first_is_built(slow: RunningServer) -> None:
     with slow.http.stream("POST", CACHE, json=streamed_creation("twice")) as building:
         progress = events(building)

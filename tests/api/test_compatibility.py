@@ -24,9 +24,10 @@ from pydantic import BaseModel
 import headstart
 from headstart.api.anthropic.request import MessagesRequest
 from headstart.api.completions.request import ChatRequest, CompletionRequest
-from headstart.api.fields.generation import HARMLESS, ChatMessage
+from headstart.api.fields.generation import HARMLESS
 from headstart.api.responses.request import REFUSED, ResponseRequest
 from headstart.api.tokens.embeddings import EmbeddingRequest
+from headstart.contents import ChatMessage
 from servers import Json, RunningServer
 
 DOCUMENT = (Path(headstart.__file__).parents[2] / "docs" / "compatibility.md").read_text()

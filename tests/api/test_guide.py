@@ -11,14 +11,14 @@ import pytest
 
 from conftest import StartServer
 from guide_requests import CREATES, CURLS, USES, addressed, cache_of, curl
-from servers import RunningServer, running_server
+from servers import ONE_THREAD, RunningServer, running_server
 
 Json = dict[str, Any]
 
 # Some of the guide's chats set no limit to their answers: the context does. The toy always has one.
 MODELS = {
     "toy": ("--model", "toy=toy:eos=0", "--alias", "qwen3-0.6b=toy", "--ctx", "1024"),
-    "smollm2": ("--alias", "qwen3-0.6b=smollm2", "--ctx", "384"),
+    "smollm2": (*ONE_THREAD, "--alias", "qwen3-0.6b=smollm2", "--ctx", "256"),
 }
 both_models = pytest.mark.parametrize(
     "guide",

@@ -12,8 +12,7 @@ from headstart.api.answer import body, writes
 from headstart.api.anthropic.response import MessageWriter
 from headstart.prompt.answer_parts import CallDelta
 from headstart.protocol import Stats
-from headstart.service.generation.generate import Result
-from headstart.service.interface.answer import Delta, Ended
+from headstart.service.interface.answer import Delta, Ended, Result
 
 STATS = Stats(20, 8, 12, 9, "slot", 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0)
 ANSWER: list[Delta | Ended] = [

@@ -284,7 +284,7 @@ def test_what_is_not_there_raises_not_found(client: Anthropic) -> None:
         assert body["error"]["type"] == "not_found_error"
     with pytest.raises(anthropic.NotFoundError) as raised:
         client.get("/v1/messages/batches", cast_to=object)
-    assert raised.value.body["error"]["type"] == "not_found_error"  # type: ignore[index]
+    assert raised.value.body["error"]["type"] == "not_found_error"
 
 
 def test_what_is_harmless_is_accepted(client: Anthropic) -> None:
@@ -306,12 +306,12 @@ def test_keys_and_large_bodies_are_told_in_the_same_shape(start_server: StartSer
     server = start_server("--config", str(config))
     with connect(server, key="wrong") as client, pytest.raises(anthropic.AuthenticationError) as refused:
         ask(client)
-    assert refused.value.body["error"]["type"] == "authentication_error"  # type: ignore[index]
+    assert refused.value.body["error"]["type"] == "authentication_error"
     with connect(server, key="k") as client:
         assert ask(client).type == "message"
         with pytest.raises(anthropic.RequestTooLargeError) as large:
             ask(client, messages=[{"role": "user", "content": "x" * 20000}])
-    assert large.value.body["error"]["type"] == "request_too_large"  # type: ignore[index]
+    assert large.value.body["error"]["type"] == "request_too_large"
 
 
 def _read_until_the_worker_dies(server: RunningServer, stream: Any) -> None:

@@ -19,8 +19,7 @@ from conftest import StartServer
 from headstart.api.responses.response import ResponseWriter
 from headstart.prompt.answer_parts import CallDelta
 from headstart.protocol import Stats
-from headstart.service.generation.generate import Result
-from headstart.service.interface.answer import Choice, Delta, Ended
+from headstart.service.interface.answer import Choice, Delta, Ended, Result
 from headstart.service.origins.responses import spoken
 from servers import Json, RunningServer, eventually, running_server, said
 
@@ -317,6 +316,7 @@ def test_responses_are_the_first_to_give_up_their_states(start_server: StartServ
     assert server.http.get("/v1/cache/toy/keeper").json()["evicted"] == []
 
 
+@pytest.mark.slow
 def test_a_key_has_responses_of_its_own(tmp_path: Path) -> None:
     config = tmp_path / "headstart.toml"
     config.write_text(

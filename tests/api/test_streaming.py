@@ -19,8 +19,7 @@ from headstart.api.sse import COMMENT, EventStream, as_event
 from headstart.api.writer import Events
 from headstart.errors import EngineDied
 from headstart.protocol import Stats
-from headstart.service.generation.generate import Result
-from headstart.service.interface.answer import Delta, Ended
+from headstart.service.interface.answer import Delta, Ended, Result
 
 STATS = Stats(5, 0, 5, 3, "none", 0, 0, 0.0, 0.0, 1.0, 1.0, 1.0)
 RESULT = Result(3, STATS)

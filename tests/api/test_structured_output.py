@@ -296,6 +296,7 @@ BOMBS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bomb", BOMBS.values(), ids=BOMBS)
 def test_a_hostile_grammar_harms_nothing_but_its_request(toy: RunningServer, bomb: str) -> None:
     response = asked(toy, grammar=bomb)

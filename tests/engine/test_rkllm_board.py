@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def test_a_driver_that_only_root_can_see_is_looked_for_elsewhere_or_noted(tmp_pa
 def test_few_open_files_are_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = RkllmSettings(library=standin("1.3.0"))
     for limit, noted in ((1024, True), (102400, False)):
-        monkeypatch.setattr(boards.resource, "getrlimit", lambda _, n=limit: (n, n))
+        monkeypatch.setattr(resource, "getrlimit", lambda _, n=limit: (n, n))
         board = examine_board(given, orange_pi(tmp_path))
         assert board.open_files == limit
         assert any("ulimit -n" in line for line in board.notes) is noted
@@ -115,6 +116,7 @@ def test_a_runtime_that_crashes_when_loaded_takes_nothing_with_it(
     assert board.problems == ["the NPU runtime crashes when it is loaded (signal 11)"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("release", RELEASES)
 def test_doctor_shows_the_runtime_of_an_npu_model(model: str, tmp_path: Path, release: str) -> None:
     done = doctor(*flags(model, tmp_path, release))
@@ -128,6 +130,7 @@ def test_doctor_shows_the_runtime_of_an_npu_model(model: str, tmp_path: Path, re
     assert report["board"]["runtime"]["path"] == standin(release)
 
 
+@pytest.mark.slow
 def test_doctor_shows_the_settings_that_an_npu_model_has_and_refuses_those_it_can_not_have(
     model: str, tmp_path: Path
 ) -> None:
@@ -157,6 +160,7 @@ def test_modules_in_the_current_folder_are_no_part_of_what_looks_at_the_runtime(
     assert (runtime and runtime.version, problem) == ("1.2.3", None)
 
 
+@pytest.mark.slow
 def test_a_runtime_that_contradicts_itself_is_a_problem_of_its_models(model: str, tmp_path: Path) -> None:
     arguments = [*flags(model, tmp_path, "1.2.3")[:-1], standin("1.2.3", 130)]
     done = doctor(*arguments)

@@ -72,6 +72,7 @@ def guide(
         yield server
 
 
+@pytest.mark.slow
 def test_the_guides_requests_are_answered_and_hit(guide: RunningServer) -> None:
     answers: dict[str, Json] = guide.answers  # type: ignore[attr-defined]
     for title in CREATES:
@@ -99,6 +100,7 @@ def test_states_are_files_named_as_the_guide_has_them_beside_the_caches_own(guid
         assert answer["size_mb"] == round(size / 1e6, 2)
 
 
+@pytest.mark.slow
 def test_the_guides_caches_hit_after_a_restart(guide: RunningServer) -> None:
     answers: dict[str, Json] = guide.answers  # type: ignore[attr-defined]
     guide.restart()

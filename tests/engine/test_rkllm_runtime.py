@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from headstart.engine.model import ModelError
-from headstart.engine.rkllm import options as checks
 from headstart.engine.rkllm import runtime as runtimes
 from headstart.engine.rkllm.options import RuntimeOptions, checked
 from headstart.engine.rkllm.run import Run
@@ -420,6 +419,7 @@ print("alive")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "switches", ["", *(f"{at}=crash" for at in ("init", "run", "decode", "save", "load"))]
 )
@@ -492,7 +492,7 @@ def test_a_model_of_another_kind_is_refused(version: str, tmp_path: Path) -> Non
 def test_options_are_checked_before_the_runtime_sees_them(
     version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, int], why: str
 ) -> None:
-    monkeypatch.setattr(checks.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
     model = standin_model(tmp_path / "m.rkllm")
     settings = {"n_ctx": 512, "max_new_tokens": 100, **options}
     with pytest.raises(ModelError, match=why):
@@ -504,9 +504,9 @@ def test_the_fast_cores_are_taken_where_nothing_is_set(
 ) -> None:
     model, options = standin_model(tmp_path / "m.rkllm"), RuntimeOptions(standin(version))
     for there, cpus, mask in ((8, 4, 0xF0), (4, 4, 0xF), (2, 2, 0b11)):
-        monkeypatch.setattr(checks.os, "cpu_count", lambda n=there: n)
+        monkeypatch.setattr(os, "cpu_count", lambda n=there: n)
         assert (checked(model, options).cpus, checked(model, options).cpu_mask) == (cpus, mask)
-    monkeypatch.setattr(checks.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
     assert checked(model, RuntimeOptions(cpus=2)).cpu_mask == 0b1100_0000
     assert checked(model, RuntimeOptions(cpu_mask=0x3F)).cpus == 6
 

@@ -67,6 +67,7 @@ def edit(directory: Path, **changes: Any) -> None:
     (directory / "tuning.json").write_text(json.dumps(content))
 
 
+@pytest.mark.slow
 async def test_a_second_start_takes_what_the_first_has_measured(tmp_path: Path) -> None:
     assert (await start(tmp_path))[0] == TOY
     edit(tmp_path, share_from=123)
@@ -77,6 +78,7 @@ async def test_a_second_start_takes_what_the_first_has_measured(tmp_path: Path) 
     assert stat.S_IMODE((tmp_path / "tuning.json").stat().st_mode) == 0o600
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{"model": "toy:weights=other"}, {"threads": 1}])
 async def test_other_weights_or_threads_are_measured_anew(tmp_path: Path, change: dict[str, Any]) -> None:
     await start(tmp_path)
@@ -116,6 +118,7 @@ async def test_a_file_that_can_not_be_read_or_written_is_no_error(
     assert "can't be stored" in caplog.text
 
 
+@pytest.mark.slow
 async def test_what_is_set_wins_over_what_is_remembered(tmp_path: Path) -> None:
     await start(tmp_path)
     async with running(tmp_path, flash_attention=True) as (service, _):
@@ -124,6 +127,7 @@ async def test_what_is_set_wins_over_what_is_remembered(tmp_path: Path) -> None:
         assert service.model("toy").fingerprint.settings["flash_attention"] == "off"
 
 
+@pytest.mark.slow
 async def test_measuring_again_never_flips_the_flash_attention_of_caches(tmp_path: Path) -> None:
     await with_cache(tmp_path, flash_attention=True)
     (tmp_path / "tuning.json").unlink()
@@ -136,6 +140,7 @@ async def test_measuring_again_never_flips_the_flash_attention_of_caches(tmp_pat
     assert "measuring prefers flash attention off" in line
 
 
+@pytest.mark.slow
 async def test_a_start_that_caches_do_not_fit_says_how_many_and_why(tmp_path: Path) -> None:
     await with_cache(tmp_path)
     _, said = await start(tmp_path, flash_attention=True)
@@ -206,6 +211,7 @@ def test_what_was_measured_under_a_setting_is_not_taken_for_the_best_without_it(
     assert found.numerics == ranking[2]
 
 
+@pytest.mark.slow
 async def test_converted_weights_are_part_of_a_state_and_those_of_the_file_are_not_named(
     tmp_path: Path,
 ) -> None:
@@ -215,6 +221,7 @@ async def test_converted_weights_are_part_of_a_state_and_those_of_the_file_are_n
         assert service.model("toy").fingerprint.settings == {"flash_attention": "off", "weights": "q8_0"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tune", [True, False])
 async def test_the_weights_of_caches_are_kept_when_nothing_is_set(tmp_path: Path, tune: bool) -> None:
     await with_cache(tmp_path, weights="q8_0", flash_attention=True)
@@ -227,6 +234,7 @@ async def test_the_weights_of_caches_are_kept_when_nothing_is_set(tmp_path: Path
     assert [line.startswith(told) for line in said] == ([True] if tune else [])
 
 
+@pytest.mark.slow
 async def test_what_is_set_of_a_pair_leaves_the_other_to_the_caches(tmp_path: Path) -> None:
     await with_cache(tmp_path, weights="q8_0")
     _, said = await start(tmp_path, flash_attention=True)
@@ -311,6 +319,7 @@ def test_the_doctor_needs_no_cache_directory(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 async def test_the_doctor_shows_settings_and_where_they_come_from(tmp_path: Path) -> None:
     caches = tmp_path / "caches"
     await start(caches)
@@ -340,6 +349,7 @@ async def test_the_doctor_shows_settings_and_where_they_come_from(tmp_path: Path
     assert in_force(model)["weights"] == ("q8_0", "flag")
 
 
+@pytest.mark.slow
 async def test_the_doctor_counts_what_fits_and_says_why_others_do_not(tmp_path: Path) -> None:
     await with_cache(tmp_path)
     (model,) = report(tmp_path)["models"]
@@ -374,6 +384,7 @@ async def test_damaged_files_need_attention(tmp_path: Path) -> None:
     assert "tuning.json is damaged" in tuning
 
 
+@pytest.mark.slow
 async def test_measuring_again_keeps_the_flash_attention_of_caches_unless_agreed(tmp_path: Path) -> None:
     await with_cache(tmp_path, flash_attention=True)
     kept = doctor(tmp_path, "--measure")
@@ -393,6 +404,7 @@ async def test_measuring_again_keeps_the_flash_attention_of_caches_unless_agreed
     ]
 
 
+@pytest.mark.slow
 async def test_measuring_again_keeps_the_weights_of_caches_unless_agreed(tmp_path: Path) -> None:
     await with_cache(tmp_path, weights="q8_0")
     kept = doctor(tmp_path, "--measure")

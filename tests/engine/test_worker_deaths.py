@@ -28,7 +28,7 @@ from headstart.api.sse import EventStream, begun
 from headstart.channel import HEADER, MOST_BYTES, frame
 from headstart.config.settings import load_settings
 from headstart.engine import client as module
-from headstart.engine import launcher
+from headstart.engine import launcher, worker_process
 from headstart.engine.client import EngineClient
 from headstart.errors import BadRequest, EngineDied, ModelNotFound, StartupError, Unavailable
 from headstart.prompt.process import protocol
@@ -319,7 +319,7 @@ async def test_a_worker_that_sends_rubbish_is_ended_and_never_counts_as_loading_
 ) -> None:
     first = frame(Ready(INFO)) + frame(Step([])) if ready else b""
     stays = what not in ("cut", "nothing")
-    genuine = launcher.started
+    genuine = worker_process.started
     monkeypatch.setattr(launcher, "started", _says(first + RUBBISH[what], stays=stays))
     client = EngineClient("toy", EngineSettings("toy:", 4, 0), 64)
     client.start()
@@ -422,6 +422,7 @@ def _service(directory: Path, **settings: Any) -> Service:
     return Service(load_settings(None, models=models, cache_dir=directory, **settings), lambda _: None)
 
 
+@pytest.mark.slow
 async def test_a_model_whose_tokenizer_can_not_be_loaded_is_told_and_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -92,5 +92,5 @@ class Driver:
 
 
 def small_model(path: str, slots: int = 3, share_from: int = 32) -> Model:
-    settings = EngineSettings(path, slots, 256, 2, CHUNK, numerics=DEFAULT, share_from=share_from)
+    settings = EngineSettings(path, slots, 256, 1, CHUNK, numerics=DEFAULT, share_from=share_from)
     return engine_kind(path).load(settings)

@@ -1,7 +1,8 @@
 """Starts `headstart` processes without their imports: a process that has imported them forks at each start.
 
-Most of a start is imports, the same each time. Where there is no fork server (not on Linux, or with
-HEADSTART_FORKSERVER=0), processes start as usual.
+Most of a start is imports, the same each time; workers and prompt processes of these servers are forked
+likewise. Where there is no fork server (not on Linux, or with HEADSTART_FORKSERVER=0), processes start as
+usual. Workers of services within the tests' own process always do.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import contextlib
 import functools
 import gc
 import importlib
-import json
 import os
 import resource
 import runpy
@@ -25,6 +25,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+import forked_workers
+import forking
+
 WANTED = sys.platform == "linux" and os.environ.get("HEADSTART_FORKSERVER") != "0"
 PRELOADED = (
     "headstart.cli.main",
@@ -32,10 +35,14 @@ PRELOADED = (
     "uvicorn.protocols.http.httptools_impl",
     "uvicorn.loops.uvloop",
     "uvloop",
+    "headstart.engine.toy",
+    "llama_cpp",
+    *forked_workers.MODULES,
 )
+# Makes room in the command lines of forked processes for those of workers.
+ROOM = "." * 400
 # A process inherits them as it would from us.
 LIMITS = (resource.RLIMIT_AS, resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE)
-LARGEST_REQUEST = 1 << 20
 # Threads start servers too.
 TURN = threading.Lock()
 
@@ -116,7 +123,7 @@ class ForkServer:
     def __init__(self) -> None:
         self.channel, theirs = socket.socketpair()
         with theirs:
-            command = [sys.executable, str(Path(__file__)), str(theirs.fileno())]
+            command = [sys.executable, str(Path(__file__)), str(theirs.fileno()), ROOM]
             self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
 
     def started(
@@ -128,14 +135,7 @@ class ForkServer:
             "directory": str(Path.cwd()),
             "limits": [resource.getrlimit(limit) for limit in LIMITS],
         }
-        reader, writer = os.pipe()
-        try:
-            message = json.dumps(request).encode() + b"\n"
-            socket.send_fds(self.channel, [message], [output.fileno(), errors.fileno(), writer])
-            pid = int(self.channel.recv(32))
-        finally:
-            os.close(writer)
-        return ForkedProcess(pid, reader)
+        return ForkedProcess(*forking.fork(self.channel, request, [output.fileno(), errors.fileno()]))
 
 
 @functools.cache
@@ -143,59 +143,23 @@ def _forkserver() -> ForkServer:
     return ForkServer()
 
 
-def _next_request(channel: socket.socket) -> dict[str, Any] | None:
-    """In a new process, what it is to do; None, in the fork server, at the end of the socket."""
-    while True:
-        message, handles, _, _ = socket.recv_fds(channel, LARGEST_REQUEST, 3)
-        if not message:
-            return None
-        output, errors, status = handles
-        while not message.endswith(b"\n"):
-            message += channel.recv(LARGEST_REQUEST)
-        if not os.fork():
-            _become_parent(channel, status)
-            os.dup2(output, 1)
-            os.dup2(errors, 2)
-            os.close(output)
-            os.close(errors)
-            return json.loads(message)
-        for handle in handles:
-            os.close(handle)
-
-
-def _become_parent(channel: socket.socket, status: int) -> None:
-    """Returns in a child. Its parent tells its process id, waits for its end, tells its status, and ends."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    if not (child := os.fork()):
-        channel.close()
-        os.close(status)
-        return
-    # Like Popen's children, the server is interrupted with its group; this process only waits for it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    channel.sendall(str(child).encode())
-    channel.close()
-    _, ended = os.waitpid(child, 0)
-    os.write(status, str(os.waitstatus_to_exitcode(ended)).encode())
-    os._exit(0)
-
-
 def main() -> None:
     channel = socket.socket(fileno=int(sys.argv[1]))
     for name in PRELOADED:
         importlib.import_module(name)
     gc.freeze()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    request = _next_request(channel)
-    if request is None:
-        return
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    request, handles = forking.serve(channel)
+    for stream, handle in enumerate(handles, start=1):
+        os.dup2(handle, stream)
+        os.close(handle)
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["directory"])
     sys.path[0] = request["directory"]
     for limit, values in zip(LIMITS, request["limits"], strict=True):
         resource.setrlimit(limit, tuple(values))
+    if "serve" in request["arguments"]:
+        forked_workers.fork_workers()
     sys.argv = ["headstart", *request["arguments"]]
     runpy.run_module("headstart", run_name="__main__", alter_sys=True)
 

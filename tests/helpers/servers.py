@@ -16,11 +16,13 @@ from typing import Any
 import httpx
 import psutil
 
-from forkserver import started
+from forkserver import ROOM, started
 
 Json = dict[str, Any]
 
 READY_SECONDS = 60.0
+# For servers with the real model: with two threads, tests in parallel take 1.6 times the processor time.
+ONE_THREAD = ("--threads", "1")
 
 
 class RunningServer:
@@ -74,9 +76,11 @@ class RunningServer:
     def processes(self, module: str = "") -> list[psutil.Process]:
         """What the server has started and runs this module; "" for all."""
         found = []
-        for process in psutil.Process(self.process.pid).children():
+        # Those that are forked are not the server's own children, but those of processes with ROOM.
+        for process in psutil.Process(self.process.pid).children(recursive=True):
             with suppress(psutil.Error):
-                if not module or module in process.cmdline():
+                command = process.cmdline()
+                if module in command or not (module or ROOM in command):
                     found.append(process)
         return found
 

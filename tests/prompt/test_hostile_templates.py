@@ -134,6 +134,7 @@ def test_products_and_powers_have_a_limit_only_where_they_are_large() -> None:
     assert text == "=" * 20 + "12" + "1024" + "3.0" + "True" + "[1, 1]"
 
 
+@pytest.mark.slow
 def test_a_broken_template_file_ends_the_start(start_server: StartServer, tmp_path: Path) -> None:
     (tmp_path / "broken").write_text("{% for %}")
     env = {"HEADSTART_TEMPLATES": json.dumps({"toy": str(tmp_path / "broken")})}

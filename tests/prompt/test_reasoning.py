@@ -124,6 +124,7 @@ def test_a_template_is_told_any_plain_value(thinker: RunningServer, value: objec
     assert _ask(thinker, chat_template_kwargs={"self": value, "loop": value, "enable_thinking": value})
 
 
+@pytest.mark.slow
 def test_openais_client_reads_reasoning(thinker: RunningServer) -> None:
     with OpenAI(base_url=f"{thinker.url}/v1", api_key="none", max_retries=0) as client:
         messages: Any = [QUESTION]

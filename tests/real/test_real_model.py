@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from conftest import StartServer
-from servers import Json, RunningServer, events, running_server, said
+from servers import ONE_THREAD, Json, RunningServer, events, running_server, said
 
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(600)]
 
@@ -102,7 +102,7 @@ class Clerk:
 @pytest.fixture(scope="module")
 def clerk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clerk]:
     """A server with the cache `harbour`; tests restart it as they like."""
-    with running_server(tmp_path_factory.mktemp("harbour") / "cache") as server:
+    with running_server(tmp_path_factory.mktemp("harbour") / "cache", *ONE_THREAD) as server:
         server.create("harbour", SYSTEM, model="smollm2")
         yield Clerk(server)
 

@@ -304,6 +304,7 @@ async def until(is_so: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
+@pytest.mark.slow
 async def test_a_start_in_doubt_says_so_and_serves_with_safe_defaults(tmp_path: Path) -> None:
     async with running(tmp_path, "toy:busy=9,attention=1", tune_idle_seconds=0) as (service, said):
         assert service.model("toy").fingerprint.settings == {"flash_attention": "off"}
@@ -318,6 +319,7 @@ async def test_a_start_in_doubt_says_so_and_serves_with_safe_defaults(tmp_path: 
     assert "measured once" in said[0]
 
 
+@pytest.mark.slow
 async def test_an_idle_server_measures_again_and_computes_caches_again_where_it_pays(tmp_path: Path) -> None:
     model = "toy:busy=1,attention=1"
     async with running(tmp_path, model, tune_idle_seconds=0) as (service, _):
@@ -341,6 +343,7 @@ def _arithmetic(service: Service) -> set[str]:
     return {entry.fingerprint.settings["flash_attention"] for entry in service.caches.visible("")}
 
 
+@pytest.mark.slow
 async def test_what_is_set_or_agreed_to_is_never_changed_by_another_try(tmp_path: Path) -> None:
     model = "toy:busy=1,attention=1"
     async with running(tmp_path, model, flash_attention=False) as (service, said):
@@ -350,6 +353,7 @@ async def test_what_is_set_or_agreed_to_is_never_changed_by_another_try(tmp_path
         assert _arithmetic(service) == {"off"}
 
 
+@pytest.mark.slow
 async def test_a_measurement_of_the_last_release_is_made_again_once_when_idle(tmp_path: Path) -> None:
     async with running(tmp_path, "toy:", tune_idle_seconds=0):
         pass
@@ -392,6 +396,7 @@ async def test_a_request_ends_a_measurement_at_once_and_the_next_one_waits_longe
     assert slow.stopped == 2
 
 
+@pytest.mark.slow
 async def test_five_tries_are_the_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("headstart.service.caching.remeasure.BACK_OFF", 1)
     async with running(tmp_path, "toy:busy=99") as (service, said):
@@ -423,6 +428,7 @@ def test_requests_are_answered_while_a_model_is_measured_and_loaded_again(busy_s
     assert busy_server.chat("Who?", use_cache="keeper")["usage"]["cache_hit"] is True
 
 
+@pytest.mark.slow
 async def test_the_doctor_tells_how_sure_each_figure_is(tmp_path: Path) -> None:
     async with running(tmp_path, "toy:busy=9", tune_idle_seconds=0):
         pass

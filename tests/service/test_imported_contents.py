@@ -102,6 +102,7 @@ def test_what_no_request_could_say_is_refused_with_the_field(
     assert toy.http.get("/v1/cache/toy/contents-bad").status_code == 404
 
 
+@pytest.mark.slow
 def test_a_file_in_the_directory_that_says_it_disturbs_nobody(
     start_server: StartServer, tmp_path: Path
 ) -> None:

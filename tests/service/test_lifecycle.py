@@ -28,6 +28,7 @@ def _is_healthy(server: RunningServer) -> bool:
     return server.http.get("/health").status_code == 200
 
 
+@pytest.mark.slow
 def test_a_build_that_crashes_at_its_first_decode_is_reported_with_the_cure(tmp_path: Path) -> None:
     done = headstart("serve", "--port", "0", "--cache-dir", str(tmp_path), "--model", "toy=toy:crash=decode")
     assert done.returncode == 1
@@ -63,6 +64,7 @@ def test_a_server_that_can_not_start_says_why(tmp_path: Path, flags: list[str], 
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_file_that_is_not_a_model_is_refused_at_start(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"GGUF" + b"rubbish" * 100)
     model = f"m={tmp_path / 'm.gguf'}"
@@ -93,6 +95,7 @@ def test_settings_come_from_flags_before_environment_before_file(tmp_path: Path)
     assert settings.model_paths == {"toy": "toy:"}
 
 
+@pytest.mark.slow
 def test_health_is_503_while_the_model_loads_and_requests_are_told_to_come_back(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

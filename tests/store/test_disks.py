@@ -98,6 +98,7 @@ def test_a_full_disk_is_told_and_costs_nothing_that_was_there(small_disk: Path) 
         assert _create(server, "keeper", LARGE).status_code == 200
 
 
+@pytest.mark.slow
 def test_a_server_starts_on_a_full_disk_and_its_caches_hit(small_disk: Path) -> None:
     with running_server(small_disk, "--model", "toy=toy:") as server:
         server.create("keeper", PROMPT)

@@ -118,6 +118,7 @@ def verify_offline(server: RunningServer) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=server.env, check=False)
 
 
+@pytest.mark.slow
 def test_a_directory_of_strange_files_is_started_on_listed_and_verified(strange: RunningServer) -> None:
     expected = said(strange.chat("Who?", system=PROMPT, cache_prompt=False))
     for _ in range(2):
@@ -194,6 +195,7 @@ def test_creating_and_deleting_where_something_else_lies_says_so_or_works(strang
     assert strange.http.delete("/v1/cache/toy/beside").status_code == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pipe", "folder", "socket", "device", "loop", "link-to-nothing"])
 @pytest.mark.parametrize("place", ["model", "template", "config", "prompt", "key", "models-dir", "lock"])
 def test_a_start_with_something_else_than_a_file_says_so_and_ends(

@@ -52,6 +52,7 @@ def _damage_header(path: Path) -> None:
     path.write_bytes(data)
 
 
+@pytest.mark.slow
 def test_a_prompt_changed_wherever_it_lies_but_in_its_file_changes_nothing(server: RunningServer) -> None:
     expected = said(server.chat("How much?", use_cache="price"))
     server.stop()
@@ -205,6 +206,7 @@ async def test_a_flipped_byte_of_the_index_changes_no_cache(tmp_path: Path) -> N
     assert n_forgotten > 0
 
 
+@pytest.mark.slow
 @pytest.mark.sweep
 async def test_a_flipped_byte_of_the_indexs_log_changes_no_cache(tmp_path: Path) -> None:
     directory = tmp_path / "cache"
