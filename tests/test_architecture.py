@@ -52,8 +52,9 @@ ALLOWED = {
     "caches": BOTTOM,
     "service": BOTTOM | {"engine", "prompt", "caches"},
     "doctor": BOTTOM | {"service", "engine", "prompt", "caches"},
-    "api": BOTTOM | {"service", "caches"},
-    "cli": BOTTOM | {"service", "doctor", "api"},
+    "telemetry": BOTTOM | {"service"},
+    "api": BOTTOM | {"service", "caches", "telemetry"},
+    "cli": BOTTOM | {"service", "doctor", "api", "telemetry"},
     "__init__": set(),
     "__main__": {"cli"},
 }

@@ -309,7 +309,7 @@ def test_the_doctor_changes_nothing_and_works_beside_a_server(start_server: Star
     assert snapshot(server.cache_dir) == before
     assert "Caches that fit: 1" in result.stdout
     assert "No problems found" in result.stdout
-    assert server.http.get("/health").status_code == 200
+    assert server.http.get("/ready").status_code == 200
 
 
 def test_the_doctor_needs_no_cache_directory(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from headstart.api.http.server import HttpConfig, HttpServer
 from headstart.config.settings import Settings
 from headstart.errors import StartupError
 from headstart.service.service import Service
+from headstart.telemetry.metrics import MetricsObserver
 
 log = logging.getLogger(__name__)
 
@@ -51,9 +52,11 @@ def serve(settings: Settings, say: Notify) -> None:
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     listener = _listen(settings.host, settings.port)
-    service = Service(settings, say)
+    metrics = MetricsObserver()
+    service = Service(settings, say, [metrics])
+    metrics.watch(service)
     _allow_open_files(settings.max_connections)
-    config = HttpConfig(create_app(service), settings)
+    config = HttpConfig(create_app(service, metrics=metrics), settings)
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
         runner.run(_serve(service, HttpServer(config), listener, say))
 

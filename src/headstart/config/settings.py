@@ -179,6 +179,10 @@ class Settings(BaseSettings):
     keys: dict[str, ApiKey] = Field(
         default_factory=dict, description="API keys, each with caches of its own; with any, one is needed."
     )
+    metrics_public: bool = Field(
+        False,
+        description="Answer /metrics without an API key; else an admin's is needed where there are keys.",
+    )
     allow_public: bool = Field(False, description="Listen on other addresses than loopback without a key.")
 
     # What paths in tables start from: where the configuration file is.

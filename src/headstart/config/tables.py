@@ -100,7 +100,7 @@ def check_names(names: Iterable[str]) -> None:
 def check_route(prefix: str) -> None:
     """Raises ValueError for what can't be put before the paths of the API."""
     bad = not prefix.startswith("/") or prefix.endswith("/") or "//" in prefix or not prefix.isprintable()
-    if bad or prefix.partition("/v1")[0] == "" or prefix == "/health":
+    if bad or prefix.partition("/v1")[0] == "" or prefix in ("/health", "/ready", "/metrics"):
         raise ValueError(
             f"{prefix!r} is no route: a path such as /coding, not of the API, without / at its end"
         )

@@ -105,8 +105,8 @@ class SubmittedRequest:
 
 
 class EngineLoad(NamedTuple):
-    """The requests that the worker evaluates and those that wait for a slot; `kv_usage`: the part of the slots'
-    room that the former's tokens take, from 0 to 1."""
+    """The requests that the worker evaluates and those that wait for a slot; `kv_usage`: the part of the
+    slots' room that the former's tokens take, from 0 to 1."""
 
     running: int
     waiting: int

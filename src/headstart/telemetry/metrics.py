@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST as CONTENT_TYPE
+from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -23,7 +23,7 @@ from headstart.service.interface.observer import (
 )
 from headstart.service.service import Service
 
-__all__ = ["CONTENT_TYPE_LATEST", "MetricsObserver"]
+__all__ = ["CONTENT_TYPE", "MetricsObserver"]
 
 LATENCY_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 TOKEN_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
@@ -45,7 +45,9 @@ class MetricsObserver(Observer):
             "vllm:prompt_tokens_by_source", "Prompt tokens by source: evaluated, or from a state.", "source"
         )
         self._generated = self._counter("vllm:generation_tokens", "Generated tokens.")
-        self._queries = self._counter("vllm:prefix_cache_queries", "Prompt tokens that states were sought for.")
+        self._queries = self._counter(
+            "vllm:prefix_cache_queries", "Prompt tokens that states were sought for."
+        )
         self._hits = self._counter("vllm:prefix_cache_hits", "Prompt tokens that came from states.")
         self._ended = self._counter(
             "vllm:request_success", "Answers by what ended them; abort: the client left.", "finished_reason"
@@ -63,14 +65,12 @@ class MetricsObserver(Observer):
         )
         self._misses = self._counter(
             "headstart_cache_misses",
-            "Requests that started from no state, by the miss reason; no_match: none was named or found.",
+            "Requests that missed the cache that they named, or that started from no state: no_match.",
             "reason",
         )
         self._saved = self._counter("headstart_tokens_saved", "Prompt tokens that states saved evaluating.")
         self._seconds_saved = self._counter(
-            "headstart_seconds_saved",
-            "Time that states saved: the tokens they saved, at the model's mean time for an evaluated prompt "
-            "token, less restoring.",
+            "headstart_seconds_saved", "Estimated time that states saved, less restoring them."
         )
         self._restores = self._histogram(
             "headstart_restore_seconds", "Restoring a state from a file.", RESTORE_BUCKETS
@@ -86,18 +86,16 @@ class MetricsObserver(Observer):
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, ("model_name", *labels), registry=self.registry)
 
-    def _histogram(
-        self, name: str, text: str, buckets: tuple[float, ...] = LATENCY_BUCKETS
-    ) -> Histogram:
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...] = LATENCY_BUCKETS) -> Histogram:
         return Histogram(name, text, ("model_name",), buckets=buckets, registry=self.registry)
 
     def watch(self, service: Service) -> None:
         """Adds what is read from the service when the metrics are requested."""
         self.registry.register(ServiceCollector(service))
 
-    async def exposition(self) -> bytes:
-        """All metrics in the text format."""
-        return await asyncio.to_thread(generate_latest, self.registry)
+    def exposition(self) -> bytes:
+        """All metrics in the text format. Call it on the event loop, whose objects it reads."""
+        return generate_latest(self.registry)
 
     def answered(self, event: Answered) -> None:
         model, result, stats = event.model, event.result, event.result.stats
@@ -122,10 +120,10 @@ class MetricsObserver(Observer):
 
     def _count_reuse(self, model: str, result: Result) -> None:
         stats = result.stats
-        if stats.source == "none":
-            self._misses.labels(model, result.miss or "no_match").inc()
-        else:
+        if stats.source != "none":
             self._cache_hits.labels(model, stats.source).inc()
+        if result.miss or stats.source == "none":
+            self._misses.labels(model, result.miss or "no_match").inc()
         self._saved.labels(model).inc(stats.cached_tokens)
         tokens, milliseconds = self._evaluated.get(model, (0, 0.0))
         tokens, milliseconds = tokens + stats.evaluated_tokens, milliseconds + stats.prefill_ms
@@ -155,3 +153,42 @@ class MetricsObserver(Observer):
                 self._failed_builds.labels(event.model).inc()
             case "load":
                 pass
+
+
+class ServiceCollector(Collector):
+    """Reads the current state of a service when the metrics are requested."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    def collect(self) -> Iterator[Metric]:
+        running = _gauge("vllm:num_requests_running", "Requests that the engine evaluates.")
+        waiting = _gauge("vllm:num_requests_waiting", "Requests that wait for a slot.")
+        usage = _gauge(
+            "vllm:kv_cache_usage_perc", "Part of the slots' room that running requests take, 0 to 1."
+        )
+        loaded = _gauge("headstart_model_loaded", "1 if the model answers at once, else 0.")
+        restarts = _counted("headstart_worker_restarts", "Workers started in place of one that died.")
+        for name, model in self.service.models.all.items():
+            load = model.engine.load()
+            running.add_metric([name], load.running)
+            waiting.add_metric([name], load.waiting)
+            usage.add_metric([name], load.kv_usage)
+            loaded.add_metric([name], model.engine.state == "ready")
+            restarts.add_metric([name], model.engine.n_restarts)
+        store = GaugeMetricFamily(
+            "headstart_store_bytes", "Bytes of cache files.", labels=["model_name", "tier"]
+        )
+        for name, size in self.service.caches.sizes().items():
+            store.add_metric([name, "disk"], size)
+        failures = CounterMetricFamily("headstart_verify_failures", "States whose check failed.")
+        failures.add_metric([], self.service.caches.n_corrupt)
+        yield from (running, waiting, usage, loaded, restarts, store, failures)
+
+
+def _gauge(name: str, text: str) -> GaugeMetricFamily:
+    return GaugeMetricFamily(name, text, labels=["model_name"])
+
+
+def _counted(name: str, text: str) -> CounterMetricFamily:
+    return CounterMetricFamily(name, text, labels=["model_name"])

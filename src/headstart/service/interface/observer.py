@@ -13,9 +13,9 @@ from headstart.service.interface.answer import FinishReason, Result
 
 @dataclass(frozen=True)
 class Answered:
-    """A request got all its answers, which ended for these `reasons`. Times are seconds: `first_token_seconds`
-    and `seconds` from its arrival in the service to its first token and to the end, `token_gaps` between the
-    tokens of each answer."""
+    """A request got all its answers, which ended for these `reasons`. Times are seconds:
+    `first_token_seconds` and `seconds` from its arrival in the service to its first token and to the end,
+    `token_gaps` between the tokens of each answer."""
 
     model: str
     owner: str
@@ -63,8 +63,8 @@ class Restored:
 
 @dataclass(frozen=True)
 class Failure:
-    """Work ended with an error; a build, that of a `cache`. Where a client left, the error is CancelledError or
-    GeneratorExit."""
+    """Work ended with an error; a build, that of a `cache`. Where a client left, the error is CancelledError
+    or GeneratorExit."""
 
     work: Literal["answer", "build", "load"]
     model: str
