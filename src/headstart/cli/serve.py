@@ -16,6 +16,7 @@ from headstart.api.http.server import HttpConfig, HttpServer
 from headstart.config.settings import Settings
 from headstart.errors import StartupError
 from headstart.service.service import Service
+from headstart.telemetry.log_format import configure_logging
 from headstart.telemetry.metrics import MetricsObserver
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def serve(settings: Settings, say: Notify) -> None:
     # Where llama.cpp aborts, it would start a debugger on itself first, which may hang for ever: in this
     # process and, by inheritance, in all that it starts.
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")
-    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    configure_logging(settings.log_level, settings.log_format)
     listener = _listen(settings.host, settings.port)
     metrics = MetricsObserver()
     service = Service(settings, say, [metrics])

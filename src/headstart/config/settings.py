@@ -24,6 +24,7 @@ from headstart.model_files import models_in
 from headstart.numerics import Weights
 
 Origin = Literal["flag", "environment", "file", "default"]
+LogFormat = Literal["text", "json"]
 DEFAULT_MODEL = "smollm2"
 
 
@@ -145,7 +146,10 @@ class Settings(BaseSettings):
         15, gt=0, description="How long a connection is kept open between two requests."
     )
     drain_seconds: int = Field(30, ge=0, description="How long running requests may take to end at a stop.")
-    log_level: str = Field("warning", description="debug, info, warning or error.")
+    log_level: str = Field(
+        "warning", description="debug, info, warning or error; from info on, one line for each request."
+    )
+    log_format: LogFormat = Field("text", description="Lines to read, or a JSON object a line.")
     caches: dict[str, DeclaredCache] = Field(
         default_factory=dict, description="Caches that are there whenever the server runs."
     )

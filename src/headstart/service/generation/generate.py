@@ -79,7 +79,9 @@ class Generation:
             self._keep_response(prepared, answers[0])
         except (HeadstartError, asyncio.CancelledError, GeneratorExit) as error:
             if result is None:
-                self.observer.failed(Failure("answer", prepared.model.name, error))
+                self.observer.failed(
+                    Failure("answer", prepared.model.name, error, owner=prepared.model.owner)
+                )
             raise
 
     async def _result(self, prepared: Prepared, answers: Sequence[Answering], stats: Stats) -> Result:

@@ -70,6 +70,7 @@ class Failure:
     model: str
     error: BaseException
     cache: str = ""
+    owner: str = ""
 
 
 class Observer:
