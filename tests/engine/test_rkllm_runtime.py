@@ -103,7 +103,7 @@ def save(runtime: Runtime, prompt: str, path: Path) -> Path:
 
 
 def test_a_run_tells_its_tokens_from_another_thread_and_what_it_counted(start: Start) -> None:
-    runtime = start()
+    runtime = start(max_new_tokens=10)
     asked = RecordedRun(runtime, SYSTEM + QUESTION, max_new_tokens=10)
     assert asked.text == bytes(asked.tokens)
     assert asked.threads != {threading.get_ident()}

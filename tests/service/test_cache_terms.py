@@ -187,7 +187,7 @@ def test_nobody_need_ask_for_a_file_to_go(start_server: StartServer) -> None:
 
 def test_a_cache_whose_time_is_over_at_the_start_goes(start_server: StartServer) -> None:
     server = start_server("--model", "toy=toy:")
-    server.create("over", PROMPT, ttl_seconds=0.5)
+    server.create("over", PROMPT, ttl_seconds=0.1)
     server.create("stays", PROMPT, ttl_seconds=500)
     server.restart()
     eventually(lambda: server.files() == ["toy/stays.headstart"], 5)

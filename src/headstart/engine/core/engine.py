@@ -14,7 +14,7 @@ from headstart.engine.core.grammar_compiler import Compiler
 from headstart.engine.core.scheduler import Scheduler, Work
 from headstart.engine.core.sequence import Sequence, Slot
 from headstart.engine.core.state_io import Reader, Writer
-from headstart.engine.core.stats import stats, told
+from headstart.engine.core.stats import stats, token_event
 from headstart.engine.grammar import GrammarError
 from headstart.engine.model import Model, ModelError
 from headstart.engine.worker_engine import Wake
@@ -220,8 +220,8 @@ class CoreEngine:
 
     def _sample(self, sequence: Sequence, row: int) -> None:
         """Chooses the sequence's next token, and the first tokens of all other answers to its prompt."""
-        asked = sequence.request.sampling.logprobs
-        logprobs = None if asked is None else self.model.logprobs(row)
+        n_logprobs = sequence.request.sampling.logprobs
+        logprobs = None if n_logprobs is None else self.model.logprobs(row)
         siblings = sequence.divide()
         try:
             chosen = [(each, self._choose(each, row)) for each in (sequence, *siblings)]
@@ -249,7 +249,7 @@ class CoreEngine:
             self._finish(sequence, "stop")
             return
         sequence.tokens.append(token)
-        self.events.append(told(sequence, token, logprobs))
+        self.events.append(token_event(sequence, token, logprobs))
         if sequence.sampler and sequence.sampler.ended:
             self._finish(sequence, "stop")
             return

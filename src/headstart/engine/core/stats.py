@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from headstart.engine.logprobs import Logprobs
 
 
-def told(sequence: Sequence, token: int, logprobs: Logprobs | None) -> Token:
+def token_event(sequence: Sequence, token: int, logprobs: Logprobs | None) -> Token:
     """The event for the sequence's next token, with probabilities if there are any."""
     if logprobs is None:
         return Token(sequence.request.id, token)
