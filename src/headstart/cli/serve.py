@@ -16,6 +16,8 @@ from headstart.api.http.server import HttpConfig, HttpServer
 from headstart.config.settings import Settings
 from headstart.errors import StartupError
 from headstart.service.service import Service
+from headstart.telemetry.log_format import configure_logging
+from headstart.telemetry.metrics import MetricsObserver
 from headstart.telemetry.otlp import tracing_observer
 
 log = logging.getLogger(__name__)
@@ -50,12 +52,14 @@ def serve(settings: Settings, say: Notify) -> None:
     # Where llama.cpp aborts, it would start a debugger on itself first, which may hang for ever: in this
     # process and, by inheritance, in all that it starts.
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")
-    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    configure_logging(settings.log_level, settings.log_format)
     listener = _listen(settings.host, settings.port)
+    metrics = MetricsObserver()
     tracing = tracing_observer() if settings.tracing else None
-    service = Service(settings, say, [tracing] if tracing else [])
+    service = Service(settings, say, [metrics, tracing] if tracing else [metrics])
+    metrics.watch(service)
     _allow_open_files(settings.max_connections)
-    app = create_app(service)
+    app = create_app(service, metrics=metrics)
     if tracing:
         tracing.watch(app)
     config = HttpConfig(app, settings)

@@ -190,9 +190,10 @@ class TracingObserver(Observer):
                 if trace := _current.get():
                     trace.error = event.error
             case "build":
-                self._work("build", {"headstart.cache.name": event.subject}, error=event.error)
+                names: Attributes = {"headstart.model": event.model, "headstart.cache.name": event.cache}
+                self._work("build", names, error=event.error)
             case "load":
-                self._work("load", {"headstart.model": event.subject}, error=event.error)
+                self._work("load", {"headstart.model": event.model}, error=event.error)
 
     def _phase(self, trace: RequestTrace, name: str, begin: int, end: int) -> None:
         self.tracer.start_span(name, context=trace.context, start_time=begin).end(end)
