@@ -11,7 +11,7 @@ endif
 # worker begins with a stretch of its own, which keeps together what shares a server, and in the end takes
 # over from others.
 PARALLEL := --dist worksteal --numprocesses
-QUICK := not slow and not real_model
+QUICK := not slow and not real_model and not prometheus
 # With ARGS there may be no test of a kind.
 NO_TESTS := 5
 VENV_PYTHON := .venv/bin/python
@@ -32,11 +32,14 @@ quick-tests:
 	@$(VENV_PYTHON) -m pytest -m "$(QUICK)" $(PARALLEL) 2 --quiet $(ARGS) || [ $$? = $(NO_TESTS) ]
 
 test: .venv/installed-dev ## run all tests (ARGS="-k name")
-	@$(VENV_PYTHON) -m pytest -m "not real_model" $(PARALLEL) 3 $(ARGS) || [ $$? = $(NO_TESTS) ]
+	@$(VENV_PYTHON) -m pytest -m "not real_model and not prometheus" $(PARALLEL) 3 $(ARGS) || [ $$? = $(NO_TESTS) ]
 	@$(VENV_PYTHON) -m pytest -m real_model $(PARALLEL) 2 --timeout 300 $(ARGS) || [ $$? = $(NO_TESTS) ]
 
 sweep: .venv/installed-dev ## run every case of the sweeps, of which `make test` tries every 16th
 	@HEADSTART_SWEEP=all $(VENV_PYTHON) -m pytest -m sweep --timeout 3600 $(ARGS)
+
+scrape: .venv/installed-dev ## let Prometheus itself scrape a server; needs `apt-get install prometheus`
+	@$(VENV_PYTHON) -m pytest -m prometheus $(ARGS)
 
 fuzz: .venv/installed-dev ## attack servers for 10 minutes, keep what does harm (ARGS="--minutes 2")
 	@PYTHONPATH=tests:tests/helpers $(VENV_PYTHON) -m fuzz $(ARGS)
@@ -88,4 +91,4 @@ endef
 
 FORCE:
 
-.PHONY: help run check quick-tests test sweep fuzz bench bench-peer lint format engine rebuild clean FORCE
+.PHONY: help run check quick-tests test sweep scrape fuzz bench bench-peer lint format engine rebuild clean FORCE

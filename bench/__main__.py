@@ -19,7 +19,7 @@ from bench.lab import CONTENDERS, Lab
 from bench.machine import described
 from bench.servers import Headstart, Host
 from bench.texts import Writer
-from headstart.config.settings import embedded_model
+from headstart.model_files import embedded_model
 from headstart.numerics import Weights
 
 ROOT = Path(__file__).resolve().parent.parent

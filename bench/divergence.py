@@ -16,13 +16,13 @@ from typing import Any
 import llama_cpp as lib
 import numpy as np
 
-from headstart.config.settings import embedded_model
-from headstart.engine.converted_weights import conversions_of
 from headstart.engine.llama.context import LlamaContext, Shape
 from headstart.engine.llama.conversion import weights_path
+from headstart.engine.llama.converted_weights import conversions_of
 from headstart.engine.llama.gguf import open_model
 from headstart.engine.model import Piece
 from headstart.machine import available_cpus
+from headstart.model_files import embedded_model
 from headstart.numerics import DEFAULT, Numerics
 from headstart.prompt.tokenizer import load_tokenizer
 from headstart.protocol import EngineSettings

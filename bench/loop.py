@@ -16,11 +16,11 @@ from statistics import median
 from time import perf_counter
 
 from headstart.caches.cache_file.format import identity_of
-from headstart.config.settings import embedded_model
 from headstart.engine.core.chunking import Chunking
 from headstart.engine.core.engine import CoreEngine
 from headstart.engine.kinds import engine_kind
 from headstart.engine.model import Piece
+from headstart.model_files import embedded_model
 from headstart.numerics import DEFAULT
 from headstart.protocol import EngineSettings, Finished, Sampling, SaveTo, StateRef, Submit
 

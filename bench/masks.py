@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from statistics import median
 from time import perf_counter
 
-from headstart.config.settings import embedded_model
 from headstart.engine.core.chunking import Chunking
 from headstart.engine.core.engine import CoreEngine
 from headstart.engine.kinds import engine_kind
+from headstart.model_files import embedded_model
 from headstart.numerics import DEFAULT
 from headstart.prompt.tokenizer import load_tokenizer
 from headstart.protocol import EngineSettings, Finished, Sampling, Submit

@@ -17,7 +17,7 @@ from typing import Protocol
 from bench.client import CHAT, BenchFailed, Connection, Json, Reply
 from bench.process import ServerProcess, free_port
 from bench.texts import Prompt, messages
-from headstart.engine.converted_weights import DIRECTORY
+from headstart.engine.llama.converted_weights import DIRECTORY
 from headstart.engine.tuning.constant import DEFAULT_CHUNK
 from headstart.numerics import DEFAULT
 from headstart.service.models.tuning_store import Tunings

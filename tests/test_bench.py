@@ -24,7 +24,7 @@ from bench.servers import Headstart, Host, check_cold, check_hit
 from bench.statistics import paired_ratios, percentile, summary
 from bench.targets import TARGETS, Target, verdicts
 from bench.texts import Prompt, Writer
-from headstart.config.settings import embedded_model
+from headstart.model_files import embedded_model
 
 TOY = "toy:eos=0"
 PROMPT = Prompt("p", "text", tokens=100)

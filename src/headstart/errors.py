@@ -44,8 +44,10 @@ from typing import Any
 
 
 class HeadstartError(Exception):
-    """Base of every error a client may see. `details` are added to the JSON error object."""
+    """Base of every error a client may see. `details` are added to the JSON error object. `is_logged`: the
+    log has the line about its request already."""
 
+    is_logged = False
     status = 500
     type = "server_error"
     code: str | None = None

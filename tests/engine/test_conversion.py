@@ -14,12 +14,19 @@ import pytest
 
 from conftest import StartServer
 from headstart.caches.store import Store
-from headstart.config.settings import embedded_model
-from headstart.engine.converted_weights import DIRECTORY, SCRATCH, conversions_of, discard, found, obtain
 from headstart.engine.llama.conversion import Format, weights_path, weights_to_try
+from headstart.engine.llama.converted_weights import (
+    DIRECTORY,
+    SCRATCH,
+    conversions_of,
+    discard,
+    found,
+    obtain,
+)
 from headstart.engine.llama.model import LlamaModel
 from headstart.engine.model import ModelError, Piece
 from headstart.machine import memory_bytes
+from headstart.model_files import embedded_model
 from headstart.names import NAME
 from headstart.numerics import Numerics
 from headstart.prompt.tokenizer import load_tokenizer

@@ -10,8 +10,8 @@ import pytest
 
 from driver import CHUNK, OTHER, PROMPT, Driver, small_model
 from headstart.caches.cache_file.format import identity_of
-from headstart.config.settings import embedded_model
 from headstart.engine.model import Model
+from headstart.model_files import embedded_model
 from headstart.protocol import Cancel, Failed, Progress, Sampling, SaveTo, StateRef
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from driver import CHUNK, OTHER, PROMPT, Driver, small_model
-from headstart.config.settings import embedded_model
 from headstart.engine.core.chunking import Chunking
 from headstart.engine.model import Model
+from headstart.model_files import embedded_model
 from headstart.protocol import Cancel, StateRef
 
 PREFIX = PROMPT[:70]

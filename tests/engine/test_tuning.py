@@ -18,11 +18,12 @@ from typer.testing import CliRunner, Result
 from conftest import StartServer
 from headstart.caches.entry import Content, Entry, Fingerprint
 from headstart.cli.main import app
-from headstart.config.settings import embedded_model, load_settings
+from headstart.config.settings import load_settings
 from headstart.engine.kinds import engine_kind
 from headstart.engine.tuning.constant import TOY
 from headstart.engine.tuning.measure import measure
 from headstart.engine.tuning.resolve import find_tuning
+from headstart.model_files import embedded_model
 from headstart.numerics import DEFAULT, Numerics
 from headstart.protocol import EngineSettings
 from headstart.service.models.cache_fit import numerics_of
@@ -309,7 +310,7 @@ def test_the_doctor_changes_nothing_and_works_beside_a_server(start_server: Star
     assert snapshot(server.cache_dir) == before
     assert "Caches that fit: 1" in result.stdout
     assert "No problems found" in result.stdout
-    assert server.http.get("/health").status_code == 200
+    assert server.http.get("/ready").status_code == 200
 
 
 def test_the_doctor_needs_no_cache_directory(tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_no_kill_of_a_worker_costs_a_place_or_makes_a_fault(
         eventually(lambda: bool(server.workers()))
         # Every third one is killed while it is being loaded.
         if number % 3:
-            eventually(lambda: server.http.get("/health").status_code == 200, 60)
+            eventually(lambda: server.http.get("/ready").status_code == 200, 60)
             time.sleep(rng.uniform(0, 0.3))
         for worker in server.workers():
             worker.send_signal(rng.choice([signal.SIGKILL, signal.SIGSEGV, signal.SIGRTMIN + 1]))

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.random_model import copy_field
-from headstart.config.settings import embedded_model
+from headstart.model_files import embedded_model
 
 N_TOKENS = 1024
 CTX = 4096

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headstart.config.settings import embedded_model
 from headstart.errors import BadRequest, StartupError
+from headstart.model_files import embedded_model
 from headstart.prompt.detokenizer import AnswerDetokenizer
 from headstart.prompt.prompts import Prompts
 from headstart.prompt.template import ChatTemplate

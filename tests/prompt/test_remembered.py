@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headstart.config.settings import embedded_model
+from headstart.model_files import embedded_model
 from headstart.prompt import token_cache
 from headstart.prompt.token_cache import Memory, RememberedTokens
 from headstart.prompt.tokenizer import Tokenizer, load_tokenizer

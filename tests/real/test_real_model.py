@@ -257,7 +257,7 @@ def test_requests_at_the_same_time_that_share_nothing_say_exactly_what_they_say_
 
 
 def is_healthy(server: RunningServer) -> bool:
-    return server.http.get("/health").status_code == 200
+    return server.http.get("/ready").status_code == 200
 
 
 def test_a_worker_killed_in_mid_stream_is_replaced_and_the_cache_hits_from_its_file(

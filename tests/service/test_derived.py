@@ -12,7 +12,7 @@ import pytest
 
 from conftest import StartServer
 from driver import CHUNK, PROMPT, Driver, small_model
-from headstart.config.settings import embedded_model
+from headstart.model_files import embedded_model
 from servers import Json, RunningServer, eventually, said
 
 COMPANY = "You answer for the harbour company and know all of its rules. " * 9

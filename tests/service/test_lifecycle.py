@@ -25,7 +25,7 @@ PROMPT = "You keep the lighthouse. " * 20
 
 
 def _is_healthy(server: RunningServer) -> bool:
-    return server.http.get("/health").status_code == 200
+    return server.http.get("/ready").status_code == 200
 
 
 @pytest.mark.slow
@@ -119,12 +119,12 @@ def test_health_is_503_while_the_model_loads_and_requests_are_told_to_come_back(
 
             eventually(answers)
             body = {"model": "toy", "messages": [{"role": "user", "content": "x"}]}
-            for loading in (http.get("/health"), http.post("/v1/chat/completions", json=body)):
+            for loading in (http.get("/ready"), http.post("/v1/chat/completions", json=body)):
                 assert loading.status_code == 503
                 assert loading.json()["error"]["code"] == "model_loading"
                 assert int(loading.headers["retry-after"]) >= 1
             assert http.get("/v1/models").status_code == 200
-            eventually(lambda: http.get("/health").status_code == 200)
+            eventually(lambda: http.get("/ready").status_code == 200)
             assert http.post("/v1/chat/completions", json=body).status_code == 200
     finally:
         process.terminate()

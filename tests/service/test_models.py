@@ -12,8 +12,7 @@ import pytest
 
 from conftest import StartServer
 from forkserver import headstart
-from headstart.config.settings import embedded_model
-from headstart.model_files import models_in
+from headstart.model_files import embedded_model, models_in
 from servers import RunningServer, events, eventually, said
 
 PROMPT = "You keep the lighthouse and " + " and ".join(f"watch ship number {i}" for i in range(40))
@@ -48,7 +47,7 @@ def test_what_is_loaded_at_the_start_can_be_set(
     start_server: StartServer, preload: str, expected: list[str]
 ) -> None:
     server = start_server(*TWO, env={"HEADSTART_PRELOAD": preload})
-    assert server.http.get("/health").status_code == 200
+    assert server.http.get("/ready").status_code == 200
     assert _loaded(server) == expected
     assert said(server.chat("Hello?", model="one"))
 
@@ -63,7 +62,7 @@ def test_requests_for_one_model_at_once_load_it_once_and_all_are_answered(start_
     for thread in threads:
         thread.start()
     eventually(lambda: _states(server)["two"] == "loading")
-    assert server.http.get("/health").status_code == 200
+    assert server.http.get("/ready").status_code == 200
     for thread in threads:
         thread.join()
     assert len(answers) == 6
@@ -155,7 +154,7 @@ def test_a_model_that_cannot_be_loaded_is_told_to_its_requests_only(
         assert response.status_code == 503
         assert "broken" in response.json()["error"]["message"]
     assert said(server.chat("Hello?", model="one"))
-    assert server.http.get("/health").status_code == 200
+    assert server.http.get("/ready").status_code == 200
 
 
 def test_a_model_can_be_loaded_and_unloaded_over_http(start_server: StartServer) -> None:
@@ -205,7 +204,7 @@ def test_a_model_that_is_not_used_for_a_while_is_unloaded(start_server: StartSer
     server = start_server(*TWO, env={"HEADSTART_IDLE_UNLOAD_SECONDS": "0.3"})
     server.chat("Hello?", model="two")
     eventually(lambda: _loaded(server) == [])
-    assert server.http.get("/health").status_code == 200
+    assert server.http.get("/ready").status_code == 200
     assert said(server.chat("Hello?", model="one"))
 
 

@@ -126,7 +126,7 @@ async def test_an_answer_and_a_build_that_fail_are_observed(tmp_path: Path) -> N
             async for _ in answers:
                 pass
         (failure,) = recorder.of(Failure)
-        assert (failure.work, failure.subject) == ("answer", "toy")
+        assert (failure.work, failure.model) == ("answer", "toy")
         assert isinstance(failure.error, EngineDied)
         with pytest.raises(Unavailable):
             await service.caches.create(service.model("toy"), "sea", Content(PROMPT))
@@ -143,7 +143,7 @@ async def test_a_load_that_fails_is_observed(tmp_path: Path) -> None:
             async with service.models.use(service.model("other")):
                 pass
         (failure,) = recorder.of(Failure)
-        assert (failure.work, failure.subject) == ("load", "other")
+        assert (failure.work, failure.model) == ("load", "other")
     finally:
         await service.close()
 

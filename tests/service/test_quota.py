@@ -17,9 +17,9 @@ from headstart.caches.entry import Entry, Fingerprint, Form, Origin, StoredForm
 from headstart.caches.eviction import worth
 from headstart.caches.index.usage import CacheUsage
 from headstart.caches.store import Store
-from headstart.config.settings import embedded_model
 from headstart.engine.model import Piece
 from headstart.errors import CacheNotFound, QuotaExceeded
+from headstart.model_files import embedded_model
 from headstart.service.caching.quota import Quota
 from servers import Json, RunningServer, eventually, said
 

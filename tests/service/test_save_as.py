@@ -324,7 +324,7 @@ def test_a_chat_whose_worker_dies_is_not_saved(start_server: StartServer) -> Non
         server.workers()[0].kill()
         *_, last = chunks
     assert last["error"]["code"] == "engine_died"
-    eventually(lambda: server.http.get("/health").status_code == 200)
+    eventually(lambda: server.http.get("/ready").status_code == 200)
     assert server.http.get("/v1/cache/toy/talk").status_code == 404
 
 
@@ -337,7 +337,7 @@ def test_a_chat_that_the_worker_dies_over_while_it_is_saved_is_kept_without_its_
     worker.kill()
     # Only once there is another worker has the server noticed the death.
     eventually(lambda: any(new.pid != worker.pid for new in server.workers()))
-    eventually(lambda: server.http.get("/health").status_code == 200)
+    eventually(lambda: server.http.get("/ready").status_code == 200)
     missed = _ask(server, _user("Two?"), use_cache="talk", max_tokens=5)
     assert missed["usage"]["cache_miss_reason"] == "evicted"
     turns = [SYSTEM, _user("One?"), _assistant(said(first)), _user("Two?")]

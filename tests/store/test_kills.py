@@ -123,7 +123,7 @@ class Victim:
 
     def check(self) -> None:
         server = self.server
-        eventually(lambda: server.http.get("/health").status_code == 200)
+        eventually(lambda: server.http.get("/ready").status_code == 200)
         found: dict[str, int | None] = dict.fromkeys(NAMES)
         for name in NAMES:
             shown = server.http.get(f"/v1/cache/toy/{name}")

@@ -9,7 +9,7 @@ from fastapi_offline import FastAPIOffline
 
 from headstart import __version__
 from headstart.api import errors
-from headstart.api.auth import PAGES, Keyring, Keys
+from headstart.api.auth import PAGES, PUBLIC, Keyring, Keys
 from headstart.api.dialect import Dialect
 from headstart.api.dialects import DIALECTS
 from headstart.api.http.bodies import BodyMemory, JsonBodies
@@ -17,13 +17,16 @@ from headstart.api.middleware import Faults, PlainPaths, RequestIds, Routes
 from headstart.api.openapi import document as reference
 from headstart.config.settings import Settings
 from headstart.service.service import Service
+from headstart.telemetry.metrics import MetricsObserver
 
 DESCRIPTION = """An OpenAI-compatible server that never prefills the same prompt twice. Cache a prompt
 once with `POST /v1/cache/{model}`, then start chats and completions from it with `use_cache`. Unknown fields
 are accepted."""
 
 
-def create_app(service: Service, dialects: Sequence[Dialect] = DIALECTS) -> FastAPI:
+def create_app(
+    service: Service, dialects: Sequence[Dialect] = DIALECTS, metrics: MetricsObserver | None = None
+) -> FastAPI:
     """Serves `dialects`, in this order in /openapi.json. Raises StartupError for an API key that can't be
     read."""
     app: FastAPI = FastAPIOffline(
@@ -36,10 +39,12 @@ def create_app(service: Service, dialects: Sequence[Dialect] = DIALECTS) -> Fast
     )
     app.state.service = service
     app.state.dialects = dialects
+    app.state.metrics = metrics or MetricsObserver()
     settings = service.settings
     app.add_middleware(JsonBodies, max_bytes=_bytes(settings.max_body_mb), memory=_body_memory(settings))
     # Middleware runs in reverse order: the last one added sees a request first.
-    app.add_middleware(Keys, keyring=Keyring(settings))
+    public = (*PUBLIC, "/metrics") if settings.metrics_public else PUBLIC
+    app.add_middleware(Keys, keyring=Keyring(settings), public=public)
     app.add_middleware(Routes, table=settings.routes)
     app.add_middleware(PlainPaths)
     app.add_middleware(Faults)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from hmac import compare_digest
 from typing import Literal
 
@@ -17,7 +18,7 @@ from headstart.errors import AdminRequired, StartupError, Unauthorized
 
 # Routes that need no key. The API's description reveals nothing about this server.
 PAGES = "/docs/files"
-PUBLIC = ("/health", "/openapi.json", "/docs")
+PUBLIC = ("/health", "/ready", "/openapi.json", "/docs")
 
 # admin: may use other owners' and change public objects; every request is, if no keys are configured.
 # tenant: has a key that is no admin's. stranger: has no valid key and requests a public route.
@@ -49,12 +50,13 @@ class Keyring:
 
 
 class Keys:
-    """Refuses requests without a valid key, except on public routes, if keys are configured. Must run after a
-    route's prefix was removed, because it checks the path."""
+    """Refuses requests without a valid key, except on `public` routes, if keys are configured. Must run after
+    a route's prefix was removed, because it checks the path."""
 
-    def __init__(self, app: ASGIApp, keyring: Keyring) -> None:
+    def __init__(self, app: ASGIApp, keyring: Keyring, public: Sequence[str] = PUBLIC) -> None:
         self.app = app
         self.keyring = keyring
+        self.public = public
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -66,7 +68,7 @@ class Keys:
         else:
             secret = _secret(Headers(scope=scope))
             owner = self.keyring.owner(secret) if secret else None
-            if owner is None and not _is_public(scope["path"]):
+            if owner is None and not self._is_public(scope["path"]):
                 await _refused(secret)(scope, receive, send)
                 return
             if owner is not None:
@@ -75,15 +77,14 @@ class Keys:
                 state["rank"] = "admin" if owner in self.keyring.admins else "tenant"
         await self.app(scope, receive, send)
 
+    def _is_public(self, path: str) -> bool:
+        return path in self.public or path.startswith(f"{PAGES}/")
+
 
 def _refused(secret: str) -> Response:
     text = "This is no API key of this server." if secret else "An API key is needed."
     error = Unauthorized(f"{text} Send it as `Authorization: Bearer KEY`.")
     return errors.response(error, {"www-authenticate": "Bearer"})
-
-
-def _is_public(path: str) -> bool:
-    return path in PUBLIC or path.startswith(f"{PAGES}/")
 
 
 def rank(request: Request) -> Rank:

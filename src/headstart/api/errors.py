@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 from fastapi import APIRouter, FastAPI, Request
@@ -15,6 +16,8 @@ from starlette.types import Receive, Scope, Send
 from headstart.api.dialect import requested_dialect
 from headstart.api.fields.error import openai_body
 from headstart.errors import BadRequest, HeadstartError, MethodNotAllowed, NotFound
+
+log = logging.getLogger(__name__)
 
 
 class ErrorResponse(Response):
@@ -44,6 +47,8 @@ def headers(error: HeadstartError) -> dict[str, str]:
 
 
 def response(error: HeadstartError, more_headers: Mapping[str, str] | None = None) -> Response:
+    if not error.is_logged:
+        log.info("refused", extra={"status": error.status, "error": error.code or error.type})
     return ErrorResponse(error, {**(more_headers or {}), **headers(error)})
 
 

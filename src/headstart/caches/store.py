@@ -39,6 +39,8 @@ class Store:
         self.directory = directory.absolute()
         self.clock = clock
         self._in_use: set[CacheKey] = set()
+        # Checks of states that failed since the start.
+        self.n_corrupt = 0
         with storage_errors(f"the cache directory {self.directory}"):
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = take_lock(self.directory)
@@ -163,6 +165,13 @@ class Store:
     async def verified(self, entry: Entry, form: Form) -> VerifiedState:
         """Checks the files' hashes once for each state of the files. Raises Corrupt, also if one is
         missing."""
+        try:
+            return await self._verified(entry, form)
+        except Corrupt:
+            self.n_corrupt += 1
+            raise
+
+    async def _verified(self, entry: Entry, form: Form) -> VerifiedState:
         path, key = self.path(entry.key), entry.key
         if self._checked.get(key, identities(path, entry)) is None:
             await self.check(entry)

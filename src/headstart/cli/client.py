@@ -102,7 +102,7 @@ class Client:
         """Whether a Headstart server with its models loaded answers; never raises."""
         try:
             with self._explained_failures():
-                return "models" in self._checked(self._http.get("/health"))
+                return "models" in self._checked(self._http.get("/ready"))
         except RequestFailed:
             return False
 

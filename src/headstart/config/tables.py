@@ -100,7 +100,7 @@ def check_names(names: Iterable[str]) -> None:
 def check_route(prefix: str) -> None:
     """Raises ValueError for a prefix that can't precede the paths of the API."""
     bad = not prefix.startswith("/") or prefix.endswith("/") or "//" in prefix or not prefix.isprintable()
-    if bad or prefix.partition("/v1")[0] == "" or prefix == "/health":
+    if bad or prefix.partition("/v1")[0] == "" or prefix in ("/health", "/ready", "/metrics"):
         raise ValueError(
             f"{prefix!r} is not a route: a path outside the API, such as /coding, without / at its end"
         )

@@ -14,8 +14,8 @@ from headstart.caches.scan import Scan, scan
 from headstart.config.settings import Settings, origin
 from headstart.doctor.board import Board, examine_board, has_npu, npu_settings
 from headstart.doctor.offline_model import OfflineModel
-from headstart.engine.converted_weights import found as found_conversions
 from headstart.engine.kinds import KINDS, engine_kind
+from headstart.engine.llama.converted_weights import found as found_conversions
 from headstart.errors import StartupError
 from headstart.numerics import Tuning
 from headstart.protocol import EngineSettings

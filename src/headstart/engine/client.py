@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Literal
 
@@ -12,31 +11,26 @@ import msgspec
 
 from headstart.channel import Garbled, Unsendable, frame
 from headstart.engine.launcher import Launcher
+from headstart.engine.submitted_request import EngineLoad, SubmittedRequest
 from headstart.engine.worker_process import connected, ended, explain_exit, kill, messages
 from headstart.errors import (
     BadRequest,
     EngineDied,
-    EngineError,
     ModelLoading,
     OutOfMemory,
     Overloaded,
     StartupError,
-    StorageError,
-    StorageFull,
     Unavailable,
 )
 from headstart.protocol import (
     Begin,
     Cancel,
     Embed,
-    Embedded,
     EngineSettings,
     Failed,
-    Finished,
     LoadFailed,
     ModelInfo,
     Ready,
-    RequestEvent,
     Step,
     Submit,
     WorkerMessage,
@@ -46,55 +40,9 @@ log = logging.getLogger(__name__)
 
 DIED = "The engine died and is being restarted."
 RESTART_SECONDS = (0.0, 1.0, 5.0, 30.0)
-FAILURES = {
-    "engine": EngineError,
-    "grammar": BadRequest,
-    "memory": OutOfMemory,
-    "storage": StorageError,
-    "storage_full": StorageFull,
-    "died": EngineDied,
-}
 
 # "available": there is no worker, but one can be started.
 State = Literal["available", "loading", "ready", "failed"]
-
-
-class SubmittedRequest:
-    """A submitted request, an iterator over its events. It ends after Embedded, or after one Finished for
-    each of its `n` answers, whose ids are consecutive. Use it as a context manager: leaving it early cancels
-    the sequences, which then end within one engine step."""
-
-    def __init__(self, first_id: int, n: int, engine: EngineClient) -> None:
-        self.id = first_id
-        self.ids = range(first_id, first_id + n)
-        self.engine = engine
-        self._events: asyncio.Queue[RequestEvent] = asyncio.Queue()
-        self._open = set(self.ids)
-
-    def tell(self, event: RequestEvent) -> None:
-        self._events.put_nowait(event)
-
-    def cancel(self, answer: int = 0) -> None:
-        """Requests the end of one answer; its Finished event still follows."""
-        self.engine.cancel(self.id + answer)
-
-    def __enter__(self) -> SubmittedRequest:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.engine.forget(self)
-        for open_id in self._open:
-            self.engine.cancel(open_id)
-
-    async def __aiter__(self) -> AsyncIterator[RequestEvent]:
-        """Raises a HeadstartError when one of the answers fails."""
-        while self._open:
-            event = await self._events.get()
-            if isinstance(event, Finished | Embedded | Failed):
-                self._open.discard(event.id)
-            if isinstance(event, Failed):
-                raise FAILURES[event.kind](event.message)
-            yield event
 
 
 class EngineClient:
@@ -110,6 +58,8 @@ class EngineClient:
         self.failure = ""
         self.out_of_memory = False
         self._next_id = 1
+        # Workers that were started in place of one that ended by itself, since the start.
+        self.n_restarts = 0
         self._requests: dict[int, SubmittedRequest] = {}
         self._writer: asyncio.StreamWriter | None = None
         self._load_ended = asyncio.Event()
@@ -118,6 +68,13 @@ class EngineClient:
     @property
     def n_requests(self) -> int:
         return len(self._requests)
+
+    def load(self) -> EngineLoad:
+        requests = {running.id: running for running in self._requests.values()}.values()
+        begun = [running for running in requests if running.has_begun]
+        n_tokens = sum(running.n_prompt + running.n_generated for running in begun)
+        room = self.info.slots * self.info.n_ctx if self.info else 0
+        return EngineLoad(len(begun), len(requests) - len(begun), n_tokens / room if room else 0.0)
 
     def start(self) -> None:
         """Runs a worker from now on, until `close`."""
@@ -171,7 +128,8 @@ class EngineClient:
                 f"Model {self.name!r} makes embeddings only: it can't generate text.", param="model"
             )
         n = request.n if isinstance(request, Submit) else 1
-        running = SubmittedRequest(self._next_id, n, self)
+        n_prompt = len(request.tokens) if isinstance(request, Submit) else 0
+        running = SubmittedRequest(self._next_id, n, self, n_prompt)
         try:
             self._write(frame(msgspec.structs.replace(request, id=running.id)))
         except Unsendable as error:
@@ -220,6 +178,7 @@ class EngineClient:
                 self._load_ended.set()
                 return
             self.state = "loading"
+            self.n_restarts += 1
             await asyncio.sleep(RESTART_SECONDS[failures])
 
     async def _run_worker(self) -> bool:

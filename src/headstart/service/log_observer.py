@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from headstart.errors import HeadstartError
 from headstart.service.interface.observer import (
     Answered,
     Built,
@@ -21,13 +22,22 @@ class LogObserver(Observer):
     """Writes the events to the log."""
 
     def answered(self, event: Answered) -> None:
+        if not log.isEnabledFor(logging.INFO):
+            return
         stats = event.result.stats
-        log.debug(
-            "%s answered: %d prompt tokens, %d of them cached; %d tokens generated",
-            event.model,
-            stats.prompt_tokens,
-            stats.cached_tokens,
-            event.result.n_tokens,
+        log.info(
+            "answered",
+            extra={
+                **_who(event.model, event.owner),
+                "prompt_tokens": stats.prompt_tokens,
+                "cached_tokens": stats.cached_tokens,
+                "generated_tokens": event.result.n_tokens,
+                "source": stats.source,
+                "miss_reason": event.result.miss,
+                "queue_ms": round(stats.queue_ms, 1),
+                "first_token_ms": round(1000 * event.first_token_seconds, 1),
+                "total_ms": round(1000 * event.seconds, 1),
+            },
         )
 
     def built(self, event: Built) -> None:
@@ -58,8 +68,17 @@ class LogObserver(Observer):
     def failed(self, event: Failure) -> None:
         match event.work:
             case "build":
-                log.warning("building cache %s failed: %s", event.subject, event.error)
+                log.warning("building cache %s of %s failed: %s", event.cache, event.model, event.error)
             case "load":
-                log.warning("model %s was not loaded: %s", event.subject, event.error)
+                log.warning("model %s was not loaded: %s", event.model, event.error)
             case "answer":
-                log.debug("%s did not answer: %s", event.subject, event.error)
+                code = "client_left"
+                if isinstance(event.error, HeadstartError):
+                    code = event.error.code or event.error.type
+                    event.error.is_logged = True
+                log.info("not answered", extra={**_who(event.model, event.owner), "error": code})
+
+
+def _who(model: str, owner: str) -> dict[str, str | None]:
+    """The model, and the name of the request's API key."""
+    return {"model": model, "key": owner or None}

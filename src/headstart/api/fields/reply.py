@@ -96,10 +96,12 @@ class Ending(Reply):
 
 @dataclass(frozen=True)
 class Answer:
-    """Schemas of a route's answers. `whole`: a JSON reply; None for a file. `event`: one event, if the route
+    """Schemas of a route's answers. `whole`: a JSON reply; None for a file or, with
+    `text`, a plain text. `event`: one event, if the route
     can stream. `done`: the data of the event that closes every stream."""
 
     whole: type[BaseModel] | None
     event: type[BaseModel] | None = None
     done: str | None = "[DONE]"
+    text: bool = False
     error: type[BaseModel] = ErrorReply

@@ -7,7 +7,7 @@ from headstart.api.models.routes import router
 from headstart.api.models.schema import ANSWERS
 
 MODELS = Dialect(
-    prefixes=("/v1/models", "/health"),
+    prefixes=("/v1/models", "/health", "/ready", "/metrics"),
     routers=[router],
     answers=ANSWERS,
 )

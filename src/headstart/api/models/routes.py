@@ -1,4 +1,4 @@
-"""/v1/models and /health: list, load and unload models; report the server's state."""
+"""/v1/models: list, load and unload models. /health, /ready, /metrics: the server's state."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from pydantic import Field
+from starlette.responses import Response
 
 from headstart.api.auth import check_admin, rank
 from headstart.api.context import model_of, owner
@@ -16,6 +17,7 @@ from headstart.errors import HeadstartError, ModelLoading, Unavailable
 from headstart.service.models.model_names import choices
 from headstart.service.models.tenant_model import TenantModel
 from headstart.service.service import Service
+from headstart.telemetry.metrics import CONTENT_TYPE, MetricsObserver
 
 router = APIRouter()
 
@@ -32,24 +34,47 @@ class UnloadRequest(LoadRequest):
 
 @router.get("/health")
 async def health(request: Request) -> Json:
-    """200 if every model to be loaded at the start answers; 503 while one loads or can't run. If API keys are
-    configured, requests without one get no details."""
+    """200 as long as the server runs, whatever its models do. If API keys are configured, requests without
+    one get no details."""
+    return {"status": "ok", **_details(request)}
+
+
+@router.get("/ready")
+async def ready(request: Request) -> Json:
+    """200 if every model to be loaded at the start answers; 503 while one loads or can't run. Details as in
+    /health."""
     service: Service = request.app.state.service
-    who = rank(request)
-    states = {name: model.state for name, model in service.models.all.items()}
-    report: Json = {} if who == "stranger" else {"models": states}
     if not service.models.ready:
         first = (service.models.all[name].engine.failure for name in service.models.first)
         failed = [failure for failure in first if failure]
         error: HeadstartError = ModelLoading("A model is loading.")
         if failed:
-            error = Unavailable("A model can't run." if who == "stranger" else failed[0])
-        error.details = report
+            error = Unavailable("A model can't run." if rank(request) == "stranger" else failed[0])
+        error.details = _details(request)
         raise error
-    if who != "stranger":
-        whose = None if who == "admin" else owner(request)
-        report["caches_building"] = len(service.caches.building(whose))
-    return {"status": "ok", **report}
+    return {"status": "ready", **_details(request)}
+
+
+def _details(request: Request) -> Json:
+    """The states of models and the number of running builds; nothing for requests without a key."""
+    service: Service = request.app.state.service
+    who = rank(request)
+    if who == "stranger":
+        return {}
+    states = {name: model.state for name, model in service.models.all.items()}
+    whose = None if who == "admin" else owner(request)
+    return {"models": states, "caches_building": len(service.caches.building(whose))}
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """The server's metrics in the Prometheus format. If API keys are configured, an admin's is needed, unless
+    the setting `metrics_public` is on."""
+    service: Service = request.app.state.service
+    if not service.settings.metrics_public:
+        check_admin(request, "Reading the metrics")
+    observer: MetricsObserver = request.app.state.metrics
+    return Response(observer.exposition(), headers={"content-type": CONTENT_TYPE})
 
 
 @router.get("/v1/models")

@@ -1,4 +1,4 @@
-"""Answers of /v1/models and /health."""
+"""Answers of /v1/models, /health, /ready and /metrics."""
 
 from __future__ import annotations
 
@@ -35,8 +35,7 @@ class Unloaded(Model):
     unloaded: bool = Field(description="Whether the model was loaded before.")
 
 
-class Health(Reply):
-    status: Literal["ok"]
+class Details(Reply):
     models: dict[str, State] | None = Field(
         None, description="Absent if API keys are configured and the request has none."
     )
@@ -44,6 +43,14 @@ class Health(Reply):
         None,
         description="Builds of the key's own and of public caches, for admins all; absent like `models`.",
     )
+
+
+class Health(Details):
+    status: Literal["ok"]
+
+
+class Readiness(Details):
+    status: Literal["ready"]
 
 
 # Keyed by method and path.
@@ -55,4 +62,6 @@ ANSWERS = {
     ("post", "/v1/models/load"): Answer(Model),
     ("post", "/v1/models/unload"): Answer(Unloaded),
     ("get", "/health"): Answer(Health),
+    ("get", "/ready"): Answer(Readiness),
+    ("get", "/metrics"): Answer(None, text=True),
 }

@@ -73,6 +73,8 @@ def _responses(answer: Answer) -> Json:
     content: Json = {}
     if answer.whole:
         content["application/json"] = _content(answer.whole.__name__)
+    elif answer.text:
+        content["text/plain"] = {"schema": {"type": "string"}}
     else:
         content["application/octet-stream"] = {"schema": {"type": "string", "format": "binary"}}
     if answer.event:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import llama_cpp as lib
 
-from headstart.engine.converted_weights import found, obtain
+from headstart.engine.llama.converted_weights import found, obtain
 from headstart.engine.llama.gguf import metadata, open_model
 from headstart.engine.model import ModelError
 from headstart.machine import available_cpus, memory_bytes

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from headstart.engine.converted_weights import discard
+from headstart.engine.llama.converted_weights import discard
 from headstart.engine.model import ModelError
 from headstart.engine.trials import Trials, TrialShape
 from headstart.engine.tuning.bench import Bench, disagreement, in_groups

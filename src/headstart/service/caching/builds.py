@@ -118,7 +118,7 @@ class Builds:
             self._store.release(key)
             self._shared.pop(key, None)
         if not task.cancelled() and (error := task.exception()):
-            self._observer.failed(Failure("build", f"{key.name} of {key.namespace}", error))
+            self._observer.failed(Failure("build", key.namespace.model, error, key.name))
 
 
 @dataclass

@@ -53,6 +53,18 @@ class Caches:
         evictions = quota.evictions.total() if all_evictions else quota.evictions[owner]
         return Totals(quota.used(owner or None), quota.limit_of(owner), evictions)
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the cache files of each model, as last read."""
+        sizes: dict[str, int] = {}
+        for entry in self._store.known():
+            sizes[entry.model] = sizes.get(entry.model, 0) + entry.size_bytes
+        return sizes
+
+    @property
+    def n_corrupt(self) -> int:
+        """The number of states whose check failed since the start."""
+        return self._store.n_corrupt
+
     def look_up(self, model: TenantModel, name: str, *, param: str) -> Entry:
         """The owner's cache of this name, or else the public one. Raises InvalidName or CacheNotFound."""
         return self._caching.namespaces.look_up(model, name, param=param)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from time import monotonic
 
 from headstart.prompt.answer_parts import AnswerPart, Parser
 from headstart.prompt.detokenizer import AnswerDetokenizer
@@ -22,6 +24,8 @@ class Answering:
         self.parser = parser
         self.raw_text = ""
         self.n_tokens = 0
+        # When each token came, by the monotonic clock.
+        self.times: list[float] = []
         self.has_called = False
         self.ended = False
         self.whole = Choice(choice)
@@ -31,8 +35,14 @@ class Answering:
     def stopped(self) -> bool:
         return self.text.stopped
 
+    @property
+    def gaps(self) -> Iterable[float]:
+        """Seconds between one token and the next."""
+        return (later - earlier for earlier, later in pairwise(self.times))
+
     def add(self, token: Token) -> Iterator[Delta]:
         self.n_tokens += 1
+        self.times.append(monotonic())
         if token.logprob is not None:
             self._pending_logprobs.append(self._logprob(token, token.logprob))
         yield from self._deltas(self.text.add(token.token))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
+from time import monotonic
 
 from headstart.caches.entry import KEEPS_STATE, MissReason
 from headstart.errors import HeadstartError
@@ -78,7 +79,9 @@ class Generation:
             self._keep_response(prepared, answers[0])
         except (HeadstartError, asyncio.CancelledError, GeneratorExit) as error:
             if result is None:
-                self.observer.failed(Failure("answer", prepared.model.name, error))
+                self.observer.failed(
+                    Failure("answer", prepared.model.name, error, owner=prepared.model.owner)
+                )
             raise
 
     async def _result(self, prepared: Prepared, answers: Sequence[Answering], stats: Stats) -> Result:
@@ -102,8 +105,7 @@ class Generation:
         )
         if stats.restored_bytes:
             self.observer.restored(Restored(prepared.model.name, stats))
-        reasons = [answer.whole.finish_reason for answer in answers]
-        self.observer.answered(Answered(prepared.model.name, prepared.model.owner, result, reasons))
+        self.observer.answered(_answered(prepared, result, answers))
         return result
 
     def _count_uses(self, prepared: Prepared, miss: MissReason | None, stats: Stats) -> None:
@@ -147,6 +149,19 @@ class Generation:
 def _answering(prepared: Prepared, choice: int) -> Answering:
     text = AnswerDetokenizer(prepared.piece, prepared.options.stop)
     return Answering(choice, prepared.model.vocabulary, text, prepared.parser())
+
+
+def _answered(prepared: Prepared, result: Result, answers: Sequence[Answering]) -> Answered:
+    now = monotonic()
+    return Answered(
+        prepared.model.name,
+        prepared.model.owner,
+        result,
+        [answer.whole.finish_reason for answer in answers],
+        now - prepared.received,
+        min((answer.times[0] for answer in answers if answer.times), default=now) - prepared.received,
+        [gap for answer in answers for gap in answer.gaps],
+    )
 
 
 async def _n_reasoning(prepared: Prepared, answer: Answering) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from time import monotonic
 from typing import Any
 
 import msgspec
@@ -33,8 +34,8 @@ PARAMS: dict[Form, str] = {"chat": "messages", "completion": "prompt"}
 class Prepared:
     """A request ready for the engine. `parser` creates the parser of one answer, which reads the bytes that
     `piece` gives of each token. `matched`: the number of prompt tokens in the closest known state's prefix.
-    `closest`: for an explanation, if one was requested. `warning`: how the answer differs from the
-    request."""
+    `received`: when the request came, by the monotonic clock. `closest`: for an explanation, if one was
+    requested. `warning`: how the answer differs from the request."""
 
     model: TenantModel
     submit: Submit
@@ -43,6 +44,7 @@ class Prepared:
     start: Start
     parser: Callable[[], Parser]
     piece: Callable[[int], bytes]
+    received: float
     matched: int
     closest: Closest | None
     warning: str
@@ -71,6 +73,7 @@ class Preparation:
     async def chat(
         self, model: TenantModel, messages: list[Json], options: Options, tools: list[Json] | None = None
     ) -> Prepared:
+        received = monotonic()
         options = await self._with_grammar(model, options)
         if options.keep:
             self.conversations.check(model, options.keep.name, options.keep.overwrite)
@@ -83,7 +86,7 @@ class Preparation:
             engine_support.check(model, ["grammar"], because="tool_choice")
             await self.grammars.check(how.grammar, param="tools", owner=model.owner)
         near = await self._closest(model, plan, "chat", texts_of(messages)) if options.explain else None
-        return self._prepared(model, options, plan, how, "chat", near, warning)
+        return self._prepared(model, options, plan, how, "chat", near, warning, received)
 
     async def _with_grammar(self, model: TenantModel, options: Options) -> Options:
         """The options with the requested grammar among the sampling parameters, once it was checked."""
@@ -105,16 +108,17 @@ class Preparation:
         return await self.planner.count(model, own, options.use_cache)
 
     async def texts(self, model: TenantModel, prompts: Sequence[Text], options: Options) -> list[Prepared]:
+        received = monotonic()
         options = await self._with_grammar(model, options)
-        return [await self._text(model, prompt, options) for prompt in prompts]
+        return [await self._text(model, prompt, options, received) for prompt in prompts]
 
-    async def _text(self, model: TenantModel, prompt: Text, options: Options) -> Prepared:
+    async def _text(self, model: TenantModel, prompt: Text, options: Options, received: float) -> Prepared:
         plan = await self.planner.text(model, prompt, options.use_cache)
         warning = self._check(model, options, plan.tokens, "completion")
         plain, near = Reading(model.vocabulary.piece, PlainText), None
         if options.explain:
             near = await self._closest(model, plan, "completion", [prompt.whole(model.vocabulary)])
-        return self._prepared(model, options, plan, plain, "completion", near, warning)
+        return self._prepared(model, options, plan, plain, "completion", near, warning, received)
 
     def _check(self, model: TenantModel, options: Options, tokens: list[int], form: Form) -> str:
         """A warning about parameters that are overridden, or "". Raises BadRequest for parameters that the
@@ -156,6 +160,7 @@ class Preparation:
         form: Form,
         near: Closest | None,
         warning: str,
+        received: float,
     ) -> Prepared:
         start = plan.start if options.reuse else Start(plan.start.boundary, miss="cache_prompt_false")
         matched = start.boundary
@@ -169,6 +174,7 @@ class Preparation:
             start,
             how.parser,
             how.piece,
+            received,
             matched,
             near,
             warning,

@@ -13,12 +13,17 @@ from headstart.service.interface.answer import FinishReason, Result
 
 @dataclass(frozen=True)
 class Answered:
-    """A request got all its answers, which ended for these `reasons`."""
+    """A request got all its answers, which ended for these `reasons`. Times are seconds:
+    `first_token_seconds` and `seconds` from its arrival in the service to its first token and to the end,
+    `token_gaps` between the tokens of each answer."""
 
     model: str
     owner: str
     result: Result
     reasons: Sequence[FinishReason]
+    seconds: float
+    first_token_seconds: float
+    token_gaps: Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -58,11 +63,14 @@ class Restored:
 
 @dataclass(frozen=True)
 class Failure:
-    """Work ended with an error. `subject`: a model, or for a build the cache."""
+    """Work ended with an error; a build, that of a `cache`. Where a client left, the error is CancelledError
+    or GeneratorExit."""
 
     work: Literal["answer", "build", "load"]
-    subject: str
+    model: str
     error: BaseException
+    cache: str = ""
+    owner: str = ""
 
 
 class Observer:

@@ -11,8 +11,8 @@ from msgspec.structs import replace
 
 from headstart.caches.entry import Entry
 from headstart.config.settings import Settings
-from headstart.engine.converted_weights import conversions_of
 from headstart.engine.kinds import engine_kind
+from headstart.engine.llama.converted_weights import conversions_of
 from headstart.numerics import DEFAULT, Numerics, Tuning
 from headstart.protocol import EngineSettings, RkllmSettings, Sampling
 from headstart.service.models.cache_fit import numerics_of
