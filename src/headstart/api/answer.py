@@ -25,10 +25,12 @@ async def whole(request: Request, events: Events, writer: AnswerWriter) -> Respo
 
 async def streamed(request: Request, events: Events, writer: AnswerWriter) -> Response:
     started = await begun(request, events, BEGIN_SECONDS)
+    stream = AnswerStream(started, writer)
     return EventStream(
-        writes(started, writer),
+        stream.writes(),
         done=writer.done,
         failed=lambda error: b"".join(writer.failed(error)),
+        keep_alive=stream.keep_alive,
         source=started,
     )
 
@@ -44,18 +46,34 @@ async def body(events: Events, writer: AnswerWriter) -> Json:
     return writer.body
 
 
-async def writes(events: Events, writer: AnswerWriter) -> AsyncGenerator[bytes, None]:
-    """The data of a stream, except its end. Each item is to be sent in one write; the last one comes after
-    `events` have ended, which may do work after their Result."""
-    waiting = b"".join(writer.opening())
-    if writer.opens_at_once:
-        yield waiting
-        waiting = b""
-    async with aclosing(events):
-        async for event in events:
-            if isinstance(event, Result):
-                waiting += b"".join(writer.closing(event))
-            elif data := b"".join(writer.add(event)):
-                yield waiting + data
-                waiting = b""
-    yield waiting
+class AnswerStream:
+    """The data of a stream, except its end. The opening is sent once: together with the first event, or
+    earlier to keep a silent stream alive."""
+
+    def __init__(self, events: Events, writer: AnswerWriter) -> None:
+        self.events = events
+        self.writer = writer
+        self._opening = b"".join(writer.opening())
+
+    async def writes(self) -> AsyncGenerator[bytes, None]:
+        """Each item is to be sent in one write; the last one comes after `events` have ended, which may do
+        work after their Result."""
+        last = b""
+        if self.writer.opens_at_once:
+            yield self._opened()
+        async with aclosing(self.events) as events:
+            async for event in events:
+                if isinstance(event, Result):
+                    last = b"".join(self.writer.closing(event))
+                elif data := b"".join(self.writer.add(event)):
+                    yield self._opened() + data
+        yield self._opened() + last
+
+    def keep_alive(self) -> bytes:
+        """Returns what to send now to a client that has heard nothing for long."""
+        return self._opened() or self.writer.keep_alive
+
+    def _opened(self) -> bytes:
+        """The opening, if it was not sent yet."""
+        opening, self._opening = self._opening, b""
+        return opening

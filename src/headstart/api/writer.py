@@ -15,9 +15,11 @@ Events = AsyncGenerator[Delta | Ended | Result, None]
 class AnswerWriter(Protocol):
     """Writes the answer to one request, as a whole or as a stream. Each call returns the next events of the
     stream; they are encoded when they are iterated, so do that before the next call, or not at all. `done`:
-    the end of a stream. `opens_at_once`: the opening doesn't wait for the first event of the answer."""
+    the end of a stream. `keep_alive`: sent when an opened stream has been silent for long. `opens_at_once`:
+    the opening doesn't wait for the first event of the answer."""
 
     done: bytes
+    keep_alive: bytes
     opens_at_once: bool
 
     @property

@@ -24,6 +24,7 @@ class ChatWriter:
     """Writes a chat completion with `n` choices. `id` and `created` are the same in all chunks."""
 
     done = sse.DONE
+    keep_alive = sse.COMMENT
     opens_at_once = False
     prefix, object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 from headstart.api.fields import usage as fields_usage
-from headstart.api.sse import as_named_event
+from headstart.api.sse import COMMENT, as_named_event
 from headstart.api.writer import Json
 from headstart.errors import HeadstartError
 from headstart.service.interface.answer import Delta, Ended, Result
@@ -117,6 +117,7 @@ class ResponseWriter:
     """Writes one response. `body` is complete after `closing` or `failed`, also of a stream."""
 
     done = b""
+    keep_alive = COMMENT
     opens_at_once = True
 
     def __init__(self, response_id: str, told: Json) -> None:
