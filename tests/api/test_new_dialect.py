@@ -25,7 +25,7 @@ from headstart.caches.entry import Content
 from headstart.config.settings import Settings
 from headstart.errors import HeadstartError
 from headstart.protocol import Sampling
-from headstart.service.interface.answer import Delta, Ended, Result
+from headstart.service.interface.answer import Delta, Ended, PromptProgress, Result
 from headstart.service.interface.options import Options
 from headstart.service.service import Service
 
@@ -47,6 +47,9 @@ class AskWriter:
         self.body: dict[str, Any] = {"model": model, "answer": "", "cache_hit": None}
 
     def opening(self) -> Iterable[bytes]:
+        return ()
+
+    def progress(self, event: PromptProgress) -> Iterable[bytes]:
         return ()
 
     def add(self, event: Delta | Ended) -> Iterable[bytes]:

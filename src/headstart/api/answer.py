@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 
 from fastapi import Request
@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from headstart.api.sse import BEGIN_SECONDS, EventStream, begun, while_connected
 from headstart.api.writer import AnswerWriter, Events, Json
-from headstart.service.interface.answer import Result
+from headstart.service.interface.answer import Delta, Ended, PromptProgress, Result
 
 
 async def answer(request: Request, events: Events, writer: AnswerWriter, *, stream: bool | None) -> Response:
@@ -41,7 +41,7 @@ async def body(events: Events, writer: AnswerWriter) -> Json:
         async for event in events:
             if isinstance(event, Result):
                 writer.closing(event)
-            else:
+            elif not isinstance(event, PromptProgress):
                 writer.add(event)
     return writer.body
 
@@ -65,13 +65,16 @@ class AnswerStream:
             async for event in events:
                 if isinstance(event, Result):
                     last = b"".join(self.writer.closing(event))
-                elif data := b"".join(self.writer.add(event)):
+                elif data := b"".join(self._written(event)):
                     yield self._opened() + data
         yield self._opened() + last
 
     def keep_alive(self) -> bytes:
         """Returns what to send now to a client that has heard nothing for long."""
         return self._opened() or self.writer.keep_alive
+
+    def _written(self, event: PromptProgress | Delta | Ended) -> Iterable[bytes]:
+        return self.writer.progress(event) if isinstance(event, PromptProgress) else self.writer.add(event)
 
     def _opened(self) -> bytes:
         """The opening, if it was not sent yet."""

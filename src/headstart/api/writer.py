@@ -6,10 +6,10 @@ from collections.abc import AsyncGenerator, Iterable
 from typing import Any, Protocol
 
 from headstart.errors import HeadstartError
-from headstart.service.interface.answer import Delta, Ended, Result
+from headstart.service.interface.answer import AnswerEvent, Delta, Ended, PromptProgress, Result
 
 Json = dict[str, Any]
-Events = AsyncGenerator[Delta | Ended | Result, None]
+Events = AsyncGenerator[AnswerEvent, None]
 
 
 class AnswerWriter(Protocol):
@@ -28,6 +28,9 @@ class AnswerWriter(Protocol):
 
     def opening(self) -> Iterable[bytes]:
         """Begins a stream; not called for a whole answer."""
+
+    def progress(self, event: PromptProgress) -> Iterable[bytes]:
+        """Called before `add`, of a stream only, and only if the request's options ask for progress."""
 
     def add(self, event: Delta | Ended) -> Iterable[bytes]: ...
 

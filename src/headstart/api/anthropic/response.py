@@ -13,7 +13,7 @@ from headstart.api.sse import as_named_event
 from headstart.api.writer import Json
 from headstart.errors import HeadstartError
 from headstart.json_scan import check_json
-from headstart.service.interface.answer import Delta, Ended, Result
+from headstart.service.interface.answer import Delta, Ended, PromptProgress, Result
 from headstart.service.origins.breakpoints import BreakpointPlan
 
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
@@ -105,6 +105,9 @@ class MessageWriter:
         begun = {"input_tokens": self.prompt_tokens, "output_tokens": 0}
         start: Json = {"type": "message_start", "message": {**self.body, "usage": begun}}
         return [as_named_event(start), PING]
+
+    def progress(self, _: PromptProgress) -> Iterable[bytes]:
+        return ()
 
     def add(self, event: Delta | Ended) -> Iterable[bytes]:
         # A list, because the blocks grow while their events are iterated.

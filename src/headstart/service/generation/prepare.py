@@ -195,4 +195,5 @@ def _submit(
         public=start.boundary if begun and not begun.owner else 0,
         n=options.n,
         text=model.text(tokens, param=param),
+        progress=options.progress,
     )
