@@ -66,19 +66,19 @@ class Bench:
     def plain(self) -> Iterator[float]:
         pool = self.engine.scheduler.pool
         assert pool
-        slots = [slot.id for slot in pool.slots]
+        slot_ids = [slot.id for slot in pool.slots]
         for slot in pool.slots:
             self.model.clear(slot.id)
             slot.hold([], 0, 0)
             self.model.copy(pool.prefix_slot.id, slot.id, PREFIX)
             self.model.evaluate([Piece(slot.id, PREFIX, self._tokens(SUFFIX), True)])
         for at in range(PREFIX + SUFFIX, PREFIX + SUFFIX + ANSWER):
-            pieces = [Piece(slot, at, self._tokens(1), True) for slot in slots]
+            pieces = [Piece(slot_id, at, self._tokens(1), True) for slot_id in slot_ids]
             started = perf_counter()
             self.model.evaluate(pieces)
             yield 1000 * (perf_counter() - started)
-        for seat_id in slots:
-            self.model.clear(seat_id)
+        for slot_id in slot_ids:
+            self.model.clear(slot_id)
 
 
 def main() -> None:

@@ -56,5 +56,5 @@ class Frames(Generic[T]):
             try:
                 message = self.decoder.decode(body)
             except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-                raise Garbled(f"a frame that is no message: {error}") from error
+                raise Garbled(f"a frame that is not a message: {error}") from error
             yield message

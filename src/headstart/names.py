@@ -23,7 +23,8 @@ class Namespace(str):
 
     @property
     def model(self) -> str:
-        return self.partition("@")[0]
+        # Not a Namespace, as `partition` alone would return where there is no owner.
+        return str(self.partition("@")[0])
 
     @property
     def owner(self) -> str:

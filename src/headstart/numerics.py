@@ -19,10 +19,10 @@ class Numerics(Struct, frozen=True):
     weights: Weights | None = None
 
     @classmethod
-    def of(cls, kept: Mapping[str, str]) -> Numerics:
+    def of(cls, settings: Mapping[str, str]) -> Numerics:
         """The numerics of a state, from the settings in its fingerprint."""
-        flash_attention = {"on": True, "off": False}.get(kept.get("flash_attention", ""))
-        named = kept.get("weights", "file")
+        flash_attention = {"on": True, "off": False}.get(settings.get("flash_attention", ""))
+        named = settings.get("weights", "file")
         return cls(
             flash_attention, next((weights for weights in get_args(Weights) if weights == named), None)
         )
@@ -46,7 +46,7 @@ class Numerics(Struct, frozen=True):
         whole = self.or_else(DEFAULT)
         return {"flash_attention": "on" if whole.flash_attention else "off", "weights": str(whole.weights)}
 
-    def kept(self) -> dict[str, str]:
+    def fingerprinted(self) -> dict[str, str]:
         """The choices as in a fingerprint, which omits weights "file": states are older than this choice."""
         return {name: value for name, value in self.shown().items() if value != "file"}
 
@@ -62,12 +62,12 @@ MOST_TRIES = 5
 GAIN = 0.10
 
 
-def preferred(hits: Mapping[Numerics, float], allowed: Numerics, kept: Numerics) -> Numerics:
-    """The fastest allowed numerics of `hits` (best first, with the time of a hit); but `kept`, those of
+def preferred(hits: Mapping[Numerics, float], allowed: Numerics, existing: Numerics) -> Numerics:
+    """The fastest allowed numerics of `hits` (best first, with the time of a hit); but `existing`, those of
     existing caches, if the fastest saves less than a tenth."""
     best = next(tried for tried in hits if allowed.allows(tried))
-    if kept in hits and allowed.allows(kept) and hits[best] > (1 - GAIN) * hits[kept]:
-        return kept
+    if existing in hits and allowed.allows(existing) and hits[best] > (1 - GAIN) * hits[existing]:
+        return existing
     return best
 
 

@@ -64,8 +64,8 @@ class EngineSettings(Struct, frozen=True):
     directory of converted weights and the common prefix of this model's file names; "": there can be none.
     `within_memory`: loading fails rather than take more memory than is available.
 
-    For a measurement: `tried`: the doubtful results of earlier ones. `kept`: the numerics of existing caches,
-    which are chosen unless others save a tenth of a hit."""
+    For a measurement: `tried`: the doubtful results of earlier ones. `existing`: the numerics of existing
+    caches, which are chosen unless others save a tenth of a hit."""
 
     path: str
     slots: int
@@ -80,7 +80,7 @@ class EngineSettings(Struct, frozen=True):
     conversions: str = ""
     within_memory: bool = False
     tried: Tuning | None = None
-    kept: Numerics = Numerics()
+    existing: Numerics = Numerics()
     rkllm: RkllmSettings = RkllmSettings()
 
 

@@ -17,7 +17,7 @@ class NotAFile(OSError):
     """The path does not lead to a regular file."""
 
 
-def opened(path: str | Path, *, follow: bool = False) -> BufferedReader:
+def open_file(path: str | Path, *, follow: bool = False) -> BufferedReader:
     """Opens the regular file at the path for reading, without blocking. Symbolic links are followed only with
     `follow`. Raises OSError; NotAFile if the path leads to anything else."""
     look = os.stat if follow else os.lstat
@@ -39,7 +39,7 @@ def opened(path: str | Path, *, follow: bool = False) -> BufferedReader:
 
 def read_bytes(path: str | Path, *, follow: bool = False) -> bytes:
     """Raises OSError."""
-    with opened(path, follow=follow) as file:
+    with open_file(path, follow=follow) as file:
         return file.read()
 
 
@@ -69,7 +69,7 @@ def _written(handle: int) -> int:
 
 
 def is_file(path: str | Path, *, follow: bool = False) -> bool:
-    """Whether `opened` would find a regular file there."""
+    """Whether `open_file` would find a regular file there."""
     try:
         return stat.S_ISREG((os.stat if follow else os.lstat)(path).st_mode)
     except (OSError, ValueError):

@@ -22,7 +22,7 @@ from headstart.api.anthropic.response import MessageWriter
 from headstart.api.app import create_app
 from headstart.api.completions.response import ChatWriter
 from headstart.api.http.server import HttpConfig, HttpServer
-from headstart.api.sse import Begun, EventStream
+from headstart.api.sse import EventStream, StartedEvents
 from headstart.api.writer import AnswerWriter, Events
 from headstart.config.settings import Settings
 from headstart.errors import EngineDied
@@ -148,7 +148,7 @@ async def test_10_seconds_count_from_when_the_answer_was_waited_for(fails: bool)
 
     source = nothing_until_the_client_heard()
     waiting: Any = asyncio.ensure_future(anext(source, None))
-    begun: Begun[Any] = Begun(waiting, source, since=monotonic() - sse.KEEP_ALIVE_SECONDS)
+    begun: StartedEvents[Any] = StartedEvents(waiting, source, since=monotonic() - sse.KEEP_ALIVE_SECONDS)
     writing = AnswerStream(begun, MessageWriter("toy", 5, None, with_reasoning=False))
     response = EventStream(
         writing.writes(), b"", lambda _: b"failed", keep_alive=writing.keep_alive, source=begun

@@ -20,7 +20,7 @@ from headstart.api.responses.response import ResponseWriter
 from headstart.prompt.answer_parts import CallDelta
 from headstart.protocol import Stats
 from headstart.service.interface.answer import Choice, Delta, Ended, Result
-from headstart.service.origins.responses import spoken
+from headstart.service.origins.responses import answer_message
 from servers import Json, RunningServer, eventually, running_server, said
 
 PATH = "/v1/responses"
@@ -438,7 +438,7 @@ def test_what_a_parser_finds_in_an_answer_become_items() -> None:
         if event["type"].startswith("response.output_item"):
             assert event["item"]["id"] == body["output"][event["output_index"]]["id"]
     assert body["usage"]["output_tokens_details"] == {"reasoning_tokens": 2}
-    message = spoken(answer)
+    message = answer_message(answer)
     assert message["content"] == "Let me look."
     assert [call["function"]["arguments"] for call in message["tool_calls"]] == [{"to": "sea"}, {}]
 

@@ -162,11 +162,11 @@ def test_the_caches_of_a_model_are_under_its_name_alone(server: RunningServer) -
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ('[routes]\n"coding" = "x"', "no route"),
-        ('[routes]\n"/coding/" = "x"', "no route"),
-        ('[routes]\n"/" = "x"', "no route"),
-        ('[routes]\n"/v1" = "x"', "no route"),
-        ('[routes]\n"/v1/cache" = "x"', "no route"),
+        ('[routes]\n"coding" = "x"', "not a route"),
+        ('[routes]\n"/coding/" = "x"', "not a route"),
+        ('[routes]\n"/" = "x"', "not a route"),
+        ('[routes]\n"/v1" = "x"', "not a route"),
+        ('[routes]\n"/v1/cache" = "x"', "not a route"),
         ('[routes]\n"/coding" = "a b"', "not a name"),
         ('[aliases]\na = "smollm2@"', "not a name"),
         ('[aliases]\na = "none@keeper"', "not a model"),

@@ -53,7 +53,7 @@ def test_a_file_that_does_not_fit_its_name_is_made_again(
     path.write_bytes(damage)
     assert obtain(conversions, lambda target: _write(target, b"weights")) == path
     assert path.read_bytes() == b"weights"
-    assert "is not what was written" in caplog.text
+    assert "is damaged: it is converted again" in caplog.text
 
 
 def test_what_could_not_be_made_leaves_nothing(conversions: str) -> None:
@@ -241,5 +241,5 @@ def test_with_converted_weights_a_cache_does_not_change_the_answer(start_server:
         file.seek(1 << 26)
         file.write(b"damaged")
     server.restart()
-    assert "is not what was written" in server.log.read_text()
+    assert "is damaged: it is converted again" in server.log.read_text()
     assert said(server.chat("What do ships show?", use_cache="harbour", **ask)) == said(cold)

@@ -14,7 +14,7 @@ from headstart.engine.model import ModelError
 from headstart.engine.rkllm import detect as detection
 from headstart.engine.rkllm.detect import by_probe, by_symbols, detect
 from headstart.engine.rkllm.layouts import LAYOUTS
-from headstart.engine.rkllm.library import opened
+from headstart.engine.rkllm.library import load_library
 from headstart.engine.rkllm.offsets import BY_ABI, check, differences, layout_differences
 from rkllm_standin import RELEASES, standin, standin_model
 
@@ -50,7 +50,7 @@ def test_each_field_that_moved_is_noticed(abi: str) -> None:
 def test_the_headers_compiled_separately_agree(version: str) -> None:
     """The library's own code says where its defaults are; its sources assert each offset by themselves."""
     layout = LAYOUTS[ABIS[version]]
-    functions = opened(standin(version))
+    functions = load_library(standin(version))
     functions.rkllm_createDefaultParam.restype = layout.param
     param = functions.rkllm_createDefaultParam()
     assert (param.max_context_len, param.max_new_tokens, param.top_k, param.n_keep) == (512, 512, 40, -1)
@@ -68,7 +68,7 @@ def test_a_release_is_found_out_by_three_signs_that_agree(version: str) -> None:
     path = standin(version)
     found = detect(path)
     assert (found.version, found.abi, found.path, found.forced) == (version, ABIS[version], path, False)
-    functions = opened(path)
+    functions = load_library(path)
     assert found.abi in by_symbols(functions)
     assert found.abi in by_probe(functions)
 
@@ -125,7 +125,7 @@ def test_a_file_that_is_no_library_is_refused(tmp_path: Path) -> None:
 def test_a_library_that_is_not_there_is_told_with_where_it_was_looked_for(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    with pytest.raises(ModelError, match="isn't there: /nowhere/"):
+    with pytest.raises(ModelError, match="is missing: /nowhere/"):
         detect("/nowhere/librkllmrt.so")
     monkeypatch.setattr(detection, "DIRECTORIES", (str(tmp_path),))
     with pytest.raises(ModelError, match="set rkllm_library"):
@@ -147,7 +147,7 @@ def test_it_is_told_in_a_process_of_its_own() -> None:
     assert '"version":"1.2.3","abi":"1.2.1"' in done.stdout
     done = subprocess.run([*command, "/nowhere/x.so"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "isn't there" in done.stderr
+    assert "is missing" in done.stderr
 
 
 CARELESS = """

@@ -101,7 +101,7 @@ def test_few_open_files_are_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_machine_without_an_npu_fails_at_nothing(tmp_path: Path) -> None:
     board = examine_board(RkllmSettings(library="/nowhere/librkllmrt.so"), tmp_path)
     assert (board.chip, board.driver, board.npu_mhz, board.runtime) == (None, None, None, None)
-    assert board.problems == ["the NPU runtime isn't there: /nowhere/librkllmrt.so"]
+    assert board.problems == ["the NPU runtime is missing: /nowhere/librkllmrt.so"]
     assert not has_npu(tmp_path)
 
 

@@ -452,7 +452,7 @@ def test_a_real_model_is_measured_in_sane_figures() -> None:
 @pytest.mark.real_model
 def test_the_second_start_of_a_real_model_does_not_measure(start_server: StartServer) -> None:
     server = start_server(env=TUNED)
-    assert "Measuring what is fastest for smollm2 here" in server.log.read_text()
+    assert "Measuring the fastest settings for smollm2" in server.log.read_text()
     answer = server.chat("Who are you?", model="smollm2", max_tokens=4)
     assert answer["usage"]["completion_tokens"] > 0
     measured = (server.cache_dir / "tuning.json").stat().st_mtime_ns

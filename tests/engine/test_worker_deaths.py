@@ -24,7 +24,7 @@ import pytest
 import uvloop
 
 from conftest import Report, StartServer
-from headstart.api.sse import EventStream, begun
+from headstart.api.sse import EventStream, start_events
 from headstart.channel import HEADER, MOST_BYTES, frame
 from headstart.config.settings import load_settings
 from headstart.engine import client as module
@@ -391,7 +391,7 @@ async def test_a_stream_whose_client_left_before_the_first_byte_ends_its_request
         raise OSError("the client has left")
 
     request: Any = type("Request", (), {"receive": staticmethod(receive)})()
-    source = await begun(request, events(), 5)
+    source = await start_events(request, events(), 5)
     response = EventStream(stream(source), source=source)
     await response({"type": "http"}, receive, send)
     assert ended.is_set()
@@ -412,7 +412,7 @@ async def test_a_stream_that_began_without_an_event_ends_its_request_too() -> No
         return {}
 
     request: Any = type("Request", (), {"receive": staticmethod(receive)})()
-    source = await begun(request, events(), 0.01)
+    source = await start_events(request, events(), 0.01)
     await source.aclose()
     assert ended.is_set()
 
@@ -467,7 +467,7 @@ async def test_whoever_waits_for_a_declared_cache_is_told_when_its_declaration_f
 
     monkeypatch.setattr(Declared, "_is_met", fails)
     await service.load()
-    with pytest.raises(Exception, match="Something went wrong"):
+    with pytest.raises(Exception, match="An unexpected error"):
         await asyncio.wait_for(service.caches._caching.find(service.model("one"), "keeper"), 20)
     assert service.caches.building("") == []
     await service.close()

@@ -10,7 +10,7 @@ from blake3 import blake3
 
 from driver import GREEDY
 from headstart.caches.cache_file.format import identity_of
-from headstart.engine.rkllm.build import opened
+from headstart.engine.rkllm.build import build_engine
 from headstart.engine.rkllm.engine import RkllmEngine
 from headstart.prompt.hf_tokenizer import HfTokenizer
 from headstart.protocol import (
@@ -42,7 +42,7 @@ class NpuDriver:
         self.tokenizer = HfTokenizer(self.path)
         self.woken: SimpleQueue[None] = SimpleQueue()
         settings = EngineSettings(self.path, 0, ctx, rkllm=RkllmSettings(library=standin(release), **more))
-        self.engine: RkllmEngine = opened(settings, lambda: self.woken.put(None))
+        self.engine: RkllmEngine = build_engine(settings, lambda: self.woken.put(None))
         self.events: dict[int, list[RequestEvent]] = {}
         self.last_id = 0
 

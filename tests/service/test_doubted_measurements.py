@@ -152,7 +152,7 @@ def test_caches_keep_their_arithmetic_unless_another_saves_a_tenth(factor: float
     def slower(shape: TrialShape, threads: int, n: int, depth: int) -> float:
         return (6.0 + n * 4.0) * (factor if shape.numerics.flash_attention else 1)
 
-    asked = msgspec.structs.replace(MODEL, kept=ATTENTION)
+    asked = msgspec.structs.replace(MODEL, existing=ATTENTION)
     tuning = measure(asked, FakeTrials(slower))
     assert tuning.numerics == chosen
     assert tuning.ranking[0] == DEFAULT

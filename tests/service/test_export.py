@@ -65,7 +65,7 @@ def test_an_export_is_the_whole_file_and_says_what_it_is(toy: RunningServer) -> 
     assert response.headers["content-type"] == "application/octet-stream"
     assert response.headers["content-disposition"] == 'attachment; filename="exp-out.headstart"'
     assert response.headers["content-length"] == str(len(response.content))
-    with format.opened(path) as opened:
+    with format.open_file(path) as opened:
         digest = header_of_file.read_header(opened).metadata["blake3"]
     assert response.headers["etag"] == f'"{digest}"'
 
@@ -303,7 +303,7 @@ def test_export_and_import_as_commands(toy: RunningServer, tmp_path: Path, monke
         (["export", "exp-cli-here", "--out", "/no/such/folder/x"], "No such file"),
         (["export", "a/b"], "is not a name"),
         (["import", "/no/such/file"], "No such file"),
-        (["import", "/proc/self/cmdline", "--name", "x"], "not a cache's file"),
+        (["import", "/proc/self/cmdline", "--name", "x"], "The file is damaged"),
     ],
     ids=str,
 )

@@ -135,7 +135,7 @@ def test_repairing_needs_a_server_and_says_so(tmp_path: Path) -> None:
     assert "--repair needs a running server" in result.stderr
     nothing = _verify("--cache-dir", str(tmp_path / "absent"))
     assert nothing.exit_code == 1
-    assert "no cache directory" in nothing.stderr
+    assert "neither a server nor a cache directory" in nothing.stderr
 
 
 def test_a_file_that_lost_its_end_keeps_its_prompt_also_without_an_index(server: RunningServer) -> None:

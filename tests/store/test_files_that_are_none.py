@@ -16,7 +16,7 @@ import pytest
 from conftest import StartServer
 from forkserver import headstart
 from headers import changed, header_of, with_entry
-from headstart.regular_files import NotAFile, opened
+from headstart.regular_files import NotAFile, open_file
 from servers import Json, RunningServer, said
 
 PROMPT = "You keep the lighthouse and never sleep. " * 8
@@ -78,7 +78,7 @@ def test_only_regular_files_are_opened_and_nothing_stays_open(
     before = psutil.Process().num_fds()
     for _ in range(10):
         with pytest.raises(OSError if (follow and "link" in kind) or kind == "loop" else NotAFile):
-            opened(path, follow=follow)
+            open_file(path, follow=follow)
     assert psutil.Process().num_fds() == before
 
 

@@ -230,7 +230,7 @@ def _log_of_a_killed_server(directory: Path, entries: dict[str, Entry]) -> bytes
     store = Store(directory)
     for entry in entries.values():
         store.used(entry)
-    store.index.settle()
+    store.index.flush()
     log = (directory / "index.sqlite-wal").read_bytes()
     store.close()
     assert log

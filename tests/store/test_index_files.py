@@ -259,12 +259,12 @@ def test_names_of_deleted_caches_are_wiped_from_the_index(start_server: StartSer
 def test_what_a_reader_kept_in_the_log_is_wiped_later(tmp_path: Path) -> None:
     index = Index(tmp_path / "index.sqlite")
     index.used(cache_key("toy", "xylophone"), 1.0, 1, 1.0)
-    index.settle()
+    index.flush()
     with closing(sqlite3.connect(tmp_path / "index.sqlite", isolation_level=None)) as reader:
         reader.execute("BEGIN")
         reader.execute("SELECT * FROM records").fetchall()
         index.delete(cache_key("toy", "xylophone"))
-        index.settle()
+        index.flush()
         assert _where(tmp_path, "xylophone")
     index.save()
     eventually(lambda: _where(tmp_path, "xylophone") == [])

@@ -9,7 +9,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
-from headstart.api.sse import BEGIN_SECONDS, EventStream, begun, while_connected
+from headstart.api.sse import BEGIN_SECONDS, EventStream, start_events, while_connected
 from headstart.api.writer import AnswerWriter, Events, Json
 from headstart.service.interface.answer import Delta, Ended, PromptProgress, Result
 
@@ -24,7 +24,7 @@ async def whole(request: Request, events: Events, writer: AnswerWriter) -> Respo
 
 
 async def streamed(request: Request, events: Events, writer: AnswerWriter) -> Response:
-    started = await begun(request, events, BEGIN_SECONDS)
+    started = await start_events(request, events, BEGIN_SECONDS)
     stream = AnswerStream(started, writer)
     return EventStream(
         stream.writes(),

@@ -43,8 +43,8 @@ class Keyring:
 
     def owner(self, secret: str) -> str | None:
         """The key's owner, or None. Takes the same time for right and wrong keys."""
-        asked = _digest(secret)
-        owners = [name for digest, name in self._owners.items() if compare_digest(digest, asked)]
+        presented = _digest(secret)
+        owners = [name for digest, name in self._owners.items() if compare_digest(digest, presented)]
         return owners[0] if owners else None
 
 

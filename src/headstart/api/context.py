@@ -55,5 +55,5 @@ EXPLAIN_HEADER = "x-headstart-explain"
 
 def explaining(request: Request, options: Options) -> Options:
     """The options, with `explain` also if the header requests it."""
-    asked = request.headers.get(EXPLAIN_HEADER, "").lower() in ("1", "true")
-    return replace(options, explain=options.explain or asked)
+    requested = request.headers.get(EXPLAIN_HEADER, "").lower() in ("1", "true")
+    return replace(options, explain=options.explain or requested)

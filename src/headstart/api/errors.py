@@ -23,24 +23,24 @@ class ErrorResponse(Response):
     def __init__(self, error: HeadstartError, headers: Mapping[str, str]) -> None:
         super().__init__(status_code=error.status, headers=headers)
         self.error = error
-        self.told = headers
+        self.more_headers = headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id = scope.get("state", {}).get("request_id")
         dialect = requested_dialect(scope)
         write = dialect.error_body if dialect else openai_body
         content = write(self.error, request_id)
-        await JSONResponse(content, self.error.status, self.told)(scope, receive, send)
+        await JSONResponse(content, self.error.status, self.more_headers)(scope, receive, send)
 
 
 def headers(error: HeadstartError) -> dict[str, str]:
     """Headers of the error's answer: `retry-after`, `x-should-retry`."""
-    told = {}
+    fields = {}
     if error.retry_after is not None:
-        told["retry-after"] = str(error.retry_after)
+        fields["retry-after"] = str(error.retry_after)
     if not error.retryable:
-        told["x-should-retry"] = "false"
-    return told
+        fields["x-should-retry"] = "false"
+    return fields
 
 
 def response(error: HeadstartError, more_headers: Mapping[str, str] | None = None) -> Response:
@@ -60,15 +60,15 @@ def install(app: FastAPI, routers: Sequence[APIRouter]) -> None:
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> Response:
-        asked = f"{request.method} {request.url.path}"
+        requested = f"{request.method} {request.url.path}"
         match error.status_code:
             case 404:
-                known: HeadstartError = NotFound(f"There is nothing at {asked}.")
+                known: HeadstartError = NotFound(f"There is nothing at {requested}.")
             case 405:
-                known = MethodNotAllowed(f"{error.detail}: {asked}.")
+                known = MethodNotAllowed(f"{error.detail}: {requested}.")
                 return response(known, {"allow": ", ".join(_allowed(request, routers))})
             case status:
-                known = BadRequest(f"{error.detail}: {asked}.")
+                known = BadRequest(f"{error.detail}: {requested}.")
                 known.status = status
         return response(known, error.headers)
 

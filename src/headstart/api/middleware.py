@@ -73,7 +73,7 @@ class Faults:
             log.exception("%s %s failed", scope.get("method"), scope.get("path"))
             if started:
                 raise
-            fault = HeadstartError("Something went wrong inside the server; its log says what.")
+            fault = HeadstartError("An unexpected error in the server; its log has details.")
             await errors.response(fault)(scope, receive, send)
 
 

@@ -84,7 +84,7 @@ class EventStream(Response):
         failed: Callable[[HeadstartError], bytes] = failed,
         *,
         keep_alive: Callable[[], bytes] = lambda: COMMENT,
-        source: Begun[Any] | None = None,
+        source: StartedEvents[Any] | None = None,
     ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
@@ -163,7 +163,7 @@ async def _next(events: AsyncIterator[T]) -> T | None:
     return await anext(events, None)
 
 
-async def begun(request: Request, events: AsyncGenerator[T, None], seconds: float) -> Begun[T]:
+async def start_events(request: Request, events: AsyncGenerator[T, None], seconds: float) -> StartedEvents[T]:
     """Waits for the first event, at most `seconds`, and returns all events, so that an early failure is an
     HTTP error. Raises whatever `events` raises until then, or ClientLeft."""
     since = monotonic()
@@ -183,10 +183,10 @@ async def begun(request: Request, events: AsyncGenerator[T, None], seconds: floa
         raise
     finally:
         watch.cancel()
-    return Begun(first, events, since)
+    return StartedEvents(first, events, since)
 
 
-class Begun(AsyncGenerator[T, None]):
+class StartedEvents(AsyncGenerator[T, None]):
     """Events whose first one was already requested, at `since` (monotonic seconds). Closing it closes
     `events` even if nothing was read. A generator function could not do that: closed before its first
     iteration, it runs none of its code."""
@@ -195,17 +195,17 @@ class Begun(AsyncGenerator[T, None]):
         self.since = since
         self._first = first
         self._events = events
-        self._told = False
+        self._first_was_read = False
 
     def __anext__(self) -> Coroutine[Any, Any, T]:
         # Skips a coroutine per event.
-        return self._events.__anext__() if self._told else self.asend(None)
+        return self._events.__anext__() if self._first_was_read else self.asend(None)
 
     async def asend(self, _: None) -> T:
-        if self._told:
+        if self._first_was_read:
             return await anext(self._events)
         event = await self._first
-        self._told = True
+        self._first_was_read = True
         if event is None:
             raise StopAsyncIteration
         return event

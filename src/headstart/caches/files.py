@@ -14,7 +14,7 @@ from pathlib import Path
 from headstart.caches.cache_file.format import identity_of
 from headstart.caches.entry import Identity
 from headstart.errors import StartupError, StorageError, StorageFull
-from headstart.regular_files import check_written, opened
+from headstart.regular_files import check_written, open_file
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def identity_at(path: Path) -> Identity | None:
 
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file. Raises OSError, also for a large file that is mostly holes."""
-    with opened(path, follow=True) as file:
+    with open_file(path, follow=True) as file:
         check_written(file)
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -211,7 +211,7 @@ class Store:
         """Publishes the written scratch file as the cache of its name, atomically, or only in place of
         `repaired`. Returns the stored entry. On CacheConflict or OSError the old one is untouched."""
         if repaired and not is_same(self._look(repaired.key), repaired):
-            raise CacheConflict(f"The cache {entry.name!r} is another by now, so it was not repaired.")
+            raise CacheConflict(f"The cache {entry.name!r} was replaced meanwhile, so it was not repaired.")
         self._tell_of_copy(entry)
         stored, files = await asyncio.to_thread(self._publish, writer, entry)
         self._checked.put(entry.key, files, writer.tokens)

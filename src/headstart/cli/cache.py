@@ -146,7 +146,7 @@ def _fields(cache: Json) -> dict[str, str]:
 
 
 def _untold(cache: Json) -> str:
-    """The placeholder for usage figures that the server hides from this API key; "" where it shows them."""
+    """The placeholder for usage figures that the server hides from this API key; "" if it shows them."""
     return "?" if cache["hits"] is None else ""
 
 
@@ -172,7 +172,7 @@ def _prospect(cache: Json) -> str:
 
 
 def _content(cache: Json) -> str:
-    """The prompt; or the messages, each under its role, and before them the tools."""
+    """The prompt; or the tools, then the messages, each under its role."""
     if "prompt" in cache:
         return str(cache["prompt"])
     tools = [f"[tool]\n{json.dumps(tool, ensure_ascii=False)}" for tool in cache["tools"]]

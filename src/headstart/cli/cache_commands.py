@@ -1,4 +1,4 @@
-"""`headstart cache ...`: the commands and their options; what they do is in `headstart.cli.cache`."""
+"""`headstart cache ...`: the commands and their options. `headstart.cli.cache` implements them."""
 
 from __future__ import annotations
 
@@ -24,17 +24,19 @@ Name = Annotated[str, typer.Argument(help="Name of the cache.", show_default=Fal
 
 Ttl = Annotated[
     float | None,
-    typer.Option("--ttl", metavar="SECONDS", help="How long it is kept from now; 0: till it is deleted."),
+    typer.Option("--ttl", metavar="SECONDS", help="Seconds from now until it expires; 0: never."),
 ]
 Pinned = Annotated[
     bool | None,
-    typer.Option("--pinned/--no-pinned", help="Whether its states are never given up for others."),
+    typer.Option("--pinned/--no-pinned", help="Never evict its states."),
 ]
-Description = Annotated[str | None, typer.Option("--description", metavar="TEXT", help="What it is.")]
+Description = Annotated[str | None, typer.Option("--description", metavar="TEXT", help="A description.")]
 Metadata = Annotated[
     list[str] | None,
     typer.Option(
-        "--metadata", metavar="KEY=VALUE", help="Anything; replaces all there was; may be repeated."
+        "--metadata",
+        metavar="KEY=VALUE",
+        help="A label; the new ones replace all earlier ones. May be repeated.",
     ),
 ]
 
@@ -55,7 +57,7 @@ def _retention(
 
 def _read_prompt(prompt: str | None, file: Path | None) -> str:
     if (prompt is None) == (file is None):
-        raise typer.BadParameter("give the prompt as one of --prompt TEXT and --file PATH")
+        raise typer.BadParameter("give the prompt with either --prompt TEXT or --file PATH")
     if file is None:
         return prompt or ""
     try:
@@ -69,21 +71,21 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
 @cache.command("create")
 def cache_create(
     name: Name,
-    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="The prompt to keep.")] = None,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="The prompt to cache.")] = None,
     file: Annotated[
         Path | None,
         typer.Option(
             metavar="PATH",
-            help="A text file with the prompt, taken as it is to the last line break; - is standard input.",
+            help="A text file with the prompt, used unchanged, with the last line break; -: standard input.",
         ),
     ] = None,
     model: Model = None,
     purposes: Annotated[
         list[Purpose] | None,
-        typer.Option("--for", help="What the cache is for; may be repeated. Without it, both."),
+        typer.Option("--for", help="Endpoints to build it for; may be repeated. Default: both."),
     ] = None,
     no_overwrite: Annotated[
-        bool, typer.Option("--no-overwrite", help="Fail when there is a cache of this name.")
+        bool, typer.Option("--no-overwrite", help="Fail if a cache of this name exists.")
     ] = False,
     ttl: Ttl = None,
     pinned: Pinned = None,
@@ -91,9 +93,9 @@ def cache_create(
     metadata: Metadata = None,
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Compute a prompt and keep it under a name; an existing cache is replaced.
+    """Create a cache of a prompt, or replace the cache of this name.
 
-    What isn't said of --ttl, --pinned, --description and --metadata stays as it was.
+    A replaced cache keeps its --ttl, --pinned, --description and --metadata unless they are given.
     """
     from headstart.cli.cache import create
 
@@ -113,12 +115,14 @@ def cache_edit(
     metadata: Metadata = None,
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Change how a cache is kept; its version and states stay."""
+    """Change a cache's retention; its version and states stay."""
     from headstart.cli.cache import edit
 
     retention = _retention(ttl, pinned, description, metadata)
     if not retention:
-        raise typer.BadParameter("give one of --ttl, --pinned, --no-pinned, --description and --metadata")
+        raise typer.BadParameter(
+            "give at least one of --ttl, --pinned, --no-pinned, --description and --metadata"
+        )
     with server(url) as client:
         edit(client, name, model, retention)
 
@@ -127,12 +131,12 @@ def cache_edit(
 def cache_export(
     name: Name,
     path: Annotated[
-        Path | None, typer.Option("--out", metavar="PATH", help="Where to; else NAME.headstart.")
+        Path | None, typer.Option("--out", metavar="PATH", help="The file to write; default: NAME.headstart.")
     ] = None,
     model: Model = None,
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Write a cache with its states to a file, to be imported elsewhere."""
+    """Export a cache with its states to a file."""
     from headstart.cli.cache_files import export_file
 
     with server(url) as client:
@@ -142,16 +146,18 @@ def cache_export(
 @cache.command("import")
 def cache_import(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="The file.", show_default=False)],
-    name: Annotated[str | None, typer.Option("--name", help="Name of the cache; else the file's.")] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", help="Name of the cache; default: that of the file.")
+    ] = None,
     rebuild: Annotated[
-        bool, typer.Option("--rebuild", help="Take its text only and compute the states here.")
+        bool, typer.Option("--rebuild", help="Import only the text; the server computes the states.")
     ] = False,
     model: Model = None,
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Take a cache from a file that was exported; an existing one of the name is replaced.
+    """Import a cache from an exported file; it replaces a cache of this name.
 
-    Its states go to the engine as they are: take them from nobody whose programs you wouldn't run.
+    States go to the engine unchanged: import them only from people whose programs you would run.
     """
     from headstart.cli.cache_files import import_file
 
@@ -165,7 +171,7 @@ def cache_list(
     as_json: AsJson = False,
     url: Url = DEFAULT_URL,
 ) -> None:
-    """List the caches, of all models unless one is named."""
+    """List the caches of all models, or of one."""
     from headstart.cli.cache import show_all
 
     with server(url) as client:
@@ -174,7 +180,7 @@ def cache_list(
 
 @cache.command("show")
 def cache_show(name: Name, model: Model = None, as_json: AsJson = False, url: Url = DEFAULT_URL) -> None:
-    """Show all that is known of a cache, and its prompt."""
+    """Show a cache with its prompt."""
     from headstart.cli.cache import show
 
     with server(url) as client:
@@ -183,7 +189,7 @@ def cache_show(name: Name, model: Model = None, as_json: AsJson = False, url: Ur
 
 @cache.command("delete")
 def cache_delete(name: Name, model: Model = None, url: Url = DEFAULT_URL) -> None:
-    """Delete a cache. Requests that have begun with it end with it."""
+    """Delete a cache. Running requests that use it are not affected."""
     from headstart.cli.cache import delete
 
     with server(url) as client:
@@ -198,36 +204,34 @@ def cache_verify(
         bool,
         typer.Option(
             "--repair",
-            help="Compute those damaged or unfit again; files with no readable prompt are set aside.",
+            help="Rebuild damaged and unfit caches; set aside files whose prompt can't be read.",
         ),
     ] = False,
     remove_unreadable: Annotated[
         bool,
-        typer.Option("--remove-unreadable", help="With --repair: delete files with no readable prompt."),
+        typer.Option("--remove-unreadable", help="With --repair: delete files whose prompt can't be read."),
     ] = False,
-    cache_dir: Annotated[
-        Path | None, typer.Option(help="Look at this directory itself, without a server.")
-    ] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="Check this directory without a server.")] = None,
     config: Annotated[
-        Path | None, typer.Option(help="The server's TOML file, for when there is no server.")
+        Path | None, typer.Option(help="The server's TOML file, used if there is no server.")
     ] = None,
     url: Url = DEFAULT_URL,
 ) -> None:
     """Check every byte of the caches, and whether they would hit.
 
-    Asks the server; where there is none, looks at the cache directory itself, changing nothing. Ends with
-    status 1 if something is wrong that was not repaired.
+    The server does this. If there is none, the command itself checks the cache directory and changes nothing.
+    It exits with status 1 if a fault remains.
     """
     from headstart.cli.client import RequestFailed
     from headstart.cli.verify import ask, look
 
     if remove_unreadable and not repair:
-        raise typer.BadParameter("it says what --repair does", param_hint="--remove-unreadable")
+        raise typer.BadParameter("it needs --repair", param_hint="--remove-unreadable")
     with server(url) as client:
         if cache_dir is None and client.is_there():
             wrong = ask(client, name, model, repair, remove_unreadable)
         elif repair:
-            raise RequestFailed(f"--repair needs a running server, and there is none at {client.url}.")
+            raise RequestFailed(f"--repair needs a running server; there is none at {client.url}.")
         else:
             wrong = look(name, model, cache_dir, config)
     if wrong:

@@ -19,7 +19,7 @@ LOOPBACK = ("all://127.0.0.1", "all://localhost", "all://[::1]")
 
 
 class RequestFailed(Exception):
-    """The server said no, or there is none; the message is its own, or says what to do."""
+    """The server refused the request or is missing. The message is the server's, or says how to proceed."""
 
 
 class Client:
@@ -48,7 +48,7 @@ class Client:
 
     def call(self, method: str, path: str, expected: str, body: Json | None = None) -> Json:
         """The answer, whose `object` is `expected`."""
-        with self._failures_told():
+        with self._explained_failures():
             response = self._http.request(method, path, json=body)
         answer = self._checked(response)
         if answer.get("object") != expected:
@@ -56,10 +56,10 @@ class Client:
         return answer
 
     def events(self, path: str, body: Json) -> Iterator[Json]:
-        """The objects of a streamed answer, as they come. An error among them is raised."""
+        """The objects of a streamed answer, as they arrive. Raises an error that is among them."""
         complete = False
         with (
-            self._failures_told(),
+            self._explained_failures(),
             self._http.stream("POST", path, json={**body, "stream": True}) as response,
         ):
             if response.status_code != 200:
@@ -76,7 +76,7 @@ class Client:
 
     def download(self, path: str) -> Iterator[bytes]:
         """The pieces of a file."""
-        with self._failures_told(), self._http.stream("GET", path) as response:
+        with self._explained_failures(), self._http.stream("GET", path) as response:
             if response.status_code != 200:
                 response.read()
                 self._checked(response)
@@ -87,12 +87,12 @@ class Client:
         """Uploads a file of `size` bytes and returns the answer, which may take as long as computing it."""
         headers = {"content-length": str(size), "content-type": "application/octet-stream"}
         timeout = httpx.Timeout(None, connect=5)
-        with self._failures_told():
+        with self._explained_failures():
             response = self._http.put(path, content=content, headers=headers, timeout=timeout)
         return self._checked(response)
 
     def model(self, name: str | None = None) -> Json:
-        """The server's description of a model, of its first one without a name."""
+        """The server's description of a model; without a name, of its first one."""
         if name is None:
             first: Json = self.call("GET", "/v1/models", "list")["data"][0]
             return first
@@ -101,15 +101,15 @@ class Client:
     def is_ready(self) -> bool:
         """Whether a Headstart server with its models loaded answers; never raises."""
         try:
-            with self._failures_told():
+            with self._explained_failures():
                 return "models" in self._checked(self._http.get("/health"))
         except RequestFailed:
             return False
 
     def is_there(self) -> bool:
-        """Whether something answers, ready or not. Raises RequestFailed when it can't be said."""
+        """Whether something answers, ready or not. Raises RequestFailed if that is unknown."""
         try:
-            with self._failures_told():
+            with self._explained_failures():
                 self._http.get("/health")
         except RequestFailed as failure:
             if isinstance(failure.__cause__, httpx.ConnectError):
@@ -118,7 +118,7 @@ class Client:
         return True
 
     @contextmanager
-    def _failures_told(self) -> Iterator[None]:
+    def _explained_failures(self) -> Iterator[None]:
         try:
             yield
         except httpx.ConnectError as error:
@@ -145,7 +145,7 @@ class Client:
 
 
 def cache_path(model: str, name: str | None = None) -> str:
-    """The path of a model's caches, or of one; neither name need be a valid one."""
+    """The path of a model's caches, or of one cache; the names may be invalid."""
     return "/".join(["/v1/cache", *(_quoted(part) for part in (model, name) if part is not None)])
 
 

@@ -34,10 +34,10 @@ out = Console(highlight=False, markup=False)
 
 
 def demo(url: str, model: str | None) -> None:
-    """Uses the server at `url`, or one of its own when none is ready there. Raises RequestFailed."""
+    """Uses the server at `url`, or its own if none is ready there. Raises RequestFailed."""
     with ExitStack() as stack:
         client = stack.enter_context(Client(url))
-        # Names of the demo's own, where there may be others already.
+        # Distinct names, since the server may have other caches.
         prefix, origin = f"demo-{token_hex(2)}.", "which was running"
         if not client.is_ready():
             prefix, origin = "", "started for this demo"

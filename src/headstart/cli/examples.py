@@ -48,7 +48,7 @@ class ExampleCompletion:
 
 @dataclass(frozen=True)
 class Example:
-    """`prefix` is what is cached as `cache_name`; `new` is asked after it."""
+    """`prefix`: the text cached as `cache_name`; `new`: the request after it."""
 
     title: str
     cache_name: str

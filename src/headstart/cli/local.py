@@ -1,4 +1,4 @@
-"""A server for as long as a block of code needs one."""
+"""A server for the duration of a block of code."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def _address(process: subprocess.Popen[bytes], log: Path) -> str:
     deadline = time.monotonic() + READY_SECONDS
     while time.monotonic() < deadline:
         ended = process.poll() is not None
-        said = log.read_text(errors="replace")
-        if found := re.search(r"listens on (http://\S+)", said):
+        output = log.read_text(errors="replace")
+        if found := re.search(r"listens on (http://\S+)", output):
             return found[1]
         if ended:
-            raise RequestFailed(f"The server did not start:\n{said.strip()}")
+            raise RequestFailed(f"The server did not start:\n{output.strip()}")
         time.sleep(0.05)
     raise RequestFailed(f"The server was not ready after {READY_SECONDS} seconds.")
 

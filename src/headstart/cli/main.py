@@ -1,4 +1,4 @@
-"""The command line; its options stay as they are."""
+"""The commands `serve`, `doctor`, `version` and `demo`. The names of options are a stable interface."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def serve(
     model: Models = None,
     alias: Annotated[
         list[str] | None,
-        typer.Option(metavar="NEW=NAME", help="A further name of a model; may be repeated."),
+        typer.Option(metavar="NEW=NAME", help="Another name of a model; may be repeated."),
     ] = None,
     models_dir: Annotated[Path | None, typer.Option(help=_description("models_dir"))] = None,
     max_loaded: Annotated[int | None, typer.Option(help=_description("max_loaded"))] = None,
@@ -124,22 +124,25 @@ def doctor(
     rkllm_library: RkllmLibrary = None,
     rkllm_abi: RkllmAbi = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Measure again first; better with no server running.")
+        bool, typer.Option("--measure", help="Measure again first, preferably while no server runs.")
     ] = False,
     yes: Annotated[
         bool,
-        typer.Option("--yes", help="Take what measuring prefers, whatever caches were computed with."),
+        typer.Option("--yes", help="Accept the measured choice even if existing caches no longer fit."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     npu_checks: Annotated[
         str | None,
-        typer.Option("--npu-checks", metavar="MODEL", help="Try an NPU model, and print a report to send."),
+        typer.Option(
+            "--npu-checks",
+            metavar="MODEL",
+            help="Run the first checks of an NPU model and print a report to send.",
+        ),
     ] = None,
 ) -> None:
-    """Show what a server with these settings would do here, and what is wrong.
+    """Show how a server with these settings would run on this machine, and any problems.
 
-    A server may be running. Nothing is changed without --measure. Ends with status 1 if something needs
-    attention.
+    A server may be running. Nothing changes without --measure. Exits with status 1 if there are problems.
     """
     from headstart.cli.doctor import show, show_json
     from headstart.doctor.report import examine, measure_again
@@ -189,9 +192,9 @@ def version() -> None:
 
 @app.command()
 def demo(model: Model = None, url: Url = DEFAULT_URL) -> None:
-    """Walk through the guide's examples, with a cache and without, and show where the time goes.
+    """Run the guide's examples with and without a cache, and show where the time goes.
 
-    Starts a server for itself when none is ready at the address.
+    Starts its own server if none is ready at the address.
     """
     from headstart.cli.client import RequestFailed
     from headstart.cli.demo import demo as run

@@ -1,4 +1,4 @@
-"""Measures requests with a cache and without, at the client."""
+"""Measures requests with and without a cache, at the client."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class MeasuredRun:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The same request several times with a cache and without."""
+    """The same request several times, with and without a cache."""
 
     example: Example
     cache: Json
@@ -44,7 +44,7 @@ class Comparison:
         return len({run.text for run in (*self.with_cache, *self.without)}) == 1
 
     def medians(self, measure: Callable[[MeasuredRun], float]) -> tuple[float, float]:
-        """Without the cache and with it."""
+        """The medians without the cache, and with it."""
         return median(map(measure, self.without)), median(map(measure, self.with_cache))
 
 
@@ -69,7 +69,7 @@ class BenchRun:
                 self.client.call("DELETE", cache_path(self.model, name), "cache.deleted")
 
     def compare(self, example: Example, repetitions: int) -> Comparison:
-        """Every run with the cache loads it from its file, provided that nobody else uses the server."""
+        """Every run with the cache loads it from its file, if no other client uses the server."""
         cache = self._cache(example)
         comparison = Comparison(example, cache)
         for _ in range(repetitions):
@@ -88,7 +88,7 @@ class BenchRun:
         return self._caches[name]
 
     def fill_slots(self) -> None:
-        """Leaves nothing in the slots that a cache's state could be taken from instead of its file."""
+        """Fills all slots, so that the state comes from its file and not from a slot."""
         for _ in range(self.slots):
             self._run("/v1/completions", {"prompt": "1, 2, 3,", "cache_prompt": False, "max_tokens": 1})
 

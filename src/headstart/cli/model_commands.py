@@ -46,7 +46,7 @@ def model_load(name: Name, url: Url = DEFAULT_URL) -> None:
 def model_unload(
     name: Name,
     force: Annotated[
-        bool, typer.Option("--force", help="Also while it answers requests, which fail.")
+        bool, typer.Option("--force", help="Unload it even if it is in use; its requests fail.")
     ] = False,
     url: Url = DEFAULT_URL,
 ) -> None:

@@ -17,22 +17,24 @@ if TYPE_CHECKING:
 
 DEFAULT_URL = "http://127.0.0.1:8080"
 
-Model = Annotated[str | None, typer.Option("--model", help="A model's name; else the server's first model.")]
+Model = Annotated[
+    str | None, typer.Option("--model", help="A model's name; default: the server's first model.")
+]
 Url = Annotated[str, typer.Option("--url", envvar="HEADSTART_URL", help="Address of the server.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the server's own answer.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the server's answer as JSON.")]
 
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def failed(error: Exception) -> typer.Exit:
-    """Shows the error; to be raised."""
+    """Prints the error; returns the exception that ends the command with status 1."""
     errors.print(f"[red]headstart:[/red] {escape(str(error))}")
     return typer.Exit(1)
 
 
 @contextmanager
 def server(url: str) -> Iterator[Client]:
-    """A client for the server. What fails is shown, and ends the command with status 1."""
+    """A client for the server. An error within the context is printed and ends the command with status 1."""
     from headstart.cli.client import Client, RequestFailed
 
     try:

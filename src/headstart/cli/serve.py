@@ -1,4 +1,4 @@
-"""`headstart serve`: runs the server in the foreground until it is told to stop."""
+"""`headstart serve`: runs the server in the foreground until a signal stops it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Notify = Callable[[str], None]
 
 # Caches, workers and what else is open beside connections.
 OTHER_FILES = 256
-# How long closing may go on once it was told to hurry.
+# The limit for closing after a second signal.
 HURRIED_SECONDS = 1.0
 
 BANNER = """
@@ -44,7 +44,7 @@ and start every request from it:
 
 
 def serve(settings: Settings, say: Notify) -> None:
-    """Returns when the server was stopped. Raises StartupError when it can't start."""
+    """Returns when the server was stopped. Raises StartupError if it can't start."""
     check_private(settings)
     # Where llama.cpp aborts, it would start a debugger on itself first, which may hang for ever: in this
     # process and, by inheritance, in all that it starts.
@@ -72,7 +72,7 @@ async def _serve(service: Service, server: HttpServer, listener: socket.socket, 
 
 
 def _stop_on_signals(server: HttpServer) -> None:
-    """The first lets running requests end, the second ends them, the third ends the program."""
+    """The first signal lets running requests finish, the second ends them, the third ends the program."""
     loop = asyncio.get_running_loop()
     numbers = (signal.SIGINT, signal.SIGTERM)
 
@@ -88,8 +88,8 @@ def _stop_on_signals(server: HttpServer) -> None:
 
 
 async def _close(service: Service, server: HttpServer) -> None:
-    """Closes the service. Saves that answers have promised are finished first, unless the end is to be
-    quick."""
+    """Closes the service. Unless the end is to be quick, pending saves of conversations and responses finish
+    first."""
     closing = asyncio.create_task(service.close())
     while not (closing.done() or server.force_exit):
         await asyncio.wait({closing}, timeout=0.1)
@@ -110,21 +110,21 @@ async def _load(service: Service, server: HttpServer) -> None:
 
 
 def _allow_open_files(connections: int) -> None:
-    """Raises the limit of open files to what the connections need, as far as the system lets it."""
+    """Raises the limit of open files for the connections, as far as the system allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = connections + OTHER_FILES
-    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    needed = connections + OTHER_FILES
+    most = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
     if soft != resource.RLIM_INFINITY and soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    if most < wanted:
+    if most < needed:
         log.warning("only %d files may be open: of %d connections, some may have to wait", most, connections)
 
 
 def check_private(settings: Settings) -> None:
-    """Raises StartupError where others could use the server without a key, and that wasn't asked for."""
+    """Raises StartupError if other machines could use the server without a key and that isn't allowed."""
     if not (settings.keys or settings.allow_public or _is_loopback(settings.host)):
         raise StartupError(
-            f"Others than this machine could use the server at {settings.host}. Configure an API key "
+            f"Other machines could use the server at {settings.host} without a key. Configure an API key "
             "([keys.NAME] in the configuration file), or allow it with --insecure."
         )
 

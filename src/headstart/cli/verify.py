@@ -21,7 +21,7 @@ DONE = {"rebuilt": "repaired", "removed": "removed", "set_aside": "set aside", "
 
 
 def ask(client: Client, name: str | None, model: str | None, repair: bool, remove: bool) -> bool:
-    """Has the server verify; whether something is wrong still. Raises RequestFailed."""
+    """Lets the server verify; returns whether a fault remains. Raises RequestFailed."""
     body: Json = {"repair": repair, "remove_unreadable": remove, "cache_name": name, "model": model}
     verdicts: list[Json] = []
     wrong = 0
@@ -36,7 +36,7 @@ def ask(client: Client, name: str | None, model: str | None, repair: bool, remov
 
 
 def look(name: str | None, model: str | None, cache_dir: Path | None, config: Path | None) -> bool:
-    """Verifies without a server; whether something is wrong. Raises CacheNotFound or StartupError."""
+    """Verifies without a server; returns whether there is a fault. Raises CacheNotFound or StartupError."""
     import msgspec
 
     from headstart.doctor.offline_verify import inspect
@@ -44,7 +44,7 @@ def look(name: str | None, model: str | None, cache_dir: Path | None, config: Pa
 
     settings = load_settings(config, cache_dir=cache_dir)
     if not settings.cache_dir.is_dir():
-        raise StartupError(f"There is no server, and no cache directory {settings.cache_dir} either.")
+        raise StartupError(f"There is neither a server nor a cache directory {settings.cache_dir}.")
     verdicts: list[Json] = []
     wrong = False
     for verdict in inspect(settings, VerifyScope(model, name)):
@@ -65,5 +65,7 @@ def _tell(verdict: Json) -> None:
 def _sum_up(verdicts: Iterable[Json], where: str) -> None:
     states = Counter(verdict["state"] for verdict in verdicts)
     actions = Counter(DONE[verdict["action"]] for verdict in verdicts if verdict["action"])
-    told = [f"{n} {what}" for what, n in [*states.items(), *actions.items()]]
-    out.print(f"Verified {sum(states.values())} caches in {where}" + (": " + ", ".join(told) if told else ""))
+    counts = [f"{n} {what}" for what, n in [*states.items(), *actions.items()]]
+    out.print(
+        f"Verified {sum(states.values())} caches in {where}" + (": " + ", ".join(counts) if counts else "")
+    )

@@ -34,154 +34,172 @@ class Settings(BaseSettings):
     port: int = Field(8080, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     models: dict[str, str] = Field(
         default_factory=dict,
-        description="Model names and their GGUF or .rkllm files; empty means the embedded smollm2.",
+        description="Model names and their GGUF or .rkllm files; empty: the embedded smollm2.",
     )
-    models_dir: Path | None = Field(None, description="A folder whose *.gguf files are models, too.")
+    models_dir: Path | None = Field(None, description="A folder whose *.gguf files are models too.")
     preload: Literal["first", "all", "none"] = Field(
-        "first", description="Models loaded at the start: the first, all or none; others when they are used."
+        "first",
+        description="Models loaded at the start: the first, all or none; others: at first use.",
     )
     load_timeout: float = Field(
-        120, gt=0, description="Seconds a request waits for its model to be loaded; then 503."
+        120, gt=0, description="Seconds that a request waits for its model to load; then 503."
     )
-    max_loaded: int = Field(0, ge=0, description="Models loaded at once; 0: as many as memory holds.")
+    max_loaded: int = Field(
+        0, ge=0, description="Maximum number of loaded models; 0: as many as fit in memory."
+    )
     idle_unload_seconds: float = Field(
-        0, ge=0, description="Unload a model that was not used for so long; 0: only when memory is needed."
+        0,
+        ge=0,
+        description="Seconds without requests until a model is unloaded; 0: only if memory is short.",
     )
     aliases: dict[str, str] = Field(
         default_factory=dict,
-        description="Further names of models, each with the model it stands for, or with `model@cache`.",
+        description="Other names of models: each names a model or a `model@cache`.",
     )
     templates: dict[str, Path] = Field(
         default_factory=dict, description="Jinja files with chat templates to use instead of the models' own."
     )
-    cache_dir: Path = Field(Path("cache"), description="Where prompt states are kept.")
+    cache_dir: Path = Field(Path("cache"), description="The cache directory.")
     quota_mb: float = Field(
-        0, ge=0, description="Millions of bytes that caches may take together; 0: no limit."
+        0, ge=0, description="Maximum size of all caches in millions of bytes; 0: no limit."
     )
     slots: int = Field(
         0,
         ge=0,
         le=64,
-        description="Sequences a model runs at once; 0 means 4, or as many as an eighth of the memory holds.",
+        description="Sequences that a model runs at once; 0: 4, or as many as an eighth of the memory holds.",
     )
     ctx: int = Field(
-        0, ge=0, description="Tokens a sequence may hold; 0 means the model's own limit, at most 8192."
+        0, ge=0, description="Context length of a sequence in tokens; 0: the model's limit, at most 8192."
     )
     tune: bool = Field(
         True,
-        description="Measure what is fastest, once per model and machine; false: built-in defaults instead.",
+        description="Measure the fastest settings once per model and machine; false: use built-in defaults.",
     )
     tune_idle_seconds: float = Field(
         10,
         ge=0,
         allow_inf_nan=False,
-        description="Measure again what is in doubt after so long without requests; 0: never.",
+        description="Seconds without requests after which doubtful measurements are repeated; 0: never.",
     )
-    threads: int = Field(0, ge=0, description="Threads a model computes with; 0 means as measured.")
+    threads: int = Field(0, ge=0, description="Number of threads of a model; 0: as measured.")
     prefill_chunk: int = Field(
-        0, ge=0, le=4096, description="Prompt tokens evaluated in one step at most; 0 means as measured."
+        0, ge=0, le=4096, description="Maximum prompt tokens evaluated in one step; 0: as measured."
     )
     flash_attention: bool | None = Field(
         None,
-        description="llama.cpp's flash attention; unset means as caches have it, or as measured.",
+        description="llama.cpp's flash attention; unset: as in existing caches, or measured.",
     )
     weights: Weights | None = Field(
         None,
-        description="As in the model file, or converted to q8_0; unset: as caches have it, or as measured.",
+        description="As in the model file, or converted to q8_0; unset: as in existing caches, or measured.",
     )
     share_from: int | None = Field(
         None,
         ge=0,
-        description="Tokens running requests have in common when they share them; 0: never; unset: measured.",
+        description="Common tokens from which running requests share a prefix; 0: never; unset: as measured.",
     )
     max_step_ms: float = Field(
-        300, gt=0, description="Longest time a step may take for prompt tokens while other streams run."
+        300, gt=0, description="Maximum milliseconds of prefill in one step while other streams run."
     )
-    rkllm_library: str = Field("", description="Path of librkllmrt.so; empty: where libraries are.")
-    rkllm_abi: str = Field("", description="Its release, where it can't be found out: 1.2.0 to 1.3.0.")
-    rkllm_cpus: int = Field(0, ge=0, description="CPUs it uses beside the NPU; 0: the fast ones, at most 4.")
+    rkllm_library: str = Field("", description="Path of librkllmrt.so; empty: the system's library path.")
+    rkllm_abi: str = Field("", description="Release of the runtime if it can't be detected: 1.2.0 to 1.3.0.")
+    rkllm_cpus: int = Field(
+        0,
+        ge=0,
+        description="Number of CPUs that the runtime uses beside the NPU; 0: the fast ones, at most 4.",
+    )
     rkllm_cpu_mask: int = Field(
-        0, ge=0, lt=1 << 32, description="Which ones, a bit for each; 0: the last; 240 on an RK3588."
+        0, ge=0, lt=1 << 32, description="Bit mask of these CPUs; 0: the last ones; 240 on an RK3588."
     )
     rkllm_embed_flash: bool = Field(
         True, description="Read embeddings from the model file when needed instead of keeping them in memory."
     )
     rkllm_log_level: int | None = Field(
-        None, ge=0, le=2, description="How much it logs; unset: as RKLLM_LOG_LEVEL says."
+        None, ge=0, le=2, description="Log level of the runtime; unset: the variable RKLLM_LOG_LEVEL."
     )
     rkllm_sampling: FixedSampling = Field(
         default_factory=FixedSampling,
-        description="Sampling where requests can't have their own (before 1.3.0).",
+        description="Sampling parameters for runtimes that have no parameters per request (before 1.3.0).",
     )
     rkllm_other_sampling: Literal["warn", "refuse"] = Field(
-        "warn", description="What becomes of requests that ask for another: a warning in the answer, or 400."
+        "warn", description="Requests with other sampling parameters: get a warning in the answer, or 400."
     )
     prompt_timeout: float = Field(
-        30, gt=0, description="Seconds after which a prompt not yet tokenised is given up; then 503."
+        30, gt=0, description="Maximum seconds for the tokenisation of a prompt; then 503."
     )
     max_waiting: int = Field(
         64,
         ge=0,
-        description="Requests that may wait for a slot, and for the check of a grammar; more get 503.",
+        description="Maximum requests that wait for a slot, and for the check of a grammar; more get 503.",
     )
-    max_body_mb: float = Field(16, gt=0, description="Largest request body; more gets 413.")
+    max_body_mb: float = Field(
+        16, gt=0, description="Maximum size of a request body in MiB; larger ones get 413."
+    )
     max_bodies_mb: float = Field(
         64,
         gt=0,
-        description="Bodies of all requests in progress together; more get 503. With several API keys none "
-        "has more than half of it.",
+        description="Maximum MiB of the bodies of all requests in progress; more get 503. Each of "
+        "several API keys may have half.",
     )
     max_connections: int = Field(
-        1000, ge=1, description="Connections at once; the one that asks for nothing for longest gives way."
+        1000,
+        ge=1,
+        description="Maximum connections; beyond it, the longest idle one is closed.",
     )
-    head_seconds: float = Field(10, gt=0, description="How long a request's headers may take to come.")
+    head_seconds: float = Field(10, gt=0, description="Maximum seconds to receive the headers.")
     body_seconds: float = Field(
-        30, gt=0, description="Seconds that a client may be behind sending 16 KiB of a body a second."
+        30, gt=0, description="Maximum seconds that a client may lag behind 16 KiB/s in sending a body."
     )
     send_seconds: float = Field(
-        60, gt=0, description="Seconds that a client may be behind taking 16 KiB of an answer a second."
+        60, gt=0, description="Maximum seconds that a client may lag behind 16 KiB/s when it reads an answer."
     )
     keep_alive_seconds: float = Field(
-        15, gt=0, description="How long a connection is kept open between two requests."
+        15, gt=0, description="Seconds that an idle connection stays open between requests."
     )
-    drain_seconds: int = Field(30, ge=0, description="How long running requests may take to end at a stop.")
+    drain_seconds: int = Field(30, ge=0, description="Seconds for running requests to finish at a stop.")
     log_level: str = Field("warning", description="debug, info, warning or error.")
     caches: dict[str, DeclaredCache] = Field(
-        default_factory=dict, description="Caches that are there whenever the server runs."
+        default_factory=dict, description="Declared caches, built by the server."
     )
-    prune_declared: bool = Field(
-        False, description="Delete at the start what was declared once and is declared no more."
-    )
+    prune_declared: bool = Field(False, description="Delete caches at the start that are no longer declared.")
     default_system: Utf8 | None = Field(
-        None, min_length=1, description="System message of chats that have none and use no cache."
+        None, min_length=1, description="System message for chats without one that name no cache."
     )
-    automatic: bool = Field(True, description="Make caches of system prompts that come often.")
+    automatic: bool = Field(True, description="Create caches of frequent system prompts.")
     automatic_after: int = Field(
-        3, ge=1, description="How often a system prompt must come to become a cache by itself."
+        3, ge=1, description="Number of uses after which a system prompt becomes an automatic cache."
     )
-    automatic_window: float = Field(3600, gt=0, description="Seconds within which it must come so often.")
-    automatic_tokens: int = Field(100, ge=0, description="Tokens a system prompt must exceed for it.")
+    automatic_window: float = Field(3600, gt=0, description="Seconds within which these uses are counted.")
+    automatic_tokens: int = Field(
+        100, ge=0, description="Number of tokens that an automatic cache must exceed."
+    )
     automatic_quota_mb: float = Field(
-        512, ge=0, description="Size of all automatic caches; those not used for longest go first."
+        512,
+        ge=0,
+        description="Maximum size of all automatic caches; the least recently used are deleted first.",
     )
     responses_ttl_seconds: float = Field(
-        86400, gt=0, le=3155760000, description="How long a stored response is kept to go on from."
+        86400, gt=0, le=3155760000, description="Seconds that a stored response is kept."
     )
     responses_quota_mb: float = Field(
-        1024, ge=0, description="Size of all stored responses' states; the oldest go first; 0: texts only."
+        1024,
+        ge=0,
+        description="Maximum size of stored responses' states; the oldest are evicted first; 0: texts only.",
     )
     responses_kept: int = Field(
-        1000, ge=1, description="Responses kept for each API key; the oldest go first."
+        1000, ge=1, description="Maximum stored responses of each API key; the oldest are deleted first."
     )
     routes: dict[str, str] = Field(
-        default_factory=dict, description="Paths to put before /v1, each with the cache it stands for."
+        default_factory=dict, description="Path prefixes before /v1, each with the cache that it selects."
     )
     keys: dict[str, ApiKey] = Field(
-        default_factory=dict, description="API keys, each with caches of its own; with any, one is needed."
+        default_factory=dict,
+        description="API keys, each with its own caches; if there are any, requests need one.",
     )
-    allow_public: bool = Field(False, description="Listen on other addresses than loopback without a key.")
+    allow_public: bool = Field(False, description="Allow addresses other than loopback without API keys.")
 
-    # What paths in tables start from: where the configuration file is.
+    # The directory of the configuration file, which relative paths in tables start from.
     folder: ClassVar[Path] = Path()
 
     @field_validator("models", "aliases", "caches", "keys")
@@ -213,7 +231,7 @@ class Settings(BaseSettings):
 
     @property
     def model_paths(self) -> dict[str, str]:
-        """Models configured by name, then those in the folder; the embedded one where neither is given."""
+        """Models configured by name, then those in the folder; the embedded one if neither is configured."""
         if not (self.models or self.models_dir):
             return {DEFAULT_MODEL: embedded_model()}
         found = models_in(self.models_dir) if self.models_dir else {}
@@ -226,7 +244,7 @@ class Settings(BaseSettings):
 
     @property
     def admins(self) -> set[str]:
-        """Names of the API keys that may touch what is others' or everyone's."""
+        """Names of the API keys that are admins."""
         alone = len(self.keys) == 1
         return {name for name, key in self.keys.items() if (alone if key.admin is None else key.admin)}
 

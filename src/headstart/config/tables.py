@@ -1,4 +1,4 @@
-"""The tables of a configuration file that have fields of their own: caches it declares, and API keys."""
+"""Tables of the configuration file with fields of their own: declared caches, sampling, API keys."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Table(BaseModel):
 
 
 class DeclaredCache(Table):
-    """`[caches.NAME]`: a cache that is there whenever the server runs. `model` None: the first one."""
+    """`[caches.NAME]`: a declared cache. `model` None: the first one."""
 
     prompt: Utf8 = ""
     file: Path | None = None
@@ -33,7 +33,7 @@ class DeclaredCache(Table):
     @model_validator(mode="after")
     def _check_text(self) -> DeclaredCache:
         if bool(self.prompt) == (self.file is not None):
-            raise ValueError("give its text as one of prompt and file")
+            raise ValueError("needs exactly one of prompt and file")
         return self
 
     def text(self, name: str, folder: Path) -> str:
@@ -47,7 +47,7 @@ class DeclaredCache(Table):
 
 
 class FixedSampling(Table):
-    """`[rkllm_sampling]`: in the words of requests."""
+    """`[rkllm_sampling]`, with the field names of requests."""
 
     temperature: float = Field(0.8, ge=0, le=2)
     top_p: float = Field(0.95, ge=0, le=1)
@@ -58,9 +58,9 @@ class FixedSampling(Table):
 
 
 class ApiKey(Table):
-    """`[keys.NAME]`: who may use the server. `key_env` is the name of an environment variable. `cache`: what
-    requests start from that name none. `quota_mb`: what its caches may take, in millions of bytes. `admin`:
-    whether it may touch what is others' or everyone's; None: if it is the only key."""
+    """`[keys.NAME]`: a client's credential. `key_env`: the name of an environment variable. `cache`: the
+    cache for requests that name none. `quota_mb`: maximum size of its caches in millions of bytes. `admin`:
+    whether the key may manage objects that are public or other keys'; None: only if it is the only key."""
 
     key: SecretStr | None = None
     key_file: Path | None = None
@@ -91,18 +91,18 @@ class ApiKey(Table):
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Raises ValueError for one that no cache, model or key can have."""
+    """Raises ValueError for a name that no cache, model or key can have."""
     for name in names:
         if not NAME.fullmatch(name):
             raise ValueError(f"{name!r} is not a name: letters, digits, dots, underscores, hyphens")
 
 
 def check_route(prefix: str) -> None:
-    """Raises ValueError for what can't be put before the paths of the API."""
+    """Raises ValueError for a prefix that can't precede the paths of the API."""
     bad = not prefix.startswith("/") or prefix.endswith("/") or "//" in prefix or not prefix.isprintable()
     if bad or prefix.partition("/v1")[0] == "" or prefix == "/health":
         raise ValueError(
-            f"{prefix!r} is no route: a path such as /coding, not of the API, without / at its end"
+            f"{prefix!r} is not a route: a path outside the API, such as /coding, without / at its end"
         )
 
 

@@ -1,5 +1,5 @@
-"""Facts about a board with Rockchip's NPU that models on it depend on. Read below `root`, so that
-tests can have boards of their own; nothing here fails, what can't be told is None."""
+"""Facts about a board with Rockchip's NPU. They are read below `root`, so that tests can simulate boards.
+Nothing here fails: unknown facts are None."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MODEL_LIMITS = f"context at most {MAX_CONTEXT} tokens, in steps of {CONTEXT_STEP
 
 
 class FoundRuntime(Struct, frozen=True):
-    """As `headstart.engine.rkllm.detect` tells of it."""
+    """The runtime as `headstart.engine.rkllm.detect` reports it."""
 
     path: str
     version: str
@@ -40,7 +40,7 @@ class FoundRuntime(Struct, frozen=True):
 
 
 class Board(Struct, frozen=True):
-    """`problems` keep models from being served; `notes` are what might be better."""
+    """`problems` prevent models from being served; `notes` are possible improvements."""
 
     name: str | None
     chip: str | None
@@ -57,7 +57,7 @@ class Board(Struct, frozen=True):
 
 
 def has_npu(root: Path = ROOT) -> bool:
-    """Whether this is one of Rockchip's chips; whether its driver is there is another question."""
+    """Whether this is one of Rockchip's chips, with or without a driver."""
     return (_chip(root) or "").startswith(("rk", "rv"))
 
 
@@ -84,12 +84,12 @@ def examine_board(given: RkllmSettings, root: Path = ROOT) -> Board:
 
 
 def look_at_runtime(given: RkllmSettings) -> tuple[FoundRuntime | None, str | None]:
-    """The runtime, or what is wrong with it. In a process of its own: it may crash."""
+    """The runtime, or its fault. Detected in a separate process, which may crash."""
     command = module_command("headstart.engine.rkllm.detect", given.library or LIBRARY, given.abi)
     try:
         done = subprocess.run(command, capture_output=True, timeout=LOOK_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return None, f"the NPU runtime can't be looked at: {error}"
+        return None, f"the NPU runtime can't be examined: {error}"
     if done.returncode < 0:
         return None, f"the NPU runtime crashes when it is loaded (signal {-done.returncode})"
     if done.returncode:
@@ -100,7 +100,7 @@ def look_at_runtime(given: RkllmSettings) -> tuple[FoundRuntime | None, str | No
 def _notes(root: Path, driver: str | None, npu: Path, governor: str | None, open_files: int) -> list[str]:
     notes = []
     if driver is None:
-        what = "can't be told: look at it as root" if has_npu(root) else "isn't there"
+        what = "is visible to root only" if has_npu(root) else "is missing"
         notes.append(f"The NPU's driver {what}. `cat /{DRIVERS[0]}` names its version.")
     if governor not in (None, "performance"):
         notes.append(
@@ -113,8 +113,8 @@ def _notes(root: Path, driver: str | None, npu: Path, governor: str | None, open
 
 
 def _driver(root: Path) -> str | None:
-    said = next((text for path in DRIVERS if (text := _read(root / path))), None)
-    return said.rpartition(":")[2].strip().removeprefix("v") if said else None
+    version_text = next((text for path in DRIVERS if (text := _read(root / path))), None)
+    return version_text.rpartition(":")[2].strip().removeprefix("v") if version_text else None
 
 
 def _chip(root: Path) -> str | None:
@@ -147,7 +147,7 @@ def _read(path: Path) -> str | None:
 
 
 def npu_settings(path: str, settings: Settings) -> dict[str, str]:
-    """The model's settings on the NPU, by name. Raises StartupError where it can't be loaded with them."""
+    """The model's settings on the NPU, by name. Raises StartupError if it can't be loaded with them."""
     try:
         options = checked(path, options_of(engine_settings(path, settings)))
     except ModelError as error:

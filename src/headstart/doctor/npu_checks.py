@@ -42,7 +42,7 @@ Counted = tuple[str, int]
 
 
 class CheckStep(Struct, frozen=True):
-    """`found` is None where the step failed: by `signal`, when the runtime crashed, or with `error`. `log`:
+    """`found` is None if the step failed: by `signal`, if the runtime crashed, or with `error`. `log`:
     the last lines that it wrote."""
 
     name: str
@@ -62,22 +62,22 @@ class Checks(Struct, frozen=True):
 
     @property
     def failed(self) -> bool:
-        """Whether Headstart can't work here; what it doesn't do may crash."""
+        """Whether a step failed that Headstart depends on."""
         needed = [step for step in self.steps if step.name != LEFT_ALONE]
         return not needed or any(step.found is None for step in needed)
 
 
 def check_npu(name: str, settings: Settings, say: Notify) -> Checks:
-    """Runs the first checks on the model of this name. Takes minutes. Raises StartupError where nothing can
-    be tried."""
+    """Runs the first checks on the model of this name. Takes minutes. Raises StartupError if it is no
+    model for the NPU, or can't be read."""
     path = model_path(settings.model_paths.get(name, name))
     if not engine_kind(path).on_npu:
         raise StartupError(f"{name!r} is neither a .rkllm file nor the name of a model that is one.")
     npu_settings(path, settings)
-    asked = engine_settings(path, settings)
+    engine = engine_settings(path, settings)
     openings, question = asyncio.run(_texts(path, settings, name))
-    task = Task("", path, options_of(asked), openings, question)
-    board = examine_board(asked.rkllm)
+    task = Task("", path, options_of(engine), openings, question)
+    board = examine_board(engine.rkllm)
     steps = list(_run_all(task, say)) if board.runtime else []
     return Checks(__version__, Path(path).name, Path(path).stat().st_size, board, steps)
 
@@ -125,5 +125,7 @@ async def _texts(path: str, settings: Settings, name: str) -> tuple[tuple[Counte
         first, second, whole = await prompts.tokens(one, other, chat)
     finally:
         await client.close()
-    said = [(client.vocabulary.text(tokens), len(tokens)) for tokens in (first, second, whole[len(first) :])]
-    return (said[0], said[1]), said[2]
+    counted = [
+        (client.vocabulary.text(tokens), len(tokens)) for tokens in (first, second, whole[len(first) :])
+    ]
+    return (counted[0], counted[1]), counted[2]

@@ -1,4 +1,4 @@
-"""A model as it would be served, looked at without loading its weights."""
+"""A model as a server would run it, examined without loading its weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from headstart.service.models.tuning_store import Tunings
 
 
 class OfflineModel:
-    """Raises StartupError when the model couldn't be served."""
+    """A model with its plan and the caches in the directory. Raises StartupError if it can't be served."""
 
     def __init__(
         self, name: str, path: str, settings: Settings, tunings: Tunings, entries: Sequence[Entry]
@@ -34,10 +34,10 @@ class OfflineModel:
         self.name, self.tunings, self.entries = name, tunings, entries
         self.path = model_path(path)
         self.weights = _weights(self.path)
-        # On a thread: whoever asks may run an event loop already.
+        # On a thread: the caller may already run an event loop.
         with ThreadPoolExecutor(1) as thread:
-            told = thread.submit(lambda: asyncio.run(facts(self.path, settings, name))).result()
-        self.template = told.template_hash
+            model_facts = thread.submit(lambda: asyncio.run(facts(self.path, settings, name))).result()
+        self.template = model_facts.template_hash
         self.plan = make_plan(self.path, self.weights, settings, tunings, entries)
 
     @property
@@ -54,12 +54,14 @@ class OfflineModel:
         return found
 
     def fingerprint(self, entry: Entry, numerics: Numerics) -> Fingerprint:
-        """The fingerprint of states computed with this model; what only the engine knows is the entry's."""
+        """The fingerprint of states computed with this model; what it can't know is taken from the entry."""
         if not engine_kind(self.path).tunable:
             # Which release computes, and with what context, only its library can say.
             return replace(entry.fingerprint, weights=self.weights, template=self.template)
         others = {k: v for k, v in entry.fingerprint.settings.items() if k not in numerics.shown()}
-        return Fingerprint(self.weights, self.plan.key.engine, others | numerics.kept(), self.template)
+        return Fingerprint(
+            self.weights, self.plan.key.engine, others | numerics.fingerprinted(), self.template
+        )
 
     def measure(self, say: Notify, *, agree: bool) -> None:
         """Measures again; says which caches don't fit what was found, then remembers it. The numerics that
@@ -67,11 +69,11 @@ class OfflineModel:
         if not engine_kind(self.path).tunable:
             say(f"{self.name} runs on the NPU: there is nothing to measure.")
             return
-        asked = replace(self.plan.settings, tuning=None, tried=self.tunings.doubted(self.plan.key))
+        trial_settings = replace(self.plan.settings, tuning=None, tried=self.tunings.doubted(self.plan.key))
         if agree:
-            asked = replace(asked, numerics=self.plan.given)
+            trial_settings = replace(trial_settings, numerics=self.plan.given)
         try:
-            tuning = measure_apart(asked, env=worker_environment())
+            tuning = measure_apart(trial_settings, env=worker_environment())
         except ModelError as error:
             raise StartupError(f"Measuring {self.name} failed: {error}") from error
         if not tuning.counts:

@@ -1,4 +1,4 @@
-"""Looks at the caches of a directory without a server, and without owning it: nothing is changed."""
+"""Checks the caches of a directory without a server and without its lock; changes nothing."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from headstart.service.models.tuning_store import Tunings
 
 
 def inspect(settings: Settings, scope: VerifyScope) -> Iterator[Verdict]:
-    """As a server with these settings would judge, as far as that can be told without loading models. Raises
-    CacheNotFound when a cache is named that isn't there."""
+    """The verdicts of a server with these settings, as far as they are known without loading models. Raises
+    CacheNotFound if a named cache doesn't exist."""
     found = list(contents(settings.cache_dir))
     inspector = _Inspector(settings, [entry for _, entry in found if isinstance(entry, Entry)])
     n_verdicts = 0
@@ -54,12 +54,12 @@ class _Inspector:
         return judged(entry, miss, now.differences(entry.fingerprint))
 
     def _model(self, model: str) -> OfflineModel | str:
-        """Or why there is none."""
+        """The model, or the reason why there is none."""
         path = self.settings.model_paths.get(model)
         if path is None:
-            return "the settings name no such model, so nobody can say whether it would hit"
+            return "the settings have no such model, so it is unknown whether it would hit"
         entries = [entry for entry in self.entries if entry.model == model]
         try:
             return OfflineModel(model, path, self.settings, Tunings(self.settings.cache_dir), entries)
         except StartupError as error:
-            return f"nobody can say whether it would hit: {error}"
+            return f"it is unknown whether it would hit: {error}"

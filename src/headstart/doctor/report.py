@@ -1,5 +1,5 @@
-"""The report on what a server with these settings would find and do here. It loads no weights and doesn't own
-the cache directory, so a server may be running on it."""
+"""The report on how a server with these settings would run on this machine. It loads no weights and takes no
+lock on the cache directory, so a server may be using it."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from headstart.service.models.tuning_store import Tunings
 WHY = {"caches": "its caches", "agreed": "agreed to", "measured": "measured", "default": "default"}
 UNKNOWN = "measured at the first start"
 UNTOLD = (
-    "{name} was measured by a release that didn't tell how sure it was: it is measured again when the "
-    "server is idle."
+    "{name} was measured by a release that didn't record doubts: it is measured again when the server "
+    "is idle."
 )
 
 
 class InForce(Struct, frozen=True):
-    """A setting's value and where it comes from."""
+    """A setting's value and its origin."""
 
     name: str
     value: str
@@ -41,9 +41,9 @@ class InForce(Struct, frozen=True):
 
 
 class ModelReport(Struct, frozen=True):
-    """`converted_bytes`: what its converted weights take, if there are any. `tuning` is None where the model
-    was not measured yet, isn't to be, or where what was measured is `doubted`. `fitting`: how many caches
-    fit; `misfits`: names of the others, by reason. With a `problem` the model can't be served."""
+    """`converted_bytes`: the size of its converted weights, if any. `tuning` is None if the model wasn't
+    measured, isn't to be, or if the measurement is `doubted`. `fitting`: the number of caches that fit;
+    `misfits`: names of the others, by reason. With a `problem` the model can't be served."""
 
     name: str
     path: str
@@ -59,9 +59,9 @@ class ModelReport(Struct, frozen=True):
 
 
 class Report(Struct, frozen=True):
-    """`features`: what llama.cpp was built with and this CPU has. `others`: how many caches there are of
-    models that the settings don't name. `problems`: what somebody should do something about. `board`: None
-    where there is neither an NPU of Rockchip's nor a model for one."""
+    """`features`: features of this CPU that llama.cpp was built for. `others`: the number of caches of each
+    model that the settings don't have. `problems`: faults that need attention. `board`: None if there is
+    neither a Rockchip NPU nor a model for one."""
 
     cpu: str
     cpus: int
@@ -77,7 +77,7 @@ class Report(Struct, frozen=True):
 
 
 def examine(settings: Settings, flags: Mapping[str, Any]) -> Report:
-    """`flags` are those the settings were made with."""
+    """`flags`: the flags that `settings` were loaded with."""
     found = scan(settings.cache_dir)
     tunings = Tunings(settings.cache_dir)
     models = [
@@ -113,12 +113,12 @@ def _npu_models(settings: Settings) -> bool:
 
 
 def _board(settings: Settings) -> Board | None:
-    wanted = has_npu() or _npu_models(settings) or settings.rkllm_library
-    return examine_board(rkllm_settings(settings)) if wanted else None
+    is_relevant = has_npu() or _npu_models(settings) or settings.rkllm_library
+    return examine_board(rkllm_settings(settings)) if is_relevant else None
 
 
 def measure_again(settings: Settings, say: Notify, *, agree: bool) -> None:
-    """Measures every model of the settings that can be served. Raises StartupError."""
+    """Measures each model that can be served. Raises StartupError."""
     found = scan(settings.cache_dir)
     settings.cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     for name, path in settings.model_paths.items():
@@ -127,12 +127,12 @@ def measure_again(settings: Settings, say: Notify, *, agree: bool) -> None:
             model = OfflineModel(name, path, settings, Tunings(settings.cache_dir), entries)
         except StartupError:
             continue
-        say(f"Measuring what is fastest for {name} here ...")
+        say(f"Measuring the fastest settings for {name} ...")
         model.measure(say, agree=agree)
 
 
 def _features() -> tuple[list[str], list[str]]:
-    """And problems."""
+    """The CPU features of llama.cpp's build, and problems."""
     try:
         from headstart.engine.llama.gguf import build_features
 
@@ -182,7 +182,7 @@ def _converted_bytes(conversions: str) -> int | None:
 
 
 def _in_force(settings: Settings, flags: Mapping[str, Any], plan: Plan, now: EngineSettings) -> list[InForce]:
-    """Raises StartupError where a model can't be loaded with them."""
+    """The effective settings. Raises StartupError if the model can't be loaded with them."""
     if engine_kind(now.path).on_npu:
         shown = npu_settings(now.path, settings)
         return [InForce(name, value, origin(settings, name, flags)) for name, value in shown.items()]

@@ -159,7 +159,7 @@ class EngineClient:
         if self._writer is None or self.info is None or self.state != "ready":
             raise ModelLoading(f"Model {self.name!r} is still loading.")
         if self.n_requests >= self.info.slots + self.max_waiting:
-            raise Overloaded("As many requests are running and waiting as may.")
+            raise Overloaded("The maximum number of requests is running and waiting.")
 
     def submit(self, request: Submit | Embed) -> SubmittedRequest:
         """Sends the request to the worker with a new `id`. Raises Unavailable if it isn't accepted,

@@ -45,7 +45,7 @@ def obtain(conversions: str, make: Callable[[Path], None]) -> Path:
         for path in found(conversions):
             if path.stem.endswith(f"-{_hash(path)}"):
                 return path
-            log.warning("%s is not what was written: it is made again", path)
+            log.warning("%s is damaged: it is converted again", path)
             path.unlink()
         scratch = directory / SCRATCH
         scratch.unlink(missing_ok=True)

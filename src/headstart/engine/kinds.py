@@ -91,9 +91,9 @@ class _CoreKind(EngineKind):
         import headstart.engine.core.engine  # noqa: F401
 
     def open(self, settings: EngineSettings, wake: Wake) -> CoreEngine:
-        from headstart.engine.core.build import opened
+        from headstart.engine.core.build import build_engine
 
-        return opened(self.load(settings), settings, wake)
+        return build_engine(self.load(settings), settings, wake)
 
     def load(self, settings: EngineSettings) -> Model:
         """Also evaluates one token, so that a broken native build fails here and not at the first request."""
@@ -141,9 +141,9 @@ class RkllmKind(EngineKind):
         import headstart.engine.rkllm.build  # noqa: F401
 
     def open(self, settings: EngineSettings, wake: Wake) -> RkllmEngine:
-        from headstart.engine.rkllm.build import opened
+        from headstart.engine.rkllm.build import build_engine
 
-        return opened(settings, wake)
+        return build_engine(settings, wake)
 
 
 class ToyKind(_CoreKind):

@@ -118,7 +118,7 @@ class ToyModel:
             slots=slots,
             can_cut=bool(self.spec.can_cut),
             engine="toy",
-            settings=settings.numerics.kept(),
+            settings=settings.numerics.fingerprinted(),
             pool_tokens=0 if slots == 1 or not self.spec.can_cut else n_ctx,
             step_tokens=max(settings.prefill_chunk, LEAST_STEP_TOKENS),
             state_token_bytes=4,

@@ -17,7 +17,7 @@ class AnswerDetokenizer:
         self.piece = piece
         self.stop = [text for text in stop if text]
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.held = ""
+        self.buffer = ""
         self.found: str | None = None
         self.n_characters = 0
 
@@ -31,20 +31,20 @@ class AnswerDetokenizer:
 
     def end(self) -> str:
         """The text held back, when no token follows; an incomplete character becomes U+FFFD."""
-        text = self._release(self.decoder.decode(b"", final=True)) + self.held
-        self.held = ""
+        text = self._release(self.decoder.decode(b"", final=True)) + self.buffer
+        self.buffer = ""
         return text
 
     def _release(self, text: str) -> str:
         if self.stopped:
             return ""
         self.n_characters += len(text)
-        text = self.held + text
+        text = self.buffer + text
         places = [(at, stop) for stop in self.stop if (at := text.find(stop)) >= 0]
         if places:
             at, self.found = min(places)
-            self.held = ""
+            self.buffer = ""
             return text[:at]
         keep = max((overlap(text, stop) for stop in self.stop), default=0)
-        self.held = text[len(text) - keep :]
+        self.buffer = text[len(text) - keep :]
         return text[: len(text) - keep]

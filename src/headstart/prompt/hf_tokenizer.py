@@ -87,16 +87,16 @@ class HfTokenizer:
     def _prefixes(self) -> Prefixed:
         if not self._begins_with_space("a"):
             return ""
-        marks = [text for id_, text in self.contents.items() if id_ in self.hidden]
-        return "each" if any(self._begins_with_space(f"{mark}a", 1) for mark in marks) else "first"
+        hidden_texts = [text for id_, text in self.contents.items() if id_ in self.hidden]
+        return "each" if any(self._begins_with_space(f"{text}a", 1) for text in hidden_texts) else "first"
 
     def _begins_with_space(self, text: str, at: int = 0) -> bool:
         tokens = self.encode(text)
         return len(tokens) > at and self.written(tokens[at]).startswith(b" ")
 
     def _check_reversible(self, path: Path) -> None:
-        marks = [text for id_, text in self.contents.items() if id_ in self.hidden]
-        probe = PROBE.format(marks[0] if marks else "")
+        hidden_texts = [text for id_, text in self.contents.items() if id_ in self.hidden]
+        probe = PROBE.format(hidden_texts[0] if hidden_texts else "")
         tokens = self.encode(probe)
         if not tokens or self.encode(self.text(tokens)) != tokens:
             raise StartupError(

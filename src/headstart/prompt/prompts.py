@@ -52,19 +52,19 @@ class Prompts:
     def facts(self) -> Facts:
         """The vocabulary's facts. Raises StartupError if the tokens have too many bytes."""
         tokenizer, template = self.tokenizer, self.template
-        written, ends, spoken = bytearray(), array("I"), {}
+        written, ends, answer_bytes = bytearray(), array("I"), {}
         for token in range(tokenizer.n_vocab):
             text, piece = tokenizer.written(token), tokenizer.piece(token)
             written += text
             ends.append(len(written))
             if piece != text:
-                spoken[token] = piece
+                answer_bytes[token] = piece
             if len(written) > MOST_BYTES:
                 raise StartupError(f"The model's tokens stand for more than {MOST_BYTES >> 20} MB of text.")
         return Facts(
             written=bytes(written),
             ends=ends.tobytes(),
-            spoken=spoken,
+            answer_bytes=answer_bytes,
             prefixed=tokenizer.prefixes,
             added=sorted(tokenizer.added),
             bos_text=tokenizer.bos_text,

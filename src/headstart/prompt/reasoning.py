@@ -23,13 +23,13 @@ class ReasoningParser:
 
     def __init__(self, rest: Parser, *, inside: bool) -> None:
         self.rest = rest
-        self.held = ""
+        self.buffer = ""
         self.undecided = not inside
         self.inside = inside
         self.has_begun = False
 
     def add(self, text: str) -> list[AnswerPart]:
-        self.held += text
+        self.buffer += text
         return self._read(ending=False)
 
     def end(self) -> list[AnswerPart]:
@@ -44,36 +44,36 @@ class ReasoningParser:
         parts = [AnswerPart(reasoning=reasoning)] if reasoning else []
         if self.inside:
             return parts
-        text, self.held = self.held, ""
+        text, self.buffer = self.buffer, ""
         return [*parts, *self.rest.add(text)] if text else parts
 
     def _decide(self, *, ending: bool) -> None:
         """Decides whether the answer begins with reasoning."""
-        start = self.held.lstrip()
+        start = self.buffer.lstrip()
         if start.startswith(OPEN):
-            self.held = start[len(OPEN) :]
+            self.buffer = start[len(OPEN) :]
             self.undecided, self.inside = False, True
         elif ending or not OPEN.startswith(start):
             self.undecided = False
 
     def _reasoning(self, *, ending: bool) -> str:
-        """Takes the reasoning from `held`."""
+        """Takes the reasoning from `buffer`."""
         if not self.has_begun:
-            self.held = self.held.lstrip()
-            self.has_begun = bool(self.held)
-        text, closed, rest = self.held.partition(CLOSE)
+            self.buffer = self.buffer.lstrip()
+            self.has_begun = bool(self.buffer)
+        text, closed, rest = self.buffer.partition(CLOSE)
         if closed:
             # White space may follow first, and then text.
             self.inside, self.undecided = False, False
             self.rest = Stripped(self.rest)
-            self.held = rest
+            self.buffer = rest
             return text.rstrip()
         if ending:
-            self.held = ""
+            self.buffer = ""
             return text
         size = len(text) - overlap(text, CLOSE)
         size = len(text[:size].rstrip())
-        self.held = text[size:]
+        self.buffer = text[size:]
         return text[:size]
 
 

@@ -61,7 +61,7 @@ TOOLS = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 # Placeholder for the text of a message that is continued; the prompt is cut at it.
-MARK = "continued-from-here-5b1f0c"
+MARKER = "continued-from-here-5b1f0c"
 BUILT_IN = {"chatml": CHATML, "fold": FOLD, "nosystem": NO_SYSTEM, "tools": TOOLS}
 
 
@@ -142,9 +142,9 @@ class ChatTemplate:
             return self._rendered(messages, variables)
         # Templates trim and split message texts; a continued text must stay as it is.
         *before, last = messages
-        marked = [*before, {**last, "content": MARK}]
-        text, mark, _ = self._rendered(marked, variables).rpartition(MARK)
-        if not mark:
+        marked = [*before, {**last, "content": MARKER}]
+        text, marker, _ = self._rendered(marked, variables).rpartition(MARKER)
+        if not marker:
             raise BadRequest(
                 "The model's chat template can't end with a message of the assistant's: let one of the "
                 "user's be last.",
@@ -189,8 +189,8 @@ class ChatTemplate:
 
 def _words(error: BaseException) -> str:
     """An error's message, or its type if it has none."""
-    said = str(error)[:MOST_WORDS]
-    return said if said and not isinstance(error, KeyError) else f"{type(error).__name__} {said}".strip()
+    words = str(error)[:MOST_WORDS]
+    return words if words and not isinstance(error, KeyError) else f"{type(error).__name__} {words}".strip()
 
 
 def fold_system(messages: Sequence[Message]) -> list[Message]:

@@ -34,8 +34,8 @@ class Vocabulary:
 
     def piece(self, token: int) -> bytes:
         """The bytes of a generated token; none for control tokens."""
-        spoken = self.facts.spoken.get(token)
-        return self.written(token) if spoken is None else spoken
+        answer_bytes = self.facts.answer_bytes.get(token)
+        return self.written(token) if answer_bytes is None else answer_bytes
 
     def text(self, tokens: Sequence[int]) -> str:
         """The text of these tokens, with U+FFFD if they end within a character."""

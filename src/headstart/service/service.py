@@ -109,20 +109,18 @@ class Service:
     def resolve(self, name: str, owner: str = "") -> Target:
         """The model of this name for requests of `owner`, and the cache if the name is `model@cache` or an
         alias of one. Raises ModelNotFound."""
-        wanted, cache = split(name, self.settings.aliases)
-        if (model := self.models.find(wanted)) is None:
+        model_name, cache = split(name, self.settings.aliases)
+        if (model := self.models.find(model_name)) is None:
             raise ModelNotFound(
                 f"There is no model {name!r}. This server has: {', '.join(self.names())}.", param="model"
             )
-        return Target(model.seen_by(owner), None if cache is None else (cache,))
+        return Target(model.for_owner(owner), None if cache is None else (cache,))
 
     def model(self, name: str, owner: str = "") -> TenantModel:
         """The model of this name or alias. Raises ModelNotFound, also for a name with a cache
         (`model@cache`)."""
         if "@" in name:
-            raise ModelNotFound(
-                f"{name!r} names a cache too; here a model's name is wanted alone.", param="model"
-            )
+            raise ModelNotFound(f"{name!r} also names a cache; send the model's name alone.", param="model")
         return self.resolve(name, owner).model
 
     def names(self) -> list[str]:

@@ -25,5 +25,5 @@ def anthropic_body(error: HeadstartError, request_id: str | None = None) -> dict
         # Agents recognise these words and shorten the conversation.
         message = "prompt is too long: {n_prompt_tokens} tokens > {n_ctx} maximum. ".format(**error.details)
         message += error.message
-    told = {"type": ANTHROPIC_TYPES.get(error.status, otherwise), "message": message}
-    return {"type": "error", "error": told, "request_id": request_id}
+    content = {"type": ANTHROPIC_TYPES.get(error.status, otherwise), "message": message}
+    return {"type": "error", "error": content, "request_id": request_id}

@@ -19,7 +19,7 @@ from headstart.service.interface.options import AnswerGrammar, Breakpoint, Calli
 
 Json = dict[str, Any]
 Name = Annotated[Utf8, StringConstraints(min_length=1, max_length=256)]
-MOST_MARKS = 4
+MAX_BREAKPOINTS = 4
 MOST_STOPS = 64
 CHOICES: dict[str, Literal["none", "auto", "required"]] = {
     "none": "none",
@@ -40,18 +40,18 @@ class CacheControl(Body):
         return TTL_SECONDS[self.ttl]
 
 
-class Marked(Body):
+class CacheableBlock(Body):
     cache_control: CacheControl | None = Field(
         None, description="Breakpoint: store the prompt's state up to the end of this block."
     )
 
     @property
-    def mark(self) -> float | None:
+    def ttl_seconds(self) -> float | None:
         """Retention in seconds after the last use; None without a breakpoint."""
         return None if self.cache_control is None else self.cache_control.seconds
 
 
-class TextBlock(Marked):
+class TextBlock(CacheableBlock):
     type: Literal["text"] = Field(description="A block of text.")
     text: Utf8 = Field(description="The text.")
 
@@ -59,7 +59,7 @@ class TextBlock(Marked):
 Texts = Many[TextBlock]
 
 
-class ToolUseBlock(Marked):
+class ToolUseBlock(CacheableBlock):
     type: Literal["tool_use"] = Field(description="A tool call by the model.")
     id: Utf8 = Field(description="The call's id, to which its result refers.")
     name: Name = Field(description="The tool's name.")
@@ -79,7 +79,7 @@ class UnreadableBlock(Body):
 ResultBlock = Annotated[TextBlock | UnreadableBlock, Field(discriminator="type")]
 
 
-class ToolResultBlock(Marked):
+class ToolResultBlock(CacheableBlock):
     type: Literal["tool_result"] = Field(description="The result of a tool call.")
     tool_use_id: Utf8 = Field(description="The call's id.")
     content: Utf8 | Many[ResultBlock] | None = Field(None, description="A text, or blocks of text.")
@@ -92,10 +92,11 @@ class ToolResultBlock(Marked):
         return BETWEEN.join(block.text for block in self.content if isinstance(block, TextBlock))
 
     @property
-    def mark(self) -> float | None:
+    def ttl_seconds(self) -> float | None:
         inner = self.content if isinstance(self.content, list) else []
-        breakpoints = [super().mark, *(block.mark for block in inner if isinstance(block, TextBlock))]
-        return max((mark for mark in breakpoints if mark), default=None)
+        blocks = (block for block in inner if isinstance(block, TextBlock))
+        given = [super().ttl_seconds, *(block.ttl_seconds for block in blocks)]
+        return max((seconds for seconds in given if seconds), default=None)
 
 
 class ThinkingBlock(Body):
@@ -122,10 +123,10 @@ class UserTurn(Body):
             match block:
                 case TextBlock():
                     turns.add_text("user", block.text)
-                    turns.mark(block.mark)
+                    turns.add_breakpoint(block.ttl_seconds)
                 case ToolResultBlock():
                     turns.add_result(block.tool_use_id, block.text)
-                    turns.mark(block.mark)
+                    turns.add_breakpoint(block.ttl_seconds)
 
 
 class AssistantTurn(Body):
@@ -144,7 +145,7 @@ class AssistantTurn(Body):
             return
         # A breakpoint follows the assistant's whole text, which is stored whole or not at all.
         for block in self.content:
-            turns.mark(block.mark if isinstance(block, Marked) else None)
+            turns.add_breakpoint(block.ttl_seconds if isinstance(block, CacheableBlock) else None)
 
 
 class SystemTurn(Body):
@@ -157,7 +158,7 @@ class SystemTurn(Body):
             return
         for block in self.content:
             turns.add_text("system", block.text)
-            turns.mark(block.mark)
+            turns.add_breakpoint(block.ttl_seconds)
 
 
 Turn = Annotated[UserTurn | AssistantTurn | SystemTurn, Field(discriminator="role")]
@@ -174,7 +175,7 @@ class OutputConfig(Body):
     format: OutputFormat | None = Field(None, description="The format of the answer.")
 
 
-class CustomTool(Marked):
+class CustomTool(CacheableBlock):
     type: Literal["custom"] | None = Field(
         None, description="Only `custom`: tools that run on a server are not supported."
     )
@@ -234,19 +235,18 @@ class CountRequest(CachedRequest):
         many breakpoints."""
         turns = Turns()
         tools = self.tools or []
-        tools_mark = tools[-1].mark if tools else None
+        tools_ttl = tools[-1].ttl_seconds if tools else None
         if self.system:
             SystemTurn(role="system", content=self.system).add_to(turns)
-        turns.mark(tools_mark)
+        turns.add_breakpoint(tools_ttl)
         for turn in self.messages:
             turn.add_to(turns)
         if self.cache_control:
-            turns.mark(self.cache_control.seconds)
-        n_marks = len(turns.breakpoints) + sum(tool.mark is not None for tool in tools[:-1])
-        if n_marks > MOST_MARKS:
-            raise BadRequest(
-                f"{n_marks} blocks have cache_control; {MOST_MARKS} is the most.", param="cache_control"
-            )
+            turns.add_breakpoint(self.cache_control.seconds)
+        n_breakpoints = len(turns.breakpoints) + sum(tool.ttl_seconds is not None for tool in tools[:-1])
+        if n_breakpoints > MAX_BREAKPOINTS:
+            message = f"{n_breakpoints} blocks have cache_control; {MAX_BREAKPOINTS} is the most."
+            raise BadRequest(message, param="cache_control")
         return turns.messages, [tool.function() for tool in tools], turns.placed()
 
 

@@ -102,8 +102,8 @@ class MessageWriter:
         return {**self.head, "content": self.blocks.content, **self._stop, **self._account}
 
     def opening(self) -> Iterable[bytes]:
-        begun = {"input_tokens": self.prompt_tokens, "output_tokens": 0}
-        start: Json = {"type": "message_start", "message": {**self.body, "usage": begun}}
+        usage = {"input_tokens": self.prompt_tokens, "output_tokens": 0}
+        start: Json = {"type": "message_start", "message": {**self.body, "usage": usage}}
         return [as_named_event(start), PING]
 
     def progress(self, _: PromptProgress) -> Iterable[bytes]:

@@ -42,7 +42,7 @@ class Turns:
         name = {"name": self._tools[call_id]} if call_id in self._tools else {}
         self.messages.append({"role": "tool", "content": text, "tool_call_id": call_id, **name})
 
-    def mark(self, ttl_seconds: float | None) -> None:
+    def add_breakpoint(self, ttl_seconds: float | None) -> None:
         """Adds a breakpoint after the messages so far, unless `ttl_seconds` is None."""
         if ttl_seconds is not None:
             characters = len(self.messages[-1]["content"]) if self.messages else 0
@@ -50,4 +50,4 @@ class Turns:
 
     def placed(self) -> list[Breakpoint]:
         """The breakpoints, without those before the first message."""
-        return [mark for mark in self.breakpoints if mark.messages]
+        return [each for each in self.breakpoints if each.messages]

@@ -34,7 +34,7 @@ async def export(request: Request, model: str, name: str) -> Response:
     exported = await service.caches.export(model_of(request, model), _name(request, name))
     tag = f'"{exported.digest}"'
     if tag in request.headers.get("if-none-match", ""):
-        exported.opened.close()
+        exported.file.close()
         return Response(status_code=304, headers={"etag": tag})
     headers = {
         "content-length": str(exported.size),
@@ -50,20 +50,20 @@ class Sent(StreamingResponse):
 
     def __init__(self, exported: Exported, headers: dict[str, str]) -> None:
         super().__init__(_pieces(exported), headers=headers, media_type=MEDIA_TYPE)
-        self.opened = exported.opened
+        self.file = exported.file
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with closing(self.opened):
+        with closing(self.file):
             await super().__call__(scope, receive, send)
 
 
 async def _pieces(exported: Exported) -> AsyncGenerator[bytes, None]:
-    while piece := await asyncio.to_thread(exported.opened.read, READ_BYTES):
+    while piece := await asyncio.to_thread(exported.file.read, READ_BYTES):
         yield piece
 
 
 @router.put("/{model}/{name}/file")
-async def take(
+async def import_file(
     request: Request, model: str, name: str, rebuild: bool = False, allow_overwrite: bool = True
 ) -> dict[str, Any]:
     """Imports a file that this or another server exported."""
@@ -74,7 +74,7 @@ async def take(
     declared = request.headers.get("content-length", "")
     async with service.models.use(model_of(request, model)) as served:
         served.engine.check_available()
-        entry = await service.caches.take(
+        entry = await service.caches.import_file(
             served,
             _name(request, name),
             _body(request),

@@ -48,7 +48,7 @@ class CacheRequest(Body):
             raise BadRequest("A cache has either a prompt or messages.", param="messages")
         return Content(messages=[message.plain() for message in self.messages], tools=self.tools or [])
 
-    def wanted(self) -> tuple[Form, ...]:
+    def requested_forms(self) -> tuple[Form, ...]:
         """The requested forms. Raises BadRequest for completion with messages."""
         if self.messages is None:
             return tuple(dict.fromkeys(self.forms))
@@ -89,12 +89,12 @@ class EditRequest(TermsBody):
         return super().given()
 
 
-def shown(entry: Entry, ends: float | None) -> dict[str, Any]:
-    """The retention fields of an answer. `ends`: when the cache expires, as a timestamp."""
+def shown(entry: Entry, expires_at: float | None) -> dict[str, Any]:
+    """The retention fields of an answer. `expires_at`: when the cache expires, as a timestamp."""
     retention = entry.retention
     return {
         "ttl_seconds": retention.ttl_seconds,
-        "expires": iso_time(ends),
+        "expires": iso_time(expires_at),
         "pinned": retention.pinned,
         "description": retention.description,
         "metadata": retention.metadata,

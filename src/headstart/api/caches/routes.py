@@ -14,7 +14,7 @@ from starlette.responses import Response
 from headstart.api.auth import check_admin, rank
 from headstart.api.caches.request import CreateRequest, EditRequest, iso_time, shown
 from headstart.api.context import model_of, owner
-from headstart.api.sse import BEGIN_SECONDS, EventStream, as_event, begun, while_connected
+from headstart.api.sse import BEGIN_SECONDS, EventStream, as_event, start_events, while_connected
 from headstart.caches.entry import Entry
 from headstart.errors import ModelLoading
 from headstart.service.models.tenant_model import TenantModel
@@ -34,7 +34,7 @@ async def create(request: Request, model: str, body: CreateRequest) -> Response:
     async with service.models.use(model_of(request, model)) as served:
         served.engine.check_available()
         if body.stream:
-            return EventStream(await begun(request, _progress(service, served, body), BEGIN_SECONDS))
+            return EventStream(await start_events(request, _progress(service, served, body), BEGIN_SECONDS))
         return JSONResponse(await while_connected(request, _create(service, served, body)))
 
 
@@ -43,7 +43,7 @@ async def _create(service: Service, model: TenantModel, body: CreateRequest, on_
         model,
         body.cache_name,
         body.content(),
-        forms=body.wanted(),
+        forms=body.requested_forms(),
         given=body.given(),
         overwrite=body.allow_overwrite,
         on_progress=on_progress,
@@ -143,7 +143,7 @@ def _changed(request: Request, model: str, name: str) -> TenantModel:
     has no cache of this name. Raises AdminRequired, ModelNotFound or InvalidName."""
     service: Service = request.app.state.service
     served = model_of(request, model)
-    shared = service.caches.public_only(served, name)
+    shared = service.caches.public_view(served, name)
     if shared is None:
         return served
     # Not even an admin can delete a declared cache: `delete` refuses it.

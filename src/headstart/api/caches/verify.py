@@ -17,7 +17,7 @@ from headstart.api.auth import rank
 from headstart.api.context import owner
 from headstart.api.fields.generation import Body
 from headstart.api.fields.values import Utf8
-from headstart.api.sse import BEGIN_SECONDS, EventStream, as_event, begun, while_connected
+from headstart.api.sse import BEGIN_SECONDS, EventStream, as_event, start_events, while_connected
 from headstart.service.caching.verify import Verdict, VerifyScope
 from headstart.service.service import Service
 
@@ -47,7 +47,7 @@ async def verify(request: Request, body: VerifyRequest) -> Response:
     scope = VerifyScope(model, body.cache_name, body.repair, body.remove_unreadable, whose)
     verdicts = service.caches.verify(scope)
     if body.stream:
-        return EventStream(await begun(request, _events(verdicts), BEGIN_SECONDS))
+        return EventStream(await start_events(request, _events(verdicts), BEGIN_SECONDS))
     return JSONResponse(await while_connected(request, _whole(verdicts)))
 
 

@@ -24,7 +24,7 @@ from headstart.service.interface.answer import (
 )
 
 # Placeholder for the text in a chunk that is encoded once as a template; occurs in no other field.
-MARK = "\0"
+PLACEHOLDER = "\0"
 LEAST_LOGPROB = -9999.0
 
 
@@ -83,8 +83,8 @@ class ChatWriter:
 
     def opening_chunk(self, choice: int) -> Json | None:
         delta = {"role": "assistant", "content": ""}
-        told = {"index": choice, "delta": delta, "logprobs": None, "finish_reason": None}
-        return self._object(self.chunk_object, [told]) | self.extra
+        fields = {"index": choice, "delta": delta, "logprobs": None, "finish_reason": None}
+        return self._object(self.chunk_object, [fields]) | self.extra
 
     def _object(self, kind: str, choices: list[Json]) -> Json:
         return {"object": kind, **self.head, "choices": choices}
@@ -104,10 +104,10 @@ class ChatWriter:
         }
 
     def _chunk_choice(self, event: Delta | Ended) -> Json:
-        told: Json = {"index": event.choice, "delta": {}, "logprobs": None, "finish_reason": None}
+        fields: Json = {"index": event.choice, "delta": {}, "logprobs": None, "finish_reason": None}
         if isinstance(event, Ended):
-            return told | {"finish_reason": event.finish_reason}
-        return told | {"delta": _chat_delta(event), "logprobs": self._logprobs(event.logprobs)}
+            return fields | {"finish_reason": event.finish_reason}
+        return fields | {"delta": _chat_delta(event), "logprobs": self._logprobs(event.logprobs)}
 
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> Json | None:
         return {"content": [_logprob(each) for each in logprobs], "refusal": None} if logprobs else None
@@ -124,17 +124,17 @@ def _progress(event: PromptProgress) -> Json:
 
 
 def _chat_delta(delta: Delta) -> Json:
-    told: Json = {}
+    fields: Json = {}
     if delta.text:
-        told["content"] = delta.text
+        fields["content"] = delta.text
     if delta.reasoning:
-        told["reasoning_content"] = delta.reasoning
+        fields["reasoning_content"] = delta.reasoning
     if call := delta.call:
         opening = {"id": call.id, "type": "function"} if call.id else {}
         named = {"name": call.name} if call.name else {}
         function = {**named, "arguments": call.arguments}
-        told["tool_calls"] = [{"index": call.index, **opening, "function": function}]
-    return told
+        fields["tool_calls"] = [{"index": call.index, **opening, "function": function}]
+    return fields
 
 
 def _call(call: Call) -> Json:
@@ -186,10 +186,10 @@ class TextWriter(ChatWriter):
         }
 
     def _chunk_choice(self, event: Delta | Ended) -> Json:
-        told: Json = {"index": event.choice, "text": "", "logprobs": None, "finish_reason": None}
+        fields: Json = {"index": event.choice, "text": "", "logprobs": None, "finish_reason": None}
         if isinstance(event, Ended):
-            return told | {"finish_reason": event.finish_reason}
-        return told | {"text": event.text, "logprobs": self._logprobs(event.logprobs)}
+            return fields | {"finish_reason": event.finish_reason}
+        return fields | {"text": event.text, "logprobs": self._logprobs(event.logprobs)}
 
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> Json | None:
         """OpenAI's legacy format: `top_logprobs` always includes the token itself."""
@@ -219,9 +219,9 @@ class TextChunks:
 
     def __init__(self, writer: ChatWriter, n: int) -> None:
         self.writer = writer
-        mark = msgspec.json.encode(MARK)
-        chunks = (writer.chunk(Delta(choice, MARK)) for choice in range(n))
-        self.around = [as_event(chunk).split(mark) for chunk in chunks]
+        placeholder = msgspec.json.encode(PLACEHOLDER)
+        chunks = (writer.chunk(Delta(choice, PLACEHOLDER)) for choice in range(n))
+        self.around = [as_event(chunk).split(placeholder) for chunk in chunks]
 
     def encode(self, delta: Delta) -> bytes:
         if delta.reasoning or delta.call or delta.logprobs or not delta.text:

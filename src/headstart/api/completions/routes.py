@@ -50,7 +50,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
         runs = [service.generation.run(each) for each in prepared]
         events = runs[0] if len(runs) == 1 else together(runs, options.n)
         echoed = texts if body.echo else []
-        echoes = [text.said(model.vocabulary) for text in echoed for _ in range(options.n)]
+        echoes = [text.as_text(model.vocabulary) for text in echoed for _ in range(options.n)]
         n = len(texts) * options.n
         writer = TextWriter(body.model, n, include_usage=body.include_usage, echoes=echoes)
         return await answer(request, events, writer, stream=body.stream)

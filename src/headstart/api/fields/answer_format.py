@@ -105,7 +105,9 @@ class StructuredRequest(BaseModel):
         """The requested grammar, if any. Raises BadRequest for an invalid grammar, or for more than one."""
         found = list(self._answer_grammars())
         if len(found) > 1:
-            raise BadRequest("The answer can have one form only; leave the others out.", param=found[1].param)
+            raise BadRequest(
+                "The answer can have only one format; leave the others out.", param=found[1].param
+            )
         return found[0] if found else None
 
     def _answer_grammars(self) -> Iterator[AnswerGrammar]:

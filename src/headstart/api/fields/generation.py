@@ -43,7 +43,7 @@ class CachedRequest(Body):
     @model_validator(mode="after")
     def _knows_most_fields(self) -> Self:
         if len(self.model_extra or {}) > MAX_UNKNOWN:
-            raise ValueError(f"The body has more than {MAX_UNKNOWN} fields that are not known here")
+            raise ValueError(f"The body has more than {MAX_UNKNOWN} unknown fields")
         return self
 
     @property

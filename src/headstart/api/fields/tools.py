@@ -81,7 +81,7 @@ ToolChoice = Annotated[Any, AfterValidator(_tool_choice)]
 
 def calling(choice: Any, parallel: bool | None, reasoning: ReasoningFormat | None) -> Calling:
     """The choice of calls from a request's fields. `choice`: a validated `tool_choice`."""
-    told = Calling(parallel=parallel is not False, reasoning=reasoning != "none")
+    unforced = Calling(parallel=parallel is not False, reasoning=reasoning != "none")
     if isinstance(choice, dict):
-        return replace(told, choice="required", name=choice["function"]["name"])
-    return replace(told, choice=choice or "auto")
+        return replace(unforced, choice="required", name=choice["function"]["name"])
+    return replace(unforced, choice=choice or "auto")

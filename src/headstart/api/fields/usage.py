@@ -14,8 +14,8 @@ Json = dict[str, Any]
 def ending(result: Result) -> Json:
     """The fields at the end of an answer, except `usage`."""
     saved = {"saved_as": result.saved_as} if result.saved_as else {}
-    told = result.explanation
-    explained = {"cache_explanation": msgspec.structs.asdict(told)} if told else {}
+    explanation = result.explanation
+    explained = {"cache_explanation": msgspec.structs.asdict(explanation)} if explanation else {}
     warned = {"sampling_warning": result.warning} if result.warning else {}
     return {"timings": timings(result), **saved, **explained, **warned}
 

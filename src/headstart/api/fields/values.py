@@ -25,7 +25,7 @@ TopLogprobs = Annotated[int, Field(ge=0, le=MOST_LOGPROBS)]
 def _count(value: object) -> object:
     """Converts False to None. Raises ValueError for True, which only chats accept."""
     if value is True:
-        raise ValueError("Input should be the number of likeliest tokens to tell")
+        raise ValueError("Input should be the number of likeliest tokens to return")
     return None if value is False else value
 
 

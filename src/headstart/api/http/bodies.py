@@ -31,27 +31,27 @@ class BodyMemory:
     def __init__(self, most: int, share: int) -> None:
         self.most = most
         self.share = share
-        self._held: Counter[str] = Counter()
+        self._reserved: Counter[str] = Counter()
 
     @contextmanager
-    def of(self, owner: str) -> Iterator[Held]:
-        held = Held(self, owner)
+    def of(self, owner: str) -> Iterator[BodyReservation]:
+        reservation = BodyReservation(self, owner)
         try:
-            yield held
+            yield reservation
         finally:
-            held.release()
+            reservation.release()
 
-    def take(self, owner: str, size: int) -> None:
+    def reserve(self, owner: str, size: int) -> None:
         """Raises Overloaded."""
-        if self._held[owner] + size > self.share or self._held.total() + size > self.most:
-            raise Overloaded("The bodies of requests in progress take as much memory as they may.")
-        self._held[owner] += size
+        if self._reserved[owner] + size > self.share or self._reserved.total() + size > self.most:
+            raise Overloaded("The bodies of requests in progress have reached their memory limit.")
+        self._reserved[owner] += size
 
-    def give_back(self, owner: str, size: int) -> None:
-        self._held[owner] -= size
+    def release(self, owner: str, size: int) -> None:
+        self._reserved[owner] -= size
 
 
-class Held:
+class BodyReservation:
     """The bytes reserved for one request's body."""
 
     def __init__(self, memory: BodyMemory, owner: str) -> None:
@@ -61,12 +61,12 @@ class Held:
 
     def grow(self, size: int) -> None:
         """Raises Overloaded."""
-        self.memory.take(self.owner, size)
+        self.memory.reserve(self.owner, size)
         self.size += size
 
     def release(self) -> None:
         size, self.size = self.size, 0
-        self.memory.give_back(self.owner, size)
+        self.memory.release(self.owner, size)
 
 
 class TenantTurns:
@@ -89,9 +89,9 @@ class TenantTurns:
 class Body:
     """A body that arrives in pieces. Once it exceeds the limits of JSON, its bytes are dropped."""
 
-    def __init__(self, max_bytes: int, held: Held) -> None:
+    def __init__(self, max_bytes: int, reservation: BodyReservation) -> None:
         self.max_bytes = max_bytes
-        self.held = held
+        self.reservation = reservation
         self.size = 0
         self.fault: BadRequest | None = None
         self._scan = JsonScan()
@@ -110,14 +110,14 @@ class Body:
             raise BodyTooLarge(f"The body is larger than {self.max_bytes} bytes.")
         if self.fault:
             return
-        self.held.grow(len(piece))
+        self.reservation.grow(len(piece))
         try:
             self._scan.feed(piece)
             self._pieces.append(piece)
         except ValueError as error:
             self.fault = BadRequest(f"The body {error}.")
             self._pieces.clear()
-            self.held.release()
+            self.reservation.release()
 
     def whole(self) -> bytes:
         """Raises BadRequest."""
@@ -145,8 +145,8 @@ class JsonBodies:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS") or _is_file(scope):
             await self.app(scope, receive, send)
             return
-        with self.memory.of(scope.get("state", {}).get("owner", "")) as held:
-            body = Body(self.max_bytes, held)
+        with self.memory.of(scope.get("state", {}).get("owner", "")) as reservation:
+            body = Body(self.max_bytes, reservation)
             try:
                 content = await _read(body, Headers(scope=scope), receive)
             except ClientDisconnect:

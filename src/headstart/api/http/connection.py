@@ -103,7 +103,7 @@ class Connection(HttpToolsProtocol):
     def _count(self, part: str | None, received: int, of_body: int) -> None:
         if self._part == "head":
             try:
-                self._head.came(received)
+                self._head.count_bytes(received)
             except HeadstartError as error:
                 self._refuse(error)
         elif self._part == part == "body":
@@ -149,7 +149,7 @@ class Connection(HttpToolsProtocol):
             )
         upgrades = self.parser.should_upgrade()
         if upgrades and self._head.has_body:
-            raise BadRequest("Other protocols are not spoken: send the request without the Upgrade header.")
+            raise BadRequest("Only HTTP/1.1 is supported: send the request without the Upgrade header.")
         self.scope.update(self._head.target())  # type: ignore[typeddict-item]
         self.scope["method"] = self.parser.get_method().decode("ascii")
         self.scope["http_version"] = self.parser.get_http_version()

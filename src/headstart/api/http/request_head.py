@@ -18,8 +18,8 @@ class RequestHead:
     def __init__(self) -> None:
         self.url = b""
         self.headers: list[tuple[bytes, bytes]] = []
-        self._come = 0
-        self._told = 0
+        self._received_bytes = 0
+        self._header_bytes = 0
 
     @property
     def path(self) -> str:
@@ -30,10 +30,10 @@ class RequestHead:
     def has_body(self) -> bool:
         return any(name in (b"content-length", b"transfer-encoding") for name, _ in self.headers)
 
-    def came(self, size: int) -> None:
+    def count_bytes(self, size: int) -> None:
         """Counts `size` more bytes of an incomplete head. Raises HeadersTooLarge."""
-        self._come += size
-        _check(self._come)
+        self._received_bytes += size
+        _check(self._received_bytes)
 
     def add_url(self, url: bytes) -> None:
         """Raises AddressTooLong."""
@@ -44,8 +44,8 @@ class RequestHead:
     def add_header(self, name: bytes, value: bytes) -> None:
         """Raises HeadersTooLarge."""
         self.headers.append((name.lower(), value))
-        self._told += len(name) + len(value)
-        _check(self._told)
+        self._header_bytes += len(name) + len(value)
+        _check(self._header_bytes)
         if len(self.headers) > limits.MAX_HEADERS:
             raise HeadersTooLarge(f"The request has more than {limits.MAX_HEADERS} headers.")
 

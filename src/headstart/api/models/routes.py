@@ -37,19 +37,19 @@ async def health(request: Request) -> Json:
     service: Service = request.app.state.service
     who = rank(request)
     states = {name: model.state for name, model in service.models.all.items()}
-    told: Json = {} if who == "stranger" else {"models": states}
+    report: Json = {} if who == "stranger" else {"models": states}
     if not service.models.ready:
         first = (service.models.all[name].engine.failure for name in service.models.first)
         failed = [failure for failure in first if failure]
         error: HeadstartError = ModelLoading("A model is loading.")
         if failed:
             error = Unavailable("A model can't run." if who == "stranger" else failed[0])
-        error.details = told
+        error.details = report
         raise error
     if who != "stranger":
         whose = None if who == "admin" else owner(request)
-        told["caches_building"] = len(service.caches.building(whose))
-    return {"status": "ok", **told}
+        report["caches_building"] = len(service.caches.building(whose))
+    return {"status": "ok", **report}
 
 
 @router.get("/v1/models")

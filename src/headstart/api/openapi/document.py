@@ -77,10 +77,10 @@ def _responses(answer: Answer) -> Json:
         content["application/octet-stream"] = {"schema": {"type": "string", "format": "binary"}}
     if answer.event:
         content["text/event-stream"] = {"schema": _event(answer.event.__name__, answer.done)}
-    told = f"Done. {EVENTS}" if answer.event and answer.done else "Done."
+    description = f"Done. {EVENTS}" if answer.event and answer.done else "Done."
     error = {"content": {"application/json": _content(answer.error.__name__)}}
     return {
-        "200": {"description": told, "content": content},
+        "200": {"description": description, "content": content},
         "4XX": {"description": "The request is refused.", **error},
         "5XX": {"description": "The server failed, or can't serve the request now.", **error},
     }

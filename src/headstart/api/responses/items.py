@@ -10,7 +10,7 @@ from headstart.api.fields.generation import Body
 from headstart.api.fields.tools import check_arguments
 from headstart.api.fields.values import Many, Utf8
 from headstart.limits import MAX_MESSAGES
-from headstart.service.origins.responses import called
+from headstart.service.origins.responses import tool_call
 
 Json = dict[str, Any]
 
@@ -61,7 +61,7 @@ class CallItem(Body):
         """Adds the call to the assistant's last message, so that text and calls of a turn are one message."""
         if not (chat and chat[-1]["role"] == "assistant"):
             chat.append({"role": "assistant", "content": ""})
-        chat[-1].setdefault("tool_calls", []).append(called(self.call_id, self.name, self.arguments))
+        chat[-1].setdefault("tool_calls", []).append(tool_call(self.call_id, self.name, self.arguments))
 
 
 class OutputItem(Body):

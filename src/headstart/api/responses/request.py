@@ -112,7 +112,7 @@ class ResponseRequest(SampledRequest):
     user: Utf8 | None = Field(None, description="Echoed in the response.")
     prompt_cache_key: Utf8 | None = Field(None, description="Echoed in the response.")
 
-    def said(self) -> list[Json]:
+    def input_messages(self) -> list[Json]:
         """The input as messages of a chat. Raises BadRequest if it is empty and continues no response."""
         if isinstance(self.input, str):
             return [{"role": "user", "content": self.input}]

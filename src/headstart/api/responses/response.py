@@ -105,8 +105,8 @@ class GrowingCall(GrowingItem):
             yield {"type": "response.function_call_arguments.delta", **self._place, "delta": text}
 
     def _closed(self) -> Iterator[Json]:
-        told = {"name": self.shown["name"], "arguments": self.text}
-        yield {"type": "response.function_call_arguments.done", **self._place, **told}
+        fields = {"name": self.shown["name"], "arguments": self.text}
+        yield {"type": "response.function_call_arguments.done", **self._place, **fields}
 
 
 def new_id() -> str:
@@ -120,7 +120,7 @@ class ResponseWriter:
     keep_alive = COMMENT
     opens_at_once = True
 
-    def __init__(self, response_id: str, told: Json) -> None:
+    def __init__(self, response_id: str, echoed: Json) -> None:
         self.body: Json = {
             "id": response_id,
             "object": "response",
@@ -129,7 +129,7 @@ class ResponseWriter:
             "background": False,
             "error": None,
             "incomplete_details": None,
-            **told,
+            **echoed,
             "output": [],
             "usage": None,
         }
@@ -158,9 +158,9 @@ class ResponseWriter:
             self._was_cut = event.finish_reason == "length"
             return
         if event.reasoning:
-            yield from self._said(GrowingReasoning, event.reasoning)
+            yield from self._grow_part(GrowingReasoning, event.reasoning)
         if event.text:
-            yield from self._said(GrowingMessage, event.text)
+            yield from self._grow_part(GrowingMessage, event.text)
         if call := event.call:
             if not isinstance(self._open, GrowingCall) or self._open.index != call.index:
                 yield from self._opening(GrowingCall(call.index, call.id, call.name))
@@ -184,7 +184,7 @@ class ResponseWriter:
         self.body |= {"status": "failed", "error": {"code": code, "message": error.message}}
         yield self._numbered({"type": "response.failed", "response": self.body})
 
-    def _said(self, kind: type[GrowingMessage], text: str) -> Iterator[Json]:
+    def _grow_part(self, kind: type[GrowingMessage], text: str) -> Iterator[Json]:
         if self._open is None or type(self._open) is not kind:
             yield from self._opening(kind())
         yield from self._growing(text)

@@ -15,7 +15,7 @@ from headstart.errors import BadRequest, PreviousNotFound
 from headstart.service.generation.prepare import Prepared
 from headstart.service.interface.options import Keep, Options
 from headstart.service.models.tenant_model import TenantModel
-from headstart.service.origins.responses import Kept, instructing
+from headstart.service.origins.responses import StoredResponse, system_messages
 from headstart.service.service import Service, Target
 
 router = APIRouter(prefix="/v1/responses")
@@ -26,14 +26,14 @@ async def create(request: Request, body: ResponseRequest) -> Response:
     """Answers and, unless `store` is false, stores the conversation with the answer for later requests to
     continue."""
     service: Service = request.app.state.service
-    said = body.said()
+    input_messages = body.input_messages()
     target = admit(request, body)
     keep = None if body.store is False else Keep(new_id(), body=lambda: writer.body)
     options = explaining(request, body.options(target.caches, body.answer_grammar(), keep))
     writer = ResponseWriter(keep.name if keep else new_id(), echoed_fields(body, options))
     before = await _before(service, target, body)
     async with service.models.use(target.model) as model:
-        preparing = _prepared(service, model, body, said, options, before)
+        preparing = _prepared(service, model, body, input_messages, options, before)
         prepared = await while_preparing(request, options, body.tools, preparing)
         events = service.generation.run(prepared)
         return await answer(request, events, writer, stream=body.stream)
@@ -55,7 +55,7 @@ async def delete(request: Request, response_id: str) -> Json:
     return {"id": response_id, "object": "response", "deleted": True}
 
 
-async def _before(service: Service, target: Target, body: ResponseRequest) -> Kept | None:
+async def _before(service: Service, target: Target, body: ResponseRequest) -> StoredResponse | None:
     """The response that the request continues. Raises PreviousNotFound, or BadRequest if the request names
     caches other than those that this response began with."""
     if body.previous_response_id is None:
@@ -78,13 +78,13 @@ async def _prepared(
     service: Service,
     model: TenantModel,
     body: ResponseRequest,
-    said: list[Json],
+    input_messages: list[Json],
     options: Options,
-    before: Kept | None,
+    before: StoredResponse | None,
 ) -> Prepared:
-    messages = [*instructing(body.instructions), *said]
+    messages = [*system_messages(body.instructions), *input_messages]
     if before:
-        messages = service.responses.continued(before, body.instructions, said)
+        messages = service.responses.continued(before, body.instructions, input_messages)
         options = service.responses.options(options, before, model)
     try:
         return await service.generation.chat(model, messages, options, body.tools)

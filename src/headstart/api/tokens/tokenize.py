@@ -64,8 +64,8 @@ async def tokenize(request: Request, body: TokenizeRequest) -> Response:
         )
 
         def written() -> bytes:
-            told = _shown(model, tokens) if body.with_pieces else tokens
-            return msgspec.json.encode({"tokens": told, "n": len(tokens)})
+            listed = _shown(model, tokens) if body.with_pieces else tokens
+            return msgspec.json.encode({"tokens": listed, "n": len(tokens)})
 
         content = await worked_out(written, len(tokens))
         return Response(content, media_type="application/json")
@@ -77,11 +77,11 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> Json:
     service: Service = request.app.state.service
     async with service.models.use(_meant(request, body)) as model:
 
-        def said() -> str:
+        def written() -> str:
             check_tokens(model.vocabulary, body.tokens, param="tokens")
             return b"".join(pieces(model, body.tokens)).decode(errors="replace")
 
-        return {"content": await worked_out(said, len(body.tokens))}
+        return {"content": await worked_out(written, len(body.tokens))}
 
 
 @router.post("/apply-template")
@@ -100,7 +100,7 @@ def _meant(request: Request, body: ModelRequest) -> TenantModel:
         return service.resolve(body.model, owner(request)).model
     if len(service.models.all) != 1:
         raise BadRequest(f"Name a model: this server has {', '.join(service.names())}.", param="model")
-    return next(iter(service.models.all.values())).seen_by(owner(request))
+    return next(iter(service.models.all.values())).for_owner(owner(request))
 
 
 def _shown(model: TenantModel, tokens: list[int]) -> list[Json]:

@@ -37,7 +37,7 @@ def checked(content: Content) -> Content:
     try:
         kept = KeptContent.model_validate(asdict(content))
     except ValidationError as error:
-        raise ValueError(_told(error)) from None
+        raise ValueError(_first_error(error)) from None
     return Content(content.prompt, [message.plain() for message in kept.messages], content.tools)
 
 
@@ -47,16 +47,16 @@ def check_retention(retention: Retention) -> None:
 
 
 def _check_retention(retention: Retention, *, kept: bool) -> None:
-    said = asdict(retention)
+    fields = asdict(retention)
     if kept:
-        said["metadata"] = {key: value for key, value in retention.metadata.items() if key != RECORD}
+        fields["metadata"] = {key: value for key, value in retention.metadata.items() if key != RECORD}
     try:
-        KeptTerms.model_validate(said)
+        KeptTerms.model_validate(fields)
     except ValidationError as error:
-        raise ValueError(f"terms.{_told(error)}") from None
+        raise ValueError(f"terms.{_first_error(error)}") from None
 
 
-def _told(error: ValidationError) -> str:
+def _first_error(error: ValidationError) -> str:
     """The first error and its place."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     where = ".".join(map(str, first["loc"]))

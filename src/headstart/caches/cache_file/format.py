@@ -28,9 +28,9 @@ from headstart.caches.cache_file.header import LENGTH, MAX_HEADER, Corrupt, hash
 from headstart.caches.cache_file.sidecar import CACHE_SUFFIX, state_path
 from headstart.caches.cache_file.sidecar import hashed as hashed_file
 from headstart.caches.entry import Entry, Form, Identity
-from headstart.regular_files import NotAFile, check_written, opened, shown
+from headstart.regular_files import NotAFile, check_written, open_file, shown
 
-__all__ = ["LENGTH", "MAX_HEADER", "Corrupt", "hashed", "header_text", "opened", "read_header"]
+__all__ = ["LENGTH", "MAX_HEADER", "Corrupt", "hashed", "header_text", "open_file", "read_header"]
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,9 @@ def verify(path: Path, identity: Identity, *, from_disk: bool = False) -> dict[F
                         tokens[form] = data.cast("i").tolist()  # type: ignore[index]
     for form, size in header.sidecar_sizes.items():
         state = state_path(path, form)
-        wanted = size, header.hash_of(f"{form}.state")
+        expected = size, header.hash_of(f"{form}.state")
         # A file of another size, which may be huge, need not be read.
-        if os.lstat(state).st_size != size or hashed_file(state, from_disk=from_disk) != wanted:
+        if os.lstat(state).st_size != size or hashed_file(state, from_disk=from_disk) != expected:
             raise Corrupt(f"{state}: not the state that belongs to {path.name}")
     return tokens
 
@@ -107,7 +107,7 @@ def verify(path: Path, identity: Identity, *, from_disk: bool = False) -> dict[F
 def _opened(path: Path) -> BufferedReader:
     """Raises Corrupt if the path is no regular file, or OSError."""
     try:
-        return opened(path)
+        return open_file(path)
     except NotAFile as error:
         raise Corrupt(f"{shown(path)}: {error.strerror}") from error
 
@@ -119,7 +119,7 @@ def hash_of(data: memoryview) -> str:
 @contextmanager
 def mapped(part: StatePart) -> Iterator[memoryview]:
     with (
-        opened(part.path) as file,
+        open_file(part.path) as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapping,
         memoryview(mapping) as view,
         view[part.offset : part.offset + part.size] as state,

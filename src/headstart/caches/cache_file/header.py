@@ -155,16 +155,16 @@ def _check(header: Header) -> None:
     inside = set(header.tensors)
     outside = {name.removeprefix(BESIDE) for name in sizes}
     forms = {name.partition(".")[0] for name in inside | outside}
-    wanted = {f"{form}.{kind}" for form in forms for kind in WIDTHS}
-    if not forms <= set(FORMS) or inside | outside != wanted or inside & outside:
+    expected = {f"{form}.{kind}" for form in forms for kind in WIDTHS}
+    if not forms <= set(FORMS) or inside | outside != expected or inside & outside:
         raise Corrupt("other tensors than a cache has")
     if any(name.endswith(".tokens") for name in outside):
         raise Corrupt("other tensors than a cache has")
     try:
-        msgspec.convert({name: header.hash_of(name) for name in wanted}, dict[str, Hash])
+        msgspec.convert({name: header.hash_of(name) for name in expected}, dict[str, Hash])
         msgspec.convert(sizes, dict[str, Decimal])
     except (KeyError, msgspec.ValidationError) as error:
-        raise Corrupt(f"a hash or size that is none: {error}") from error
+        raise Corrupt(f"an invalid hash or size: {error}") from error
     end = 0
     for name, tensor in sorted(header.tensors.items(), key=lambda item: item[1].data_offsets):
         dtype, width = WIDTHS[name.partition(".")[2]]

@@ -105,7 +105,7 @@ def _delete(path: Path) -> None:
 
 def _holds(copy: Path, header: bytes) -> bool:
     try:
-        with format.opened(copy) as opened:
+        with format.open_file(copy) as opened:
             return opened.read(len(header) + 1) == header
     except OSError:
         return False
@@ -113,7 +113,7 @@ def _holds(copy: Path, header: bytes) -> bool:
 
 def _header(path: Path) -> bytes:
     """The header of a file that was just checked; readers of the copy check its hash. Raises OSError."""
-    with format.opened(path) as opened:
+    with format.open_file(path) as opened:
         start = opened.read(LENGTH.size)
         length = LENGTH.unpack(start)[0] if len(start) == LENGTH.size else MAX_HEADER
         return start + opened.read(min(length, MAX_HEADER))

@@ -40,7 +40,7 @@ def write_stub(target: Path, entry: Entry) -> Entry:
 
 
 def _rewrite(source: Path, target: Path, entry: Entry) -> Entry:
-    with format.opened(source) as old, target.open("r+b", buffering=0) as new:
+    with format.open_file(source) as old, target.open("r+b", buffering=0) as new:
         header = read_header(old)
         start = header.start
         hashes = {

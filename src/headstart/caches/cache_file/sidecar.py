@@ -22,28 +22,28 @@ from pathlib import Path
 from blake3 import blake3
 
 from headstart.caches.entry import FORMS, Form
-from headstart.regular_files import check_written, opened
+from headstart.regular_files import check_written, open_file
 
 CACHE_SUFFIX = ".headstart"
 SUFFIX = ".rkllm_cache"
 # No cache name contains it, so no other cache's file has this name.
-FORM_MARK = "@"
+FORM_SEPARATOR = "@"
 
 
 def state_path(path: Path, form: Form) -> Path:
     """The path of a form's sidecar file; `path` is that of the cache file, or of one being written."""
     stem = path.name.removesuffix(CACHE_SUFFIX)
-    return path.with_name(stem + ("" if form == "chat" else FORM_MARK + form) + SUFFIX)
+    return path.with_name(stem + ("" if form == "chat" else FORM_SEPARATOR + form) + SUFFIX)
 
 
 def cache_path(path: Path) -> Path:
     """The path of the cache file to which the sidecar file at `path` belongs."""
-    return path.with_name(path.name.removesuffix(SUFFIX).partition(FORM_MARK)[0] + CACHE_SUFFIX)
+    return path.with_name(path.name.removesuffix(SUFFIX).partition(FORM_SEPARATOR)[0] + CACHE_SUFFIX)
 
 
 def hashed(path: Path, *, from_disk: bool = False) -> tuple[int, str]:
     """The file's size and hash. Raises OSError, also if the file changes meanwhile or is a link."""
-    with opened(path) as file:
+    with open_file(path) as file:
         if from_disk and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         before = os.fstat(file.fileno())
@@ -58,7 +58,7 @@ def hashed(path: Path, *, from_disk: bool = False) -> tuple[int, str]:
     return before.st_size, found
 
 
-def take(source: Path, target: Path) -> None:
+def link_or_copy(source: Path, target: Path) -> None:
     """Makes `target` a hard link to `source`, or a copy if the file system can't link. Raises OSError."""
     target.unlink(missing_ok=True)
     try:

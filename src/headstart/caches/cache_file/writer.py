@@ -17,7 +17,7 @@ from headstart.caches.cache_file import format
 from headstart.caches.cache_file.format import StatePart
 from headstart.caches.cache_file.header import BESIDE, LENGTH, NO_HASH, hashed, header_text
 from headstart.caches.cache_file.sidecar import hashed as hashed_file
-from headstart.caches.cache_file.sidecar import state_path, take
+from headstart.caches.cache_file.sidecar import link_or_copy, state_path
 from headstart.caches.entry import Entry, Form
 
 ALIGN = 64
@@ -85,7 +85,7 @@ class CacheWriter:
         """Copies the form's state from another file."""
         if self.in_sidecars:
             place, _ = self.place(form)
-            take(part.path, place)
+            link_or_copy(part.path, place)
             self.wrote(form, *hashed_file(place))
             return
         with format.mapped(part) as state:

@@ -73,7 +73,7 @@ class Index:
             self._is_due = True
             self._writer.submit(self._write)
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Returns when earlier changes were written or could not be."""
         self._writer.submit(self._write).result()
 
@@ -180,7 +180,7 @@ class Index:
         for key in [key for key in self._known if key[0] == USAGE and key not in kept]:
             self._delete(key)
 
-    def ends(self, entry: Entry) -> float | None:
+    def expires_at(self, entry: Entry) -> float | None:
         """When the cache expires, in seconds since 1970; None: never. The lifetime of an automatic cache
         counts from its last use."""
         if entry.expires is None or entry.origin != "automatic":
@@ -189,7 +189,7 @@ class Index:
         return entry.expires + max(last - entry.updated, 0.0)
 
     def is_expired(self, entry: Entry, now: float) -> bool:
-        return (ends := self.ends(entry)) is not None and ends <= now
+        return (expires_at := self.expires_at(entry)) is not None and expires_at <= now
 
     def weights_hash(self, path: str, identity: Identity) -> str | None:
         known = self._known.get((WEIGHTS, path))

@@ -9,7 +9,7 @@ from headstart.engine.worker_engine import Wake
 from headstart.protocol import EngineSettings
 
 
-def opened(model: Model, settings: EngineSettings, wake: Wake) -> CoreEngine:
+def build_engine(model: Model, settings: EngineSettings, wake: Wake) -> CoreEngine:
     return CoreEngine(model, _chunking(settings), wake, share_from=settings.share_from or 0)
 
 

@@ -14,7 +14,7 @@ from headstart.engine.core.grammar_compiler import Compiler
 from headstart.engine.core.scheduler import Scheduler, Work
 from headstart.engine.core.sequence import Sequence, Slot
 from headstart.engine.core.state_io import Reader, Writer
-from headstart.engine.core.stats import progress, stats, told
+from headstart.engine.core.stats import progress_event, stats, token_event
 from headstart.engine.grammar import GrammarError
 from headstart.engine.model import Model, ModelError
 from headstart.engine.worker_engine import Wake
@@ -134,7 +134,7 @@ class CoreEngine:
         sequence.computed = sequence.cached = len(slot.tokens)
         sequence.restored = monotonic()
         if sequence.request.progress:
-            self.events.append(progress(sequence))
+            self.events.append(progress_event(sequence))
 
     def _load(self, slot: Slot, origin: StateRef | Slot | None, keep: int) -> bool:
         """Loads the first `keep` tokens of `origin`, or of the slot's own state; False if that failed."""
@@ -206,7 +206,7 @@ class CoreEngine:
         slot.tokens += sequence.tokens[sequence.computed : sequence.computed + n_tokens]
         sequence.computed += n_tokens
         if prefilled and (sequence.request.progress or sequence.request.save_to):
-            self.events.append(progress(sequence))
+            self.events.append(progress_event(sequence))
 
     def _relocate(self, sequence: Sequence) -> bool:
         """At the boundary, moves a state that can only be used whole to where a restore would place it:
@@ -222,8 +222,8 @@ class CoreEngine:
 
     def _sample(self, sequence: Sequence, row: int) -> None:
         """Chooses the sequence's next token, and the first tokens of all other answers to its prompt."""
-        asked = sequence.request.sampling.logprobs
-        logprobs = None if asked is None else self.model.logprobs(row)
+        n_logprobs = sequence.request.sampling.logprobs
+        logprobs = None if n_logprobs is None else self.model.logprobs(row)
         siblings = sequence.divide()
         try:
             chosen = [(each, self._choose(each, row)) for each in (sequence, *siblings)]
@@ -251,7 +251,7 @@ class CoreEngine:
             self._finish(sequence, "stop")
             return
         sequence.tokens.append(token)
-        self.events.append(told(sequence, token, logprobs))
+        self.events.append(token_event(sequence, token, logprobs))
         if sequence.sampler and sequence.sampler.ended:
             self._finish(sequence, "stop")
             return

@@ -19,7 +19,7 @@ class Compiler:
     def __init__(self, grammars: Grammars, wake: Callable[[], object]) -> None:
         self.grammars = grammars
         self.wake = wake
-        self.wanted: RoundRobin[Sequence] = RoundRobin()
+        self.waiting: RoundRobin[Sequence] = RoundRobin()
         self.changed = threading.Condition()
         self.done: SimpleQueue[tuple[Sequence, str]] = SimpleQueue()
         self.started = False
@@ -29,7 +29,7 @@ class Compiler:
             return
         sequence.compiling = True
         with self.changed:
-            self.wanted.put(sequence.request.owner, sequence)
+            self.waiting.put(sequence.request.owner, sequence)
             self.changed.notify()
         if not self.started:
             self.started = True
@@ -39,8 +39,8 @@ class Compiler:
         """Runs on the thread."""
         while True:
             with self.changed:
-                self.changed.wait_for(lambda: len(self.wanted))
-                sequence = self.wanted.take()
+                self.changed.wait_for(lambda: len(self.waiting))
+                sequence = self.waiting.take()
             fault = ""
             try:
                 sequence.matcher = self.grammars.compile(sequence.request.sampling.grammar)

@@ -152,7 +152,8 @@ class Scheduler:
             return False
         if request.save_to or self._holder(request):
             return False
-        return any(other.computed < request.boundary and other.opens_like(sequence) for other in self.running)
+        behind = (other for other in self.running if other.computed < request.boundary)
+        return any(other.shares_prefix_with(sequence) for other in behind)
 
     def _start_in_pool(self, pool: Pool, sequence: Sequence, keep: int) -> Iterator[Action] | None:
         """The actions that start the sequence in the pool; None if a slot of its own is better. `keep`: the
@@ -178,7 +179,7 @@ class Scheduler:
     def _has_company(self, sequence: Sequence) -> bool:
         """Whether another sequence could use the same prefix now."""
         others = (other for other in (*self.running, *self.waiting) if other is not sequence)
-        return any(other.request.max_tokens and other.opens_like(sequence) for other in others)
+        return any(other.request.max_tokens and other.shares_prefix_with(sequence) for other in others)
 
     def relieve(self) -> Iterator[Action]:
         """Keeps idle pool slots within bounds, and the next batch of the pool within its cells."""

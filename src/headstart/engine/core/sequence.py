@@ -102,7 +102,7 @@ class Sequence:
             for request in requests[1:]
         ]
 
-    def opens_like(self, other: Sequence) -> bool:
+    def shares_prefix_with(self, other: Sequence) -> bool:
         """Whether both have the same cached prefix, and the other may use this one's values for it."""
         one, boundary = self.request, self.request.boundary
         same = boundary == other.request.boundary and one.tokens[:boundary] == other.request.tokens[:boundary]
@@ -151,7 +151,7 @@ def may_share(owner: str, request: Submit) -> bool:
     return owner == request.owner or request.boundary <= request.public
 
 
-def _last_common_cut(shared: int, held: int, wanted: int, chunking: Chunking) -> int:
-    if held == wanted:
-        return chunking.last(wanted if shared >= wanted else 0, shared)
-    return chunking.last(0, min([shared, *filter(None, (held, wanted))]))
+def _last_common_cut(shared: int, slot_boundary: int, boundary: int, chunking: Chunking) -> int:
+    if slot_boundary == boundary:
+        return chunking.last(boundary if shared >= boundary else 0, shared)
+    return chunking.last(0, min([shared, *filter(None, (slot_boundary, boundary))]))

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from blake3 import blake3
 
 from headstart.protocol import SaveTo, StateRef
-from headstart.regular_files import opened
+from headstart.regular_files import open_file
 
 READ_BYTES = 4 << 20
 # The disk is full, or the user's quota or the limit on file sizes (ulimit -f) is reached.
@@ -25,7 +25,7 @@ LOWEST_BIT = bytes(number & 1 for number in range(256))
 def mapped(state: StateRef) -> Iterator[mmap.mmap]:
     """Maps the whole file; writes to the mapping never reach the file. Raises OSError, also if the file is
     not the verified one."""
-    with opened(state.path) as file:
+    with open_file(state.path) as file:
         stat = os.fstat(file.fileno())
         if (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) != state.identity:
             raise OSError(errno.ESTALE, "another file than the one that was verified")
@@ -61,7 +61,7 @@ def bring_into_memory(state: StateRef) -> None:
     """Reads the state once, so that the page cache has it. Unlike touching the pages of a mapping, this lets
     other threads run while it waits. Raises OSError."""
     buffer = bytearray(READ_BYTES)
-    with opened(state.path) as file:
+    with open_file(state.path) as file:
         at, end = state.offset, state.offset + state.nbytes
         while at < end and (n := os.preadv(file.fileno(), [memoryview(buffer)[: end - at]], at)):
             at += n

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from headstart.engine.logprobs import Logprobs
 
 
-def told(sequence: Sequence, token: int, logprobs: Logprobs | None) -> Token:
+def token_event(sequence: Sequence, token: int, logprobs: Logprobs | None) -> Token:
     """The event for the sequence's next token, with probabilities if there are any."""
     if logprobs is None:
         return Token(sequence.request.id, token)
@@ -23,7 +23,7 @@ def told(sequence: Sequence, token: int, logprobs: Logprobs | None) -> Token:
     return Token(sequence.request.id, token, float(logprobs[token]), top)
 
 
-def progress(sequence: Sequence) -> Progress:
+def progress_event(sequence: Sequence) -> Progress:
     """The event for what is prefilled up to now."""
     ms = 1000 * (monotonic() - sequence.restored)
     return Progress(sequence.request.id, sequence.computed, sequence.n_prompt, sequence.cached, ms)

@@ -70,16 +70,16 @@ def weights_path(settings: EngineSettings) -> str:
 
 def weights_to_try(settings: EngineSettings) -> dict[Weights, str]:
     """The files to measure, the model's own first. Raises ModelError."""
-    wanted = settings.numerics.weights == "q8_0"
+    required = settings.numerics.weights == "q8_0"
     worth_trying = Format.of(settings.path).is_worth_trying
     files: dict[Weights, str] = {}
-    if worth_trying or not wanted:
+    if worth_trying or not required:
         files["file"] = settings.path
-    if wanted or (worth_trying and settings.conversions):
+    if required or (worth_trying and settings.conversions):
         try:
             files["q8_0"] = _converted(settings)
         except ModelError as error:
-            if wanted:
+            if required:
                 raise
             log.warning("%s", error)
     return files

@@ -119,7 +119,7 @@ class LlamaModel:
     def _info(self, settings: EngineSettings, *, converted: bool) -> ModelInfo:
         # Recurrent layers have a state of their own, whose size llama.cpp doesn't report in advance.
         attends = not (lib.llama_model_is_recurrent(self.model) or lib.llama_model_is_hybrid(self.model))
-        kept = settings.numerics.kept() | {"kv_type": "f16"}
+        kept = settings.numerics.fingerprinted() | {"kv_type": "f16"}
         if not converted:
             # A file that is Q8_0 already is used as it is.
             kept.pop("weights", None)
@@ -189,7 +189,7 @@ class LlamaModel:
         state = context.save(number)
         context.clear(number)
         if not context.restore(number, *state):
-            raise ModelError("llama.cpp did not take back a state of its own")
+            raise ModelError("llama.cpp could not restore its own state")
 
     def save(self, seq: int) -> memoryview:
         context, number = self._place(seq)

@@ -41,8 +41,8 @@ class LlamaSampler:
 
     @staticmethod
     def _has_penalties(sampling: Sampling) -> bool:
-        wanted = (sampling.repeat_penalty, sampling.frequency_penalty, sampling.presence_penalty)
-        return sampling.repeat_last_n > 0 and wanted != (1.0, 0.0, 0.0)
+        penalties = (sampling.repeat_penalty, sampling.frequency_penalty, sampling.presence_penalty)
+        return sampling.repeat_last_n > 0 and penalties != (1.0, 0.0, 0.0)
 
     def _links(self, sampling: Sampling, biases: dict[int, float]) -> list[int]:
         links = []

@@ -92,7 +92,7 @@ class LlamaTrial:
         memory, start, end = state
         # A copy, because restoring overwrites it.
         if not self.context.restore(seq, memoryview(bytearray(memory)), start, end):
-            raise ModelError("llama.cpp did not take back a state of its own")
+            raise ModelError("llama.cpp could not restore its own state")
 
     def close(self) -> None:
         if not self.closed:

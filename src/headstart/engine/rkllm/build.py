@@ -13,7 +13,7 @@ from headstart.protocol import EngineSettings
 DEFAULT_CTX = 4096
 
 
-def opened(settings: EngineSettings, wake: Wake) -> RkllmEngine:
+def build_engine(settings: EngineSettings, wake: Wake) -> RkllmEngine:
     """Loads the model. Raises ModelError."""
     return RkllmEngine(partial(Runtime, settings.path, options_of(settings)), wake)
 

@@ -17,8 +17,8 @@ import msgspec
 
 from headstart.engine.model import ModelError
 from headstart.engine.rkllm.layouts import LAYOUTS, VERSIONS, layout_of
-from headstart.engine.rkllm.library import opened
-from headstart.regular_files import opened as opened_file
+from headstart.engine.rkllm.library import load_library
+from headstart.regular_files import open_file
 
 VERSION = re.compile(rb"RKLLM SDK \(version: ([0-9A-Za-z.+-]{1,32})")
 DIRECTORIES = (
@@ -64,7 +64,7 @@ def detect(library: str, forced: str = "") -> Detected:
         raise ModelError(
             f"{path} is RKLLM {version}; supported are {', '.join(VERSIONS)}. {FORCE.capitalize()}."
         )
-    functions = opened(path)
+    functions = load_library(path)
     _agree(path, version, layout.abi, "exports functions", by_symbols(functions))
     _agree(path, version, layout.abi, "has default parameters", by_probe(functions))
     return Detected(path, version, layout.abi)
@@ -91,7 +91,7 @@ def located(library: str) -> str:
         if Path(place).is_file():
             return str(Path(place).absolute())
     if "/" in library:
-        raise ModelError(f"the NPU runtime isn't there: {library}")
+        raise ModelError(f"the NPU runtime is missing: {library}")
     raise ModelError(
         f"the NPU runtime, {library}, is in none of {', '.join(DIRECTORIES)}: install it there, or set "
         "rkllm_library to its path"
@@ -102,7 +102,7 @@ def versions_in(path: str) -> list[str]:
     """All version texts in the file. Raises ModelError."""
     try:
         with (
-            opened_file(path, follow=True) as file,
+            open_file(path, follow=True) as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
         ):
             return sorted({found.decode() for found in VERSION.findall(content)})

@@ -51,22 +51,22 @@ LOST_STATUS = 70
 
 
 class RkllmEngine:
-    """Every submitted request ends in exactly one Finished or Failed event. `opened` returns a runtime with
-    the model loaded; it is called now and after each failed run, and raises ModelError. All methods must be
-    called from one thread. `wake` is called from others."""
+    """Every submitted request ends in exactly one Finished or Failed event. `open_runtime` returns a runtime
+    with the model loaded; it is called now and after each failed run, and raises ModelError. All methods must
+    be called from one thread. `wake` is called from others."""
 
-    def __init__(self, opened: Callable[[], Runtime], wake: Wake) -> None:
-        self._opened = opened
+    def __init__(self, open_runtime: Callable[[], Runtime], wake: Wake) -> None:
+        self._open_runtime = open_runtime
         self._wake = wake
-        self._runtime: Runtime | None = opened()
+        self._runtime: Runtime | None = open_runtime()
         self.info = info_of(self._runtime)
         self._waiting: deque[Turn] = deque()
         self._running: Turn | None = None
-        self._told: SimpleQueue[RequestEvent] = SimpleQueue()
+        self._events: SimpleQueue[RequestEvent] = SimpleQueue()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="npu")
         # The tokens in the runtime's memory, and their owner. Only the NPU thread uses these and the next
         # field.
-        self._held: list[int] = []
+        self._in_memory: list[int] = []
         self._owner = ""
         # Whether the runtime reuses its memory as its manual says; the counts may disprove it.
         self._remembers = self.info.counts_reuse
@@ -74,7 +74,7 @@ class RkllmEngine:
     @property
     def busy(self) -> bool:
         """Whether a step has something to do now. A running request alone is nothing to do."""
-        return not self._told.empty() or bool(self._waiting and self._running is None)
+        return not self._events.empty() or bool(self._waiting and self._running is None)
 
     @property
     def idle(self) -> bool:
@@ -97,12 +97,12 @@ class RkllmEngine:
         for turn in self._waiting:
             if turn.request.id == request_id:
                 self._waiting.remove(turn)
-                self._told.put(Finished(request_id, "cancelled", turn.stats()))
+                self._events.put(Finished(request_id, "cancelled", turn.stats()))
                 return
 
     def step(self) -> list[RequestEvent]:
         """Returns the events since the last step, in order; starts the next request if none is running."""
-        events = list(drained(self._told))
+        events = list(drained(self._events))
         turn = self._running
         if turn and any(isinstance(e, Finished | Failed) and e.id == turn.request.id for e in events):
             self._running = None
@@ -120,7 +120,7 @@ class RkllmEngine:
             runtime.close()
 
     def _tell(self, event: RequestEvent) -> None:
-        self._told.put(event)
+        self._events.put(event)
         self._wake()
 
     def _serve(self, turn: Turn) -> None:
@@ -147,42 +147,42 @@ class RkllmEngine:
 
     def _answer(self, turn: Turn) -> RequestEvent:
         request, runtime = turn.request, self._ready()
-        held = self._keep(turn, runtime)
-        if request.restore and request.reuse and held < _usable(request.restore, request):
+        n_in_memory = self._keep(turn, runtime)
+        if request.restore and request.reuse and n_in_memory < _usable(request.restore, request):
             self._load(turn, request.restore, runtime)
-        elif not held:
+        elif not n_in_memory:
             # Not earlier: some runtimes clear all memory with it.
             runtime.release_cache()
         turn.restored = monotonic()
         self._run(turn, runtime)
-        if turn.run and held > turn.cached and not turn.loaded:
-            log.warning("the NPU runtime reused %d of %d tokens that it had", turn.cached, held)
+        if turn.run and n_in_memory > turn.cached and not turn.loaded:
+            log.warning("the NPU runtime reused %d of %d tokens that it had", turn.cached, n_in_memory)
             self._remembers = False
         return Finished(request.id, self._reason(turn), turn.stats())
 
     def _ready(self) -> Runtime:
         if self._runtime is None:
-            self._runtime = self._opened()
+            self._runtime = self._open_runtime()
         return self._runtime
 
     def _keep(self, turn: Turn, runtime: Runtime) -> int:
         """The number of the prompt's tokens in memory; clears memory that the request must not use."""
         request = turn.request
-        held = min(common_prefix(self._held, request.tokens), len(request.tokens) - 1)
-        theirs = self._owner == request.owner or held <= request.public
-        if self._held and not (request.reuse and theirs):
+        n_in_memory = min(common_prefix(self._in_memory, request.tokens), len(request.tokens) - 1)
+        theirs = self._owner == request.owner or n_in_memory <= request.public
+        if self._in_memory and not (request.reuse and theirs):
             self._forget(runtime)
             return 0
-        return held if self._remembers else 0
+        return n_in_memory if self._remembers else 0
 
     def _forget(self, runtime: Runtime) -> None:
         runtime.release_cache()
         runtime.clear()
-        self._held = []
+        self._in_memory = []
 
     def _load(self, turn: Turn, state: StateRef, runtime: Runtime) -> None:
         """Loads the state. A file that is gone, changed or refused is no error, only a miss."""
-        self._held = []
+        self._in_memory = []
         try:
             _check_identity(state)
             runtime.load_cache(state.path)
@@ -206,11 +206,11 @@ class RkllmEngine:
             save_to=save_to,
             on_token=partial(self._on_token, turn),
         )
-        self._held, self._owner = [*request.tokens, *turn.generated], request.owner
+        self._in_memory, self._owner = [*request.tokens, *turn.generated], request.owner
 
     def _drop(self) -> None:
         """Closes a runtime after a failure; the next request opens another one."""
-        runtime, self._runtime, self._held = self._runtime, None, []
+        runtime, self._runtime, self._in_memory = self._runtime, None, []
         try:
             if runtime:
                 runtime.close()
@@ -262,7 +262,7 @@ class RkllmEngine:
     def _try(self, path: Path, runtime: Runtime) -> None:
         """Loads the saved state once, because the runtime doesn't report a full disk. Raises NotWritten if it
         can't be loaded."""
-        self._held = []
+        self._in_memory = []
         try:
             runtime.load_cache(str(path))
             runtime.release_cache()

@@ -62,7 +62,7 @@ class TrialRun:
         self.texts.append(text.decode(errors="backslashreplace"))
         return True
 
-    def told(self) -> Found:
+    def report(self) -> Found:
         counts = msgspec.to_builtins(self.run)
         return {"our_prompt_tokens": self.n_tokens, "ms": round(self.ms), **counts}
 
@@ -77,11 +77,11 @@ def first_run(task: Task) -> Found:
     cleared = TrialRun(runtime, *_prompt(task, 0))
     return {
         "load_ms": load_ms,
-        "cold": cold.told(),
+        "cold": cold.report(),
         "tokens": cold.tokens,
         "texts": cold.texts,
-        "again": warm.told(),
-        "after_clearing": cleared.told(),
+        "again": warm.report(),
+        "after_clearing": cleared.report(),
         "our_tokens_are_counted": cold.run.prefill_tokens == cold.n_tokens,
         "memory_is_reused": _fewer(warm, cold),
         "same_text": cold.tokens == warm.tokens == cleared.tokens,
@@ -96,7 +96,7 @@ def saved_and_restored(task: Task) -> Found:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "opening.rkllm_cache"
         saving = TrialRun(runtime, *task.openings[0], save_to=str(path))
-        found = {"saving": saving.told(), "file_was_written": path.is_file()}
+        found = {"saving": saving.report(), "file_was_written": path.is_file()}
         if not path.is_file():
             return found
         head = path.read_bytes()[:12]
@@ -109,8 +109,8 @@ def saved_and_restored(task: Task) -> Found:
             "file_bytes": path.stat().st_size,
             "file_head": head.hex(),
             "file_tokens": struct.unpack("<3I", head)[2] if len(head) == 12 else None,
-            "cold": cold.told(),
-            "restored": warm.told(),
+            "cold": cold.report(),
+            "restored": warm.report(),
             "state_is_used": _fewer(warm, cold),
             "same_text": warm.tokens == cold.tokens,
         }
@@ -130,7 +130,7 @@ def two_in_turn(task: Task) -> Found:
             runtime.load_cache(paths[i])
             loaded_ms = round(1000 * (time.monotonic() - started))
             trial = TrialRun(runtime, *_prompt(task, i))
-            rounds.append({"cache": i, "loaded_ms": loaded_ms, **trial.told(), "tokens_told": trial.tokens})
+            rounds.append({"cache": i, "loaded_ms": loaded_ms, **trial.report(), "tokens_told": trial.tokens})
         return {"rounds": rounds, "model_loads": runtime.loads}
 
 
@@ -145,7 +145,7 @@ def aborted(task: Task) -> Found:
     timer.join()
     after = TrialRun(runtime, *_prompt(task, 0))
     same = after.tokens == cold.tokens
-    return {"cold": cold.told(), "aborted": cut.told(), "after": after.told(), "same_text": same}
+    return {"cold": cold.report(), "aborted": cut.report(), "after": after.report(), "same_text": same}
 
 
 def loaded_after_abort(task: Task) -> Found:
@@ -159,7 +159,7 @@ def loaded_after_abort(task: Task) -> Found:
         runtime.run(text, max_new_tokens=ANSWER, sampling=GREEDY, on_token=lambda token, piece: False)
         runtime.trust_abort()
         runtime.load_cache(path)
-        return {"after": TrialRun(runtime, *_prompt(task, 0)).told(), "model_loads": runtime.loads}
+        return {"after": TrialRun(runtime, *_prompt(task, 0)).report(), "model_loads": runtime.loads}
 
 
 STEPS: dict[str, Callable[[Task], Found]] = {

@@ -28,7 +28,7 @@ SYMBOLS = (
 offsets.check()
 
 
-def opened(path: str) -> ctypes.CDLL:
+def load_library(path: str) -> ctypes.CDLL:
     """Raises ModelError."""
     try:
         return ctypes.CDLL(path)
@@ -42,7 +42,7 @@ class Library:
 
     def __init__(self, path: str, layout: Layout) -> None:
         self.layout = layout
-        self._functions = opened(path)
+        self._functions = load_library(path)
         missing = [name for name in (*SYMBOLS, *layout.symbols) if not hasattr(self._functions, name)]
         if missing:
             raise ModelError(f"{path} has no {', '.join(missing)}: it isn't RKLLM {layout.abi}")

@@ -13,7 +13,7 @@ from blake3 import blake3
 
 from headstart.engine.model import ModelError
 from headstart.protocol import FailureKind
-from headstart.regular_files import opened
+from headstart.regular_files import open_file
 
 # The file resembles llama.cpp's session file: a magic number, a version, the number of tokens, the ids.
 HEAD = Struct("<3I")
@@ -41,7 +41,7 @@ def check(path: Path, n_tokens: int) -> Written:
     """Syncs the file to the disk and returns its size and hash. Raises NotWritten if it doesn't exist or has
     another number of tokens than about `n_tokens`, or OSError."""
     try:
-        with opened(path) as file:
+        with open_file(path) as file:
             os.fchmod(file.fileno(), 0o600)
             head = file.read(HEAD.size)
             found = HEAD.unpack(head)[2] if len(head) == HEAD.size else 0

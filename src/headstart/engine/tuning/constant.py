@@ -42,7 +42,7 @@ def toy_tuning(settings: EngineSettings) -> Tuning:
     hits = dict(zip(ranking, TOY.hits, strict=True))
     return msgspec.structs.replace(
         TOY,
-        numerics=preferred(hits, settings.numerics, settings.kept),
+        numerics=preferred(hits, settings.numerics, settings.existing),
         ranking=ranking,
         hits=[*hits.values()],
         tries=tries,

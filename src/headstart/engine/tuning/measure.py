@@ -72,7 +72,7 @@ class Measurement:
 
     def __init__(self, trials: Trials, stack: ExitStack, settings: EngineSettings) -> None:
         self.trials, self.stack = trials, stack
-        self.threads, self.allowed, self.kept = settings.threads, settings.numerics, settings.kept
+        self.threads, self.allowed, self.existing = settings.threads, settings.numerics, settings.existing
         tried = settings.tried
         self.tries, self.tried = (tried.tries, tried.measured) if tried else (0, {})
         # The results of earlier tries are comparable at the same depth only.
@@ -89,7 +89,7 @@ class Measurement:
         hits = self._time_hits(benches, depth)
         ranking = sorted(hits, key=lambda tried: _hit_ms(hits[tried]) * (MARGIN if tried == DEFAULT else 1))
         costs = {tried: _hit_ms(hits[tried]) for tried in ranking}
-        chosen = preferred(costs, self.allowed, self.kept)
+        chosen = preferred(costs, self.allowed, self.existing)
         for tried, bench in benches.items():
             if tried != chosen:
                 bench.trial.close()

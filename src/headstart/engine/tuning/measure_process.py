@@ -46,4 +46,4 @@ def measured(
     try:
         return msgspec.json.decode(answer, type=Tuning)
     except msgspec.MsgspecError as error:
-        raise ModelError(f"the measuring process said what is no tuning: {error}") from error
+        raise ModelError(f"the measuring process returned an invalid tuning: {error}") from error

@@ -44,7 +44,7 @@ class PromptClient:
         self._vocabulary: Vocabulary | None = None
         self._load = b""
         self._turns: OwnerTurns[PromptJob] = OwnerTurns()
-        self._asking: PromptJob | None = None
+        self._current: PromptJob | None = None
         self._task: asyncio.Task[None] | None = None
         self._link: Link
         self._failures = 0
@@ -61,7 +61,7 @@ class PromptClient:
         await self.close()
         self._load = _frame(load)
         try:
-            link, facts = await self._opened()
+            link, facts = await self._start_process()
         except LinkEnded as error:
             reason = f"the process that reads its tokenizer and template failed: {error}"
             raise StartupError(f"{load.path} can't be read: {reason}") from error
@@ -102,23 +102,27 @@ class PromptClient:
                 raise BadRequest(message, param=param)
         return reply
 
-    async def _opened(self) -> tuple[Link, Facts]:
-        """A process that has loaded the model. Raises StartupError or Ended."""
-        link = await Link.opened()
+    async def _start_process(self) -> tuple[Link, Facts]:
+        """A process that has loaded the model. Raises StartupError or LinkEnded."""
+        link = await Link.start()
         try:
-            reply = await link.asked(self._load, LOAD_SECONDS)
+            reply = await link.request(self._load, LOAD_SECONDS)
             if isinstance(reply, Facts):
                 return link, reply
         except BaseException:
             await link.close()
             raise
         await link.close()
-        raise StartupError(reply.message if isinstance(reply, Refused) else "it was told nonsense")
+        raise StartupError(
+            reply.message
+            if isinstance(reply, Refused)
+            else "its reply to the load request was not the model's facts"
+        )
 
     async def _work(self) -> None:
         try:
             while True:
-                job = self._asking = await self._turns.next()
+                job = self._current = await self._turns.next()
                 if job.reply.done():
                     # The requester has gone.
                     continue
@@ -128,7 +132,7 @@ class PromptClient:
                         job.reply.set_result(reply)
                 except (LinkEnded, StartupError) as error:
                     log.error("prompt process of %s: %s", self.name, error)
-                    job.fail(self._told(error))
+                    job.fail(self._as_unavailable(error))
                     with suppress(LinkEnded, StartupError):
                         await self._restart()
         finally:
@@ -139,38 +143,39 @@ class PromptClient:
         await self._link.close()
 
     async def _reply(self, job: PromptJob) -> Reply:
-        """Repeats the request once if the process was ended from outside. Raises Ended or StartupError."""
+        """Repeats the request once if the process was ended from outside. Raises LinkEnded or
+        StartupError."""
         try:
-            return await self._asked(job)
+            return await self._ask(job)
         except LinkEnded as error:
             if error.at_fault:
                 raise
             log.warning("prompt process of %s: %s", self.name, error)
-            return await self._asked(job)
+            return await self._ask(job)
 
-    async def _asked(self, job: PromptJob) -> Reply:
+    async def _ask(self, job: PromptJob) -> Reply:
         if self._link.has_ended:
             await self._restart()
-        reply = await self._link.asked(job.data, self.seconds)
+        reply = await self._link.request(job.data, self.seconds)
         self._failures = 0
         return reply
 
     async def _restart(self) -> None:
         """Restarts the process, with a longer wait the more often it has ended without an answer. Raises
-        Ended or StartupError."""
+        LinkEnded or StartupError."""
         await asyncio.sleep(RESTART_SECONDS[min(self._failures, len(RESTART_SECONDS) - 1)])
         self._failures += 1
         self._link = await self._again()
 
     async def _again(self) -> Link:
-        """Raises Ended or StartupError."""
-        link, facts = await self._opened()
+        """Raises LinkEnded or StartupError."""
+        link, facts = await self._start_process()
         if self._vocabulary and facts != self._vocabulary.facts:
             await link.close()
             raise StartupError("its file is another than was loaded: unload the model, then load it again")
         return link
 
-    def _told(self, error: LinkEnded | StartupError) -> Unavailable:
+    def _as_unavailable(self, error: LinkEnded | StartupError) -> Unavailable:
         if isinstance(error, StartupError):
             return unfit(self.name, str(error))
         died = PromptsDied(
@@ -181,8 +186,8 @@ class PromptClient:
         return died
 
     def _fail_all(self) -> None:
-        jobs = [self._asking] if self._asking else []
-        self._asking = None
+        jobs = [self._current] if self._current else []
+        self._current = None
         while len(self._turns):
             jobs.append(self._turns.pop())
         for job in jobs:

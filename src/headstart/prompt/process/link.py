@@ -32,7 +32,7 @@ class LinkEnded(Exception):
 
 
 class Link:
-    """One process and the socket to it. `asked` is used by one task at a time."""
+    """One process and the socket to it. `request` is used by one task at a time."""
 
     def __init__(
         self,
@@ -44,8 +44,8 @@ class Link:
         self.decoder: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 
     @classmethod
-    async def opened(cls) -> Link:
-        """Starts a process. Raises Ended if that fails."""
+    async def start(cls) -> Link:
+        """Starts a process. Raises LinkEnded if that fails."""
         ours, theirs = socket.socketpair()
         try:
             process = await asyncio.create_subprocess_exec(
@@ -72,8 +72,8 @@ class Link:
     def has_ended(self) -> bool:
         return self.reader.at_eof() or self.writer.is_closing() or self.process.returncode is not None
 
-    async def asked(self, data: bytes, seconds: float) -> Reply:
-        """The reply to a request. Raises Ended, after which the process no longer runs."""
+    async def request(self, data: bytes, seconds: float) -> Reply:
+        """The reply to a request. Raises LinkEnded, after which the process no longer runs."""
         try:
             async with asyncio.timeout(seconds):
                 self.writer.write(data)

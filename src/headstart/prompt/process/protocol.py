@@ -52,14 +52,14 @@ class Plain(Struct, frozen=True, tag=True):
     special: bool = True
 
 
-Wanted = ChatPrompt | ChatPrefix | TextPrompt | TextPrefix | Plain
+Tokenisable = ChatPrompt | ChatPrefix | TextPrompt | TextPrefix | Plain
 
 
 class Tokenise(Struct, frozen=True, tag=True):
-    """Requests the tokens of each item, and those of an `prefix` unless the template refuses it. `can_cut`:
+    """Requests the tokens of each item, and those of the `prefix` unless the template refuses it. `can_cut`:
     a state may be used in part."""
 
-    wanted: list[Wanted]
+    items: list[Tokenisable]
     can_cut: bool
     prefix: ChatPrefix | TextPrefix | None = None
 
@@ -74,15 +74,15 @@ Request = Load | Tokenise | Render
 
 class Facts(Struct, frozen=True, tag=True):
     """Facts of a model, sent once. `written`: the bytes from which tokens are made, concatenated; `ends`: the
-    end of each token's bytes in it, u32 in native byte order. `spoken`: the bytes of tokens in answers, if
-    different; control tokens have none. `prefixed`: a space is added before text, only before the first or
+    end of each token's bytes in it, u32 in native byte order. `answer_bytes`: the bytes of tokens in answers,
+    if different; control tokens have none. `prefixed`: a space is added before text, only before the first or
     before each that follows one of the tokens `added`. `gap` is as in Tokenizer. `call_format`: the name of
     the template's format of tool calls; `reasons`: the template supports reasoning; `markers`: the markers of
     calls and reasoning that are one token."""
 
     written: bytes
     ends: bytes
-    spoken: dict[int, bytes]
+    answer_bytes: dict[int, bytes]
     prefixed: Literal["", "first", "each"]
     added: list[int]
     bos_text: str

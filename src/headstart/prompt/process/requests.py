@@ -16,9 +16,9 @@ from headstart.prompt.process.protocol import (
     Render,
     Rendered,
     TextPrefix,
+    Tokenisable,
     Tokenise,
     Tokens,
-    Wanted,
 )
 
 Json = dict[str, Any]
@@ -36,25 +36,25 @@ class PromptRequests:
     owner: str
     can_cut: bool
 
-    async def tokens(self, *wanted: Wanted) -> list[list[int]]:
+    async def tokens(self, *items: Tokenisable) -> list[list[int]]:
         """The tokens of each, in one turn."""
-        return (await self._asked(Tokenise(list(wanted), self.can_cut))).lists
+        return (await self._tokenise(Tokenise(list(items), self.can_cut))).lists
 
     async def with_prefix(
-        self, wanted: Wanted, prefix: ChatPrefix | TextPrefix
+        self, item: Tokenisable, prefix: ChatPrefix | TextPrefix
     ) -> tuple[list[int], list[int] | None]:
         """The tokens, and those of the `prefix`; None if the template refuses it."""
-        reply = await self._asked(Tokenise([wanted], self.can_cut, prefix))
+        reply = await self._tokenise(Tokenise([item], self.can_cut, prefix))
         return reply.lists[0], reply.prefix
 
-    async def _asked(self, request: Tokenise) -> Tokens:
-        _check_length(request.wanted)
+    async def _tokenise(self, request: Tokenise) -> Tokens:
+        _check_length(request.items)
         reply = await self.client.ask(self.owner, request)
         assert isinstance(reply, Tokens)
         return reply
 
-    async def one(self, wanted: Wanted) -> list[int]:
-        (tokens,) = await self.tokens(wanted)
+    async def one(self, item: Tokenisable) -> list[int]:
+        (tokens,) = await self.tokens(item)
         return tokens
 
     async def plain(
@@ -85,9 +85,9 @@ def _parts(texts: Sequence[str]) -> Iterable[list[str]]:
         yield part
 
 
-def _check_length(wanted: Iterable[Wanted]) -> None:
+def _check_length(items: Iterable[Tokenisable]) -> None:
     """Raises TextTooLong."""
-    for each in wanted:
+    for each in items:
         if isinstance(each, ChatPrompt | ChatPrefix):
             texts = [message.get("content") for message in each.messages]
             n, param = sum(len(text) for text in texts if isinstance(text, str)), "messages"

@@ -34,9 +34,9 @@ from headstart.prompt.process.protocol import (
     Request,
     TextPrefix,
     TextPrompt,
+    Tokenisable,
     Tokenise,
     Tokens,
-    Wanted,
 )
 from headstart.prompt.prompts import Prompts
 from headstart.prompt.template import TemplateFails
@@ -71,9 +71,9 @@ class PromptProcess:
             case Load():
                 limits.end_after(limits.LOAD_SECONDS)
                 return self._load(request)
-            case Tokenise(wanted=wanted, can_cut=can_cut, prefix=prefix):
+            case Tokenise(items=items, can_cut=can_cut, prefix=prefix):
                 self.prompts.can_cut = can_cut
-                lists = [self._tokens(each) for each in wanted]
+                lists = [self._tokens(each) for each in items]
                 return Tokens(lists, self._tokens_if_any(prefix) if prefix else None)
             case Render(messages=messages, tools=tools):
                 return Rendered(self.prompts.template.render(messages, tools))
@@ -98,9 +98,9 @@ class PromptProcess:
         except BadRequest:
             return None
 
-    def _tokens(self, wanted: Wanted) -> list[int]:
+    def _tokens(self, item: Tokenisable) -> list[int]:
         prompts = self.prompts
-        match wanted:
+        match item:
             case ChatPrompt(messages=messages, tools=tools, variables=variables):
                 return prompts.chat(messages, tools, variables)
             case ChatPrefix(messages=messages, tools=tools):

@@ -31,7 +31,7 @@ class GemmaParser(LlamaParser):
     fenced = False
 
     def read_start(self) -> list[AnswerPart] | None:
-        if not self.held.lstrip().startswith("["):
+        if not self.buffer.lstrip().startswith("["):
             return super().read_start()
         self.end_of_brackets = PythonEnd()
         self.n_scanned = 0
@@ -41,21 +41,21 @@ class GemmaParser(LlamaParser):
     def read_list(self) -> list[AnswerPart] | None:
         if not self._may_be_list():
             return self.give_back()
-        size = self.end_of_brackets.find(self.held[self.n_scanned :])
+        size = self.end_of_brackets.find(self.buffer[self.n_scanned :])
         if size is None:
-            self.n_scanned = len(self.held)
+            self.n_scanned = len(self.buffer)
             return self.give_back() if self.ending else None
         return self._calls(self.n_scanned + size, self.n_scanned + size)
 
     def _may_be_list(self) -> bool:
-        found = LIST.match(self.held)
+        found = LIST.match(self.buffer)
         if not found:
             return False
         name, bracket = found.groups()
         if bracket:
             return name in self.names
-        ends = found.end() == len(self.held)
-        return ends and any(known.startswith(name or "") for known in self.names)
+        is_whole = found.end() == len(self.buffer)
+        return is_whole and any(known.startswith(name or "") for known in self.names)
 
     def begin_call(self) -> None:
         self.fenced = self.opening.endswith(JSON)
@@ -66,21 +66,21 @@ class GemmaParser(LlamaParser):
 
     def read_code(self) -> list[AnswerPart] | None:
         """A state: code up to the end of the block or of the answer."""
-        size = self.held.find(FENCE)
+        size = self.buffer.find(FENCE)
         if size < 0 and not self.ending:
             return None
-        return self._calls(size, size + len(FENCE)) if size >= 0 else self._calls(len(self.held), None)
+        return self._calls(size, size + len(FENCE)) if size >= 0 else self._calls(len(self.buffer), None)
 
     def _calls(self, size: int, end: int | None) -> list[AnswerPart]:
         """The calls in the first `size` characters; their block ends at `end`."""
         try:
-            heads = _read_python(self.held[:size])
+            heads = _read_python(self.buffer[:size])
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             return self.give_back()
         room = len(heads) if self.most is None else self.most - self.n_calls
         if not heads or len(heads) > room or any(head.name not in self.names for head in heads):
             return self.give_back()
-        self.held = self.held[end:] if end is not None else ""
+        self.buffer = self.buffer[end:] if end is not None else ""
         return [part for head in heads for part in self.announce(head)] + self.end_call()
 
     def after_object(self) -> list[AnswerPart] | None:

@@ -25,7 +25,7 @@ class LlamaParser(CallParser):
         self.state = self.read_start
 
     def read_start(self) -> list[AnswerPart] | None:
-        start = self.held.lstrip()
+        start = self.buffer.lstrip()
         if not start and not self.ending:
             return None
         if start.startswith("{"):
@@ -35,13 +35,13 @@ class LlamaParser(CallParser):
         return []
 
     def after_object(self) -> list[AnswerPart] | None:
-        rest = self.held.lstrip()
+        rest = self.buffer.lstrip()
         if not rest:
             return None
         if rest[0] not in ";{":
             return self.end_call()
         self.opening = ";" if rest[0] == ";" else ""
-        self.held = rest.removeprefix(";")
+        self.buffer = rest.removeprefix(";")
         self.begin_object()
         return []
 

@@ -28,13 +28,13 @@ class MistralParser(CallParser):
         self.state = self.read_kind
 
     def read_kind(self) -> list[AnswerPart] | None:
-        start = self.held.lstrip()
+        start = self.buffer.lstrip()
         if not start:
             return self.give_back() if self.ending else None
         if start[0] == "[":
-            space = self.held[: len(self.held) - len(start)]
+            space = self.buffer[: len(self.buffer) - len(start)]
             self.opening += space + "["
-            self.held = start[1:]
+            self.buffer = start[1:]
             self.begin_object()
         else:
             self.state = self.read_name
@@ -42,13 +42,13 @@ class MistralParser(CallParser):
 
     def read_name(self) -> list[AnswerPart] | None:
         """A state: the name, up to the first bracket of the arguments."""
-        before, bracket, _ = self.held.partition("{")
+        before, bracket, _ = self.buffer.partition("{")
         if not bracket:
             return None if not self.ending and self._may_be_name(before) else self.give_back()
         name = before.strip().removesuffix(ARGS).partition(ID)[0].strip()
         if name not in self.names:
             return self.give_back()
-        self.held = self.held[len(before) :]
+        self.buffer = self.buffer[len(before) :]
         self.after_arguments = self.end_call
         return self.announce(CallHead(name, len(before)))
 
@@ -57,14 +57,14 @@ class MistralParser(CallParser):
         return any(name.startswith(start) or start.startswith(name) for name in self.names)
 
     def after_object(self) -> list[AnswerPart] | None:
-        rest = self.held.lstrip()
+        rest = self.buffer.lstrip()
         if not rest:
             return None
         if rest[0] != ",":
-            self.held = rest.removeprefix("]")
+            self.buffer = rest.removeprefix("]")
             return self.end_call()
         self.opening = ","
-        self.held = rest[1:]
+        self.buffer = rest[1:]
         self.begin_object()
         return []
 

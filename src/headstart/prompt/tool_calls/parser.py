@@ -1,9 +1,9 @@
 """The common part of the parsers of all tool-call formats.
 
-Text is parsed by states: methods that take text from `held` and return its parts, or None if they need more.
-Each decides at the first character that allows it, so the result doesn't depend on how the text was split.
-Before its arguments begin, a malformed call is returned as text. After that it is a call: the text up to the
-closing bracket is its arguments, whether or not it is JSON.
+Text is parsed by states: methods that take text from `buffer` and return its parts, or None if they need
+more. Each decides at the first character that allows it, so the result doesn't depend on how the text was
+split. Before its arguments begin, a malformed call is returned as text. After that it is a call: the text up
+to the closing bracket is its arguments, whether or not it is JSON.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class CallParser:
         self.names = names
         self.most = most
         self.n_calls = 0
-        self.held = ""
+        self.buffer = ""
         # No more text will follow.
         self.ending = False
         # Text to return if it turns out to be no call.
@@ -47,7 +47,7 @@ class CallParser:
         self.after_arguments: State = self.rest_of_object
 
     def add(self, text: str) -> list[AnswerPart]:
-        self.held += text
+        self.buffer += text
         return self._read()
 
     def end(self) -> list[AnswerPart]:
@@ -64,48 +64,48 @@ class CallParser:
 
     def read_text(self) -> list[AnswerPart] | None:
         if self.after_call:
-            self.held = self.held.lstrip()
-            self.after_call = not self.held
-        places = [(at, marker) for marker in self.markers if (at := self.held.find(marker)) >= 0]
+            self.buffer = self.buffer.lstrip()
+            self.after_call = not self.buffer
+        places = [(at, marker) for marker in self.markers if (at := self.buffer.find(marker)) >= 0]
         if places and not self.full:
             at, marker = min(places)
-            before = self.held[:at]
+            before = self.buffer[:at]
             text = before.rstrip()
             self.opening = before[len(text) :] + marker
-            self.held = self.held[at + len(marker) :]
+            self.buffer = self.buffer[at + len(marker) :]
             self.begin_call()
-            return said(text)
-        size = len(self.held) if self.ending or self.full else self._told_apart()
-        text, self.held = self.held[:size], self.held[size:]
-        return said(text) if text else None
+            return text_part(text)
+        size = len(self.buffer) if self.ending or self.full else self._decided_size()
+        text, self.buffer = self.buffer[:size], self.buffer[size:]
+        return text_part(text) if text else None
 
     def read_arguments(self) -> list[AnswerPart] | None:
-        if not self.held:
+        if not self.buffer:
             return None
-        size = self.end_of_brackets.find(self.held)
+        size = self.end_of_brackets.find(self.buffer)
         if size is None:
-            size = len(self.held)
+            size = len(self.buffer)
         else:
             self.state = self.after_arguments
-        fragment, self.held = self.held[:size], self.held[size:]
+        fragment, self.buffer = self.buffer[:size], self.buffer[size:]
         return [AnswerPart(call=CallDelta(self.n_calls - 1, arguments=fragment))]
 
     def read_head(self) -> list[AnswerPart] | None:
         """A state: the object that calls a function, up to its arguments."""
         try:
-            head = self.object.read(self.held)
+            head = self.object.read(self.buffer)
         except ValueError:
             return self.give_back()
         if head is None:
             return self.give_back() if self.ending else None
         if head.name not in self.names or self.full:
             return self.give_back()
-        self.held = self.held[head.size :]
+        self.buffer = self.buffer[head.size :]
         return self.announce(head)
 
     def rest_of_object(self) -> list[AnswerPart] | None:
         """A state: after the arguments. A missing bracket is accepted."""
-        rest = self.held.lstrip()
+        rest = self.buffer.lstrip()
         if not rest:
             return None
         if rest[0] == ",":
@@ -113,17 +113,17 @@ class CallParser:
             self.n_scanned = 0
             self.state = self.other_keys
             return []
-        self.held = rest.removeprefix("}")
+        self.buffer = rest.removeprefix("}")
         self.state = self.after_object
         return []
 
     def other_keys(self) -> list[AnswerPart] | None:
         """A state: other keys of the object, which are ignored once it ends."""
-        size = self.end_of_brackets.find(self.held[self.n_scanned :])
+        size = self.end_of_brackets.find(self.buffer[self.n_scanned :])
         if size is None:
-            self.n_scanned = len(self.held)
+            self.n_scanned = len(self.buffer)
             return self.end_call() if self.ending else None
-        self.held = self.held[self.n_scanned + size :]
+        self.buffer = self.buffer[self.n_scanned + size :]
         self.state = self.after_object
         return []
 
@@ -134,7 +134,7 @@ class CallParser:
         return self.most is not None and self.n_calls >= self.most
 
     def begin_call(self) -> None:
-        """Called after a marker was found and taken from `held`."""
+        """Called after a marker was found and taken from `buffer`."""
         self.begin_object()
 
     def after_object(self) -> list[AnswerPart] | None:
@@ -162,7 +162,7 @@ class CallParser:
         """Returns the beginning of a malformed call as text; the text after it is parsed as usual."""
         text, self.opening = self.opening, ""
         self.state = self.read_text
-        return said(text)
+        return text_part(text)
 
     def end_call(self) -> list[AnswerPart]:
         self.after_call = True
@@ -170,24 +170,24 @@ class CallParser:
         return []
 
     def skip(self, text: str) -> bool | None:
-        """Takes `text` and white space before it from `held`. Returns whether it is there; None if that is
+        """Takes `text` and white space before it from `buffer`. Returns whether it is there; None if that is
         still undecided. Text cut off at the end of the answer counts as there."""
-        rest = self.held.lstrip()
+        rest = self.buffer.lstrip()
         if rest.startswith(text):
-            self.held = rest[len(text) :]
+            self.buffer = rest[len(text) :]
             return True
         if not text.startswith(rest):
             return False
         if self.ending:
-            self.held = ""
+            self.buffer = ""
         return True if self.ending else None
 
-    def _told_apart(self) -> int:
-        """The number of characters of `held` that are text, whatever follows."""
-        undecided = max((overlap(self.held, marker) for marker in self.markers), default=0)
-        size = len(self.held) - undecided
-        return len(self.held[:size].rstrip())
+    def _decided_size(self) -> int:
+        """The number of characters of `buffer` that are text, whatever follows."""
+        undecided = max((overlap(self.buffer, marker) for marker in self.markers), default=0)
+        size = len(self.buffer) - undecided
+        return len(self.buffer[:size].rstrip())
 
 
-def said(text: str) -> list[AnswerPart]:
+def text_part(text: str) -> list[AnswerPart]:
     return [AnswerPart(text=text)] if text else []

@@ -49,8 +49,8 @@ def _with_calls(message: Message) -> Message:
 
 def _call(call: Mapping[str, Any]) -> str:
     function = call["function"]
-    told = {"name": function["name"], "arguments": function.get("arguments", {})}
-    return f"{OPEN}\n{json.dumps(told, ensure_ascii=False)}\n{CLOSE}"
+    call_fields = {"name": function["name"], "arguments": function.get("arguments", {})}
+    return f"{OPEN}\n{json.dumps(call_fields, ensure_ascii=False)}\n{CLOSE}"
 
 
 def _response(message: Message) -> str:

@@ -73,15 +73,15 @@ class Builder:
     async def build(self, build: Build) -> Entry:
         """Raises BadRequest, ContextLengthExceeded, QuotaExceeded, CacheConflict, StorageError or an error of
         the engine; then nothing has changed except for evicted caches."""
-        model, begun = build.model, monotonic()
+        model, started = build.model, monotonic()
         build = dataclasses.replace(build, content=_checked(build.content))
-        wanted: dict[Form, list[int]] = {}
+        to_build: dict[Form, list[int]] = {}
         param = "prompt" if build.content.prompt else "messages"
         for form in build.forms:
             if tokens := await prefix_tokens(model, form, build.content):
                 model.check_fits(len(tokens) + 1, param=param)
-                wanted[form] = tokens
-        progress = _Sum(sum(map(len, wanted.values())), build.on_progress)
+                to_build[form] = tokens
+        progress = _Sum(sum(map(len, to_build.values())), build.on_progress)
         stats: dict[Form, Stats] = {}
         # The header has the same length whether or not these figures are known from before.
         entry = replace(_entry(build, stats, self.store.clock()), prefill_ms={}, ttft_ms=0.0)
@@ -89,12 +89,12 @@ class Builder:
             self.quota.reserving(model.key(build.name)) as room,
             self.store.scratch(model.namespace) as path,
         ):
-            await room.reserve(_expected_size(model, entry, wanted))
+            await room.reserve(_expected_size(model, entry, to_build))
             in_sidecars = model.info.state_files
             writer = await asyncio.to_thread(
-                partial(CacheWriter, path, entry, wanted, in_sidecars=in_sidecars)
+                partial(CacheWriter, path, entry, to_build, in_sidecars=in_sidecars)
             )
-            for form, tokens in wanted.items():
+            for form, tokens in to_build.items():
                 if kept := await self._kept(build, form, tokens):
                     await asyncio.to_thread(writer.copy, form, kept)
                     progress.next(len(tokens))
@@ -108,7 +108,7 @@ class Builder:
             # Corrects the reservation: the expected size was unknown or wrong.
             await room.reserve(writer.size)
             stored = await self.store.put(writer, _entry(build, stats, self.store.clock()), build.repaired)
-        self.observer.built(Built(stored, stats, monotonic() - begun))
+        self.observer.built(Built(stored, stats, monotonic() - started))
         return stored
 
     async def _kept(self, build: Build, form: Form, tokens: list[int]) -> StatePart | None:

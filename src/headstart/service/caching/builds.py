@@ -39,10 +39,10 @@ class SharedBuild:
         self.build_key = build_key
         self.abandoned = False
         self._waiting = 0
-        self._told: list[OnProgress] = []
+        self._listeners: list[OnProgress] = []
 
     def tell(self, computed: int, total: int) -> None:
-        for tell in self._told:
+        for tell in self._listeners:
             tell(computed, total)
 
     async def join(self, on_progress: OnProgress | None) -> Entry:
@@ -50,13 +50,13 @@ class SharedBuild:
         cancelled and can't be joined any more."""
         self._waiting += 1
         if on_progress:
-            self._told.append(on_progress)
+            self._listeners.append(on_progress)
         try:
             return await asyncio.shield(self.task)
         finally:
             self._waiting -= 1
             if on_progress:
-                self._told.remove(on_progress)
+                self._listeners.remove(on_progress)
             if not self._waiting:
                 self.abandoned = True
                 self.task.cancel()
@@ -122,8 +122,8 @@ class Builds:
 
 
 @dataclass
-class Pending:
-    settled: asyncio.Event = field(default_factory=asyncio.Event)
+class PendingBuild:
+    resolved: asyncio.Event = field(default_factory=asyncio.Event)
     error: HeadstartError | None = None
 
 
@@ -132,28 +132,28 @@ class PendingDeclared:
     once its cache is built."""
 
     def __init__(self) -> None:
-        self._pending: dict[CacheKey, Pending] = {}
+        self._pending: dict[CacheKey, PendingBuild] = {}
 
     def __contains__(self, key: CacheKey) -> bool:
         return key in self._pending
 
-    def make(self, key: CacheKey) -> None:
-        self._pending[key] = Pending()
+    def add(self, key: CacheKey) -> None:
+        self._pending[key] = PendingBuild()
 
-    def settle(self, key: CacheKey, error: HeadstartError | None = None) -> None:
+    def resolve(self, key: CacheKey, error: HeadstartError | None = None) -> None:
         """Records that the cache was built, or that it failed with this error."""
-        promise = self._pending[key]
-        promise.error = error
-        promise.settled.set()
+        pending = self._pending[key]
+        pending.error = error
+        pending.resolved.set()
 
-    async def settled(self, key: CacheKey) -> None:
+    async def wait_resolved(self, key: CacheKey) -> None:
         """Waits until the declared cache is built or has failed; returns at once if the name isn't declared.
         Raises the error if it has failed."""
-        if promise := self._pending.get(key):
-            await promise.settled.wait()
-            if promise.error:
-                raise promise.error.with_traceback(None)
+        if pending := self._pending.get(key):
+            await pending.resolved.wait()
+            if pending.error:
+                raise pending.error.with_traceback(None)
 
-    def open(self) -> Iterator[CacheKey]:
+    def unresolved(self) -> Iterator[CacheKey]:
         """Keys of the caches still to be built."""
-        return (key for key, promise in self._pending.items() if not promise.settled.is_set())
+        return (key for key, pending in self._pending.items() if not pending.resolved.is_set())

@@ -57,10 +57,10 @@ class Caches:
         """The owner's cache of this name, or else the public one. Raises InvalidName or CacheNotFound."""
         return self._caching.namespaces.look_up(model, name, param=param)
 
-    def public_only(self, model: TenantModel, name: str) -> TenantModel | None:
+    def public_view(self, model: TenantModel, name: str) -> TenantModel | None:
         """The model as seen by the public, if the named cache is public and the owner has none of this name.
         Raises InvalidName."""
-        return self._caching.namespaces.only_shared(model, name, param="name")
+        return self._caching.namespaces.public_view(model, name, param="name")
 
     def is_declared(self, model: TenantModel, name: str) -> bool:
         return self._caching.is_declared(model, name)
@@ -75,7 +75,7 @@ class Caches:
 
     def expires_at(self, entry: Entry) -> float | None:
         """When the cache expires, in seconds since 1970; None: never."""
-        return self._store.index.ends(entry)
+        return self._store.index.expires_at(entry)
 
     def is_from_copy(self, entry: Entry) -> bool:
         """Whether the cache's file can't be read, so that its text comes from an unverified copy."""
@@ -116,7 +116,7 @@ class Caches:
         """Opens the cache's file; the caller closes it. Raises as Transfer.export."""
         return await self._transfer.export(model, name)
 
-    async def take(
+    async def import_file(
         self,
         model: TenantModel,
         name: str,
@@ -126,8 +126,10 @@ class Caches:
         overwrite: bool,
         rebuild: bool,
     ) -> Entry:
-        """Imports a cache file. Raises as Transfer.take."""
-        return await self._transfer.take(model, name, chunks, size=size, overwrite=overwrite, rebuild=rebuild)
+        """Imports a cache file. Raises as Transfer.import_file."""
+        return await self._transfer.import_file(
+            model, name, chunks, size=size, overwrite=overwrite, rebuild=rebuild
+        )
 
     def verify(self, scope: VerifyScope) -> AsyncGenerator[Verdict, None]:
         """Checks caches, and repairs them on request; see Verifier.verify."""

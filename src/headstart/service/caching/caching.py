@@ -19,7 +19,7 @@ from headstart.service.caching.builder import Build, Builder, OnProgress
 from headstart.service.caching.builds import BuildKey, Builds, PendingDeclared, SharedBuild
 from headstart.service.caching.catalog import NamespaceCatalog
 from headstart.service.caching.derived import check_own_name, composed
-from headstart.service.caching.lookup import Start, opened
+from headstart.service.caching.lookup import Start, decide_start
 from headstart.service.caching.quota import Quota
 from headstart.service.interface.observer import Observer
 from headstart.service.models.tenant_model import TenantModel
@@ -47,7 +47,7 @@ class Caching:
         check_name(name, param="use_cache")
         for namespace in model.namespace.visible:
             key = CacheKey(namespace, name)
-            await self.pending_declared.settled(key)
+            await self.pending_declared.wait_resolved(key)
             if (build := self.builds.of(key)) and not self.namespaces.at(key):
                 await asyncio.wait([build])
             if entry := self.namespaces.at(key):
@@ -55,13 +55,14 @@ class Caching:
         return self.store.find(model.key(name))
 
     async def match(
-        self, model: TenantModel, prefix: Content, tokens: list[int], wanted: list[int] | None = None
+        self, model: TenantModel, prefix: Content, tokens: list[int], expected: list[int] | None = None
     ) -> tuple[Entry, Start] | None:
         """For a chat that names no cache: the cache that begins with exactly these messages and tools, and
-        how a request of `tokens` starts from it. Doesn't wait for builds. `wanted` is as in `opened`."""
+        how a request of `tokens` starts from it. Doesn't wait for builds. `expected` is as in
+        `decide_start`."""
         for entry in self.namespaces.known(model, "chat"):
             if entry.tools == prefix.tools and entry.content.prefix_messages == prefix.messages:
-                return entry, await opened(self.store, model, entry, "chat", tokens, wanted=wanted)
+                return entry, await decide_start(self.store, model, entry, "chat", tokens, expected=expected)
         return None
 
     def count_hit(self, entry: Entry, boundary: int, stats: Stats) -> None:
@@ -76,7 +77,7 @@ class Caching:
     def building(self, owner: str | None, model: str | None = None) -> list[tuple[str, str]]:
         """Model and name of each cache that `visible` would list and that is being built or is declared and
         not yet built. `owner` None: those of all owners."""
-        keys = {*self.builds, *self.pending_declared.open()}
+        keys = {*self.builds, *self.pending_declared.unresolved()}
         return sorted(
             (namespace.model, name)
             for namespace, name in keys
@@ -85,15 +86,20 @@ class Caching:
         )
 
     async def open(
-        self, model: TenantModel, entry: Entry, form: Form, tokens: list[int], wanted: list[int] | None = None
+        self,
+        model: TenantModel,
+        entry: Entry,
+        form: Form,
+        tokens: list[int],
+        expected: list[int] | None = None,
     ) -> Start | None:
         """How a request with the prompt `tokens` starts from the cache. None if the cache was replaced or
-        rebuilt meanwhile: the caller must look it up again. `wanted` is as in `opened`."""
-        model = model.seen_by(entry.owner)
+        rebuilt meanwhile: the caller must look it up again. `expected` is as in `decide_start`."""
+        model = model.for_owner(entry.owner)
         key = entry.key
         # Read before the state: a build that ends while the old state is checked had begun before.
         build = self.builds.of(key)
-        start = await opened(self.store, model, entry, form, tokens, self._base(model, entry), wanted)
+        start = await decide_start(self.store, model, entry, form, tokens, self._base(model, entry), expected)
         if start.miss is None or start.miss in KEEPS_STATE:
             return start
         if build := build or self.builds.of(key):
@@ -123,7 +129,7 @@ class Caching:
         or an error of the engine; then nothing has changed."""
         check_own_name(name, param="cache_name")
         if not content.prefix_messages:
-            raise BadRequest("The prompt is empty: there is nothing to keep.", param="prompt")
+            raise BadRequest("The prompt is empty: there is nothing to cache.", param="prompt")
         if origin != "declared":
             self.check_not_declared(model, name, param="cache_name")
         kept = retention or self.retention(model, name)
@@ -135,10 +141,19 @@ class Caching:
         if shared:
             return await shared.join(on_progress)
         version = previous.version + 1 if previous else 1
-        wanted = content.forms if forms is None else forms
+        requested = content.forms if forms is None else forms
         shared = SharedBuild(build_key)
         build = Build(
-            model, name, content, wanted, version, kept, origin, previous, on_progress=shared.tell, base=base
+            model,
+            name,
+            content,
+            requested,
+            version,
+            kept,
+            origin,
+            previous,
+            on_progress=shared.tell,
+            base=base,
         )
         self.builds.share(model.key(name), shared, self.builder.build(build))
         return await shared.join(on_progress)
@@ -191,7 +206,7 @@ class Caching:
     def rebuild(self, model: TenantModel, entry: Entry) -> None:
         """Starts recomputing the states of `entry`, unless a build of it is running or it was replaced;
         requests for it wait."""
-        model = model.seen_by(entry.owner)
+        model = model.for_owner(entry.owner)
         if entry.key in self.builds or not self._is_latest(model, entry):
             return
         build = Build(
@@ -223,13 +238,13 @@ class Caching:
 
     def _base(self, model: TenantModel, entry: Entry) -> Entry | None:
         """The first part of a derived cache, which is its prefix."""
-        return self.namespaces.seen(model, entry.parts[0]) if entry.parts else None
+        return self.namespaces.find_visible(model, entry.parts[0]) if entry.parts else None
 
     async def _derive(self, build: Build) -> Entry:
         """Builds a derived cache, and deletes it again if one of its parts was replaced or deleted
         meanwhile."""
         entry = await self.builder.build(build)
-        parts = [part for name in entry.parts if (part := self.namespaces.seen(build.model, name))]
+        parts = [part for name in entry.parts if (part := self.namespaces.find_visible(build.model, name))]
         whole = len(parts) == len(entry.parts)
         if not (whole and composed(build.model, parts, build.forms[0]).name == entry.name):
             with suppress(CacheNotFound):

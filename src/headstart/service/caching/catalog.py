@@ -21,17 +21,17 @@ class NamespaceCatalog:
         """The named cache of the owner or else the public one, in its current state. Raises InvalidName or
         CacheNotFound."""
         check_name(name, param=param)
-        return self.seen(model, name) or self.store.find(model.key(name), param=param)
+        return self.find_visible(model, name) or self.store.find(model.key(name), param=param)
 
-    def only_shared(self, model: TenantModel, name: str, *, param: str) -> TenantModel | None:
+    def public_view(self, model: TenantModel, name: str, *, param: str) -> TenantModel | None:
         """A view of the model without an owner, if the named cache is public and the owner has none of this
         name. Raises InvalidName."""
         check_name(name, param=param)
         if not model.owner or self.own(model, name) or not self.at(CacheKey(Namespace(model.name), name)):
             return None
-        return model.seen_by("")
+        return model.for_owner("")
 
-    def seen(self, model: TenantModel, name: str) -> Entry | None:
+    def find_visible(self, model: TenantModel, name: str) -> Entry | None:
         """The named cache of the owner or else the public one."""
         entries = (self.at(CacheKey(namespace, name)) for namespace in model.namespace.visible)
         return next((entry for entry in entries if entry), None)
@@ -45,16 +45,16 @@ class NamespaceCatalog:
     def visible(self, owner: str, model: str | None = None) -> list[Entry]:
         """The owner's caches and the public ones, sorted by model and name; the owner's hides a public one of
         the same name. Stored responses are left out."""
-        wanted = [e for e in self.store.entries() if e.owner in ("", owner) and model in (None, e.model)]
-        named = [e for e in wanted if e.origin != "response"]
+        listed = [e for e in self.store.entries() if e.owner in ("", owner) and model in (None, e.model)]
+        named = [e for e in listed if e.origin != "response"]
         by_name = {(e.model, e.name): e for e in sorted(named, key=lambda entry: entry.owner)}
         return [by_name[key] for key in sorted(by_name)]
 
     def known_prefix(self, model: TenantModel, text: str) -> str:
         """The longest cached completion prompt that is a prefix of `text`; "" for none."""
         known = self.known(model, "completion")
-        begun = [entry for entry in known if entry.prompt and text.startswith(entry.prompt)]
-        fitting = (entry.prompt for entry in begun if self.at(entry.key) == entry)
+        matching = [entry for entry in known if entry.prompt and text.startswith(entry.prompt)]
+        fitting = (entry.prompt for entry in matching if self.at(entry.key) == entry)
         return max(fitting, key=len, default="")
 
     def own(self, model: TenantModel, name: str) -> Entry | None:

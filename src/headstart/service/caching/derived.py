@@ -22,7 +22,7 @@ DERIVED = "derived-"
 def check_own_name(name: str, *, param: str) -> str:
     """The name, if a client may give it to a cache. Raises InvalidName."""
     if check_name(name, param=param).startswith(DERIVED):
-        raise InvalidName(f"Names that begin with {DERIVED!r} are the server's own.", param=param)
+        raise InvalidName(f"Names that begin with {DERIVED!r} are reserved for the server.", param=param)
     return name
 
 

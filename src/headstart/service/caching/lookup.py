@@ -32,25 +32,25 @@ class Start:
     shared: int | None = None
 
 
-async def opened(
+async def decide_start(
     store: Store,
     model: TenantModel,
     entry: Entry,
     form: Form,
     tokens: list[int],
     base: Entry | None = None,
-    wanted: list[int] | None = None,
+    expected: list[int] | None = None,
 ) -> Start:
     """How a request with the prompt `tokens` starts from the cache at present. If the cache is evicted, or
-    derived and not yet built, the state of `base`, a cache with a common prefix, is used. `wanted`: the
+    derived and not yet built, the state of `base`, a cache with a common prefix, is used. `expected`: the
     cache's `prefix_tokens`, if known. Raises ModelLoading."""
     try:
-        wanted = await prefix_tokens(model, form, entry.content) if wanted is None else wanted
+        expected = await prefix_tokens(model, form, entry.content) if expected is None else expected
     except BadRequest as error:
         # The content was accepted by another template, or has never been rendered.
         log.warning("cache %s of %s can't be used: %s", entry.name, entry.namespace, error.message)
         return Start(0, miss="template_changed")
-    boundary = min(common_prefix(wanted, tokens), len(tokens) - 1)
+    boundary = min(common_prefix(expected, tokens), len(tokens) - 1)
     reason: MissReason | None
     if reason := model.fingerprint.changed_since(entry.fingerprint):
         return Start(boundary, miss=reason)
@@ -59,11 +59,11 @@ async def opened(
         reason = "evicted" if entry.version else "first_use"
         return Start(boundary, start.restore, reason, start.shared)
     if form not in entry.forms:
-        return Start(boundary, miss="form_not_built" if wanted else "too_short")
-    if boundary <= 0 or (boundary < len(wanted) and not model.info.can_cut):
+        return Start(boundary, miss="form_not_built" if expected else "too_short")
+    if boundary <= 0 or (boundary < len(expected) and not model.info.can_cut):
         return Start(max(boundary, 0), miss="prompt_differs")
     stored = entry.forms[form]
-    if stored.n_tokens != len(wanted):
+    if stored.n_tokens != len(expected):
         return Start(boundary, miss="template_changed")
     if 0 < _most_bytes(model, stored.n_tokens) < stored.state_bytes:
         log.warning("cache %s of %s is damaged: its state is too large", entry.name, entry.model)
@@ -73,7 +73,7 @@ async def opened(
     except Corrupt as error:
         log.warning("cache %s of %s is damaged: %s", entry.name, entry.model, error)
         return Start(boundary, miss="corrupt")
-    if state.tokens != wanted:
+    if state.tokens != expected:
         return Start(boundary, miss="template_changed")
     return Start(boundary, restore=state.ref)
 
@@ -87,10 +87,10 @@ async def miss_reason(store: Store, model: TenantModel, entry: Entry) -> MissRea
     """The miss reason of a request that begins with the cache; None if it would hit. Raises ModelLoading."""
     for form in tuple(entry.forms) or entry.content.forms:
         try:
-            wanted = await prefix_tokens(model, form, entry.content)
+            expected = await prefix_tokens(model, form, entry.content)
         except BadRequest:
             return "template_changed"
-        start = await opened(store, model, entry, form, [*wanted, NO_TOKEN])
+        start = await decide_start(store, model, entry, form, [*expected, NO_TOKEN])
         if start.miss:
             return start.miss
     return None

@@ -150,7 +150,7 @@ class Reservation:
         self.key = key
 
     async def reserve(self, size: int) -> None:
-        """Reserves `size` bytes in place of the previous reservation; see Quota.hold."""
+        """Reserves `size` bytes in place of the previous reservation; see Quota.reserve."""
         await self.quota.reserve(self.key, size)
 
 
@@ -163,6 +163,6 @@ def _exceeded(size: int, limit: int, free: int | None) -> QuotaExceeded:
     most = "not as many" if free is None else f"no more than {max(free, 0) / 1e6:.2f} MB"
     return QuotaExceeded(
         f"There is no room: {size / 1e6:.2f} MB are needed, and of the {limit / 1e6:.2f} MB that caches may "
-        f"take {most} can be had by giving up others. Delete or unpin "
-        "caches, or raise quota_mb."
+        f"take {most} can be freed by eviction. Delete or unpin caches, or "
+        "raise quota_mb."
     )

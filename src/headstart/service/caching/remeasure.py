@@ -100,13 +100,13 @@ class Remeasuring:
         self._attempts[name] += 1
         self._not_before[name] = monotonic() + seconds
 
-    async def _try_again(self, model: ServedModel, plan: Plan, asked: EngineSettings) -> None:
+    async def _try_again(self, model: ServedModel, plan: Plan, settings: EngineSettings) -> None:
         log.info("measuring %s again", model.name)
         self._wait_longer(model.name)
-        tuning = await self._measured(asked)
+        tuning = await self._measured(settings)
         if tuning is None:
             return
-        changes = asked.kept.is_whole and tuning.counts and tuning.numerics != asked.kept
+        changes = settings.existing.is_whole and tuning.counts and tuning.numerics != settings.existing
         self._tunings.put(plan.key, tuning, overrides=changes)
         if not tuning.counts:
             log.warning(doubted(model.name, tuning))
@@ -120,12 +120,12 @@ class Remeasuring:
             log.warning("%s can't be run with the measured settings: %s", model.name, error.message)
             self._tunings.forget(plan.key)
 
-    async def _measured(self, asked: EngineSettings) -> Tuning | None:
+    async def _measured(self, settings: EngineSettings) -> Tuning | None:
         """Returns None if measuring failed or was interrupted."""
         ours, theirs = socket.socketpair()
         self.models.used.clear()
         used = asyncio.create_task(self.models.used.wait())
-        work = asyncio.create_task(asyncio.to_thread(self.measure, asked, theirs, worker_environment()))
+        work = asyncio.create_task(asyncio.to_thread(self.measure, settings, theirs, worker_environment()))
         try:
             while not (work.done() or used.done()) and self.models.is_idle:
                 await asyncio.wait([work, used], timeout=LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
@@ -151,7 +151,7 @@ class Remeasuring:
             while not self.models.is_idle:
                 await asyncio.sleep(LOOK_SECONDS)
             with suppress(HeadstartError):
-                async with self.models.use(model.seen_by(entry.owner)) as used:
+                async with self.models.use(model.for_owner(entry.owner)) as used:
                     await self.caching.rebuilt(used, entry)
 
     def _unfit(self, model: ServedModel, numerics: Numerics) -> list[Entry]:

@@ -45,7 +45,7 @@ class Exported:
     closes it."""
 
     entry: Entry
-    opened: BinaryIO
+    file: BinaryIO
     size: int
     digest: str
 
@@ -62,8 +62,8 @@ class Transfer:
         entry = self.store.find(model.key(check_name(name, param="name")), param="name")
         if entry.sidecar_forms:
             raise BadRequest(
-                f"The states of cache {name!r} are files of the NPU's runtime, which fit nowhere else; make "
-                "the cache there from its prompt.",
+                f"The states of cache {name!r} are files of the NPU's runtime and can't be exported; "
+                "create the cache on the other server from its prompt.",
                 param="name",
             )
         try:
@@ -73,7 +73,7 @@ class Transfer:
         except (Corrupt, OSError) as error:
             raise StorageError(f"The file of cache {name!r} can't be read: {error}") from error
 
-    async def take(
+    async def import_file(
         self,
         model: TenantModel,
         name: str,
@@ -98,7 +98,7 @@ class Transfer:
                 entry = await asyncio.to_thread(inspect, scratch)
             except Corrupt as error:
                 reason = str(error).removeprefix(f"{scratch}: ")
-                raise DamagedFile(f"This is not a cache's file as it was written: {reason}.") from error
+                raise DamagedFile(f"The file is damaged: {reason}.") from error
             if not rebuild:
                 _check_fits(model, entry)
                 await _check_renders(model, entry)
@@ -161,15 +161,15 @@ class Transfer:
 
 
 def _open(path: Path, entry: Entry) -> Exported:
-    opened = format.opened(path)
+    file = format.open_file(path)
     try:
-        header = read_header(opened)
-        size = os.fstat(opened.fileno()).st_size
-        opened.seek(0)
+        header = read_header(file)
+        size = os.fstat(file.fileno()).st_size
+        file.seek(0)
     except BaseException:
-        opened.close()
+        file.close()
         raise
-    return Exported(entry, opened, size, header.metadata[HASH])
+    return Exported(entry, file, size, header.metadata[HASH])
 
 
 async def _check_renders(model: TenantModel, entry: Entry) -> None:
@@ -183,7 +183,7 @@ def _check_fits(model: TenantModel, entry: Entry) -> None:
     """Raises CacheMismatch."""
     if reason := model.fingerprint.changed_since(entry.fingerprint):
         raise CacheMismatch(
-            f"These states were not computed as {model.name!r} is run here: "
+            f"The states were computed with another fingerprint than that of {model.name!r}: "
             f"{model.fingerprint.differences(entry.fingerprint)}. Send the file with ?rebuild=true to have "
             "its text computed here.",
             reason=reason,

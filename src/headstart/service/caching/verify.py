@@ -103,7 +103,7 @@ class Verifier:
     def _model(self, entry: Entry) -> TenantModel | None:
         """The model as its owner's requests use it."""
         model = self.models.get(entry.model)
-        return model.seen_by(entry.owner) if model else None
+        return model.for_owner(entry.owner) if model else None
 
     def _knows(self, orphan: OrphanFile) -> bool:
         """Whether the store knows the cache of this file, from a copy of its header."""

@@ -12,20 +12,20 @@ from headstart.service.interface.answer import Choice, Delta, Ended, TokenLogpro
 
 
 class Answering:
-    """`said`: the whole text so far, as the model wrote it. `whole`: the sum of the deltas so far. `stopped`:
-    a stop string was found; further tokens are ignored."""
+    """`raw_text`: the text so far, as the model wrote it. `whole`: the sum of the deltas so far. `stopped`: a
+    stop string was found; further tokens are ignored."""
 
     def __init__(self, choice: int, vocabulary: Vocabulary, text: AnswerDetokenizer, parser: Parser) -> None:
         self.choice = choice
         self.vocabulary = vocabulary
         self.text = text
         self.parser = parser
-        self.said = ""
+        self.raw_text = ""
         self.n_tokens = 0
         self.has_called = False
         self.ended = False
         self.whole = Choice(choice)
-        self._untold: list[TokenLogprob] = []
+        self._pending_logprobs: list[TokenLogprob] = []
 
     @property
     def stopped(self) -> bool:
@@ -34,15 +34,15 @@ class Answering:
     def add(self, token: Token) -> Iterator[Delta]:
         self.n_tokens += 1
         if token.logprob is not None:
-            self._untold.append(self._logprob(token, token.logprob))
+            self._pending_logprobs.append(self._logprob(token, token.logprob))
         yield from self._deltas(self.text.add(token.token))
 
     def end(self, reason: FinishReason) -> Iterator[Delta | Ended]:
         """The text that was held back, and the end."""
         text = self.text.end()
-        self.said += text
+        self.raw_text += text
         left = [*self.parser.add(text), *self.parser.end()]
-        yield from self._with_logprobs(left, self._told(all_of_them=not self.stopped))
+        yield from self._with_logprobs(left, self._complete_logprobs(all_of_them=not self.stopped))
         self.ended = True
         if reason == "length" and not self.stopped:
             ended = Ended(self.choice, "length")
@@ -54,8 +54,8 @@ class Answering:
         yield ended
 
     def _deltas(self, text: str) -> Iterator[Delta]:
-        self.said += text
-        yield from self._with_logprobs(self.parser.add(text), self._told())
+        self.raw_text += text
+        yield from self._with_logprobs(self.parser.add(text), self._complete_logprobs())
 
     def _with_logprobs(self, parts: list[AnswerPart], logprobs: list[TokenLogprob]) -> Iterator[Delta]:
         for part in parts or ([AnswerPart()] if logprobs else []):
@@ -65,13 +65,13 @@ class Answering:
             yield delta
             logprobs = []
 
-    def _told(self, *, all_of_them: bool = False) -> list[TokenLogprob]:
+    def _complete_logprobs(self, *, all_of_them: bool = False) -> list[TokenLogprob]:
         """Removes and returns the logprobs of tokens whose text was returned; those of a stop string are
         never returned."""
-        n = len(self.said)
-        told = [each for each in self._untold if all_of_them or each.offset < n]
-        self._untold = self._untold[len(told) :]
-        return told
+        n = len(self.raw_text)
+        complete = [each for each in self._pending_logprobs if all_of_them or each.offset < n]
+        self._pending_logprobs = self._pending_logprobs[len(complete) :]
+        return complete
 
     def _logprob(self, token: Token, logprob: float) -> TokenLogprob:
         written = self.vocabulary.written

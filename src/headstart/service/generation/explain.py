@@ -136,10 +136,10 @@ def _named(found: Closest, miss: MissReason | None, stats: Stats) -> str:
 def _unnamed(found: Closest, at: int, stats: Stats) -> str:
     name = found.entry.name
     if at == len(found.tokens) > 0:
-        told = f"The request names no cache, but begins with all of {name!r}: use_cache would start from it."
+        text = f"The request names no cache, but begins with all of {name!r}: use_cache would start from it."
     else:
-        told = f"The request names no cache. It begins like {name!r} for {at} tokens and then differs."
-    return told + _from_memory(stats)
+        text = f"The request names no cache. It begins like {name!r} for {at} tokens and then differs."
+    return text + _from_memory(stats)
 
 
 def _from_memory(stats: Stats) -> str:

@@ -18,7 +18,7 @@ from headstart.service.interface.answer import AnswerEvent, Explanation, PromptP
 from headstart.service.interface.observer import Answered, Failure, Observer, Restored
 from headstart.service.origins.automatic import Automatic
 from headstart.service.origins.breakpoints import Breakpoints
-from headstart.service.origins.conversations import Conversations, Saving
+from headstart.service.origins.conversations import Conversations, SaveRequest
 from headstart.service.origins.responses import Responses, n_tokens
 
 
@@ -125,8 +125,8 @@ class Generation:
         if keep is None or keep.body or plan.chat is None:
             return None
         base = plan.entry.name if plan.entry else None
-        saving = Saving(prepared.model, keep.name, keep.overwrite, plan.chat, base)
-        self.conversations.save(saving, answer.said)
+        saving = SaveRequest(prepared.model, keep.name, keep.overwrite, plan.chat, base)
+        self.conversations.save(saving, answer.raw_text)
         return keep.name
 
     def _keep_response(self, prepared: Prepared, answer: Answering) -> None:

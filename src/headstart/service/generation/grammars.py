@@ -144,7 +144,7 @@ class GrammarChecks:
             flight.task = asyncio.create_task(self._found(flight, key, grammar))
             flight.task.add_done_callback(lambda task: self._ended(key, task))
         elif flight.n_asking > self.max_waiting:
-            raise Overloaded("As many requests are waiting for this grammar as may.")
+            raise Overloaded("The maximum number of requests is waiting for this grammar.")
         flight.n_asking += 1
         try:
             return await asyncio.shield(flight.task)

@@ -60,16 +60,16 @@ class PromptPlanner:
         """A chat that names no cache may start from a cache with the same prefix."""
         chat = replace(own, messages=self.automatic.with_default(own.messages))
         prefix = self._cacheable_prefix(model, chat)
-        tokens, wanted = await model.prompts.with_prefix(chat.prompt, prefix_request("chat", prefix))
+        tokens, expected = await model.prompts.with_prefix(chat.prompt, prefix_request("chat", prefix))
         model.check_fits(len(tokens), param="messages")
-        boundary = _cut(wanted or [], tokens)
+        boundary = _cut(expected or [], tokens)
         places = await self._places(model, chat, own, options, tokens)
         if places:
-            wanted = None
+            expected = None
             prefix, boundary = await self._cached_or_placed(model, chat, tokens, places[-1])
         if not options.reuse:
             return PlannedPrompt(tokens, Start(boundary), chat=chat)
-        match = await self.automatic.look(model, prefix, tokens, boundary, wanted)
+        match = await self.automatic.look(model, prefix, tokens, boundary, expected)
         base, start = None, Start(boundary, restore=match.restore if match else None)
         if match and match.entry is None:
             base, start = await self._from_shorter(model, chat, tokens, boundary)
@@ -83,7 +83,7 @@ class PromptPlanner:
     ) -> list[PlacedBreakpoint]:
         """The request's breakpoints, placed in the chat with the configured system message."""
         added = len(chat.messages) - len(own.messages)
-        breakpoints = [replace(mark, messages=mark.messages + added) for mark in options.breakpoints]
+        breakpoints = [replace(each, messages=each.messages + added) for each in options.breakpoints]
         return await self.breakpoints.place(model, chat, breakpoints, tokens)
 
     def _cacheable_prefix(self, model: TenantModel, chat: Chat) -> Content:
@@ -121,9 +121,9 @@ class PromptPlanner:
             entry = await self._named(model, names, "chat")
             chat = own if whole else own.after(entry.content)
             if chat.begins_with(entry.content):
-                asked = chat.prompt, prefix_request("chat", entry.content)
-                tokens, wanted = await model.prompts.with_prefix(*asked)
-                start = await self.caching.open(model, entry, "chat", tokens, wanted)
+                request = chat.prompt, prefix_request("chat", entry.content)
+                tokens, expected = await model.prompts.with_prefix(*request)
+                start = await self.caching.open(model, entry, "chat", tokens, expected)
             else:
                 tokens = await model.prompts.one(chat.prompt)
                 start = await self._differing(model, chat, entry, tokens)
@@ -170,7 +170,7 @@ class PromptPlanner:
         check_parts(names)
         parts = []
         for name in names:
-            await self.conversations.settled(model, name)
+            await self.conversations.wait_saved(model, name)
             parts.append(await self.caching.find(model, name))
         return parts[0] if len(parts) == 1 else self.caching.derived(model, parts, form)
 

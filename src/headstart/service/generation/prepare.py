@@ -180,7 +180,7 @@ def _submit(
 ) -> Submit:
     """The engine's request. `grammar`: that of the tools, "" for none."""
     tokens, sampling = plan.tokens, options.sampling
-    begun = plan.entry or (plan.match and plan.match.entry)
+    entry = plan.entry or (plan.match and plan.match.entry)
     room = model.info.n_ctx - len(tokens)
     return Submit(
         id=0,
@@ -192,7 +192,7 @@ def _submit(
         shared=start.shared,
         reuse=options.reuse,
         owner=model.owner,
-        public=start.boundary if begun and not begun.owner else 0,
+        public=start.boundary if entry and not entry.owner else 0,
         n=options.n,
         text=model.text(tokens, param=param),
         progress=options.progress,

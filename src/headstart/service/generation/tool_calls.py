@@ -49,14 +49,14 @@ def _functions(tools: Sequence[Tool], calling: Calling) -> list[Function]:
     if calling.choice != "required":
         return []
     if not tools:
-        raise BadRequest("tool_choice wants a call, but there are no tools.", param="tool_choice")
+        raise BadRequest("tool_choice requires a call, but there are no tools.", param="tool_choice")
     functions = [tool["function"] for tool in tools]
-    wanted = [each for each in functions if calling.name in (None, each["name"])]
-    if not wanted:
+    callable_functions = [each for each in functions if calling.name in (None, each["name"])]
+    if not callable_functions:
         raise BadRequest(
             f"tool_choice names {calling.name!r}, which is none of the tools.", param="tool_choice"
         )
-    return [(each["name"], _schema(each)) for each in wanted]
+    return [(each["name"], _schema(each)) for each in callable_functions]
 
 
 def _schema(function: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ class Text:
     def is_empty(self) -> bool:
         return not (self.text or self.tokens or self.suffix)
 
-    def said(self, vocabulary: Vocabulary) -> str:
+    def as_text(self, vocabulary: Vocabulary) -> str:
         """The prompt as it was sent, as text; token ids are detokenised."""
         if self.tokens is None:
             return self.text
@@ -32,9 +32,9 @@ class Text:
     def whole(self, vocabulary: Vocabulary, cached: str = "") -> str:
         """The whole prompt as text, after the cached text. A gap in a text is written with the model's
         fill-in-the-middle tokens. Raises BadRequest if the model has none."""
-        said = cached + self.said(vocabulary)
+        as_text = cached + self.as_text(vocabulary)
         if not self.suffix:
-            return said.removeprefix(vocabulary.bos_text) if self.tokens else said
+            return as_text.removeprefix(vocabulary.bos_text) if self.tokens else as_text
         if vocabulary.gap is None:
             raise BadRequest(
                 "The model has no tokens for filling a gap: leave suffix out, or use a model for code that "
@@ -42,7 +42,7 @@ class Text:
                 param="suffix",
             )
         before, after, between = vocabulary.gap
-        return f"{before}{said.removeprefix(before)}{after}{self.suffix}{between}"
+        return f"{before}{as_text.removeprefix(before)}{after}{self.suffix}{between}"
 
     async def read(self, prompts: PromptRequests, cached: str = "") -> list[int]:
         """The tokens of the whole prompt, including the cached text. Raises BadRequest."""

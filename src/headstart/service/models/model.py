@@ -93,7 +93,7 @@ class ServedModel:
         self.engine.settings = msgspec.structs.replace(plan.settings, within_memory=within_memory)
         async with measuring if plan.measures else nullcontext():
             if plan.measures and engine_kind(self.path).is_timed:
-                say(f"Measuring what is fastest for {self.name} here (once per model and machine) ...")
+                say(f"Measuring the fastest settings for {self.name} (once per model and machine) ...")
             self.engine.start()
             await self.engine.wait_ready()
         tuning = self.engine.settings.tuning
@@ -113,7 +113,7 @@ class ServedModel:
         tunings = Tunings(store.directory)
         return make_plan(self.path, self._weights, self.settings, tunings, self.entries(store))
 
-    def seen_by(self, owner: str) -> TenantModel:
+    def for_owner(self, owner: str) -> TenantModel:
         """The model for requests of `owner`; "": for the public."""
         return TenantModel(self, owner)
 

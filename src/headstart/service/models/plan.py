@@ -68,27 +68,27 @@ def make_plan(
         ("measured", overriding or Numerics()),
         ("caches", numerics_of(entries, weights)),
     ]
-    wanted = _joined(sources)
-    tuning = tunings.find(key, wanted) if settings.tune else None
+    joined = _joined(sources)
+    tuning = tunings.find(key, joined) if settings.tune else None
     doubted = tunings.doubted(key) if settings.tune and tuning is None else None
     otherwise: Why = "measured" if settings.tune and not doubted else "default"
     why = {
         part: next((why for why, source in sources if getattr(source, part) is not None), otherwise)
         for part in Numerics.__struct_fields__
     }
-    asked = replace(
+    base = replace(
         engine_settings(path, settings),
-        numerics=wanted,
+        numerics=joined,
         tuning=tuning,
         tune=settings.tune and doubted is None,
         conversions=conversions_of(weights, settings.cache_dir),
     )
     again = None
     if doubted or (tuning and not tuning.is_final):
-        kept = wanted.or_else(DEFAULT) if "caches" in why.values() else Numerics()
+        existing = joined.or_else(DEFAULT) if "caches" in why.values() else Numerics()
         tried = tunings.doubted(key)
-        again = replace(asked, tune=True, tuning=None, numerics=_joined(fixed), kept=kept, tried=tried)
-    return Plan(key, asked, given, why, doubted, again, overrides=overriding is not None)
+        again = replace(base, tune=True, tuning=None, numerics=_joined(fixed), existing=existing, tried=tried)
+    return Plan(key, base, given, why, doubted, again, overrides=overriding is not None)
 
 
 def _joined(sources: Sequence[tuple[Why, Numerics]]) -> Numerics:

@@ -45,7 +45,7 @@ class Models:
         self.all = {name: ServedModel(name, path, settings) for name, path in settings.model_paths.items()}
         self._on_loaded = on_loaded
         self._is_building = is_building
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
         self._users: Counter[str] = Counter()
         self._last_used: dict[str, float] = {}
         self._loads: dict[str, asyncio.Task[None]] = {}
@@ -83,9 +83,9 @@ class Models:
     def _first(self) -> list[str]:
         """Names of the models to load at the start, including those of declared caches."""
         names = list(self.all)
-        wanted = {"first": names[:1], "all": names, "none": []}[self.settings.preload]
+        preloaded = {"first": names[:1], "all": names, "none": []}[self.settings.preload]
         declared = [cache.model or names[0] for cache in self.settings.caches.values()]
-        return [name for name in names if name in (*wanted, *declared)]
+        return [name for name in names if name in (*preloaded, *declared)]
 
     async def load_first(self) -> None:
         """Returns when the models to load at the start answer. Raises StartupError."""
@@ -93,12 +93,12 @@ class Models:
         await asyncio.gather(*(self._load_at_start(self.all[name]) for name in self.first))
 
     async def _load_at_start(self, model: ServedModel) -> None:
-        begun = monotonic()
+        started = monotonic()
         async with self._turns[model.name]:
             await model.begin(self.store)
             await model.load(self.store, self.say, self._measuring)
         self._starting.discard(model.name)
-        self._tell(model, monotonic() - begun)
+        self._tell(model, monotonic() - started)
 
     async def close(self) -> None:
         await self._tasks.close()
@@ -115,7 +115,7 @@ class Models:
             if name not in self.all:
                 raise ModelNotFound(f"There is no model {name!r} any more.", param="model")
             await self._be_ready(name)
-            yield self.all[name].seen_by(model.owner)
+            yield self.all[name].for_owner(model.owner)
         finally:
             self._users[name] -= 1
             self._last_used[name] = monotonic()
@@ -142,7 +142,7 @@ class Models:
 
     async def _load(self, model: ServedModel) -> None:
         """Raises Unavailable."""
-        begun = monotonic()
+        started = monotonic()
         async with self._turns[model.name]:
             try:
                 # Outside `_making_room`: other models can load meanwhile, however long reading this file
@@ -158,14 +158,14 @@ class Models:
             except BaseException:
                 await model.evict()
                 raise
-        self._tell(model, monotonic() - begun)
+        self._tell(model, monotonic() - started)
 
-    async def _keep_within(self, most: int, wanted: str) -> None:
+    async def _keep_within(self, most: int, name: str) -> None:
         """Unloads models until one more may be loaded under the limit `most`. Raises OutOfMemory."""
-        while most and len(self._loaded(but=wanted)) >= most:
-            if not await self._unload_another(wanted):
+        while most and len(self._loaded(but=name)) >= most:
+            if not await self._unload_another(name):
                 raise OutOfMemory(
-                    f"Model {wanted!r} can't be loaded: no more than {most} may be, and all are in use."
+                    f"Model {name!r} can't be loaded: at most {most} may be loaded, and all are in use."
                 )
 
     async def _fits(self, model: ServedModel) -> bool:
@@ -184,11 +184,11 @@ class Models:
             raise unfit(model.name, str(error)) from error
         return True
 
-    async def _unload_another(self, wanted: str) -> bool:
+    async def _unload_another(self, name: str) -> bool:
         """Unloads the least recently used idle model; returns whether there was one."""
-        idle = [name for name in self._loaded(but=wanted) if not self.is_busy(name)]
+        idle = [other for other in self._loaded(but=name) if not self.is_busy(other)]
         if idle:
-            await self._stop(min(idle, key=lambda name: self._last_used.get(name, 0.0)))
+            await self._stop(min(idle, key=lambda other: self._last_used.get(other, 0.0)))
         return bool(idle)
 
     async def unload(self, model: ServedModel, *, force: bool = False) -> bool:
@@ -205,7 +205,7 @@ class Models:
         Requests that arrive meanwhile wait. Raises Unavailable."""
         if not self.is_busy(model.name) and self.is_loaded(model.name):
             await self._stop(model.name)
-            async with self.use(model.seen_by("")):
+            async with self.use(model.for_owner("")):
                 pass
 
     @property
@@ -231,9 +231,9 @@ class Models:
     def _tell(self, model: ServedModel, seconds: float) -> None:
         self.observer.loaded(Loaded(model.name, seconds))
         self._last_used[model.name] = monotonic()
-        if model.name not in self._told:
-            self._told.add(model.name)
-            self._on_loaded(model.seen_by(""))
+        if model.name not in self._reported:
+            self._reported.add(model.name)
+            self._on_loaded(model.for_owner(""))
 
     async def _unload_idle(self) -> None:
         while seconds := self.settings.idle_unload_seconds:

@@ -28,7 +28,7 @@ class TenantModel:
         self.served = served
         self.owner = owner
 
-    def seen_by(self, owner: str) -> TenantModel:
+    def for_owner(self, owner: str) -> TenantModel:
         """The same model for requests of `owner`."""
         return self if owner == self.owner else TenantModel(self.served, owner)
 

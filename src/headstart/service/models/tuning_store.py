@@ -102,10 +102,10 @@ class Tunings:
     def known(self) -> list[Remembered]:
         return list(self._known().tunings)
 
-    def find(self, key: Key, wanted: Numerics) -> Tuning | None:
-        """The latest measurement with the numerics that measuring would choose within `wanted`."""
+    def find(self, key: Key, allowed: Numerics) -> Tuning | None:
+        """The latest measurement with the numerics that measuring would choose within `allowed`."""
         tunings = (known.tuning for known in reversed(self.known()) if known.key == key)
-        return next((tuning for tuning in tunings if _is_choice(tuning, wanted)), None)
+        return next((tuning for tuning in tunings if _is_choice(tuning, allowed)), None)
 
     def doubted(self, key: Key) -> Tuning | None:
         """The unreliable measurement of this key, which another try may improve."""
@@ -167,19 +167,19 @@ def _bytes_of(path: Path) -> bytes:
     return data
 
 
-def _is_choice(tuning: Tuning, wanted: Numerics) -> bool:
+def _is_choice(tuning: Tuning, allowed: Numerics) -> bool:
     """Whether it was measured with the requested numerics, and with no more threads than CPUs."""
-    fits = wanted.allows(tuning.numerics) and tuning.threads <= available_cpus()
+    fits = allowed.allows(tuning.numerics) and tuning.threads <= available_cpus()
     # Measuring may have stayed with the numerics of the caches where little was to be gained.
-    return fits and tuning.numerics == tuning.best(wanted)
+    return fits and tuning.numerics == tuning.best(allowed)
 
 
 def _fault(tuning: Tuning) -> str:
     """The inconsistency between its values; "" for none."""
     if not all(tried.is_whole for tried in (tuning.numerics, *tuning.ranking)):
-        return "an arithmetic that is not whole"
+        return "incomplete numerics"
     if tuning.hits and len(tuning.hits) != len(tuning.ranking):
-        return "hits that are not those of the ranking"
+        return "hits that differ from the ranking"
     if not _are_plain((*tuning.measured, *tuning.doubts, *tuning.doubts.values())):
         return "a text that can't be printed"
     return ""

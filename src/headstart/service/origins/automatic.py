@@ -69,13 +69,13 @@ class Automatic:
         prefix: Content,
         tokens: list[int],
         boundary: int,
-        wanted: list[int] | None = None,
+        expected: list[int] | None = None,
     ) -> ImplicitMatch | None:
-        """The implicit match of a request of `tokens` that begins with these messages and tools; `wanted`:
+        """The implicit match of a request of `tokens` that begins with these messages and tools; `expected`:
         the tokens of these, if known."""
         if not prefix.messages:
             return None
-        found = await self.caching.match(model, prefix, tokens, wanted)
+        found = await self.caching.match(model, prefix, tokens, expected)
         return ImplicitMatch(prefix, boundary, *found) if found else ImplicitMatch(prefix, boundary)
 
     def answered(self, model: TenantModel, match: ImplicitMatch, stats: Stats) -> None:
@@ -94,18 +94,18 @@ class Automatic:
         if not settings.automatic or not (is_default or match.boundary > settings.automatic_tokens):
             return
         # The configured system message is not private to a key.
-        model = model.seen_by("") if is_default else model
+        model = model.for_owner("") if is_default else model
         name = automatic_name(match.prefix)
         enough = 1 if is_default else settings.automatic_after
         if name not in self._too_large and self._seen.again(model.namespace, name, monotonic(), enough):
-            self._tasks.start(self.make(model, match.prefix))
+            self._tasks.start(self.build(model, match.prefix))
 
     def is_worth_keeping(self, prefix: Content, n_tokens: int) -> bool:
         """Whether an automatic cache of this prefix may be built: it is long enough and wasn't found too
         large."""
         return n_tokens > self.settings.automatic_tokens and automatic_name(prefix) not in self._too_large
 
-    async def make(
+    async def build(
         self,
         model: TenantModel,
         prefix: Content,
@@ -131,14 +131,14 @@ class Automatic:
                 )
                 if entry in self._trim():
                     log.info("%s of %s alone exceeds automatic_quota_mb", name, model.namespace)
-                    self._give_up(name)
+                    self._record_too_large(name)
                     return None
                 return entry
             except HeadstartError as error:
                 log.info("no automatic cache %s of %s: %s", name, model.namespace, error)
                 return None
 
-    def _give_up(self, name: str) -> None:
+    def _record_too_large(self, name: str) -> None:
         if len(self._too_large) >= MOST:
             self._too_large.clear()
         self._too_large.add(name)
@@ -175,20 +175,20 @@ class RecentUse:
 
     def __init__(self, window: float) -> None:
         self.window = window
-        self._shelves: dict[str, OrderedDict[str, deque[float]]] = {}
+        self._counts: dict[str, OrderedDict[str, deque[float]]] = {}
 
     def again(self, namespace: Namespace, what: str, now: float, enough: int) -> bool:
         """Counts a use. Returns whether there are `enough` recent ones, including this one; then counting
         restarts."""
-        seen = self._shelves.setdefault(namespace, OrderedDict())
-        times = seen.setdefault(what, deque())
-        seen.move_to_end(what)
-        if len(seen) > MOST:
-            seen.popitem(last=False)
+        counts = self._counts.setdefault(namespace, OrderedDict())
+        times = counts.setdefault(what, deque())
+        counts.move_to_end(what)
+        if len(counts) > MOST:
+            counts.popitem(last=False)
         times.append(now)
         while now - times[0] > self.window:
             times.popleft()
         if len(times) < enough:
             return False
-        del seen[what]
+        del counts[what]
         return True

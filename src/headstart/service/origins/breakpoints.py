@@ -72,31 +72,31 @@ class Breakpoints:
         """The positions of the breakpoints in the chat's tokens, in order; without those whose prefix is too
         short or too large to be cached."""
         found: dict[int, PlacedBreakpoint] = {}
-        for mark in breakpoints:
-            content = chat.up_to(mark.messages, mark.characters)
-            wanted = await prefix_tokens_if_any(model, "chat", content)
-            boundary = min(common_prefix(wanted, tokens), len(tokens) - 1)
+        for each in breakpoints:
+            content = chat.up_to(each.messages, each.characters)
+            expected = await prefix_tokens_if_any(model, "chat", content)
+            boundary = min(common_prefix(expected, tokens), len(tokens) - 1)
             if self.automatic.is_worth_keeping(content, boundary):
-                longest = max(mark.ttl_seconds, found[boundary].ttl_seconds if boundary in found else 0)
+                longest = max(each.ttl_seconds, found[boundary].ttl_seconds if boundary in found else 0)
                 found[boundary] = PlacedBreakpoint(
                     content, boundary, longest, self._kept(model, content) is None
                 )
         return [found[boundary] for boundary in sorted(found)]
 
-    def answered(self, model: TenantModel, marked: BreakpointPlan) -> None:
+    def answered(self, model: TenantModel, plan: BreakpointPlan) -> None:
         """Call after the last byte of the answer was sent: stores what isn't stored yet, and records a use of
         the rest."""
         missing = []
-        for place in reversed(marked.places):
+        for place in reversed(plan.places):
             entry = self._kept(model, place.content)
             if entry is None or _ends_early(entry, place):
                 missing.append(place)
             if entry:
                 self.caching.touch(entry)
-        if marked.base:
-            self.caching.touch(marked.base)
+        if plan.base:
+            self.caching.touch(plan.base)
         if missing:
-            self._tasks.start(self._keep(model, missing, marked.base))
+            self._tasks.start(self._keep(model, missing, plan.base))
 
     async def _keep(
         self, model: TenantModel, missing: Sequence[PlacedBreakpoint], base: Entry | None
@@ -106,10 +106,10 @@ class Breakpoints:
             if entry := self._kept(model, place.content):
                 with suppress(HeadstartError):
                     given = {"ttl_seconds": place.ttl_seconds}
-                    base = await self.caching.edit(model.seen_by(entry.owner), entry.name, given)
+                    base = await self.caching.edit(model.for_owner(entry.owner), entry.name, given)
             else:
                 retention = Retention(ttl_seconds=place.ttl_seconds)
-                base = await self.automatic.make(model, place.content, retention, base) or base
+                base = await self.automatic.build(model, place.content, retention, base) or base
 
     def _kept(self, model: TenantModel, content: Content) -> Entry | None:
         """The cache with exactly this content."""

@@ -25,7 +25,7 @@ CHAT: tuple[Form, ...] = ("chat",)
 
 
 @dataclass(frozen=True)
-class Saving:
+class SaveRequest:
     """How to store a chat after its answer. `overwrite` None: it may replace a conversation, but no other
     cache. `base`: the name of the cache that it started from. `retention` None: the retention of the cache
     that it replaces. Without `states` only its content is stored."""
@@ -67,11 +67,11 @@ class Conversations:
             raise CacheConflict(f"The cache {name!r} is being built.", param="save_as")
         _check_replaceable(self._current(model, name), overwrite)
 
-    def save(self, saving: Saving, answer: str) -> asyncio.Task[Entry]:
+    def save(self, saving: SaveRequest, answer: str) -> asyncio.Task[Entry]:
         """Starts saving the chat with its answer; requests for the name wait for it from now on."""
         return self.keep(replace(saving, chat=saving.chat.answered(answer)))
 
-    def keep(self, saving: Saving) -> asyncio.Task[Entry]:
+    def keep(self, saving: SaveRequest) -> asyncio.Task[Entry]:
         """Like `save`, for a chat that includes its answer."""
         before = self.caching.builds.of(saving.key)
         task = self.caching.builds.run(saving.key, self._save(saving, before))
@@ -86,7 +86,7 @@ class Conversations:
         )
         return next(saved, None)
 
-    async def settled(self, model: TenantModel, name: str) -> None:
+    async def wait_saved(self, model: TenantModel, name: str) -> None:
         """Returns when no conversation is being saved under this name. Raises StorageError if the last one
         could not be saved, or BadRequest if it is too large for a cache."""
         key = model.key(name)
@@ -97,7 +97,7 @@ class Conversations:
             message = f"The last turn of {name!r} was not saved: {error.message}"
             raise type(error)(message, param="use_cache")
 
-    async def _save(self, saving: Saving, before: asyncio.Task[Entry] | None) -> Entry:
+    async def _save(self, saving: SaveRequest, before: asyncio.Task[Entry] | None) -> Entry:
         if before:
             await asyncio.wait([before])
         previous = self._current(saving.model, saving.name)
@@ -112,7 +112,7 @@ class Conversations:
         self._failed.pop(saving.key, None)
         return entry
 
-    async def _build(self, saving: Saving, previous: Entry | None) -> Entry:
+    async def _build(self, saving: SaveRequest, previous: Entry | None) -> Entry:
         """Builds the cache. It is stored without a state if the engine can't compute that now, or if it is a
         response and there is no room for the state."""
         content = Content(messages=saving.chat.messages, tools=saving.chat.tools)

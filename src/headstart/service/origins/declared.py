@@ -72,7 +72,7 @@ class Declared:
         self.say = say
         self._tasks = BackgroundTasks()
         for declaration in self.declarations:
-            caching.pending_declared.make(declaration.key)
+            caching.pending_declared.add(declaration.key)
 
     def start(self, model: TenantModel) -> None:
         """Builds the model's declared caches, one after the other; the model must be loaded."""
@@ -87,29 +87,29 @@ class Declared:
             await self._bring_about(model, declared)
         except Exception as error:
             log.exception("the declared caches of %s were not checked", model.name)
-            self._settle_others(declared, _as_known(error))
+            self._fail_unresolved(declared, _as_known(error))
         except asyncio.CancelledError:
-            self._settle_others(declared, Unavailable("The server is being stopped."))
+            self._fail_unresolved(declared, Unavailable("The server is being stopped."))
             raise
 
-    def _settle_others(self, declared: Sequence[Declaration], error: HeadstartError) -> None:
+    def _fail_unresolved(self, declared: Sequence[Declaration], error: HeadstartError) -> None:
         """Fails the caches not yet built; requests would wait for them forever."""
-        promised = set(self.caching.pending_declared.open())
+        unresolved = set(self.caching.pending_declared.unresolved())
         for one in declared:
-            if one.key in promised:
-                self.caching.pending_declared.settle(one.key, error)
+            if one.key in unresolved:
+                self.caching.pending_declared.resolve(one.key, error)
 
     async def _bring_about(self, model: TenantModel, declared: Sequence[Declaration]) -> None:
         missing = [one for one in declared if not self._is_met(model, one)]
         # Existing caches wait for no build.
         for one in declared:
             if one not in missing:
-                self.caching.pending_declared.settle(one.key)
+                self.caching.pending_declared.resolve(one.key)
         if self.prune:
             self._prune(model, {one.name for one in declared})
         for number, one in enumerate(missing, 1):
             self.say(f"Building cache {one.name} of {model.name} ({number} of {len(missing)}) ...")
-            self.caching.pending_declared.settle(one.key, await self._failure(model, one))
+            self.caching.pending_declared.resolve(one.key, await self._failure(model, one))
 
     def _is_met(self, model: TenantModel, declaration: Declaration) -> bool:
         try:
@@ -123,7 +123,7 @@ class Declared:
             if entry.origin == "declared" and entry.name not in declared:
                 try:
                     self.caching.delete(model, entry.name)
-                    self.say(f"Deleted cache {entry.name} of {model.name}: it is declared no more")
+                    self.say(f"Deleted cache {entry.name} of {model.name}: it is no longer declared")
                 except HeadstartError as error:
                     log.warning("cache %s of %s is no longer declared, but %s", entry.name, model.name, error)
 
@@ -166,4 +166,4 @@ class Declared:
 def _as_known(error: Exception) -> HeadstartError:
     if isinstance(error, HeadstartError):
         return error
-    return HeadstartError("Something went wrong inside the server; its log says what.")
+    return HeadstartError("An unexpected error in the server; its log has details.")

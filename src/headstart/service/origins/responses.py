@@ -28,7 +28,7 @@ from headstart.service.interface.observer import Evicted
 from headstart.service.interface.options import Keep, Options
 from headstart.service.models.tenant_model import TenantModel
 from headstart.service.origins.automatic import Automatic
-from headstart.service.origins.conversations import Conversations, Saving
+from headstart.service.origins.conversations import Conversations, SaveRequest
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Record(Struct, frozen=True):
 
 
 @dataclass(frozen=True)
-class Kept:
+class StoredResponse:
     entry: Entry
     record: Record
 
@@ -81,7 +81,7 @@ class Responses:
 
     async def find(
         self, owner: str, name: str, *, param: str, error: type[ResponseNotFound] = ResponseNotFound
-    ) -> Kept:
+    ) -> StoredResponse:
         """The owner's response with this id; waits while it is being saved. Raises `error`."""
         if saving := self.conversations.being_saved(owner, name):
             await asyncio.wait([saving])
@@ -90,15 +90,15 @@ class Responses:
             if kept := self._read(entry.key):
                 return kept
         raise error(
-            f"There is no response {name[:80]!r}: it was not stored, was deleted or has ended. "
+            f"There is no response {name[:80]!r}: it was not stored, was deleted or has expired. "
             "Send the whole conversation as input.",
             param=param,
         )
 
-    def _read(self, key: CacheKey) -> Kept | None:
+    def _read(self, key: CacheKey) -> StoredResponse | None:
         try:
             entry = self.store.find(key)
-            return Kept(entry, msgspec.json.decode(entry.retention.metadata[RECORD], type=Record))
+            return StoredResponse(entry, msgspec.json.decode(entry.retention.metadata[RECORD], type=Record))
         except (CacheNotFound, KeyError, msgspec.MsgspecError, RecursionError):
             return None
 
@@ -111,22 +111,22 @@ class Responses:
                 return self.store.delete(entry.key)
             await asyncio.wait([build])
 
-    def continued(self, kept: Kept, instructions: str | None, said: Sequence[Json]) -> list[Json]:
+    def continued(self, kept: StoredResponse, instructions: str | None, said: Sequence[Json]) -> list[Json]:
         """The messages of a chat that continues the response with the messages `said`. The response's
         instructions are replaced by those given now."""
         cached, rest = (
             kept.entry.messages[: kept.record.n_cached],
             kept.entry.messages[kept.record.n_cached :],
         )
-        own = instructing(kept.record.body.get("instructions"))
+        own = system_messages(kept.record.body.get("instructions"))
         # The configured system message is for chats that have none.
         replaced = own or (self.automatic.default if instructions and not cached else [])
         if replaced and rest[:1] == replaced:
             rest = rest[1:]
-        messages = [*cached, *instructing(instructions), *rest, *said]
+        messages = [*cached, *system_messages(instructions), *rest, *said]
         return messages if cached else self.automatic.with_default(messages)
 
-    def options(self, options: Options, kept: Kept, model: TenantModel) -> Options:
+    def options(self, options: Options, kept: StoredResponse, model: TenantModel) -> Options:
         """The options of a request that continues the response; its state is usable only by its own model."""
         own = kept.entry.namespace == model.namespace
         record = kept.record
@@ -136,11 +136,11 @@ class Responses:
     def keep(self, model: TenantModel, keep: Keep, chat: Chat, base: str | None, answer: Choice) -> None:
         """Starts storing the `chat` with its answer; see Conversations.keep. `base`: the name of the cache
         that the chat began with."""
-        saving = Saving(
+        saving = SaveRequest(
             model,
             keep.name,
             keep.overwrite,
-            Chat([*chat.messages, spoken(answer)], chat.tools),
+            Chat([*chat.messages, answer_message(answer)], chat.tools),
             base,
             origin="response",
             retention=Retention(
@@ -174,19 +174,19 @@ class Responses:
         return [each for each in entries if not (each.retention.pinned or in_use(each.key))]
 
 
-def instructing(instructions: str | None) -> list[Json]:
+def system_messages(instructions: str | None) -> list[Json]:
     """Instructions as the first messages of a chat."""
     return [{"role": "system", "content": instructions}] if instructions else []
 
 
-def spoken(answer: Choice) -> Json:
+def answer_message(answer: Choice) -> Json:
     """The answer as a message of the chat, without reasoning, which templates omit in earlier turns."""
-    calls = [called(call.id, call.name, call.arguments) for call in answer.calls]
+    calls = [tool_call(call.id, call.name, call.arguments) for call in answer.calls]
     message: Json = {"role": "assistant", "content": answer.text}
     return message | ({"tool_calls": calls} if calls else {})
 
 
-def called(call_id: str, name: str, arguments: str) -> Json:
+def tool_call(call_id: str, name: str, arguments: str) -> Json:
     """A call in the form that templates take."""
     function = {"name": name, "arguments": arguments_of(arguments)}
     return {"id": call_id, "type": "function", "function": function}
