@@ -130,7 +130,8 @@ class Submit(Struct, frozen=True, tag=True):
     `owner`: the owner of the request. The state of another owner is shared for the first `public` tokens
     only, since everybody may know that these were computed.
 
-    `text`: the text of `tokens`, if the engine needs it (`ModelInfo.takes_text`).
+    `text`: the text of `tokens`, if the engine needs it (`ModelInfo.takes_text`). `progress`: report prefill
+    from its start on, if the engine sees it; for `save_to` chunks are reported in any case.
     """
 
     id: int
@@ -146,6 +147,7 @@ class Submit(Struct, frozen=True, tag=True):
     public: int = 0
     n: int = 1
     text: str = ""
+    progress: bool = False
 
 
 class Embed(Struct, frozen=True, tag=True):
@@ -235,11 +237,14 @@ class Stats(Struct, frozen=True):
 
 
 class Progress(Struct, frozen=True, tag=True):
-    """Prefill has reached `computed` of `total` prompt tokens."""
+    """Prefill has reached `computed` of `total` prompt tokens, `ms` milliseconds after it began. The first
+    `cached` of them were not evaluated."""
 
     id: int
     computed: int
     total: int
+    cached: int = 0
+    ms: float = 0.0
 
 
 class Token(Struct, frozen=True, tag=True):

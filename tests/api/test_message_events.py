@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from headstart.api.answer import body, writes
+from headstart.api.answer import AnswerStream, body
 from headstart.api.anthropic.response import MessageWriter
 from headstart.prompt.answer_parts import CallDelta
 from headstart.protocol import Stats
@@ -47,7 +47,7 @@ def message(*, with_reasoning: bool = True) -> MessageWriter:
 
 
 async def streamed(answer: list[Delta | Ended]) -> list[Any]:
-    data = b"".join([piece async for piece in writes(events(answer), message())]).decode()
+    data = b"".join([piece async for piece in AnswerStream(events(answer), message()).writes()]).decode()
     return [json.loads(block.partition("\ndata: ")[2]) for block in data.strip().split("\n\n")]
 
 

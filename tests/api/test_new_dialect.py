@@ -20,12 +20,12 @@ from headstart.api.dialect import Dialect
 from headstart.api.dialects import DIALECTS
 from headstart.api.fields.generation import CachedRequest
 from headstart.api.fields.reply import Answer, Reply
-from headstart.api.sse import as_event
+from headstart.api.sse import COMMENT, as_event
 from headstart.caches.entry import Content
 from headstart.config.settings import Settings
 from headstart.errors import HeadstartError
 from headstart.protocol import Sampling
-from headstart.service.interface.answer import Delta, Ended, Result
+from headstart.service.interface.answer import Delta, Ended, PromptProgress, Result
 from headstart.service.interface.options import Options
 from headstart.service.service import Service
 
@@ -41,12 +41,15 @@ class AskRequest(CachedRequest):
 
 
 class AskWriter:
-    done, opens_at_once = b"", False
+    done, keep_alive, opens_at_once = b"", COMMENT, False
 
     def __init__(self, model: str) -> None:
         self.body: dict[str, Any] = {"model": model, "answer": "", "cache_hit": None}
 
     def opening(self) -> Iterable[bytes]:
+        return ()
+
+    def progress(self, event: PromptProgress) -> Iterable[bytes]:
         return ()
 
     def add(self, event: Delta | Ended) -> Iterable[bytes]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from starlette.types import Message
 
 from headstart.api import sse
-from headstart.api.answer import writes
+from headstart.api.answer import AnswerStream
 from headstart.api.completions.response import ChatWriter, TextWriter
 from headstart.api.sse import COMMENT, EventStream, as_event
 from headstart.api.writer import Events
@@ -36,7 +36,7 @@ def _written(texts: list[str], writer: ChatWriter) -> list[list[Any]]:
     """The chunks of each write."""
 
     async def collect() -> list[bytes]:
-        return [data async for data in writes(_answer(texts), writer)]
+        return [data async for data in AnswerStream(_answer(texts), writer).writes()]
 
     written = [data.decode().split("\n\n") for data in asyncio.run(collect())]
     assert all(write.pop() == "" for write in written)

@@ -172,6 +172,21 @@ def test_saving_tells_its_progress(driver: Driver, tmp_path: Path) -> None:
     assert told == [(16, 40), (32, 40), (40, 40)]
 
 
+def test_prefill_is_reported_from_its_start_on_if_requested(driver: Driver) -> None:
+    for kept, more in ((0, {"reuse": False}), (96, {})):
+        request = driver.submit(PROMPT, 4, progress=True, **more)
+        driver.finish()
+        told = [event for event in driver.events[request] if isinstance(event, Progress)]
+        assert driver.events[request][: len(told)] == told
+        assert [each.computed for each in told] == [*range(kept, 100, 16), 100]
+        assert {(each.total, each.cached) for each in told} == {
+            (100, driver.end(request).stats.cached_tokens)
+        }
+        assert [each.ms for each in told] == sorted(each.ms for each in told)
+    driver.run(PROMPT, 4)
+    assert not any(isinstance(event, Progress) for event in driver.events[driver.last_id])
+
+
 def test_a_state_is_not_written_where_nobody_waits_for_it(driver: Driver, tmp_path: Path) -> None:
     request = driver.submit(PROMPT, 0, save_to=SaveTo(str(tmp_path / "absent")))
     driver.finish()

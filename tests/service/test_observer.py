@@ -14,7 +14,7 @@ import pytest
 from headstart.caches.entry import Content
 from headstart.config.settings import Settings
 from headstart.errors import EngineDied, Unavailable
-from headstart.service.interface.answer import Delta, Ended, Result
+from headstart.service.interface.answer import Result
 from headstart.service.interface.observer import (
     Answered,
     Built,
@@ -74,7 +74,7 @@ async def running(
 async def ask(service: Service, options: Options) -> Result:
     model = service.resolve("toy").model
     prepared = await service.generation.chat(model, list(USER), options)
-    events: list[Delta | Ended | Result] = [event async for event in service.generation.run(prepared)]
+    events = [event async for event in service.generation.run(prepared)]
     assert isinstance(events[-1], Result)
     return events[-1]
 

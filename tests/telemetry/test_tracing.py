@@ -80,7 +80,7 @@ def told(span: ReadableSpan) -> Json:
 
 
 @asynccontextmanager
-async def running(directory: Path, model: str = "toy:", **settings: Any) -> AsyncIterator[Traced]:
+async def running(directory: Path, model: str = "toy:eos=0", **settings: Any) -> AsyncIterator[Traced]:
     exporter, provider = InMemorySpanExporter(), TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     tracing = TracingObserver(provider)

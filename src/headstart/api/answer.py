@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 
 from fastapi import Request
@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from headstart.api.sse import BEGIN_SECONDS, EventStream, start_events, while_connected
 from headstart.api.writer import AnswerWriter, Events, Json
-from headstart.service.interface.answer import Result
+from headstart.service.interface.answer import Delta, Ended, PromptProgress, Result
 
 
 async def answer(request: Request, events: Events, writer: AnswerWriter, *, stream: bool | None) -> Response:
@@ -26,10 +26,12 @@ async def whole(request: Request, events: Events, writer: AnswerWriter) -> Respo
 
 async def streamed(request: Request, events: Events, writer: AnswerWriter) -> Response:
     started = await start_events(request, events, BEGIN_SECONDS)
+    stream = AnswerStream(started, writer)
     return EventStream(
-        writes(started, writer),
+        stream.writes(),
         done=writer.done,
         failed=lambda error: b"".join(writer.failed(error)),
+        keep_alive=stream.keep_alive,
         source=started,
     )
 
@@ -40,23 +42,42 @@ async def body(events: Events, writer: AnswerWriter) -> Json:
         async for event in events:
             if isinstance(event, Result):
                 writer.closing(event)
-            else:
+            elif not isinstance(event, PromptProgress):
                 writer.add(event)
     return writer.body
 
 
-async def writes(events: Events, writer: AnswerWriter) -> AsyncGenerator[bytes, None]:
-    """The data of a stream, except its end. Each item is to be sent in one write; the last one comes after
-    `events` have ended, which may do work after their Result."""
-    waiting = b"".join(writer.opening())
-    if writer.opens_at_once:
-        yield waiting
-        waiting = b""
-    async with aclosing(events):
-        async for event in events:
-            if isinstance(event, Result):
-                waiting += b"".join(writer.closing(event))
-            elif data := b"".join(writer.add(event)):
-                yield waiting + data
-                waiting = b""
-    yield waiting
+class AnswerStream:
+    """The data of a stream, except its end. The opening is sent once: together with the first event, or
+    earlier to keep a silent stream alive."""
+
+    def __init__(self, events: Events, writer: AnswerWriter) -> None:
+        self.events = events
+        self.writer = writer
+        self._opening = b"".join(writer.opening())
+
+    async def writes(self) -> AsyncGenerator[bytes, None]:
+        """Each item is to be sent in one write; the last one comes after `events` have ended, which may do
+        work after their Result."""
+        last = b""
+        if self.writer.opens_at_once:
+            yield self._opened()
+        async with aclosing(self.events) as events:
+            async for event in events:
+                if isinstance(event, Result):
+                    last = b"".join(self.writer.closing(event))
+                elif data := b"".join(self._written(event)):
+                    yield self._opened() + data
+        yield self._opened() + last
+
+    def keep_alive(self) -> bytes:
+        """Returns what to send now to a client that has heard nothing for long."""
+        return self._opened() or self.writer.keep_alive
+
+    def _written(self, event: PromptProgress | Delta | Ended) -> Iterable[bytes]:
+        return self.writer.progress(event) if isinstance(event, PromptProgress) else self.writer.add(event)
+
+    def _opened(self) -> bytes:
+        """The opening, if it was not sent yet."""
+        opening, self._opening = self._opening, b""
+        return opening

@@ -70,9 +70,10 @@ def failed(error: HeadstartError) -> bytes:
 
 
 class EventStream(Response):
-    """Sends each item of `events` in one write, comments during long pauses, and `done` at the end. An error
-    after the start is sent as an event encoded by `failed`; so is the server's shutdown, which cancels the
-    response. If the client disconnects, even before the first byte, `events` and `source` are closed."""
+    """Sends each item of `events` in one write, what `keep_alive` returns after each long pause, and `done`
+    at the end. An error after the start is sent as an event encoded by `failed`; so is the server's shutdown,
+    which cancels the response. If the client disconnects, even before the first byte, `events` and `source`
+    are closed. The client has waited since `source` was waited for."""
 
     media_type = "text/event-stream"
 
@@ -82,6 +83,7 @@ class EventStream(Response):
         done: bytes = DONE,
         failed: Callable[[HeadstartError], bytes] = failed,
         *,
+        keep_alive: Callable[[], bytes] = lambda: COMMENT,
         source: StartedEvents[Any] | None = None,
     ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
@@ -89,9 +91,10 @@ class EventStream(Response):
         self.events = events
         self.done = done
         self.failed = failed
+        self.keep_alive = keep_alive
         self.source = source
         self._sending = asyncio.Lock()
-        self._last_sent = 0.0
+        self._last_sent = source.since if source else monotonic()
         self._has_begun = False
         self._has_ended = False
 
@@ -125,7 +128,8 @@ class EventStream(Response):
 
     async def _begin(self, send: Send) -> None:
         self._has_begun = True
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async with self._sending:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
 
     async def _end(self, send: Send, last: bytes = b"") -> None:
         """Sends the end of the stream, only once."""
@@ -141,11 +145,10 @@ class EventStream(Response):
         self._last_sent = monotonic()
 
     async def _keep_alive(self, send: Send) -> None:
-        self._last_sent = monotonic()
         while True:
             silent = monotonic() - self._last_sent
             if silent >= KEEP_ALIVE_SECONDS:
-                await self._write(send, COMMENT)
+                await self._write(send, self.keep_alive())
             else:
                 await asyncio.sleep(KEEP_ALIVE_SECONDS - silent)
 
@@ -163,6 +166,7 @@ async def _next(events: AsyncIterator[T]) -> T | None:
 async def start_events(request: Request, events: AsyncGenerator[T, None], seconds: float) -> StartedEvents[T]:
     """Waits for the first event, at most `seconds`, and returns all events, so that an early failure is an
     HTTP error. Raises whatever `events` raises until then, or ClientLeft."""
+    since = monotonic()
     first = asyncio.ensure_future(_next(events))
     watch = asyncio.ensure_future(_disconnected(request.receive))
     try:
@@ -179,14 +183,16 @@ async def start_events(request: Request, events: AsyncGenerator[T, None], second
         raise
     finally:
         watch.cancel()
-    return StartedEvents(first, events)
+    return StartedEvents(first, events, since)
 
 
 class StartedEvents(AsyncGenerator[T, None]):
-    """Events whose first one was already requested. Closing it closes `events` even if nothing was read. A
-    generator function could not do that: closed before its first iteration, it runs none of its code."""
+    """Events whose first one was already requested, at `since` (monotonic seconds). Closing it closes
+    `events` even if nothing was read. A generator function could not do that: closed before its first
+    iteration, it runs none of its code."""
 
-    def __init__(self, first: asyncio.Task[T | None], events: AsyncGenerator[T, None]) -> None:
+    def __init__(self, first: asyncio.Task[T | None], events: AsyncGenerator[T, None], since: float) -> None:
+        self.since = since
         self._first = first
         self._events = events
         self._first_was_read = False

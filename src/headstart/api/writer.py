@@ -6,18 +6,20 @@ from collections.abc import AsyncGenerator, Iterable
 from typing import Any, Protocol
 
 from headstart.errors import HeadstartError
-from headstart.service.interface.answer import Delta, Ended, Result
+from headstart.service.interface.answer import AnswerEvent, Delta, Ended, PromptProgress, Result
 
 Json = dict[str, Any]
-Events = AsyncGenerator[Delta | Ended | Result, None]
+Events = AsyncGenerator[AnswerEvent, None]
 
 
 class AnswerWriter(Protocol):
     """Writes the answer to one request, as a whole or as a stream. Each call returns the next events of the
     stream; they are encoded when they are iterated, so do that before the next call, or not at all. `done`:
-    the end of a stream. `opens_at_once`: the opening doesn't wait for the first event of the answer."""
+    the end of a stream. `keep_alive`: sent when an opened stream has been silent for long. `opens_at_once`:
+    the opening doesn't wait for the first event of the answer."""
 
     done: bytes
+    keep_alive: bytes
     opens_at_once: bool
 
     @property
@@ -26,6 +28,9 @@ class AnswerWriter(Protocol):
 
     def opening(self) -> Iterable[bytes]:
         """Begins a stream; not called for a whole answer."""
+
+    def progress(self, event: PromptProgress) -> Iterable[bytes]:
+        """Called before `add`, of a stream only, and only if the request's options ask for progress."""
 
     def add(self, event: Delta | Ended) -> Iterable[bytes]: ...
 

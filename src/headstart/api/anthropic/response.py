@@ -13,12 +13,13 @@ from headstart.api.sse import as_named_event
 from headstart.api.writer import Json
 from headstart.errors import HeadstartError
 from headstart.json_scan import check_json
-from headstart.service.interface.answer import Delta, Ended, Result
+from headstart.service.interface.answer import Delta, Ended, PromptProgress, Result
 from headstart.service.origins.breakpoints import BreakpointPlan
 
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 DELTAS = {"text": "text_delta", "thinking": "thinking_delta", "tool_use": "input_json_delta"}
 FIELDS = {"text": "text", "thinking": "thinking", "tool_use": "partial_json"}
+PING = as_named_event({"type": "ping"})
 
 
 class Blocks:
@@ -83,6 +84,7 @@ class MessageWriter:
     computed. `marked`: the states to be stored."""
 
     done = b""
+    keep_alive = PING
     opens_at_once = False
 
     def __init__(
@@ -102,7 +104,10 @@ class MessageWriter:
     def opening(self) -> Iterable[bytes]:
         usage = {"input_tokens": self.prompt_tokens, "output_tokens": 0}
         start: Json = {"type": "message_start", "message": {**self.body, "usage": usage}}
-        return map(as_named_event, [start, {"type": "ping"}])
+        return [as_named_event(start), PING]
+
+    def progress(self, _: PromptProgress) -> Iterable[bytes]:
+        return ()
 
     def add(self, event: Delta | Ended) -> Iterable[bytes]:
         # A list, because the blocks grow while their events are iterated.

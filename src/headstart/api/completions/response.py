@@ -13,7 +13,15 @@ from headstart.api.fields.usage import ending, usage
 from headstart.api.sse import as_event
 from headstart.api.writer import Json
 from headstart.errors import HeadstartError
-from headstart.service.interface.answer import Call, Choice, Delta, Ended, Result, TokenLogprob
+from headstart.service.interface.answer import (
+    Call,
+    Choice,
+    Delta,
+    Ended,
+    PromptProgress,
+    Result,
+    TokenLogprob,
+)
 
 # Placeholder for the text in a chunk that is encoded once as a template; occurs in no other field.
 PLACEHOLDER = "\0"
@@ -24,6 +32,7 @@ class ChatWriter:
     """Writes a chat completion with `n` choices. `id` and `created` are the same in all chunks."""
 
     done = sse.DONE
+    keep_alive = sse.COMMENT
     opens_at_once = False
     prefix, object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
@@ -46,6 +55,9 @@ class ChatWriter:
         self._chunks = TextChunks(self, len(self._choices))
         openings = (self.opening_chunk(choice.index) for choice in self._choices)
         return [as_event(each) for each in openings if each]
+
+    def progress(self, event: PromptProgress) -> Iterable[bytes]:
+        return (as_event(self.chunk(Delta(event.choice)) | {"prompt_progress": _progress(event)}),)
 
     def add(self, event: Delta | Ended) -> Iterable[bytes]:
         if not self._chunks:
@@ -99,6 +111,16 @@ class ChatWriter:
 
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> Json | None:
         return {"content": [_logprob(each) for each in logprobs], "refusal": None} if logprobs else None
+
+
+def _progress(event: PromptProgress) -> Json:
+    """The progress with llama-server's field names."""
+    return {
+        "total": event.total,
+        "cache": event.cached,
+        "processed": event.processed,
+        "time_ms": round(event.ms),
+    }
 
 
 def _chat_delta(delta: Delta) -> Json:

@@ -72,6 +72,21 @@ class ToolCallDelta(Reply):
     function: FunctionDelta
 
 
+class PromptProgress(Reply):
+    """The progress of prefill. The done part of its work is `(processed - cache) / (total - cache)`."""
+
+    total: int = Field(description="All prompt tokens.")
+    cache: int = Field(description="Tokens not evaluated, because their state was available.")
+    processed: int = Field(description="Tokens evaluated so far, and those of `cache`.")
+    time_ms: int = Field(description="Milliseconds since prefill began.")
+
+
+class ProgressingChunk(Ending):
+    """A chunk has `prompt_progress` if the request has `return_progress`, and before the first token only."""
+
+    prompt_progress: PromptProgress | None = None
+
+
 class Delta(Reply):
     role: Literal["assistant"] | None = None
     content: str | None = None
@@ -86,7 +101,7 @@ class ChunkChoice(Reply):
     finish_reason: FinishReason | None
 
 
-class ChatChunk(Ending):
+class ChatChunk(ProgressingChunk):
     """One event of a streamed chat."""
 
     id: str
@@ -124,7 +139,7 @@ class TextCompletion(Account):
     usage: Usage
 
 
-class TextChunk(Ending):
+class TextChunk(ProgressingChunk):
     """One event of a streamed completion."""
 
     id: str

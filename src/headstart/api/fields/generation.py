@@ -123,6 +123,9 @@ class GenerationRequest(SampledRequest, StructuredRequest):
     ignore_eos: bool | None = Field(None, description="True: the model can't end the answer itself.")
     stream: bool | None = Field(False, description="Send the answer as server-sent events.")
     stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
+    return_progress: bool | None = Field(
+        None, description="With `stream`: send `prompt_progress` while the prompt is evaluated."
+    )
 
     def options(
         self, max_tokens: int | None, caches: tuple[str, ...] | None, grammar: AnswerGrammar | None
@@ -137,6 +140,7 @@ class GenerationRequest(SampledRequest, StructuredRequest):
             reuse=self.cache_prompt,
             explain=self.explain_cache,
             n=self.n or 1,
+            progress=bool(self.stream and self.return_progress),
             grammar=grammar,
             given=given_parameters(self),
         )

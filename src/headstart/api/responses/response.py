@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 from headstart.api.fields import usage as fields_usage
-from headstart.api.sse import as_named_event
+from headstart.api.sse import COMMENT, as_named_event
 from headstart.api.writer import Json
 from headstart.errors import HeadstartError
-from headstart.service.interface.answer import Delta, Ended, Result
+from headstart.service.interface.answer import Delta, Ended, PromptProgress, Result
 
 PREFIX = "resp_"
 
@@ -117,6 +117,7 @@ class ResponseWriter:
     """Writes one response. `body` is complete after `closing` or `failed`, also of a stream."""
 
     done = b""
+    keep_alive = COMMENT
     opens_at_once = True
 
     def __init__(self, response_id: str, echoed: Json) -> None:
@@ -139,6 +140,9 @@ class ResponseWriter:
     def opening(self) -> Iterable[bytes]:
         kinds = ("response.created", "response.in_progress")
         return _encoded(self._numbered({"type": kind, "response": self.body}) for kind in kinds)
+
+    def progress(self, _: PromptProgress) -> Iterable[bytes]:
+        return ()
 
     def add(self, event: Delta | Ended) -> Iterable[bytes]:
         return _encoded(self._grown(event))

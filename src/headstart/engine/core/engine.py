@@ -14,7 +14,7 @@ from headstart.engine.core.grammar_compiler import Compiler
 from headstart.engine.core.scheduler import Scheduler, Work
 from headstart.engine.core.sequence import Sequence, Slot
 from headstart.engine.core.state_io import Reader, Writer
-from headstart.engine.core.stats import stats, token_event
+from headstart.engine.core.stats import progress_event, stats, token_event
 from headstart.engine.grammar import GrammarError
 from headstart.engine.model import Model, ModelError
 from headstart.engine.worker_engine import Wake
@@ -27,7 +27,6 @@ from headstart.protocol import (
     Finished,
     FinishReason,
     ModelInfo,
-    Progress,
     RequestEvent,
     StateRef,
     Submit,
@@ -134,6 +133,8 @@ class CoreEngine:
             slot.hold([], 0, sequence.request.boundary)
         sequence.computed = sequence.cached = len(slot.tokens)
         sequence.restored = monotonic()
+        if sequence.request.progress:
+            self.events.append(progress_event(sequence))
 
     def _load(self, slot: Slot, origin: StateRef | Slot | None, keep: int) -> bool:
         """Loads the first `keep` tokens of `origin`, or of the slot's own state; False if that failed."""
@@ -197,14 +198,15 @@ class CoreEngine:
     def _advance(self, sequence: Sequence, n_tokens: int) -> None:
         slot = sequence.slot
         assert slot is not None
-        if sequence.is_prefilling:
+        prefilled = sequence.is_prefilling
+        if prefilled:
             sequence.evaluated += n_tokens
             if slot.exact == sequence.computed and not slot.pooled:
                 slot.exact += n_tokens
         slot.tokens += sequence.tokens[sequence.computed : sequence.computed + n_tokens]
         sequence.computed += n_tokens
-        if sequence.request.save_to:
-            self.events.append(Progress(sequence.request.id, sequence.computed, sequence.n_prompt))
+        if prefilled and (sequence.request.progress or sequence.request.save_to):
+            self.events.append(progress_event(sequence))
 
     def _relocate(self, sequence: Sequence) -> bool:
         """At the boundary, moves a state that can only be used whole to where a restore would place it:

@@ -6,7 +6,7 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from headstart.engine.core.sequence import Sequence
-from headstart.protocol import Stats, Token
+from headstart.protocol import Progress, Stats, Token
 
 if TYPE_CHECKING:
     from headstart.engine.logprobs import Logprobs
@@ -21,6 +21,12 @@ def token_event(sequence: Sequence, token: int, logprobs: Logprobs | None) -> To
 
     top = likeliest(logprobs, sequence.request.sampling.logprobs or 0)
     return Token(sequence.request.id, token, float(logprobs[token]), top)
+
+
+def progress_event(sequence: Sequence) -> Progress:
+    """The event for what is prefilled up to now."""
+    ms = 1000 * (monotonic() - sequence.restored)
+    return Progress(sequence.request.id, sequence.computed, sequence.n_prompt, sequence.cached, ms)
 
 
 def stats(sequence: Sequence, saved_bytes: int = 0, saved_blake3: str = "") -> Stats:

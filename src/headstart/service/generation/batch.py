@@ -10,9 +10,9 @@ from dataclasses import replace
 import msgspec
 
 from headstart.protocol import Stats
-from headstart.service.interface.answer import Delta, Ended, Result
+from headstart.service.interface.answer import AnswerEvent, Result
 
-Events = AsyncGenerator[Delta | Ended | Result, None]
+Events = AsyncGenerator[AnswerEvent, None]
 
 
 async def together(runs: Sequence[Events], n: int) -> Events:

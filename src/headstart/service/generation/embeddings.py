@@ -54,6 +54,6 @@ async def embed(
                 if isinstance(event, Vector):
                     yield event.values
     except (HeadstartError, asyncio.CancelledError, GeneratorExit) as error:
-        observer.failed(Failure("embed", model.name, error))
+        observer.failed(Failure("embed", model.name, error, owner=model.owner))
         raise
     observer.embedded(InputsEmbedded(model.name, model.owner, len(inputs), sum(map(len, inputs))))

@@ -10,13 +10,13 @@ from time import monotonic
 from headstart.caches.entry import KEEPS_STATE, Form, MissReason
 from headstart.errors import HeadstartError
 from headstart.prompt.detokenizer import AnswerDetokenizer
-from headstart.protocol import Finished, Stats, Token
+from headstart.protocol import Finished, Progress, Stats, Token
 from headstart.service.caching.caching import Caching
 from headstart.service.generation import embeddings
 from headstart.service.generation.answering import Answering
 from headstart.service.generation.explain import explained
 from headstart.service.generation.prepare import Preparation, Prepared
-from headstart.service.interface.answer import Delta, Ended, Explanation, Result
+from headstart.service.interface.answer import AnswerEvent, Explanation, PromptProgress, Result
 from headstart.service.interface.observer import Answered, Failure, Observer, Restored, Submitted
 from headstart.service.models.tenant_model import TenantModel
 from headstart.service.origins.automatic import Automatic
@@ -48,10 +48,10 @@ class Generation:
         self.breakpoints = breakpoints
         self.observer = observer
 
-    async def run(self, prepared: Prepared) -> AsyncGenerator[Delta | Ended | Result, None]:
-        """Yields the answers' deltas, an Ended for each answer, and finally one Result, immediately after the
-        last Ended. Closing it early ends the sequences. When the item after the Result is requested, the
-        response is stored, if it is to be."""
+    async def run(self, prepared: Prepared) -> AsyncGenerator[AnswerEvent, None]:
+        """Yields PromptProgress if the options ask for it, the answers' deltas, an Ended for each answer, and
+        finally one Result, immediately after the last Ended. Closing it early ends the sequences. When the
+        item after the Result is requested, the response is stored, if it is to be."""
         answers = [_answering(prepared, choice) for choice in range(prepared.submit.n)]
         stats: Stats | None = None
         result: Result | None = None
@@ -68,6 +68,8 @@ class Generation:
                                 yield delta
                             if answer.stopped:
                                 running.cancel(answer.choice)
+                        case Progress():
+                            yield _progress(answer, event)
                         case Finished(reason=reason):
                             # The prompt was prefilled for the first answer.
                             if answer.choice == 0:
@@ -175,6 +177,10 @@ def _answered(prepared: Prepared, result: Result, answers: Sequence[Answering]) 
         min((answer.times[0] for answer in answers if answer.times), default=now) - prepared.received,
         [gap for answer in answers for gap in answer.gaps],
     )
+
+
+def _progress(answer: Answering, event: Progress) -> PromptProgress:
+    return PromptProgress(answer.choice, event.total, event.cached, event.computed, event.ms)
 
 
 async def _n_reasoning(prepared: Prepared, answer: Answering) -> int:

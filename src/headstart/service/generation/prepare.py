@@ -201,4 +201,5 @@ def _submit(
         public=start.boundary if entry and not entry.owner else 0,
         n=options.n,
         text=model.text(tokens, param=param),
+        progress=options.progress,
     )

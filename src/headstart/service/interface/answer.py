@@ -47,6 +47,19 @@ class Ended:
     stop: str | None = None
 
 
+@dataclass(frozen=True)
+class PromptProgress:
+    """Prefill for the answer number `choice`, and for all others to the same prompt, has reached `processed`
+    of `total` prompt tokens, `ms` milliseconds after it began. The first `cached` of them were not
+    evaluated."""
+
+    choice: int
+    total: int
+    cached: int
+    processed: int
+    ms: float
+
+
 @dataclass
 class Call:
     """`arguments`: as the model wrote them, JSON unless it was cut off."""
@@ -118,3 +131,6 @@ class Result:
     saved_as: str | None = None
     warning: str = ""
     n_reasoning: int = 0
+
+
+AnswerEvent = PromptProgress | Delta | Ended | Result

@@ -65,7 +65,8 @@ class Options:
     result explains why the request started from a cache or didn't. `n`: number of answers. `grammar`: what
     the answer must match. `variables`: further variables of the chat template. `whole`: the messages include
     the cached prefix. `breakpoints`: breakpoints of a chat that names no cache. `count_reasoning`: the result
-    has the number of reasoning tokens. `given`: names of parameters set to a non-default value."""
+    has the number of reasoning tokens. `progress`: the events have PromptProgress. `given`: names of
+    parameters set to a non-default value."""
 
     max_tokens: int | None = None
     sampling: Sampling = field(default_factory=Sampling)
@@ -81,4 +82,5 @@ class Options:
     whole: bool = False
     breakpoints: Sequence[Breakpoint] = ()
     count_reasoning: bool = False
+    progress: bool = False
     given: frozenset[str] = frozenset()
