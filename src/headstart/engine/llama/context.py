@@ -1,9 +1,8 @@
 """One llama.cpp context: a KV cache, and evaluation with it.
 
 A sequence's state has the same bytes in every context, whatever the number of its sequences and streams, so
-that it can be saved in one and restored in another (`forms.py`). States of an unknown form stay as llama.cpp
-writes them, which is the same for the same number of sequences.
-"""
+that it can be saved in one and restored in another (`state_layouts.py`). States of an unknown form stay as
+llama.cpp writes them, which is the same for the same number of sequences. """
 
 from __future__ import annotations
 
@@ -15,8 +14,8 @@ from typing import Any
 import llama_cpp as lib
 import numpy as np
 
-from headstart.engine.llama.forms import HEADER, HEADROOM, LENGTH, Form
 from headstart.engine.llama.gguf import attends_to_everything
+from headstart.engine.llama.state_layouts import HEADER, HEADROOM, LENGTH, Form
 from headstart.engine.model import ModelError, Piece
 
 # Flags for the second part of a state alone: cells within a window, or of recurrent layers.
