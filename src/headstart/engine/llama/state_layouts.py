@@ -28,7 +28,7 @@ Reading = tuple[int, int, bool]
 
 
 @dataclass(frozen=True)
-class Form:
+class StateLayout:
     """The form of states in a context with `streams` streams: the flags say whether there is a part for
     attention, a second one for attention within a window, and one for recurrent layers."""
 
@@ -38,7 +38,7 @@ class Form:
     recurrent: bool = False
 
     @classmethod
-    def of(cls, empty: bytes, n_partial: int, streams: int) -> Form | None:
+    def of(cls, empty: bytes, n_partial: int, streams: int) -> StateLayout | None:
         """The form by the state of a sequence without tokens and the length of its partial state; None if it
         is unknown."""
         words = [word for (word,) in COUNT.iter_unpack(empty[HEADER.size :])]
