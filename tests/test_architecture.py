@@ -203,7 +203,15 @@ def test_class_names_are_unique() -> None:
     """Names in modules called schema or reply are those of /openapi.json."""
     trees = [ast.parse(path.read_text()) for path in MODULES if path.stem not in ("schema", "reply")]
     names = Counter(node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
+    names += Counter(name for tree in trees for name in _aliases(tree))
     assert [name for name, n in names.items() if n > 1] == []
+
+
+def _aliases(tree: ast.Module) -> list[str]:
+    """The names that a module gives to sets of values."""
+    assigned = [node for node in tree.body if isinstance(node, ast.Assign) and len(node.targets) == 1]
+    sets = [node for node in assigned if ast.unparse(node.value).startswith("Literal[")]
+    return [ast.unparse(node.targets[0]) for node in sets]
 
 
 def test_no_module_passes_300_lines() -> None:

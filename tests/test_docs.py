@@ -14,7 +14,7 @@ from headstart.api.app import create_app
 from headstart.caches.entry import Form, Origin
 from headstart.config.settings import Settings
 from headstart.protocol import Source
-from headstart.service.caching.verify import State
+from headstart.service.caching.verify import VerdictState
 from headstart.service.service import Service
 
 ROOT = Path(headstart.__file__).parent
@@ -69,7 +69,9 @@ def test_the_glossary_has_each_term_once_in_order() -> None:
     assert terms == sorted(set(terms))
 
 
-@pytest.mark.parametrize("values", [Form, Origin, State, Source], ids=["form", "origin", "verdict", "source"])
+@pytest.mark.parametrize(
+    "values", [Form, Origin, VerdictState, Source], ids=["form", "origin", "verdict", "source"]
+)
 def test_values_in_the_api_are_explained_in_the_glossary(values: object) -> None:
     text = (DOCS / "glossary.md").read_text()
     assert [value for value in get_args(values) if f"`{value}`" not in text] == []

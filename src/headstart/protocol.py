@@ -14,7 +14,7 @@ from msgspec import Struct
 
 from headstart.numerics import Numerics, Tuning
 
-FinishReason = Literal["stop", "length", "saved", "cancelled"]
+SequenceEnd = Literal["stop", "length", "saved", "cancelled"]
 Source = Literal["none", "slot", "file"]
 
 
@@ -259,7 +259,7 @@ class Token(Struct, frozen=True, tag=True):
 
 class Finished(Struct, frozen=True, tag=True):
     id: int
-    reason: FinishReason
+    reason: SequenceEnd
     stats: Stats
 
 

@@ -142,7 +142,7 @@ def test_no_route_fails_on_a_deep_or_wide_body(server: RunningServer) -> None:
         "500,000 empty objects in messages": "more than 50000 objects and lists",
         "a million keys": "more than 100000 strings",
         "a million numbers in prompt": "more than 320000 values",
-        "unknown fields": "more than 200 fields",
+        "unknown fields": "more than 200 unknown fields",
         "10,001 messages in messages": "at most 10000 items",
         "calls with deep arguments": "nested at most 56 levels",
         "calls with wide arguments": "more than 320000 values",

@@ -16,7 +16,7 @@ from headstart.errors import BadRequest
 from headstart.prompt.answer_parts import PlainText
 from headstart.prompt.detokenizer import AnswerDetokenizer
 from headstart.prompt.prompts import Prompts
-from headstart.prompt.template import CHATML, FOLD, ChatTemplate
+from headstart.prompt.template import CHATML, FOLD_SYSTEM, ChatTemplate
 from headstart.prompt.toy_tokenizer import ToyTokenizer
 from headstart.prompt.vocabulary import Vocabulary
 from headstart.protocol import Token
@@ -556,7 +556,7 @@ def test_calls_of_tools_are_no_message_to_continue() -> None:
 @pytest.mark.parametrize(
     "content", ["It reaches ", "", " far", "<think>\nfar</think>\n", "continued-from-here"]
 )
-@pytest.mark.parametrize("source", [CHATML, FOLD])
+@pytest.mark.parametrize("source", [CHATML, FOLD_SYSTEM])
 def test_what_is_continued_ends_the_prompt_as_it_was_sent(source: str, content: str) -> None:
     prompt = ChatTemplate(source, "<s>", "</s>").render([USER, {"role": "assistant", "content": content}])
     assert prompt.endswith(f"<|im_start|>assistant\n{content}")

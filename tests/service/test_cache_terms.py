@@ -280,7 +280,7 @@ async def test_a_clock_that_is_set_back_ends_nothing(tmp_path: Path) -> None:
     store = Store(tmp_path / "cache", clock)
     await _stored(store, replace(ENTRY, retention=Retention(ttl_seconds=60)))
     clock.now = -DAY * 365
-    store.end_old()
+    store.remove_expired()
     assert store.find(cache_key("toy", "one"))
     clock.now = 1059.0
     assert store.find(cache_key("toy", "one"))
@@ -302,7 +302,7 @@ async def test_a_file_is_not_taken_away_from_a_build_that_reads_it(tmp_path: Pat
     await _stored(store, replace(ENTRY, retention=Retention(ttl_seconds=60)))
     store.use(cache_key("toy", "one"))
     clock.now += 60
-    store.end_old()
+    store.remove_expired()
     with pytest.raises(CacheNotFound):
         store.find(cache_key("toy", "one"))
     assert store.path(cache_key("toy", "one")).exists()

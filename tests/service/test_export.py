@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 from conftest import StartServer
 from headstart.caches.cache_file import format
 from headstart.caches.cache_file import header as header_of_file
-from headstart.caches.cache_file.validate import inspect
+from headstart.caches.cache_file.validate import read_intact
 from headstart.cli.main import app
 from servers import Json, RunningServer, said
 
@@ -217,7 +217,7 @@ def test_what_the_header_says_of_its_place_does_not_count(toy: RunningServer) ->
     assert made.status_code == 200, made.text
     cache = shown(toy, "exp-placed")
     assert (cache["model"], cache["cache_name"], cache["version"]) == ("toy", "exp-placed", 1)
-    stored = inspect(toy.cache_dir / "toy" / "exp-placed.headstart")
+    stored = read_intact(toy.cache_dir / "toy" / "exp-placed.headstart")
     assert (stored.owner, stored.origin) == ("", "client")
 
 

@@ -90,7 +90,7 @@ class Store:
             self._checked.forget(key)
             self.index.delete(key)
         if entry and self.index.is_expired(entry, self.clock()):
-            self._end(entry)
+            self._expire(entry)
             return None
         return entry
 
@@ -103,13 +103,13 @@ class Store:
         self._checked.forget(key)
         self.index.delete(key)
 
-    def end_old(self) -> None:
+    def remove_expired(self) -> None:
         """Removes the files of expired caches."""
         for entry in list(self.known()):
             if self.index.is_expired(entry, self.clock()):
                 self._look(entry.key)
 
-    def _end(self, entry: Entry) -> None:
+    def _expire(self, entry: Entry) -> None:
         if self.is_in_use(entry.key):
             return
         log.info("cache %s of %s has expired", entry.name, entry.namespace)

@@ -22,7 +22,7 @@ from headstart.errors import StartupError
 from headstart.model_files import embedded_model, models_in
 from headstart.numerics import Weights
 
-Origin = Literal["flag", "environment", "file", "default"]
+SettingSource = Literal["flag", "environment", "file", "default"]
 LogFormat = Literal["text", "json"]
 DEFAULT_MODEL = "smollm2"
 
@@ -283,7 +283,7 @@ def load_settings(config: Path | None = None, **flags: Any) -> Settings:
         raise StartupError(f"{config} is not valid TOML: {error}") from error
 
 
-def origin(settings: Settings, name: str, flags: Mapping[str, Any]) -> Origin:
+def origin(settings: Settings, name: str, flags: Mapping[str, Any]) -> SettingSource:
     """The source of a setting's value; `flags` are those that `load_settings` got."""
     if flags.get(name) not in (None, {}):
         return "flag"

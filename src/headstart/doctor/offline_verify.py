@@ -50,7 +50,7 @@ class _Inspector:
         now = model.fingerprint(entry, model.in_force.numerics)
         miss = now.changed_since(entry.fingerprint)
         if miss is None and not entry.forms:
-            miss = "too_short"
+            miss = "evicted" if entry.evicted else "too_short"
         return judged(entry, miss, now.differences(entry.fingerprint))
 
     def _model(self, model: str) -> OfflineModel | str:

@@ -42,7 +42,7 @@ DIED = "The engine died and is being restarted."
 RESTART_SECONDS = (0.0, 1.0, 5.0, 30.0)
 
 # "available": there is no worker, but one can be started.
-State = Literal["available", "loading", "ready", "failed"]
+EngineState = Literal["available", "loading", "ready", "failed"]
 
 
 class EngineClient:
@@ -53,7 +53,7 @@ class EngineClient:
         self.settings = settings
         self.max_waiting = max_waiting
         self.launcher = Launcher(settings.path)
-        self.state: State = "available"
+        self.state: EngineState = "available"
         self.info: ModelInfo | None = None
         self.failure = ""
         self.out_of_memory = False

@@ -23,7 +23,7 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 # As in Gemma: the system text opens the first user turn.
-FOLD = (
+FOLD_SYSTEM = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
     "{% set opening = messages[0]['content'] + '\n\n' %}{% set turns = messages[1:] %}"
     "{% else %}{% set opening = '' %}{% set turns = messages %}{% endif %}"
@@ -62,15 +62,15 @@ TOOLS = (
 )
 # Placeholder for the text of a message that is continued; the prompt is cut at it.
 MARKER = "continued-from-here-5b1f0c"
-BUILT_IN = {"chatml": CHATML, "fold": FOLD, "nosystem": NO_SYSTEM, "tools": TOOLS}
+BUILT_IN = {"chatml": CHATML, "fold": FOLD_SYSTEM, "nosystem": NO_SYSTEM, "tools": TOOLS}
 
 
 # Characters of an error's message, which may be the template's own.
-MOST_WORDS = 500
+MAX_ERROR_CHARS = 500
 Limit = AbstractContextManager[object]
 NO_LIMIT: Limit = nullcontext()
 # A chat that every template must be able to render.
-PLAINEST = [{"role": "user", "content": "Why?"}]
+SIMPLEST_CHAT = [{"role": "user", "content": "Why?"}]
 
 
 class OutOfTime(BaseException):
@@ -157,7 +157,7 @@ class ChatTemplate:
         its later failures count as faults of the template."""
         own = {"tools": None, "add_generation_prompt": True, **self.specials}
         try:
-            self._written({**own, "messages": PLAINEST})
+            self._written({**own, "messages": SIMPLEST_CHAT})
         except OwnWords:
             pass
         except (Exception, OutOfTime) as error:
@@ -189,7 +189,7 @@ class ChatTemplate:
 
 def _words(error: BaseException) -> str:
     """An error's message, or its type if it has none."""
-    words = str(error)[:MOST_WORDS]
+    words = str(error)[:MAX_ERROR_CHARS]
     return words if words and not isinstance(error, KeyError) else f"{type(error).__name__} {words}".strip()
 
 

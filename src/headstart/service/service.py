@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from headstart.caches.store import Store
 from headstart.config.settings import Settings
 from headstart.errors import ModelNotFound
-from headstart.service.caching.caches import Caches
 from headstart.service.caching.caching import Caching
 from headstart.service.caching.expiry import ExpirySweep
+from headstart.service.caching.facade import Caches
 from headstart.service.caching.quota import Quota
 from headstart.service.caching.remeasure import Remeasuring
 from headstart.service.caching.verify import Verifier

@@ -8,7 +8,7 @@ from pydantic import Field, RootModel
 
 from headstart.api.fields.reply import Answer, Reply
 from headstart.caches.entry import Form, MissReason, Origin
-from headstart.service.caching.verify import Action, State
+from headstart.service.caching.verify import VerdictAction, VerdictState
 
 Time = Field(description="ISO 8601, in UTC.")
 
@@ -105,11 +105,11 @@ class Verdict(Reply):
     cache_name: str
     model: str
     owner: str | None
-    state: State
+    state: VerdictState
     would_hit: bool | None
     miss_reason: MissReason | None
     detail: str
-    action: Action | None
+    action: VerdictAction | None
 
 
 class CacheProgress(Reply):

@@ -60,5 +60,5 @@ async def _options(
     request: Request, body: GenerationRequest, max_tokens: int | None, caches: tuple[str, ...] | None
 ) -> Options:
     # Translating a long grammar takes a third of a second.
-    grammar = await asyncio.to_thread(body.answer_grammar) if body.has_form else None
+    grammar = await asyncio.to_thread(body.answer_grammar) if body.has_grammar else None
     return explaining(request, body.options(max_tokens, caches, grammar))

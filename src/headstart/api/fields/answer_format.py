@@ -97,7 +97,7 @@ class StructuredRequest(BaseModel):
     )
 
     @property
-    def has_form(self) -> bool:
+    def has_grammar(self) -> bool:
         forms = (self.response_format, self.written_grammar, self.structured_outputs)
         return any(form is not None for form in forms)
 

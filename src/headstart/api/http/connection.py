@@ -149,7 +149,7 @@ class Connection(HttpToolsProtocol):
             )
         upgrades = self.parser.should_upgrade()
         if upgrades and self._head.has_body:
-            raise BadRequest("Only HTTP/1.1 is supported: send the request without the Upgrade header.")
+            raise BadRequest("Upgrades are not supported: send the request without the Upgrade header.")
         self.scope.update(self._head.target())  # type: ignore[typeddict-item]
         self.scope["method"] = self.parser.get_method().decode("ascii")
         self.scope["http_version"] = self.parser.get_http_version()

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from headstart.api.fields.reply import Answer, Reply
 
-State = Literal["available", "loading", "ready", "failed"]
+ModelState = Literal["available", "loading", "ready", "failed"]
 
 
 class Model(Reply):
@@ -16,7 +16,7 @@ class Model(Reply):
     object: Literal["model"]
     created: int
     owned_by: str
-    state: State
+    state: ModelState
     n_ctx: int | None = Field(
         None,
         description="Maximum tokens of a request, prompt and answer together; absent until first loaded.",
@@ -36,7 +36,7 @@ class Unloaded(Model):
 
 
 class Details(Reply):
-    models: dict[str, State] | None = Field(
+    models: dict[str, ModelState] | None = Field(
         None, description="Absent if API keys are configured and the request has none."
     )
     caches_building: int | None = Field(

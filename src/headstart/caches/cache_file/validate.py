@@ -12,7 +12,7 @@ from headstart.caches.cache_file.format import Corrupt
 from headstart.caches.entry import Entry
 
 
-def inspect(path: Path) -> Entry:
+def read_intact(path: Path) -> Entry:
     """The entry of the file, after every hash and every field was checked. The entry of a response comes
     without the response itself, which is of no use here. Raises Corrupt, or OSError if the file can't be
     read.

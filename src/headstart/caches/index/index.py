@@ -29,15 +29,15 @@ WEIGHTS = "weights"
 UNUSED = CacheUsage()
 
 
-class Weights(Struct, frozen=True):
+class WeightsRecord(Struct, frozen=True):
     """The SHA-256 of a model file, and the file's identity at that time."""
 
     identity: Identity
     sha256: Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 
 
-Record = CacheUsage | Weights
-TYPES: dict[str, type[Record]] = {USAGE: CacheUsage, WEIGHTS: Weights}
+Record = CacheUsage | WeightsRecord
+TYPES: dict[str, type[Record]] = {USAGE: CacheUsage, WEIGHTS: WeightsRecord}
 
 
 class Index:
@@ -193,11 +193,11 @@ class Index:
 
     def weights_hash(self, path: str, identity: Identity) -> str | None:
         known = self._known.get((WEIGHTS, path))
-        return known.sha256 if isinstance(known, Weights) and known.identity == identity else None
+        return known.sha256 if isinstance(known, WeightsRecord) and known.identity == identity else None
 
     def put_weights_hash(self, path: str, identity: Identity, sha256: str) -> None:
         with self._guard:
-            self._put((WEIGHTS, path), Weights(identity, sha256))
+            self._put((WEIGHTS, path), WeightsRecord(identity, sha256))
         self.save()
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from headstart.engine.core.sequence import Sequence, Slot
 from headstart.protocol import StateRef
 
-# The source of a slot's first tokens: a file, another slot, or (None) the slot itself.
-Origin = StateRef | Slot | None
+# Where a slot gets its first tokens from: a file, another slot, or None: the slot holds them already.
+StateOrigin = StateRef | Slot | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class StartSequence:
     sequence: Sequence
     slot: Slot
     keep: int
-    origin: Origin
+    origin: StateOrigin
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +39,7 @@ class Drop:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """Continue a sequence in `slot` with all tokens of `origin`: its present slot, or one with the same
-    tokens."""
+    """Continue a running sequence in `slot`, copied from `origin`, a slot that holds all its tokens."""
 
     sequence: Sequence
     slot: Slot

@@ -25,9 +25,9 @@ from headstart.protocol import (
     Failed,
     FailureKind,
     Finished,
-    FinishReason,
     ModelInfo,
     RequestEvent,
+    SequenceEnd,
     StateRef,
     Submit,
 )
@@ -276,7 +276,7 @@ class CoreEngine:
         self._release(sequence)
         self.writer.begin(sequence, place, state)
 
-    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+    def _finish(self, sequence: Sequence, reason: SequenceEnd) -> None:
         account = stats(sequence)
         self.events += [Finished(answer, reason, account) for answer in sequence.ids]
         self._release(sequence)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 
-from headstart.engine.core.actions import Action, Drop, Move, Origin, StartSequence
+from headstart.engine.core.actions import Action, Drop, Move, StartSequence, StateOrigin
 from headstart.engine.core.chunking import Chunking
 from headstart.engine.core.pool import ANSWER_CELLS, Pool, join, refill, share_prompt, shares_prompt
 from headstart.engine.core.sequence import Sequence, Slot, may_share, reusable
@@ -110,7 +110,7 @@ class Scheduler:
             return request.restore
         return self._holder(request) or request.restore
 
-    def _usable(self, origin: Origin, request: Submit) -> int:
+    def _usable(self, origin: StateOrigin, request: Submit) -> int:
         """The number of usable tokens of `origin`: a state, or a slot that holds the whole cached prefix."""
         if not isinstance(origin, StateRef):
             return request.boundary

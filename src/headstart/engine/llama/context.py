@@ -1,8 +1,8 @@
 """One llama.cpp context: a KV cache, and evaluation with it.
 
 A sequence's state has the same bytes in every context, whatever the number of its sequences and streams, so
-that it can be saved in one and restored in another (`forms.py`). States of an unknown form stay as llama.cpp
-writes them, which is the same for the same number of sequences.
+that it can be saved in one and restored in another (`state_layouts.py`). States of an unknown layout stay as
+llama.cpp writes them, which is the same for the same number of sequences.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 import llama_cpp as lib
 import numpy as np
 
-from headstart.engine.llama.forms import HEADER, HEADROOM, LENGTH, Form
 from headstart.engine.llama.gguf import attends_to_everything
+from headstart.engine.llama.state_layouts import HEADER, HEADROOM, LENGTH, StateLayout
 from headstart.engine.model import ModelError, Piece
 
 # Flags for the second part of a state alone: cells within a window, or of recurrent layers.
@@ -51,14 +51,14 @@ class LlamaContext:
         self.batch = lib.llama_batch_init(shape.batch, 0, 1)
         self.sampled_at: list[int] = []
         self.generates = bool(self.memory) and bool(lib.llama_get_causal_attn(self.context))
-        self.form = self._form()
-        self.can_cut = attends_to_everything(model) and self.form is not None and self.form.is_plain
+        self.layout = self._layout()
+        self.can_cut = attends_to_everything(model) and self.layout is not None and self.layout.is_plain
 
-    def _form(self) -> Form | None:
+    def _layout(self) -> StateLayout | None:
         empty = np.empty(lib.llama_state_seq_get_size(self.context, 0), dtype=np.uint8)
         lib.llama_state_seq_get_data(self.context, _pointer(empty), len(empty), 0)
         n_partial = lib.llama_state_seq_get_size_ext(self.context, 0, PARTIAL)
-        return Form.of(empty.tobytes(), n_partial, self.shape.sequences if self.shape.streams else 1)
+        return StateLayout.of(empty.tobytes(), n_partial, self.shape.sequences if self.shape.streams else 1)
 
     def evaluate(self, pieces: Seq[Piece]) -> None:
         # Written through numpy views: a ctypes store per field and token would cost more than the copy.
@@ -127,9 +127,9 @@ class LlamaContext:
         if lib.llama_state_seq_get_data(self.context, _pointer(memory[HEADROOM:]), size, seq) != size:
             raise ModelError("llama.cpp could not save the state")
         start, end = HEADROOM, HEADROOM + size
-        if self.form:
+        if self.layout:
             partial = lib.llama_state_seq_get_size_ext(self.context, seq, PARTIAL)
-            start, end = self.form.saved(memory.data, start, end, seq, partial - HEADER.size)
+            start, end = self.layout.saved(memory.data, start, end, seq, partial - HEADER.size)
         return memory.data, start, end
 
     def restore(self, seq: int, memory: memoryview, start: int, end: int) -> bool:
@@ -137,12 +137,12 @@ class LlamaContext:
         HEADROOM bytes before it; False, leaving unknown values, if it doesn't fit."""
         if end - start < HEADER.size + LENGTH.size:
             return False
-        if self.form is None:
+        if self.layout is None:
             return self._read(seq, memory, start, end)
         if start < HEADROOM:
             memory = memoryview(bytearray(HEADROOM) + memory[start:end])
             start, end = HEADROOM, len(memory)
-        read = [self._read(seq, memory, *reading) for reading in self.form.readings(memory, start, end)]
+        read = [self._read(seq, memory, *reading) for reading in self.layout.readings(memory, start, end)]
         return bool(read) and all(read)
 
     def _read(self, seq: int, memory: memoryview, start: int, end: int, partial: bool = False) -> bool:

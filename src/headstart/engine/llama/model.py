@@ -128,7 +128,7 @@ class LlamaModel:
             slots=self.slots,
             can_cut=self.streams.can_cut,
             engine=f"llama-cpp-python {lib.__version__}",
-            settings=kept if self.streams.form else kept | {"kv_streams": str(self.slots)},
+            settings=kept if self.streams.layout else kept | {"kv_streams": str(self.slots)},
             pool_tokens=self.ctx if self.pool else 0,
             step_tokens=_step_tokens(settings),
             state_bytes=self._state_bytes() if attends else 0,

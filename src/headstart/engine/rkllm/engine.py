@@ -36,9 +36,9 @@ from headstart.protocol import (
     Failed,
     FailureKind,
     Finished,
-    FinishReason,
     Progress,
     RequestEvent,
+    SequenceEnd,
     StateRef,
     Submit,
     Token,
@@ -230,7 +230,7 @@ class RkllmEngine:
             self._tell(Token(request.id, token))
         return not turn.cancelled
 
-    def _reason(self, turn: Turn) -> FinishReason:
+    def _reason(self, turn: Turn) -> SequenceEnd:
         if turn.cancelled:
             return "cancelled"
         full = len(turn.request.tokens) + len(turn.generated) >= self.info.n_ctx

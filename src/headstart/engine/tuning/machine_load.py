@@ -15,7 +15,7 @@ TICKS = 100.0
 LEAST_SECONDS = 0.3
 # Tolerated averages: CPUs used by other programs, CPUs that a hypervisor gives to other machines, and the
 # share of time during which some program waits for a CPU.
-OTHERS, STOLEN, WAITED = 0.25, 0.1, 0.3
+MAX_OTHER_CPUS, MAX_STOLEN_CPUS, MAX_WAIT_SHARE = 0.25, 0.1, 0.3
 # Between two groups of the same measurements.
 PAUSE_SECONDS = 0.3
 
@@ -47,11 +47,11 @@ class Watch:
         )
         if seconds < LEAST_SECONDS:
             return ""
-        if others > OTHERS * seconds:
+        if others > MAX_OTHER_CPUS * seconds:
             return f"other programs used {others / seconds:.1f} CPUs"
-        if stolen > STOLEN * seconds:
+        if stolen > MAX_STOLEN_CPUS * seconds:
             return f"other machines on this one used {stolen / seconds:.1f} of its CPUs"
-        if waited > WAITED * seconds:
+        if waited > MAX_WAIT_SHARE * seconds:
             return f"programs waited for a CPU {100 * waited / seconds:.0f} % of the time"
         return ""
 

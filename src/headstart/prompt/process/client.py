@@ -148,7 +148,7 @@ class PromptClient:
         try:
             return await self._ask(job)
         except LinkEnded as error:
-            if error.at_fault:
+            if error.may_be_the_requests:
                 raise
             log.warning("prompt process of %s: %s", self.name, error)
             return await self._ask(job)
@@ -182,7 +182,7 @@ class PromptClient:
             f"The process that makes prompts for model {self.name!r} ended while it read this one, and is "
             f"started again: {error}."
         )
-        died.retryable = not error.at_fault
+        died.retryable = not error.may_be_the_requests
         return died
 
     def _fail_all(self) -> None:

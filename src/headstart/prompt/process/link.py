@@ -24,11 +24,12 @@ FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
 
 
 class LinkEnded(Exception):
-    """A process has ended or was ended; the message says why. `at_fault`: the request may be the cause."""
+    """A process has ended or was ended; the message says why. `may_be_the_requests`: the request may be the
+    cause."""
 
-    def __init__(self, reason: str, *, at_fault: bool = True) -> None:
+    def __init__(self, reason: str, *, may_be_the_requests: bool = True) -> None:
         super().__init__(reason)
-        self.at_fault = at_fault
+        self.may_be_the_requests = may_be_the_requests
 
 
 class Link:
@@ -57,7 +58,7 @@ class Link:
         except BaseException as error:
             ours.close()
             if isinstance(error, OSError):
-                raise LinkEnded(f"it can't be started: {error}", at_fault=False) from error
+                raise LinkEnded(f"it can't be started: {error}", may_be_the_requests=False) from error
             raise
         finally:
             theirs.close()
@@ -113,7 +114,7 @@ def _explained(code: int) -> LinkEnded:
         return LinkEnded(f"it ended with status {code}")
     name = signal_name(-code)
     if -code in FROM_OUTSIDE:
-        return LinkEnded(f"it was ended by {name}", at_fault=False)
+        return LinkEnded(f"it was ended by {name}", may_be_the_requests=False)
     if -code == signal.SIGVTALRM:
         return LinkEnded("it took too much of the processor's time")
     return LinkEnded(f"it crashed ({name}); the log has its last words, if any")

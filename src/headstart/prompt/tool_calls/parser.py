@@ -16,7 +16,7 @@ from headstart.prompt.answer_parts import AnswerPart, CallDelta
 from headstart.prompt.tool_calls.scanner import BracketEnd, CallHead, ObjectReader
 from headstart.tokens import overlap
 
-State = Callable[[], "list[AnswerPart] | None"]
+ParserState = Callable[[], "list[AnswerPart] | None"]
 ID_CHARACTERS = string.ascii_letters + string.digits
 
 
@@ -43,8 +43,8 @@ class CallParser:
         self.object = ObjectReader()
         self.end_of_brackets = BracketEnd()
         self.n_scanned = 0
-        self.state: State = self.read_text
-        self.after_arguments: State = self.rest_of_object
+        self.state: ParserState = self.read_text
+        self.after_arguments: ParserState = self.rest_of_object
 
     def add(self, text: str) -> list[AnswerPart]:
         self.buffer += text

@@ -41,5 +41,5 @@ class ExpirySweep:
     async def sweep(self) -> None:
         """Raises StorageError."""
         self.store.index.save()
-        self.store.end_old()
+        self.store.remove_expired()
         await self.quota.trim()

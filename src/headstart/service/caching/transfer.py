@@ -16,7 +16,7 @@ from headstart.caches.cache_file import format
 from headstart.caches.cache_file.format import Corrupt
 from headstart.caches.cache_file.header import HASH, read_header
 from headstart.caches.cache_file.rewrite import rewrite
-from headstart.caches.cache_file.validate import inspect
+from headstart.caches.cache_file.validate import read_intact
 from headstart.caches.entry import Entry
 from headstart.caches.store import Store
 from headstart.errors import (
@@ -95,7 +95,7 @@ class Transfer:
             self._check_room(model.namespace, size or 0)
             await self._receive(model.namespace, chunks, scratch)
             try:
-                entry = await asyncio.to_thread(inspect, scratch)
+                entry = await asyncio.to_thread(read_intact, scratch)
             except Corrupt as error:
                 reason = str(error).removeprefix(f"{scratch}: ")
                 raise DamagedFile(f"The file is damaged: {reason}.") from error

@@ -133,8 +133,8 @@ class Verifier:
 
 # ok: its states are usable. damaged: a hash or the length is wrong, or it can't be read. unfit: its states
 # were computed by or for something else. stray: the file is named after another cache or can't be opened.
-State = Literal["ok", "damaged", "unfit", "stray"]
-Action = Literal["rebuilt", "set_aside", "removed", "failed"]
+VerdictState = Literal["ok", "damaged", "unfit", "stray"]
+VerdictAction = Literal["rebuilt", "set_aside", "removed", "failed"]
 
 UNFIT: frozenset[MissReason] = frozenset(
     {"model_changed", "engine_changed", "settings_changed", "template_changed"}
@@ -148,11 +148,11 @@ class Verdict(Struct, frozen=True):
 
     cache_name: str
     model: str
-    state: State
+    state: VerdictState
     would_hit: bool | None = None
     miss_reason: MissReason | None = None
     detail: str = ""
-    action: Action | None = None
+    action: VerdictAction | None = None
     owner: str | None = None
 
     @property
@@ -164,7 +164,7 @@ class Verdict(Struct, frozen=True):
         """A copy with the owner of this namespace."""
         return replace(self, owner=namespace.owner or None)
 
-    def after(self, action: Action, detail: str) -> Verdict:
+    def after(self, action: VerdictAction, detail: str) -> Verdict:
         would_hit = True if action == "rebuilt" else self.would_hit
         return replace(self, action=action, detail=detail, would_hit=would_hit)
 
@@ -172,12 +172,12 @@ class Verdict(Struct, frozen=True):
 def judged(entry: Entry, miss: MissReason | None, detail: str = "") -> Verdict:
     """The verdict on a cache of a known model. One that misses without a fault, because it is too short or
     evicted, is "ok"."""
-    state: State = "damaged" if miss == "corrupt" else "unfit" if miss in UNFIT else "ok"
+    state: VerdictState = "damaged" if miss == "corrupt" else "unfit" if miss in UNFIT else "ok"
     return Verdict(
         entry.name, entry.model, state, miss is None, miss, detail or (miss or "").replace("_", " ")
     )
 
 
 def judged_orphan(orphan: OrphanFile) -> Verdict:
-    state: State = "damaged" if orphan.damaged else "stray"
+    state: VerdictState = "damaged" if orphan.damaged else "stray"
     return Verdict(orphan.name, orphan.model, state, would_hit=False, detail=orphan.why)

@@ -9,7 +9,7 @@ from time import monotonic
 from headstart.prompt.answer_parts import AnswerPart, Parser
 from headstart.prompt.detokenizer import AnswerDetokenizer
 from headstart.prompt.vocabulary import Vocabulary
-from headstart.protocol import FinishReason, Token
+from headstart.protocol import SequenceEnd, Token
 from headstart.service.interface.answer import Choice, Delta, Ended, TokenLogprob
 
 
@@ -47,7 +47,7 @@ class Answering:
             self._pending_logprobs.append(self._logprob(token, token.logprob))
         yield from self._deltas(self.text.add(token.token))
 
-    def end(self, reason: FinishReason) -> Iterator[Delta | Ended]:
+    def end(self, reason: SequenceEnd) -> Iterator[Delta | Ended]:
         """The text that was held back, and the end."""
         text = self.text.end()
         self.raw_text += text

@@ -197,7 +197,7 @@ def _miss(prepared: Prepared, stats: Stats) -> MissReason | None:
     info, boundary = prepared.model.info, prepared.start.boundary
     if not info.counts_reuse:
         return "not_counted"
-    # The runtime decides how much it reuses, but it must be most of the cache.
+    # The runtime decides how much it reuses, but it must be at least half of the cache.
     needed = (boundary + 1) // 2 if info.state_files else boundary
     return None if stats.cached_tokens >= needed else "restore_failed"
 

@@ -1,4 +1,4 @@
-"""A chat as the model gets it: messages, the tools it may call, and a cached prefix before both."""
+"""A chat as templates take it, and how it relates to cached prefixes."""
 
 from __future__ import annotations
 

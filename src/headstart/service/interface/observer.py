@@ -25,9 +25,10 @@ class Submitted:
 
 @dataclass(frozen=True)
 class Answered:
-    """A request got all its answers, which ended for these `reasons`. Times are seconds:
-    `first_token_seconds` and `seconds` from its arrival in the service to its first token and to the end,
-    `token_gaps` between the tokens of each answer."""
+    """A prompt got all its answers, which ended for these `reasons`; a request with several prompts has one
+    event for each. One that its client left has a Failure instead, whatever was sent before. Times are
+    seconds: `first_token_seconds` and `seconds` from its arrival in the service to its first token and to the
+    end, `token_gaps` between the tokens of each answer."""
 
     model: str
     owner: str

@@ -13,7 +13,7 @@ import msgspec
 from headstart.caches.entry import Entry, Fingerprint
 from headstart.caches.store import Store
 from headstart.config.settings import Settings
-from headstart.engine.client import EngineClient, State
+from headstart.engine.client import EngineClient, EngineState
 from headstart.engine.kinds import engine_kind
 from headstart.errors import ModelLoading, StartupError
 from headstart.prompt.process.client import PromptClient, facts_of
@@ -79,7 +79,7 @@ class ServedModel:
             await self.close()
 
     @property
-    def state(self) -> State:
+    def state(self) -> EngineState:
         return "loading" if self._begins else self.engine.state
 
     async def load(

@@ -37,7 +37,7 @@ class Declaration:
         """The key in the model's public namespace: declared caches are public."""
         return CacheKey(Namespace(self.model), self.name)
 
-    def is_met_by(self, entry: Entry, fingerprint: Fingerprint) -> bool:
+    def is_satisfied_by(self, entry: Entry, fingerprint: Fingerprint) -> bool:
         """Whether the cache needs no build or change. Evicted states are not rebuilt."""
         return (
             (entry.origin, entry.content, entry.retention) == ("declared", self.content, self.retention)
@@ -84,7 +84,7 @@ class Declared:
     async def _reconcile(self, model: TenantModel) -> None:
         declared = [one for one in self.declarations if one.model == model.name]
         try:
-            await self._bring_about(model, declared)
+            await self._build_missing(model, declared)
         except Exception as error:
             log.exception("the declared caches of %s were not checked", model.name)
             self._fail_unresolved(declared, _as_known(error))
@@ -99,7 +99,7 @@ class Declared:
             if one.key in unresolved:
                 self.caching.pending_declared.resolve(one.key, error)
 
-    async def _bring_about(self, model: TenantModel, declared: Sequence[Declaration]) -> None:
+    async def _build_missing(self, model: TenantModel, declared: Sequence[Declaration]) -> None:
         missing = [one for one in declared if not self._is_met(model, one)]
         # Existing caches wait for no build.
         for one in declared:
@@ -116,7 +116,7 @@ class Declared:
             entry = self.caching.store.find(model.key(declaration.name))
         except CacheNotFound:
             return False
-        return declaration.is_met_by(entry, model.fingerprint)
+        return declaration.is_satisfied_by(entry, model.fingerprint)
 
     def _prune(self, model: TenantModel, declared: set[str]) -> None:
         for entry in self.caching.store.entries(model.namespace):

@@ -1,4 +1,4 @@
-"""The form of a state, and its conversion to one that is the same for any number of sequences and streams.
+"""The layout of a state, and its conversion to one that is the same for any number of sequences and streams.
 
 llama.cpp writes a sequence's state as u32 magic, i32 sequence, then a part for each memory of the model:
 
@@ -7,7 +7,7 @@ llama.cpp writes a sequence's state as u32 magic, i32 sequence, then a part for 
 
 Full attention has one part of the first kind. A sliding window adds another: it belongs to the layers with
 the window, and holds the window's last cells only. Hybrid models have a part of each kind, recurrent ones
-only the second. In the state of one sequence all streams but one are empty. The saved form is that of
+only the second. In the state of one sequence all streams but one are empty. The saved layout is that of
 sequence 0 of one stream; if there are two parts, the length of the second (u64) follows. Reading puts the
 empty streams first, which llama.cpp accepts for any sequence.
 """
@@ -28,8 +28,8 @@ Reading = tuple[int, int, bool]
 
 
 @dataclass(frozen=True)
-class Form:
-    """The form of states in a context with `streams` streams: the flags say whether there is a part for
+class StateLayout:
+    """The layout of states in a context with `streams` streams: the flags say whether there is a part for
     attention, a second one for attention within a window, and one for recurrent layers."""
 
     streams: int
@@ -38,9 +38,9 @@ class Form:
     recurrent: bool = False
 
     @classmethod
-    def of(cls, empty: bytes, n_partial: int, streams: int) -> Form | None:
-        """The form by the state of a sequence without tokens and the length of its partial state; None if it
-        is unknown."""
+    def of(cls, empty: bytes, n_partial: int, streams: int) -> StateLayout | None:
+        """The layout by the state of a sequence without tokens and the length of its partial state; None if
+        it is unknown."""
         words = [word for (word,) in COUNT.iter_unpack(empty[HEADER.size :])]
         part = [streams] + [0] * streams
         second = words[len(part) :]
@@ -64,8 +64,8 @@ class Form:
         return self.attention and not self.is_plain
 
     def saved(self, memory: memoryview, start: int, end: int, seq: int, n_second: int) -> tuple[int, int]:
-        """Converts the state of sequence `seq`, whose second part takes `n_second` bytes, to the saved form,
-        and returns its start and end. There must be room for a LENGTH after the state."""
+        """Converts the state of sequence `seq`, whose second part takes `n_second` bytes, to the saved
+        layout, and returns its start and end. There must be room for a LENGTH after the state."""
         magic, _ = HEADER.unpack_from(memory, start)
         # The number of bytes for empty streams before and after the sequence's own.
         before, after = COUNT.size * seq, COUNT.size * (self.streams - 1 - seq)
