@@ -189,7 +189,7 @@ def test_docstrings_begin_with_their_subject(path: Path) -> None:
     assert [text for node in nodes if HEADLESS.match(text := ast.get_docstring(node) or "")] == []
 
 
-GERUNDS = {"chunking", "pooling", "sampling", "reasoning", "caching", "answering"}
+GERUNDS = {"chunking", "pooling", "sampling", "reasoning", "caching", "answering", "tracing"}
 PARTICIPLES = {"verified", "derived", "declared"}
 
 

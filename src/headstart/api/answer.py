@@ -16,6 +16,7 @@ from headstart.service.interface.answer import Delta, Ended, PromptProgress, Res
 
 async def answer(request: Request, events: Events, writer: AnswerWriter, *, stream: bool | None) -> Response:
     """Ends `events` if the client disconnects. Raises what they raise before the response begins."""
+    request.state.streamed = bool(stream)
     return await (streamed if stream else whole)(request, events, writer)
 
 

@@ -36,6 +36,8 @@ def create_app(
         redirect_slashes=False,
         redoc_url=None,
         static_url=PAGES,
+        # FastAPI's own: its logs have the messages of exceptions, which may quote a request.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.state.service = service
     app.state.dialects = dialects

@@ -26,6 +26,7 @@ def admit(request: Request, body: Addressed) -> Target:
     of the model's name, else of the route, else of the key. Raises ModelNotFound."""
     service: Service = request.app.state.service
     target = service.resolve(body.model, owner(request))
+    request.state.requested_model = body.model
     if body.names is not None:
         return replace(target, caches=body.names)
     if target.caches is None and (cache := _default_cache(request)):
@@ -42,6 +43,7 @@ def _default_cache(request: Request) -> str | None:
 def model_of(request: Request, name: str) -> TenantModel:
     """The model of this name or alias, for the request's key. Raises ModelNotFound."""
     service: Service = request.app.state.service
+    request.state.requested_model = name
     return service.model(name, owner(request))
 
 

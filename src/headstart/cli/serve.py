@@ -18,6 +18,7 @@ from headstart.errors import StartupError
 from headstart.service.service import Service
 from headstart.telemetry.log_format import configure_logging
 from headstart.telemetry.metrics import MetricsObserver
+from headstart.telemetry.otlp import tracing_observer
 
 log = logging.getLogger(__name__)
 
@@ -54,12 +55,20 @@ def serve(settings: Settings, say: Notify) -> None:
     configure_logging(settings.log_level, settings.log_format)
     listener = _listen(settings.host, settings.port)
     metrics = MetricsObserver()
-    service = Service(settings, say, [metrics])
+    tracing = tracing_observer() if settings.tracing else None
+    service = Service(settings, say, [metrics, tracing] if tracing else [metrics])
     metrics.watch(service)
     _allow_open_files(settings.max_connections)
-    config = HttpConfig(create_app(service, metrics=metrics), settings)
-    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        runner.run(_serve(service, HttpServer(config), listener, say))
+    app = create_app(service, metrics=metrics)
+    if tracing:
+        tracing.watch(app)
+    config = HttpConfig(app, settings)
+    try:
+        with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+            runner.run(_serve(service, HttpServer(config), listener, say))
+    finally:
+        if tracing:
+            tracing.close()
 
 
 async def _serve(service: Service, server: HttpServer, listener: socket.socket, say: Notify) -> None:

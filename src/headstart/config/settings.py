@@ -143,9 +143,7 @@ class Settings(BaseSettings):
         "several API keys may have half.",
     )
     max_connections: int = Field(
-        1000,
-        ge=1,
-        description="Maximum connections; beyond it, the longest idle one is closed.",
+        1000, ge=1, description="Maximum connections; beyond it, the longest idle one is closed."
     )
     head_seconds: float = Field(10, gt=0, description="Maximum seconds to receive the headers.")
     body_seconds: float = Field(
@@ -162,6 +160,7 @@ class Settings(BaseSettings):
         "warning", description="debug, info, warning or error; from info on, one line for each request."
     )
     log_format: LogFormat = Field("text", description="Lines to read, or a JSON object a line.")
+    tracing: bool = Field(False, description="Send OpenTelemetry spans as the variables OTEL_* say.")
     caches: dict[str, DeclaredCache] = Field(
         default_factory=dict, description="Declared caches, built by the server."
     )

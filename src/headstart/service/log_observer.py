@@ -71,7 +71,7 @@ class LogObserver(Observer):
                 log.warning("building cache %s of %s failed: %s", event.cache, event.model, event.error)
             case "load":
                 log.warning("model %s was not loaded: %s", event.model, event.error)
-            case "answer":
+            case "answer" | "embed":
                 code = "client_left"
                 if isinstance(event.error, HeadstartError):
                     code = event.error.code or event.error.type

@@ -1,1 +1,2 @@
-"""Figures about a running server: metrics, made of the events that its service reports."""
+"""Figures about a running server, made of the events that its service reports: metrics and spans; and the
+format of its log."""

@@ -18,7 +18,7 @@ from headstart.api.fields.generation import Body
 from headstart.api.fields.values import Utf8
 from headstart.api.sse import while_connected
 from headstart.errors import BadRequest
-from headstart.service.generation.embeddings import Input, check_dimensions, embed, input_tokens
+from headstart.service.generation.embeddings import Input, check_dimensions, input_tokens
 from headstart.service.models.tenant_model import TenantModel
 from headstart.service.service import Service
 
@@ -83,14 +83,14 @@ async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
     inputs = body.inputs()
     async with service.models.use(model_of(request, body.model)) as model:
         check_dimensions(model, body.dimensions)
-        answer = await while_connected(request, _answer(body, model, inputs))
+        answer = await while_connected(request, _answer(service, body, model, inputs))
     return Response(answer, media_type="application/json")
 
 
-async def _answer(body: EmbeddingRequest, model: TenantModel, inputs: list[Input]) -> bytes:
+async def _answer(service: Service, body: EmbeddingRequest, model: TenantModel, inputs: list[Input]) -> bytes:
     tokens = await input_tokens(model, inputs)
     data: list[msgspec.Raw] = []
-    async with aclosing(embed(model, tokens)) as vectors:
+    async with aclosing(service.generation.embed(model, tokens)) as vectors:
         async for values in vectors:
             # Encoded one by one: encoding all at once would block the event loop.
             data.append(msgspec.Raw(msgspec.json.encode(_shown(len(data), values, body.encoding_format))))

@@ -39,8 +39,8 @@ class StateLayout:
 
     @classmethod
     def of(cls, empty: bytes, n_partial: int, streams: int) -> StateLayout | None:
-        """The layout by the state of a sequence without tokens and the length of its partial state; None if it
-        is unknown."""
+        """The layout by the state of a sequence without tokens and the length of its partial state; None if
+        it is unknown."""
         words = [word for (word,) in COUNT.iter_unpack(empty[HEADER.size :])]
         part = [streams] + [0] * streams
         second = words[len(part) :]
@@ -64,8 +64,8 @@ class StateLayout:
         return self.attention and not self.is_plain
 
     def saved(self, memory: memoryview, start: int, end: int, seq: int, n_second: int) -> tuple[int, int]:
-        """Converts the state of sequence `seq`, whose second part takes `n_second` bytes, to the saved layout,
-        and returns its start and end. There must be room for a LENGTH after the state."""
+        """Converts the state of sequence `seq`, whose second part takes `n_second` bytes, to the saved
+        layout, and returns its start and end. There must be room for a LENGTH after the state."""
         magic, _ = HEADER.unpack_from(memory, start)
         # The number of bytes for empty streams before and after the sequence's own.
         before, after = COUNT.size * seq, COUNT.size * (self.streams - 1 - seq)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 
-from headstart.errors import BadRequest, InputTooLong
+from headstart.errors import BadRequest, HeadstartError, InputTooLong
 from headstart.protocol import Embed, Vector
 from headstart.service.generation.tokenize import tokenised
+from headstart.service.interface.observer import Failure, InputsEmbedded, Observer, Submitted
 from headstart.service.interface.text import check_tokens
 from headstart.service.models.tenant_model import TenantModel
 
@@ -40,10 +42,18 @@ def check_dimensions(model: TenantModel, dimensions: int | None) -> None:
         )
 
 
-async def embed(model: TenantModel, inputs: list[list[int]]) -> AsyncGenerator[bytes, None]:
+async def embed(
+    model: TenantModel, inputs: list[list[int]], observer: Observer
+) -> AsyncGenerator[bytes, None]:
     """The vector of each input, in order: float32, little-endian, of length 1. Closing it early cancels the
     work. Raises Unavailable or EngineError."""
-    with model.engine.submit(Embed(0, inputs)) as running:
-        async for event in running:
-            if isinstance(event, Vector):
-                yield event.values
+    observer.submitted(Submitted(model.name, model.owner, "embeddings"))
+    try:
+        with model.engine.submit(Embed(0, inputs)) as running:
+            async for event in running:
+                if isinstance(event, Vector):
+                    yield event.values
+    except (HeadstartError, asyncio.CancelledError, GeneratorExit) as error:
+        observer.failed(Failure("embed", model.name, error, owner=model.owner))
+        raise
+    observer.embedded(InputsEmbedded(model.name, model.owner, len(inputs), sum(map(len, inputs))))

@@ -7,16 +7,18 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from time import monotonic
 
-from headstart.caches.entry import KEEPS_STATE, MissReason
+from headstart.caches.entry import KEEPS_STATE, Form, MissReason
 from headstart.errors import HeadstartError
 from headstart.prompt.detokenizer import AnswerDetokenizer
 from headstart.protocol import Finished, Progress, Stats, Token
 from headstart.service.caching.caching import Caching
+from headstart.service.generation import embeddings
 from headstart.service.generation.answering import Answering
 from headstart.service.generation.explain import explained
 from headstart.service.generation.prepare import Preparation, Prepared
 from headstart.service.interface.answer import AnswerEvent, Explanation, PromptProgress, Result
-from headstart.service.interface.observer import Answered, Failure, Observer, Restored
+from headstart.service.interface.observer import Answered, Failure, Observer, Restored, Submitted
+from headstart.service.models.tenant_model import TenantModel
 from headstart.service.origins.automatic import Automatic
 from headstart.service.origins.breakpoints import Breakpoints
 from headstart.service.origins.conversations import Conversations, SaveRequest
@@ -53,6 +55,7 @@ class Generation:
         answers = [_answering(prepared, choice) for choice in range(prepared.submit.n)]
         stats: Stats | None = None
         result: Result | None = None
+        self.observer.submitted(_submitted(prepared))
         try:
             with prepared.model.engine.submit(prepared.submit) as running:
                 async for event in running:
@@ -85,6 +88,10 @@ class Generation:
                     Failure("answer", prepared.model.name, error, owner=prepared.model.owner)
                 )
             raise
+
+    def embed(self, model: TenantModel, inputs: list[list[int]]) -> AsyncGenerator[bytes, None]:
+        """As `embeddings.embed`."""
+        return embeddings.embed(model, inputs, self.observer)
 
     async def _result(self, prepared: Prepared, answers: Sequence[Answering], stats: Stats) -> Result:
         miss = _miss(prepared, stats)
@@ -146,6 +153,12 @@ class Generation:
         entry = prepared.plan.entry
         if entry and miss and miss not in KEEPS_STATE:
             self.caching.rebuild_after_miss(prepared.model, entry)
+
+
+def _submitted(prepared: Prepared) -> Submitted:
+    model = prepared.model
+    form: Form = "chat" if prepared.plan.chat else "completion"
+    return Submitted(model.name, model.owner, form, prepared.options)
 
 
 def _answering(prepared: Prepared, choice: int) -> Answering:

@@ -9,6 +9,18 @@ from typing import Literal
 from headstart.caches.entry import Entry, Form
 from headstart.protocol import Stats
 from headstart.service.interface.answer import FinishReason, Result
+from headstart.service.interface.options import Options
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """The engine gets a request, whose prompt is ready. It is followed by one Answered, InputsEmbedded or
+    Failure, unless the server itself fails. `options`: the parameters of one that generates."""
+
+    model: str
+    owner: str
+    form: Form | Literal["embeddings"]
+    options: Options | None = None
 
 
 @dataclass(frozen=True)
@@ -25,6 +37,16 @@ class Answered:
     seconds: float
     first_token_seconds: float
     token_gaps: Sequence[float]
+
+
+@dataclass(frozen=True)
+class InputsEmbedded:
+    """A request got the embedding of each input; the inputs have `prompt_tokens` tokens together."""
+
+    model: str
+    owner: str
+    n_inputs: int
+    prompt_tokens: int
 
 
 @dataclass(frozen=True)
@@ -67,7 +89,7 @@ class Failure:
     """Work ended with an error; a build, that of a `cache`. Where a client left, the error is CancelledError
     or GeneratorExit."""
 
-    work: Literal["answer", "build", "load"]
+    work: Literal["answer", "embed", "build", "load"]
     model: str
     error: BaseException
     cache: str = ""
@@ -78,7 +100,11 @@ class Observer:
     """Receives each event once, when it happens, on the event loop. Methods return at once and raise
     nothing; those that a subclass doesn't override ignore their event."""
 
+    def submitted(self, event: Submitted) -> None: ...
+
     def answered(self, event: Answered) -> None: ...
+
+    def embedded(self, event: InputsEmbedded) -> None: ...
 
     def built(self, event: Built) -> None: ...
 
@@ -97,9 +123,17 @@ class Observers(Observer):
     def __init__(self, observers: Sequence[Observer] = ()) -> None:
         self.observers = observers
 
+    def submitted(self, event: Submitted) -> None:
+        for observer in self.observers:
+            observer.submitted(event)
+
     def answered(self, event: Answered) -> None:
         for observer in self.observers:
             observer.answered(event)
+
+    def embedded(self, event: InputsEmbedded) -> None:
+        for observer in self.observers:
+            observer.embedded(event)
 
     def built(self, event: Built) -> None:
         for observer in self.observers:
