@@ -502,7 +502,6 @@ def collector() -> Iterator[str]:
 def test_spans_are_sent_to_a_collector_when_the_server_stops(
     collector: str, start_server: StartServer
 ) -> None:
-    pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
     env = {"HEADSTART_TRACING": "true", "OTEL_EXPORTER_OTLP_ENDPOINT": collector}
     server = start_server("--model", "toy=toy:", env=env)
     assert server.post(CHAT, **_long_chat() | {"max_tokens": 3}).status_code == 200
