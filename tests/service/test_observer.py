@@ -80,7 +80,7 @@ async def ask(service: Service, options: Options) -> Result:
 
 
 async def test_loads_builds_answers_and_restores_are_observed_once(tmp_path: Path) -> None:
-    async with running(tmp_path) as (service, recorder):
+    async with running(tmp_path, "toy:eos=0") as (service, recorder):
         (loaded,) = recorder.events
         assert isinstance(loaded, Loaded)
         assert loaded.model == "toy"
