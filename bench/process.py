@@ -27,7 +27,7 @@ def free_port() -> int:
 
 
 class ServerProcess:
-    """Running when made, ready to answer unless BenchFailed is raised. `start_ms`: until /health said so;
+    """Running when made, ready to answer unless BenchFailed is raised. `start_ms`: until /ready said so;
     `shown`: the command without folders."""
 
     def __init__(self, command: Sequence[str], port: int, log: Path, env: Mapping[str, str]) -> None:
@@ -76,7 +76,7 @@ class ServerProcess:
             if self._process.poll() is not None:
                 raise BenchFailed(f"a server did not start:\n{self.log.read_text(errors='replace')[-2000:]}")
             with suppress(OSError, HTTPException, BenchFailed), Connection(self.port) as connection:
-                connection.call("GET", "/health")
+                connection.call("GET", "/ready")
                 return
             time.sleep(0.01)
         raise BenchFailed(f"a server was not ready after {READY_SECONDS} seconds, see {self.log}")

@@ -179,7 +179,9 @@ def test_a_model_in_use_is_unloaded_only_by_force(start_server: StartServer) -> 
 
     running = threading.Thread(target=ask)
     running.start()
-    eventually(lambda: _busy(server))
+    begun = 'vllm:num_requests_running{model_name="one"} 1.0'
+    eventually(lambda: begun in server.http.get("/metrics").text)
+    assert _busy(server)
     assert server.post("/v1/models/unload", model="one", force=True).json()["unloaded"] is True
     running.join()
     assert failed == [503]

@@ -125,7 +125,7 @@ def test_without_a_server_it_is_judged_by_the_settings(server: RunningServer) ->
     assert "the weights are others" in other.stdout
     unknown = _verify(*arguments, models='{"another": "toy:"}')
     assert unknown.exit_code == 0
-    assert "the settings name no such model" in unknown.stdout
+    assert "the settings have no such model" in unknown.stdout
     assert {path: path.read_bytes() for path in server.cache_dir.rglob("*.headstart")} == before
 
 

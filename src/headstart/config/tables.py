@@ -97,14 +97,14 @@ def check_names(names: Iterable[str]) -> None:
             raise ValueError(f"{name!r} is not a name: letters, digits, dots, underscores, hyphens")
 
 
-# Paths of the server that are no prefixes of other paths.
-OWN_PATHS = ("/health", "/ready", "/metrics", "/docs", "/openapi.json")
+# Paths that would be taken for those of the server's state, which monitoring asks for.
+STATE_PATHS = ("/health", "/ready", "/metrics")
 
 
 def check_route(prefix: str) -> None:
     """Raises ValueError for a prefix that can't precede the paths of the API."""
     bad = not prefix.startswith("/") or prefix.endswith("/") or "//" in prefix or not prefix.isprintable()
-    if bad or prefix.partition("/v1")[0] == "" or prefix in OWN_PATHS:
+    if bad or prefix.partition("/v1")[0] == "" or prefix in STATE_PATHS:
         raise ValueError(
             f"{prefix!r} is not a route prefix: a path outside the API, such as /coding, without / at its end"
         )
