@@ -143,7 +143,7 @@ def test_the_demo_with_the_real_model_hits_every_cache() -> None:
         [sys.executable, "-m", "headstart", "demo", "--url", NOBODY],
         capture_output=True,
         text=True,
-        env={**os.environ, "COLUMNS": "80"},
+        env={**os.environ, "COLUMNS": "80", "HEADSTART_THREADS": "1"},
         check=False,
     )
     assert done.returncode == 0, done.stderr

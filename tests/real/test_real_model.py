@@ -204,7 +204,7 @@ def test_before_the_first_text_less_than_a_tenth_of_the_prompt_is_evaluated_also
 
 
 def test_two_caches_that_take_turns_in_one_slot_keep_their_own_texts(start_server: StartServer) -> None:
-    server = start_server("--slots", "1")
+    server = start_server("--slots", "1", *ONE_THREAD)
     prompts = {
         "pirate": "You are a pirate and speak of nothing but the sea and gold. " * 20,
         "monk": "You are a monk in the mountains and praise silence and bread. " * 20,
@@ -250,7 +250,7 @@ def test_requests_at_the_same_time_over_one_cache_each_hit_and_say_their_own(cle
 
 
 def test_requests_at_the_same_time_that_share_nothing_say_exactly_what_they_say_alone(tmp_path: Path) -> None:
-    with running_server(tmp_path / "cache", env={"HEADSTART_SHARE_FROM": "0"}) as server:
+    with running_server(tmp_path / "cache", *ONE_THREAD, env={"HEADSTART_SHARE_FROM": "0"}) as server:
         server.create("harbour", SYSTEM, model="smollm2")
         alone, together = ask_all(Clerk(server))
     assert together == alone
@@ -297,7 +297,7 @@ def test_a_template_that_folds_the_system_text_into_the_users_turn_keeps_every_p
     template = tmp_path / "folding.jinja"
     template.write_text(FOLDING)
     env = {"HEADSTART_TEMPLATES": json.dumps({"smollm2": str(template)})}
-    server = start_server("--slots", "1", env=env)
+    server = start_server("--slots", "1", *ONE_THREAD, env=env)
     clerk = Clerk(server)
     opening = SYSTEM[:1500]
     cold = clerk.ask(system=opening, **COLD)
