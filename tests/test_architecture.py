@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -73,9 +74,15 @@ MODULES_OF_A_DIALECT = {"routes", "request", "response", "schema"}
 MOST_MODULES = 14
 
 
+@cache
+def _parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@cache
 def _imports(path: Path) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(_parsed(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -185,7 +192,7 @@ HEADLESS = re.compile(r"(What|Those|Where|Which|Whatever|Of|By)\b")
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_docstrings_begin_with_their_subject(path: Path) -> None:
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)]
+    nodes = [node for node in ast.walk(_parsed(path)) if isinstance(node, kinds)]
     assert [text for node in nodes if HEADLESS.match(text := ast.get_docstring(node) or "")] == []
 
 
@@ -201,7 +208,7 @@ def test_modules_are_nouns_or_imperatives() -> None:
 
 def test_class_names_are_unique() -> None:
     """Names in modules called schema or reply are those of /openapi.json."""
-    trees = [ast.parse(path.read_text()) for path in MODULES if path.stem not in ("schema", "reply")]
+    trees = [_parsed(path) for path in MODULES if path.stem not in ("schema", "reply")]
     names = Counter(node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
     names += Counter(name for tree in trees for name in _aliases(tree))
     assert [name for name, n in names.items() if n > 1] == []

@@ -581,6 +581,7 @@ def test_a_second_create_of_the_same_name_is_refused_while_the_first_is_built(sl
     assert slow.chat("Why?", use_cache="twice", max_tokens=4)["usage"]["cache_hit"] is True
 
 
+@pytest.mark.slow
 def test_a_cache_can_not_be_deleted_while_it_is_built(slow: RunningServer) -> None:
     with slow.http.stream("POST", CACHE, json=streamed_creation("unfinished")) as building:
         progress = events(building)

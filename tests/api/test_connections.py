@@ -145,6 +145,7 @@ def test_a_half_sent_body_is_ended(strict: RunningServer, path: str) -> None:
     assert b"too slowly" in ended.body
 
 
+@pytest.mark.slow
 def test_a_body_of_which_ever_less_comes_is_ended(strict: RunningServer) -> None:
     sent = 0
     with connect(strict) as connection, pytest.raises(OSError, match=r"reset|pipe"):  # noqa: PT012
@@ -161,6 +162,7 @@ def test_a_body_of_which_ever_less_comes_is_ended(strict: RunningServer) -> None
     assert sent < 2000
 
 
+@pytest.mark.slow
 def test_half_sent_bodies_take_no_more_memory_together_than_they_may(start_server: StartServer) -> None:
     server = start_server(
         "--model", "toy=toy:", env={"HEADSTART_MAX_BODIES_MB": "32", "HEADSTART_BODY_SECONDS": "5"}

@@ -170,6 +170,7 @@ def _streamed(server: RunningServer) -> tuple[str, float]:
     return text, max(later - earlier for earlier, later in pairwise(times))
 
 
+@pytest.mark.slow
 def test_a_stream_says_the_same_and_goes_on_while_others_embed(slow: RunningServer) -> None:
     alone, _ = _streamed(slow)
     # Of 4 s for the long input, the stream may wait for one chunk at a time: 64 tokens of 2 ms.
@@ -183,6 +184,7 @@ def test_a_stream_says_the_same_and_goes_on_while_others_embed(slow: RunningServ
     assert longest < 1
 
 
+@pytest.mark.slow
 def test_requests_take_turns(slow: RunningServer) -> None:
     with ThreadPoolExecutor() as pool:
         long = pool.submit(vectors, slow, [f"rope number {number}" for number in range(100)])

@@ -15,6 +15,9 @@ from rkllm_models import tokenizer_files
 from rkllm_standin import RELEASES, standin, standin_model
 from servers import Json, RunningServer, events, eventually, running_server, said
 
+# Servers for each of three releases of the runtime.
+pytestmark = pytest.mark.slow
+
 MODEL = "qwen3-0.6b"
 PYTHON = "You are an expert in Python, and you answer in one line. " * 4
 PIRATE = "You are the pirate of the seas, and you say arr at the end. " * 4

@@ -155,6 +155,7 @@ async def test_a_start_that_caches_do_not_fit_says_how_many_and_why(tmp_path: Pa
     assert (await start(tmp_path))[1] == []
 
 
+@pytest.mark.slow
 def test_a_server_says_what_no_longer_fits_before_it_answers(start_server: StartServer) -> None:
     server = start_server("--model", "toy=toy:")
     for i in range(7):

@@ -143,6 +143,7 @@ def test_a_directory_of_strange_files_is_started_on_listed_and_verified(strange:
     assert "pipe.headstart: it is a named pipe, not a file" in strange.log.read_text()
 
 
+@pytest.mark.slow
 def test_doctor_and_the_offline_check_tell_of_strange_files_and_end(strange: RunningServer) -> None:
     told = doctor(strange)
     assert "Traceback" not in told.stdout + told.stderr

@@ -77,6 +77,7 @@ def test_a_request_whose_worker_dies_has_its_line_too(server: RunningServer) -> 
     assert _line(server, "dead")["error"] == "engine_died"
 
 
+@pytest.mark.slow
 def test_no_line_has_a_prompt_or_a_key(server: RunningServer) -> None:
     _ask(server, "make", CACHE, cache_name="oak", prompt=PROMPT)
     _ask(server, "hit", use_cache="oak", save_as="talk")

@@ -368,6 +368,7 @@ async def test_a_build_that_a_request_causes_is_its_child(traced: Traced) -> Non
     assert build.parent.span_id == id_of(traced.spans("chat")[-1])
 
 
+@pytest.mark.slow
 async def test_spans_hold_no_text_and_no_key(tmp_path: Path) -> None:
     keys = {"team": {"key": MARKS[3], "admin": True}}
     async with running(tmp_path, "toy:ms_per_token=1,eos=0", keys=keys) as traced:
