@@ -29,7 +29,7 @@ check: .venv/installed-dev ## lint and run the quick tests without a model, unde
 	@$(MAKE) --no-print-directory --jobs 2 --keep-going lint quick-tests
 
 quick-tests:
-	@$(VENV_PYTHON) -m pytest -m "$(QUICK)" $(PARALLEL) 2 --quiet $(ARGS) || [ $$? = $(NO_TESTS) ]
+	@$(VENV_PYTHON) -m pytest -m "$(QUICK)" $(PARALLEL) 3 --quiet $(ARGS) || [ $$? = $(NO_TESTS) ]
 
 test: .venv/installed-dev ## run all tests (ARGS="-k name")
 	@$(VENV_PYTHON) -m pytest -m "not real_model and not prometheus" $(PARALLEL) 3 $(ARGS) || [ $$? = $(NO_TESTS) ]

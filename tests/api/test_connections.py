@@ -236,6 +236,7 @@ def test_a_body_that_is_waited_for_is_asked_for(strict: RunningServer) -> None:
         assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200")
 
 
+@pytest.mark.slow
 def test_a_client_that_leaves_its_answer_unread_is_cut(strict: RunningServer) -> None:
     # An answer of some 10 MB, which no buffer of the system holds.
     body = json.dumps({"content": "a" * 300_000, "with_pieces": True}).encode()

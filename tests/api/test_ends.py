@@ -46,6 +46,7 @@ def _stopped(server: RunningServer, times: int, path: str, body: Json) -> tuple[
 
 @pytest.mark.parametrize("path", REQUESTS)
 @pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.slow
 def test_a_request_that_outlasts_the_drain_is_told_so_in_its_own_form(
     start_server: StartServer, path: str, stream: bool
 ) -> None:

@@ -218,6 +218,7 @@ def test_what_can_not_be_called_is_refused(server: RunningServer, param: str, bo
     assert word in message
 
 
+@pytest.mark.slow
 def test_schemas_nested_as_deeply_as_json_goes_are_no_fault_of_the_server(server: RunningServer) -> None:
     for depth in (100, 300, 500, 700, 850, 900, 950, 1000, 3000):
         schema = '{"type": "object", "properties": {"a": ' * depth + "{}" + "}}" * depth

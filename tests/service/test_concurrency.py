@@ -32,6 +32,7 @@ def _building(server: RunningServer) -> bool:
     return any(".tmp-" in name for name in server.files())
 
 
+@pytest.mark.slow
 def test_creates_of_the_same_at_the_same_time_are_answered_by_one_build(start_server: StartServer) -> None:
     server = start_server("--model", "toy=toy:ms_per_token=1")
     with ThreadPoolExecutor(CLIENTS) as pool:

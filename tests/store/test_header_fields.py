@@ -148,6 +148,7 @@ JSON = st.recursive(
 
 
 @pytest.mark.sweep
+@pytest.mark.slow
 def test_any_json_in_any_place_is_damage_or_a_cache_that_works(wholes: list[bytes], tmp_path: Path) -> None:
     places = [(whole, place) for whole in wholes for place in _places(header_of(whole))]
     path = tmp_path / "bad.headstart"
@@ -162,6 +163,7 @@ def test_any_json_in_any_place_is_damage_or_a_cache_that_works(wholes: list[byte
 
 
 @pytest.mark.sweep
+@pytest.mark.slow
 def test_any_bytes_as_a_header_are_damage(wholes: list[bytes], tmp_path: Path) -> None:
     path = tmp_path / "bad.headstart"
 

@@ -44,7 +44,7 @@ class Scrape:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     from servers import running_server
 
-    with running_server(tmp_path_factory.mktemp("metrics") / "cache", "--model", "toy=toy:") as server:
+    with running_server(tmp_path_factory.mktemp("metrics") / "cache", "--model", "toy=toy:eos=0") as server:
         yield server
 
 
