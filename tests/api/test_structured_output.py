@@ -114,6 +114,7 @@ SCHEMAS = st.recursive(
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(schema=SCHEMAS, seed=st.integers(0, 99))
+@pytest.mark.slow
 def test_whatever_the_schema_the_answer_is_valid(toy: RunningServer, schema: Json, seed: int) -> None:
     body = toy.chat("Hello", response_format=of_schema(schema), temperature=1, seed=seed, max_tokens=ROOM)
     jsonschema.validate(json.loads(said(body)), schema)

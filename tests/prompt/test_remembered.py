@@ -44,6 +44,7 @@ def _tokenizer(kind: str) -> Tokenizer:
 @pytest.mark.parametrize("kind", ["toy", REAL])
 @settings(deadline=None, max_examples=200)
 @given(texts=st.lists(TEXTS, min_size=1, max_size=4))
+@pytest.mark.slow
 def test_parts_have_the_tokens_of_the_whole(kind: str, texts: list[str]) -> None:
     tokenizer = _tokenizer(kind)
     memory = RememberedTokens(tokenizer.encode, tokenizer.specials, "".join(SPECIALS))

@@ -79,6 +79,7 @@ def test_who_has_the_file_already_need_not_get_it_again(toy: RunningServer) -> N
     assert toy.http.get("/v1/cache/toy/exp-tag/file", headers={"if-none-match": tag}).status_code == 200
 
 
+@pytest.mark.slow
 def test_a_file_goes_into_another_server_and_hits_there(start_server: StartServer, tmp_path: Path) -> None:
     one = start_server("--model", "toy=toy:", cache_dir=tmp_path / "one")
     two = start_server("--model", "toy=toy:", cache_dir=tmp_path / "two")

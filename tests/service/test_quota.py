@@ -65,6 +65,7 @@ def test_the_files_of_all_caches_stay_within_the_quota(start_server: StartServer
     assert found["evictions"] >= 3
 
 
+@pytest.mark.slow
 def test_an_evicted_cache_keeps_its_name_and_text_and_is_built_again_when_used(
     start_server: StartServer,
 ) -> None:
