@@ -40,7 +40,7 @@ async def slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
     """The address of a server whose responses begin early, and whose streams are soon taken for silent."""
     monkeypatch.setattr(answer, "BEGIN_SECONDS", 0.02)
     monkeypatch.setattr(sse, "KEEP_ALIVE_SECONDS", 0.05)
-    settings = Settings(models={"toy": "toy:ms_per_token=1"}, cache_dir=tmp_path, tune=False)
+    settings = Settings(models={"toy": "toy:ms_per_token=1,eos=0"}, cache_dir=tmp_path, tune=False)
     service = Service(settings)
     listener = socket.create_server(("127.0.0.1", 0))
     server = HttpServer(HttpConfig(create_app(service), settings))

@@ -88,7 +88,7 @@ def test_a_stream_is_the_same_message_in_named_events(client: Anthropic) -> None
 
 
 def test_events_on_the_wire_have_their_names_and_no_done(toy: RunningServer) -> None:
-    body = {"model": "toy", "max_tokens": 3, "messages": QUESTION, "stream": True}
+    body = {"model": "toy", "max_tokens": 3, "messages": QUESTION, "stream": True, "temperature": 0}
     text = toy.post("/v1/messages", **body).text
     blocks = [block.split("\n") for block in text.strip().split("\n\n") if not block.startswith(":")]
     names = [lines[0].removeprefix("event: ") for lines in blocks]
