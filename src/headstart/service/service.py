@@ -57,7 +57,7 @@ class Service:
         observer = Observers([LogObserver(), *observers])
         store = Store(settings.cache_dir)
         quota = Quota(store, int(settings.quota_mb * 1e6), settings.quotas, observer)
-        caching = Caching(store, quota, observer)
+        caching = Caching(quota)
         declared = Declared(settings, caching, say)
         self.models = Models(
             settings,

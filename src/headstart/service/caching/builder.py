@@ -17,12 +17,11 @@ from headstart.caches.cache_file.entry_checks import checked
 from headstart.caches.cache_file.format import Corrupt, StatePart
 from headstart.caches.cache_file.writer import CacheWriter, expected_size
 from headstart.caches.entry import DEFAULT_RETENTION, Content, Entry, Form, Origin, Retention
-from headstart.caches.store import Store
 from headstart.errors import BadRequest, HeadstartError
 from headstart.protocol import Finished, Progress, SaveTo, Stats, Submit
 from headstart.service.caching.prefix import Prefix, prefix_of, prefix_tokens
 from headstart.service.caching.quota import Quota
-from headstart.service.interface.observer import Built, Observer, Restored
+from headstart.service.interface.observer import Built, Restored
 from headstart.service.models.tenant_model import TenantModel
 
 OnProgress = Callable[[int, int], None]
@@ -65,10 +64,10 @@ class Build:
 
 
 class Builder:
-    def __init__(self, store: Store, quota: Quota, observer: Observer) -> None:
-        self.store = store
+    def __init__(self, quota: Quota) -> None:
+        self.store = quota.store
         self.quota = quota
-        self.observer = observer
+        self.observer = quota.observer
 
     async def build(self, build: Build) -> Entry:
         """Raises BadRequest, ContextLengthExceeded, QuotaExceeded, CacheConflict, StorageError or an error of

@@ -11,7 +11,6 @@ from typing import Any
 from msgspec.structs import replace
 
 from headstart.caches.entry import DEFAULT_RETENTION, KEEPS_STATE, Content, Entry, Form, Origin, Retention
-from headstart.caches.store import Store
 from headstart.errors import BadRequest, CacheConflict, CacheNotFound
 from headstart.names import CacheKey, check_name
 from headstart.protocol import Stats
@@ -21,7 +20,6 @@ from headstart.service.caching.catalog import NamespaceCatalog
 from headstart.service.caching.derived import check_own_name, composed
 from headstart.service.caching.lookup import Start, decide_start
 from headstart.service.caching.quota import Quota
-from headstart.service.interface.observer import Observer
 from headstart.service.models.tenant_model import TenantModel
 
 log = logging.getLogger(__name__)
@@ -30,13 +28,13 @@ log = logging.getLogger(__name__)
 class Caching:
     """Used from the event loop. At most one build of a name runs at a time."""
 
-    def __init__(self, store: Store, quota: Quota | None = None, observer: Observer | None = None) -> None:
-        self.store = store
-        self.observer = observer or Observer()
-        self.builder = Builder(store, quota or Quota(store), self.observer)
+    def __init__(self, quota: Quota) -> None:
+        self.store = quota.store
+        self.observer = quota.observer
+        self.builder = Builder(quota)
         self.pending_declared = PendingDeclared()
-        self.namespaces = NamespaceCatalog(store)
-        self.builds = Builds(store, self.observer)
+        self.namespaces = NamespaceCatalog(self.store)
+        self.builds = Builds(self.store, self.observer)
 
     async def close(self) -> None:
         await self.builds.close()
