@@ -10,14 +10,23 @@ from headstart.prompt.answer_parts import AnswerPart, Parser
 from headstart.prompt.detokenizer import AnswerDetokenizer
 from headstart.prompt.vocabulary import Vocabulary
 from headstart.protocol import SequenceEnd, Token
-from headstart.service.interface.answer import Choice, Delta, Ended, TokenLogprob
+from headstart.service.interface.answer import Choice, Delta, Ended, FinishReason, TokenLogprob
 
 
 class Answering:
-    """`raw_text`: the text so far, as the model wrote it. `whole`: the sum of the deltas so far. `stopped`: a
-    stop string was found; further tokens are ignored."""
+    """`raw_text`: the text so far, as the model wrote it. `whole`: with `sums_up`, the sum of the deltas so
+    far. `finish_reason`: valid once `ended`. `stopped`: a stop string was found; further tokens are
+    ignored."""
 
-    def __init__(self, choice: int, vocabulary: Vocabulary, text: AnswerDetokenizer, parser: Parser) -> None:
+    def __init__(
+        self,
+        choice: int,
+        vocabulary: Vocabulary,
+        text: AnswerDetokenizer,
+        parser: Parser,
+        *,
+        sums_up: bool = False,
+    ) -> None:
         self.choice = choice
         self.vocabulary = vocabulary
         self.text = text
@@ -28,6 +37,8 @@ class Answering:
         self.times: list[float] = []
         self.has_called = False
         self.ended = False
+        self.finish_reason: FinishReason = "stop"
+        self.sums_up = sums_up
         self.whole = Choice(choice)
         self._pending_logprobs: list[TokenLogprob] = []
 
@@ -55,13 +66,12 @@ class Answering:
         yield from self._with_logprobs(left, self._complete_logprobs(all_of_them=not self.stopped))
         self.ended = True
         if reason == "length" and not self.stopped:
-            ended = Ended(self.choice, "length")
+            self.finish_reason = "length"
         elif self.has_called:
-            ended = Ended(self.choice, "tool_calls")
-        else:
-            ended = Ended(self.choice, "stop", self.text.found)
-        self.whole.add(ended)
-        yield ended
+            self.finish_reason = "tool_calls"
+        yield Ended(
+            self.choice, self.finish_reason, self.text.found if self.finish_reason == "stop" else None
+        )
 
     def _deltas(self, text: str) -> Iterator[Delta]:
         self.raw_text += text
@@ -71,7 +81,8 @@ class Answering:
         for part in parts or ([AnswerPart()] if logprobs else []):
             self.has_called = self.has_called or part.call is not None
             delta = Delta(self.choice, part.text, part.reasoning, part.call, logprobs)
-            self.whole.add(delta)
+            if self.sums_up:
+                self.whole.add(delta)
             yield delta
             logprobs = []
 

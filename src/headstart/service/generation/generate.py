@@ -99,7 +99,9 @@ class Generation:
         if n_generated == 0 or prepared.start.miss is None:
             self._rebuild_after_miss(prepared, miss)
         self._count_uses(prepared, miss, stats)
-        options = prepared.options
+        n_reasoning = 0
+        if prepared.options.count_reasoning:
+            n_reasoning = await n_tokens(prepared.model, answers[0].whole.reasoning)
         result = Result(
             n_tokens=n_generated,
             stats=stats,
@@ -110,7 +112,7 @@ class Generation:
             explanation=_explained(prepared, miss, stats),
             saved_as=self._saved_as(prepared, answers[0]),
             warning=prepared.warning,
-            n_reasoning=await _n_reasoning(prepared, answers[0]) if options.count_reasoning else 0,
+            n_reasoning=n_reasoning,
         )
         if stats.restored_bytes:
             self.observer.restored(Restored(prepared.model.name, stats))
@@ -133,8 +135,7 @@ class Generation:
         keep, plan = prepared.options.keep, prepared.plan
         if keep is None or keep.body or plan.chat is None:
             return None
-        base = plan.entry.name if plan.entry else None
-        saving = SaveRequest(prepared.model, keep.name, keep.overwrite, plan.chat, base)
+        saving = SaveRequest(prepared.model, keep.name, keep.overwrite, plan.chat, plan.base)
         self.conversations.save(saving, answer.raw_text)
         return keep.name
 
@@ -145,8 +146,7 @@ class Generation:
         if keep.caches is None:
             n_cached = len(plan.entry.content.prefix_messages) if plan.entry else 0
             keep = replace(keep, caches=prepared.names, n_cached=n_cached)
-        base = plan.entry.name if plan.entry else None
-        self.responses.keep(prepared.model, keep, plan.chat, base, answer.whole)
+        self.responses.keep(prepared.model, keep, plan.chat, plan.base, answer.whole)
 
     def _rebuild_after_miss(self, prepared: Prepared, miss: MissReason | None) -> None:
         """Rebuilds a state that could not be used; called once the request itself has its first token."""
@@ -162,8 +162,11 @@ def _submitted(prepared: Prepared) -> Submitted:
 
 
 def _answering(prepared: Prepared, choice: int) -> Answering:
-    text = AnswerDetokenizer(prepared.piece, prepared.options.stop)
-    return Answering(choice, prepared.model.vocabulary, text, prepared.parser())
+    """Only what is stored or counted afterwards is summed up: deltas of others may be many."""
+    options = prepared.options
+    text = AnswerDetokenizer(prepared.piece, options.stop)
+    sums_up = options.keep is not None or options.count_reasoning
+    return Answering(choice, prepared.model.vocabulary, text, prepared.parser(), sums_up=sums_up)
 
 
 def _answered(prepared: Prepared, result: Result, answers: Sequence[Answering]) -> Answered:
@@ -172,7 +175,7 @@ def _answered(prepared: Prepared, result: Result, answers: Sequence[Answering]) 
         prepared.model.name,
         prepared.model.owner,
         result,
-        [answer.whole.finish_reason for answer in answers],
+        [answer.finish_reason for answer in answers],
         now - prepared.received,
         min((answer.times[0] for answer in answers if answer.times), default=now) - prepared.received,
         [gap for answer in answers for gap in answer.gaps],
@@ -181,10 +184,6 @@ def _answered(prepared: Prepared, result: Result, answers: Sequence[Answering]) 
 
 def _progress(answer: Answering, event: Progress) -> PromptProgress:
     return PromptProgress(answer.choice, event.total, event.cached, event.computed, event.ms)
-
-
-async def _n_reasoning(prepared: Prepared, answer: Answering) -> int:
-    return await n_tokens(prepared.model, answer.whole.reasoning)
 
 
 def _miss(prepared: Prepared, stats: Stats) -> MissReason | None:

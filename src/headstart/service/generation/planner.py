@@ -35,6 +35,11 @@ class PlannedPrompt:
     breakpoints: BreakpointPlan | None = None
     chat: Chat | None = None
 
+    @property
+    def base(self) -> str | None:
+        """The name of the cache that the request names."""
+        return self.entry.name if self.entry else None
+
 
 class PromptPlanner:
     """All methods raise BadRequest, CacheNotFound, ContextLengthExceeded, StorageError or Unavailable."""
