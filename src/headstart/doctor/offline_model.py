@@ -93,8 +93,6 @@ class OfflineModel:
 def _weights(path: str) -> str:
     if (substitute := engine_kind(path).weights_id(path)) is not None:
         return substitute
-    if not Path(path).is_file():
-        raise StartupError(f"{path} can't be read: there is no such file")
     try:
         return sha256_of(Path(path))
     except OSError as error:

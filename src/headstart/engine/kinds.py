@@ -77,7 +77,9 @@ class EngineKind(ABC):
 
     def weights_id(self, path: str) -> str | None:
         """A substitute for the SHA-256 of the weights of a model without a file; None: the file is hashed.
-        Raises StartupError."""
+        Raises StartupError, also if there is no file."""
+        if not Path(path).is_file():
+            raise StartupError(f"{path} can't be read: there is no such file")
         return None
 
 

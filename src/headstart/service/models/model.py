@@ -161,6 +161,4 @@ def model_path(path: str) -> str:
 async def _weights_hash(path: str, store: Store) -> str:
     if (substitute := engine_kind(path).weights_id(path)) is not None:
         return substitute
-    if not Path(path).is_file():
-        raise StartupError(f"{path} can't be read: there is no such file")
     return await store.weights_hash(Path(path))
