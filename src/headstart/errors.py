@@ -48,6 +48,12 @@ class HeadstartError(Exception):
     log has the line about its request already."""
 
     is_logged = False
+
+    @property
+    def log_code(self) -> str:
+        """The error in one word, for the log: never the message, which may quote the request."""
+        return self.code or self.type
+
     status = 500
     type = "server_error"
     code: str | None = None

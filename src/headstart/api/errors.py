@@ -48,7 +48,7 @@ def headers(error: HeadstartError) -> dict[str, str]:
 
 def response(error: HeadstartError, more_headers: Mapping[str, str] | None = None) -> Response:
     if not error.is_logged:
-        log.info("refused", extra={"status": error.status, "error": error.code or error.type})
+        log.info("refused", extra={"status": error.status, "error": error.log_code})
     return ErrorResponse(error, {**(more_headers or {}), **headers(error)})
 
 

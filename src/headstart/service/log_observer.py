@@ -74,7 +74,7 @@ class LogObserver(Observer):
             case "answer" | "embed":
                 code = "client_left"
                 if isinstance(event.error, HeadstartError):
-                    code = event.error.code or event.error.type
+                    code = event.error.log_code
                     event.error.is_logged = True
                 log.info("not answered", extra={**_who(event.model, event.owner), "error": code})
 

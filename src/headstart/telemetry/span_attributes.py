@@ -3,7 +3,6 @@ hold names, counts and settings; no text of a prompt or an answer, and no key.""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 
 from opentelemetry.util.types import AttributeValue
@@ -11,7 +10,7 @@ from opentelemetry.util.types import AttributeValue
 from headstart.errors import HeadstartError
 from headstart.service.generation.batch import joined
 from headstart.service.interface.answer import Result
-from headstart.service.interface.observer import Answered, Submitted
+from headstart.service.interface.observer import ABANDONED, Answered, Submitted
 from headstart.service.interface.options import Options
 
 PROVIDER = "headstart"
@@ -85,7 +84,7 @@ def error_type(error: BaseException | None) -> str:
     """The error's code as its response has it; never its message, which may quote the request."""
     if isinstance(error, HeadstartError):
         return error.code or type(error).__name__
-    if isinstance(error, asyncio.CancelledError | GeneratorExit):
+    if isinstance(error, ABANDONED):
         return "cancelled"
     return type(error).__name__ if error else "_OTHER"
 
@@ -94,4 +93,4 @@ def is_servers(error: BaseException | None) -> bool:
     """Whether the server is to blame: not for errors below 500, nor for clients that leave."""
     if isinstance(error, HeadstartError):
         return error.status >= 500
-    return not isinstance(error, asyncio.CancelledError | GeneratorExit)
+    return not isinstance(error, ABANDONED)

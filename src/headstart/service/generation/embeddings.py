@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Sequence
 
 from headstart.errors import BadRequest, HeadstartError, InputTooLong
 from headstart.protocol import Embed, Vector
 from headstart.service.generation.tokenize import tokenised
-from headstart.service.interface.observer import Failure, InputsEmbedded, Observer, Submitted
+from headstart.service.interface.observer import ABANDONED, Failure, InputsEmbedded, Observer, Submitted
 from headstart.service.interface.text import check_tokens
 from headstart.service.models.tenant_model import TenantModel
 
@@ -53,7 +52,7 @@ async def embed(
             async for event in running:
                 if isinstance(event, Vector):
                     yield event.values
-    except (HeadstartError, asyncio.CancelledError, GeneratorExit) as error:
+    except (HeadstartError, *ABANDONED) as error:
         observer.failed(Failure("embed", model.name, error, owner=model.owner))
         raise
     observer.embedded(InputsEmbedded(model.name, model.owner, len(inputs), sum(map(len, inputs))))

@@ -17,7 +17,7 @@ from headstart.service.generation.answering import Answering
 from headstart.service.generation.explain import explained
 from headstart.service.generation.prepare import Preparation, Prepared
 from headstart.service.interface.answer import AnswerEvent, Explanation, PromptProgress, Result
-from headstart.service.interface.observer import Answered, Failure, Observer, Restored, Submitted
+from headstart.service.interface.observer import ABANDONED, Answered, Failure, Observer, Restored, Submitted
 from headstart.service.models.tenant_model import TenantModel
 from headstart.service.origins.automatic import Automatic
 from headstart.service.origins.breakpoints import Breakpoints
@@ -82,7 +82,7 @@ class Generation:
             assert result
             yield result
             self._keep_response(prepared, answers[0])
-        except (HeadstartError, asyncio.CancelledError, GeneratorExit) as error:
+        except (HeadstartError, *ABANDONED) as error:
             if result is None:
                 self.observer.failed(
                     Failure("answer", prepared.model.name, error, owner=prepared.model.owner)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -84,10 +85,13 @@ class Restored:
     stats: Stats
 
 
+# The errors of work that nobody waits for any more: its client left, or the server stops.
+ABANDONED = (asyncio.CancelledError, GeneratorExit)
+
+
 @dataclass(frozen=True)
 class Failure:
-    """Work ended with an error; a build, that of a `cache`. Where a client left, the error is CancelledError
-    or GeneratorExit."""
+    """Work ended with an error, which may be one of ABANDONED; a build, that of a `cache`."""
 
     work: Literal["answer", "embed", "build", "load"]
     model: str
