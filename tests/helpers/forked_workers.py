@@ -65,7 +65,7 @@ def fork_workers() -> None:
 
 
 def _run(request: dict[str, Any], handles: list[int]) -> None:
-    """What `python -P -m MODULE FD ...` does, to its end."""
+    """Does what `python -P -m MODULE FD ...` does, to its end."""
     command, (channel,) = request["command"], handles
     _, _, _, module, _, *more = command
     os.environ.clear()

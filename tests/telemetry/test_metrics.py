@@ -16,7 +16,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from conftest import StartServer
-from servers import RunningServer, eventually
+from servers import RunningServer, eventually, running_server
 
 CHAT = "/v1/chat/completions"
 PROMPT = "You keep the lighthouse and answer in few words. " * 20
@@ -42,8 +42,6 @@ class Scrape:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    from servers import running_server
-
     with running_server(tmp_path_factory.mktemp("metrics") / "cache", "--model", "toy=toy:eos=0") as server:
         yield server
 

@@ -47,7 +47,7 @@ class Traced:
         self.service, self.http, self.exporter = service, http, exporter
 
     def spans(self, named: str = "") -> list[ReadableSpan]:
-        """Those that have ended, in this order, all or those of one name or operation."""
+        """The spans that have ended, in this order: all, or those of one name or operation."""
         spans = self.exporter.get_finished_spans()
         return [span for span in spans if not named or span.name.split(" ")[0] == named]
 
