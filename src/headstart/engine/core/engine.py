@@ -25,6 +25,8 @@ from headstart.protocol import (
     Failed,
     FailureKind,
     Finished,
+    Forget,
+    Forgotten,
     ModelInfo,
     RequestEvent,
     SequenceEnd,
@@ -80,6 +82,8 @@ class CoreEngine:
                 self.events += self.embeddings.cancel(request_id)
                 if sequence := self.scheduler.find(request_id):
                     self._finish(sequence, "cancelled")
+            case Forget(id=request_id):
+                self.events.append(Forgotten(request_id, 0))
 
     def _add(self, sequence: Sequence) -> None:
         """If others run, another thread reads a state that isn't in memory before the sequence may start:

@@ -24,7 +24,7 @@ from headstart.engine.llama.pooling import pooling_of
 from headstart.engine.llama.sampler import LlamaSampler
 from headstart.engine.llama.vocabulary import vocabulary
 from headstart.engine.logprobs import Logprobs, log_softmax
-from headstart.engine.model import LEAST_STEP_TOKENS, ModelError, Piece, Sampler, TooLarge
+from headstart.engine.model import LEAST_STEP_TOKENS, ModelError, Piece, Sampler, StateSlices, TooLarge
 from headstart.machine import available_bytes, available_cpus, memory_bytes
 from headstart.protocol import EngineSettings, ModelInfo, Sampling
 
@@ -49,6 +49,8 @@ def _step_tokens(settings: EngineSettings) -> int:
 
 class LlamaModel:
     """Raises ModelError if the model can't be loaded."""
+
+    slices: StateSlices | None = None
 
     def __init__(self, settings: EngineSettings) -> None:
         path = weights_path(settings)
@@ -195,6 +197,12 @@ class LlamaModel:
         context, number = self._place(seq)
         memory, start, end = context.save(number)
         return memory[start:end]
+
+    def save_from(self, seq: int, start: int) -> tuple[memoryview, int]:
+        return self.save(seq), 0
+
+    def checkpoint(self, seq: int) -> memoryview:
+        return memoryview(b"")
 
     def restore(self, seq: int, memory: memoryview, start: int, end: int) -> bool:
         context, number = self._place(seq)

@@ -36,6 +36,8 @@ from headstart.protocol import (
     Failed,
     FailureKind,
     Finished,
+    Forget,
+    Forgotten,
     Progress,
     RequestEvent,
     SequenceEnd,
@@ -86,6 +88,8 @@ class RkllmEngine:
                 self._waiting.append(Turn(command))
             case Cancel(id=request_id):
                 self._cancel(request_id)
+            case Forget(id=request_id):
+                self._events.put(Forgotten(request_id, 0))
 
     def _cancel(self, request_id: int) -> None:
         turn = self._running
