@@ -23,7 +23,7 @@ from time import monotonic
 from msgspec.structs import replace
 
 from headstart.engine.core import state_file
-from headstart.engine.core.state_io import drained
+from headstart.queues import drained
 from headstart.engine.model import ModelError
 from headstart.engine.rkllm import saved_state
 from headstart.engine.rkllm.info import info_of
