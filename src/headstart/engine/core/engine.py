@@ -143,8 +143,8 @@ class CoreEngine:
     def report(self) -> StoreReport | None:
         return self.states.report(busy=self.busy)
 
-    def close(self, seconds: float) -> None:
-        self.states.close(seconds)
+    def flush(self, seconds: float) -> None:
+        self.states.flush(seconds)
 
     def _act(self, action: Action) -> None:
         match action:

@@ -238,7 +238,7 @@ class SlotStates:
             self.tidied = monotonic()
             self.store.write_behind()
 
-    def close(self, seconds: float) -> None:
+    def flush(self, seconds: float) -> None:
         """Parks everything and writes it to the disk, for at most so many seconds."""
         if self.store is None:
             return

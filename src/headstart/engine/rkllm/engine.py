@@ -115,6 +115,15 @@ class RkllmEngine:
             self._thread.submit(self._serve, self._running)
         return events
 
+    # The runtime writes its states itself, when they are saved.
+    pause = None
+
+    def report(self) -> None:
+        return None
+
+    def flush(self, seconds: float) -> None:
+        pass
+
     def close(self) -> None:
         """Ends the current run and frees the model."""
         if turn := self._running:

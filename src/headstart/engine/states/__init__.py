@@ -1,1 +1,1 @@
-"""The state store: the states of what sequences have computed, in memory and on the disk."""
+"""The state store: what sequences have computed, in memory and on the disk."""

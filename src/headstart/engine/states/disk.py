@@ -13,14 +13,15 @@ from time import time
 
 from headstart.engine.states import block_file
 from headstart.engine.states.block import Block
-from headstart.engine.states.block_file import BlockFile, BlockHeader
-from headstart.engine.states.directory import BlockDirectory
+from headstart.engine.states.block_directory import BlockDirectory, directory_of
+from headstart.engine.states.block_file import BlockFile, BlockHeader, DamagedBlock
 from headstart.queues import drained
 
 log = logging.getLogger(__name__)
 
 # An upper bound of what a file takes besides values and checkpoint: header, and 4 bytes per token.
 HEADER_BYTES = 4096
+Content = tuple[memoryview, memoryview]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +29,15 @@ class Loaded:
     """What was read for `reader`: the data and checkpoint of each block, or the error."""
 
     reader: object
-    found: Sequence[tuple[Block, tuple[memoryview, memoryview] | OSError]]
+    found: Sequence[tuple[Block, Content | Exception]]
 
 
 class DiskTier:
-    """The directory of one model's blocks. Used from the engine's thread; two threads of its own write and
+    """The blocks of one model in `path`, the model's directory. Used from the engine's thread; two threads of its own write and
     read. `wake` is called from them after each piece of work. `root`: as in StateStore. `limit`: bytes."""
 
     def __init__(self, path: Path, root: str, limit: int, wake: Callable[[], object]) -> None:
-        self.directory = BlockDirectory(path)
+        self.directory = BlockDirectory(directory_of(path, root))
         self.root = root
         self.limit = limit
         self.wake = wake
@@ -92,11 +93,12 @@ class DiskTier:
         header = BlockHeader(
             address=block.address,
             parent=block.parent.address if block.parent.parent else "",
+            root=self.root,
             start=block.start,
             owner=block.owner,
             cuts=block.cuts,
             run=block.run,
-            tokens=block.tokens.tolist(),
+            tokens=block.tokens,
             data_bytes=len(block.data),
             checkpoint_bytes=0 if checkpoint is None else len(checkpoint),
             created=time(),
@@ -110,7 +112,7 @@ class DiskTier:
         assert block.parent
         parent = block.parent.address if block.parent.parent else ""
         return block_file.address_of(
-            parent, self.root, block.owner, block.start, block.tokens.tolist(), block.cuts, block.run
+            parent, self.root, block.owner, block.start, block.tokens, block.cuts, block.run
         )
 
     def _write(self, block: Block, header: BlockHeader, data: memoryview, checkpoint: memoryview) -> None:
@@ -144,7 +146,7 @@ class DiskTier:
         if block.file is None:
             return
         try:
-            block.file.path.unlink(missing_ok=True)
+            block_file.remove(block.file)
         except OSError as error:
             log.warning("a stored state can't be deleted: %s", error)
         self._stored -= block.file.size
@@ -161,11 +163,11 @@ class DiskTier:
 
     def _read(self, reader: object, files: Sequence[tuple[Block, BlockFile]]) -> None:
         """Runs on the reader's thread."""
-        found: list[tuple[Block, tuple[memoryview, memoryview] | OSError]] = []
+        found: list[tuple[Block, Content | Exception]] = []
         for block, file in files:
             try:
                 found.append((block, block_file.read(file)))
-            except OSError as error:
+            except (OSError, DamagedBlock) as error:
                 found.append((block, error))
                 break
         self.loaded.put(Loaded(reader, found))
@@ -179,7 +181,7 @@ class DiskTier:
         """Notes the last use of the blocks used since the last call in their files' times."""
         for block in self.used:
             if block.file:
-                self.directory.touch(block.file)
+                block_file.touch(block.file)
         self.used.clear()
 
     def close(self, seconds: float) -> None:

@@ -13,6 +13,7 @@ from headstart.engine.states.block import Block
 from headstart.engine.states.disk import DiskTier, Loaded
 from headstart.engine.states.eviction_order import least_worth
 from headstart.engine.states.held import Held, Segment, segments
+from headstart.engine.states.removal import forgotten
 from headstart.engine.states.tree import Lookup, Match, longest
 from headstart.protocol import StoreReport
 
@@ -29,7 +30,8 @@ RECENT_CHECKPOINTS = 3
 class StateStore:
     """Used from the engine's thread. `root` identifies everything that a state's bytes depend on besides its
     tokens. `memory_limit`: bytes; what is being written to the disk counts until it is written. `disk` None:
-    there is none. `cost_ms`: the time to compute tokens from the first to the second position."""
+    there is none. `cost_ms`: the time to compute tokens from the first to the second position. `days`: what is
+    unused for longer is removed; 0: never."""
 
     def __init__(
         self,
@@ -37,11 +39,13 @@ class StateStore:
         memory_limit: int,
         disk: DiskTier | None = None,
         cost_ms: Callable[[int, int], float] = lambda start, end: float(end - start),
+        days: float = 0,
     ) -> None:
         self.slices = slices
         self.memory_limit = memory_limit
         self.disk = disk
         self.cost_ms = cost_ms
+        self.days = days
         self.root = Block(address=disk.root if disk else "")
         self.memory_bytes = 0
         self.evictions = 0
@@ -91,7 +95,7 @@ class StateStore:
         for block, content in loaded.found:
             if block.gone:
                 continue
-            if isinstance(content, OSError):
+            if isinstance(content, Exception):
                 log.warning("a stored state is damaged and was removed: %s", content)
                 self.verify_failures += 1
                 self.remove(block)
@@ -224,7 +228,7 @@ class StateStore:
         """Removes the blocks of a prompt beyond what it has in common with a `kept` one, and all that continue
         them, for good; `owner` and `tokens` None: of all owners, of all prompts. Returns their number."""
         found = forgotten(self.root.children, owner, tokens, kept)
-        n = sum(self.remove(block) for block in found if not block.gone)
+        n = sum(map(self.remove, found))
         if self.disk:
             self.disk.wait_written()
             self._settle()
@@ -232,7 +236,9 @@ class StateStore:
 
     def remove(self, block: Block) -> int:
         """Removes a block and all that continue it from both tiers; returns their number."""
-        removed = [each for each in block.subtree() if not each.gone]
+        if block.gone:
+            return 0
+        removed = list(block.subtree())
         for each in removed:
             self.memory_bytes -= each.memory_bytes
             each.data = each.checkpoint = None
@@ -281,8 +287,10 @@ class StateStore:
         return missing <= 0
 
     def write_behind(self) -> None:
-        """Has everything written that may be and isn't; for idle moments."""
+        """Has everything written that may be and isn't, and removes what has not been used for too long; for
+        idle moments."""
         self._settle()
+        self._expire()
         if not self.disk or not self.disk.is_ready:
             if self.disk and (found := self.disk.open()):
                 self._adopt(found)
@@ -292,6 +300,13 @@ class StateStore:
                 if block.end < LEAST_WRITTEN and not block.children or not self._write(block):
                     self.disk.refused.add(block)
         self.disk.touch_used()
+
+    def _expire(self) -> None:
+        """A block was used whenever one that continues it was."""
+        if self.days:
+            oldest = time() - 86400 * self.days
+            for block in [each for each in self.blocks() if each.last_used < oldest]:
+                self.remove(block)
 
     @property
     def unwritten(self) -> bool:
