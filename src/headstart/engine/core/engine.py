@@ -28,10 +28,10 @@ from headstart.protocol import (
     Finished,
     Forget,
     Forgotten,
-    SetStateLimits,
     ModelInfo,
     RequestEvent,
     SequenceEnd,
+    SetStateLimits,
     StoreReport,
     Submit,
 )

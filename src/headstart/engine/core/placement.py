@@ -95,7 +95,9 @@ class Placement:
     def victim(self) -> Slot:
         """The idle slot to overwrite: an empty one, else one that holds nothing which isn't stored, else the
         longest unused."""
-        return min(self.idle(), key=lambda slot: (bool(slot.tokens), self.n_lost(slot, 0) > 0, slot.last_used))
+        return min(
+            self.idle(), key=lambda slot: (bool(slot.tokens), self.n_lost(slot, 0) > 0, slot.last_used)
+        )
 
     def choose(self, sequence: Sequence, origin: StateRef | Slot | None, usable: int) -> Place:
         """`origin`: a file or slot that holds `usable` tokens of the request's cached prefix. The longest

@@ -115,7 +115,9 @@ def share_prompt(pool: Pool, parent: Sequence) -> Iterator[Action]:
         yield Move(parent, pool.empty_slot(), pool.prefix_slot)
 
 
-def _fill(pool: Pool, sequence: Sequence, tokens: list[int], origin: StateRef | Match | Slot) -> Iterator[Action]:
+def _fill(
+    pool: Pool, sequence: Sequence, tokens: list[int], origin: StateRef | Match | Slot
+) -> Iterator[Action]:
     for slot in pool.idle():
         yield Drop(slot)
     pool.prefix_slot.owner = sequence.request.owner

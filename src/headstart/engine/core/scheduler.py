@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator
 
 from headstart.engine.core.actions import Action, Drop, Move, Park, Read, StartSequence, StateOrigin
 from headstart.engine.core.chunking import Chunking
-from headstart.engine.core.pool import ANSWER_CELLS, Pool, join, refill, share_prompt, shares_prompt
 from headstart.engine.core.placement import Place, Placement
+from headstart.engine.core.pool import ANSWER_CELLS, Pool, join, refill, share_prompt, shares_prompt
 from headstart.engine.core.sequence import Sequence, Slot, may_share
 from headstart.engine.model import Piece
 from headstart.engine.states.store import StateStore

@@ -23,7 +23,6 @@ from time import monotonic
 from msgspec.structs import replace
 
 from headstart.engine.core import state_file
-from headstart.queues import drained
 from headstart.engine.model import ModelError
 from headstart.engine.rkllm import saved_state
 from headstart.engine.rkllm.info import info_of
@@ -45,6 +44,7 @@ from headstart.protocol import (
     Submit,
     Token,
 )
+from headstart.queues import drained
 from headstart.tokens import common_prefix
 
 log = logging.getLogger(__name__)

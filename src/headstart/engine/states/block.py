@@ -69,7 +69,9 @@ class Block:
     @property
     def has_checkpoint(self) -> bool:
         """Whether there is a checkpoint at its end, in memory or on the disk."""
-        return self.checkpoint is not None or (self.file is not None and self.file.header.checkpoint_bytes > 0)
+        return self.checkpoint is not None or (
+            self.file is not None and self.file.header.checkpoint_bytes > 0
+        )
 
     def path(self) -> list[Block]:
         """The blocks from the first one to this, without the root."""

@@ -297,7 +297,7 @@ class StateStore:
             return
         for block in list(self.blocks()):
             if block.file is None and not block.gone and block not in self.disk.writing:
-                if block.end < LEAST_WRITTEN and not block.children or not self._write(block):
+                if (block.end < LEAST_WRITTEN and not block.children) or not self._write(block):
                     self.disk.refused.add(block)
         self.disk.touch_used()
 
