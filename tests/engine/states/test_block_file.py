@@ -203,7 +203,7 @@ def test_a_file_under_another_name_or_root_is_none(place: Path, tmp_path: Path) 
         block_file.read_header(elsewhere / path.name)
 
 
-USUAL = {
+USUAL: dict[str, Any] = {
     "address": "",
     "parent": "",
     "root": blocks.ROOT,
@@ -390,9 +390,9 @@ def _read_only(place: Path) -> Iterator[None]:
 def test_a_read_only_directory_raises_and_its_blocks_are_read(place: Path) -> None:
     block = blocks.write(place, blocks.header(TOKENS))
     with _read_only(place):
-        with pytest.raises(OSError, match="Read-only|denied"):
+        with pytest.raises(OSError, match=r"Read-only|denied"):
             blocks.write(place, blocks.header([1]))
-        with pytest.raises(OSError, match="Read-only|denied"):
+        with pytest.raises(OSError, match=r"Read-only|denied"):
             block_file.remove(block)
         block_file.touch(block)
         assert loaded(block.path) == blocks.content(block.header)
