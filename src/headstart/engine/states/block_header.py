@@ -113,6 +113,7 @@ def encoded(header: BlockHeader, hashes: Hashes) -> bytes:
         hashes,
     )
     encoded = msgspec.msgpack.encode(fields)
+    assert len(encoded) <= MAX_FIELDS, "more than is read of a header"
     rest = len(encoded).to_bytes(4, "little") + encoded + array("i", header.tokens).tobytes()
     return MAGIC + blake3(rest).digest() + rest
 
