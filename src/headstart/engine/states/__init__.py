@@ -1,0 +1,1 @@
+"""The state store: keeps what sequences have computed, in blocks of tokens."""
