@@ -17,6 +17,7 @@ from headstart.prompt.process.client import unfit
 from headstart.service.background import BackgroundTasks
 from headstart.service.interface.observer import Failure, Loaded, Observer
 from headstart.service.models.model import Notify, ServedModel
+from headstart.service.models.state_stores import StateStores
 from headstart.service.models.tenant_model import TenantModel
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class Models:
         self.say = say
         self.observer = observer
         self.all = {name: ServedModel(name, path, settings) for name, path in settings.model_paths.items()}
+        self.states = StateStores(settings, self.all)
         self._on_loaded = on_loaded
         self._is_building = is_building
         self._reported: set[str] = set()
@@ -96,12 +98,14 @@ class Models:
         started = monotonic()
         async with self._turns[model.name]:
             await model.begin(self.store)
+            await self.states.claim(model)
             await model.load(self.store, self.say, self._measuring)
         self._starting.discard(model.name)
         self._tell(model, monotonic() - started)
 
     async def close(self) -> None:
         await self._tasks.close()
+        await self.states.close()
         await asyncio.gather(*(model.close() for model in self.all.values()))
 
     @asynccontextmanager
@@ -151,12 +155,14 @@ class Models:
             except StartupError as error:
                 raise unfit(model.name, str(error)) from error
             try:
+                await self.states.claim(model)
                 async with self._making_room:
                     await self._keep_within(self.settings.max_loaded, model.name)
                     while not await self._fits(model):
                         pass
             except BaseException:
                 await model.evict()
+                self.states.release(model)
                 raise
         self._tell(model, monotonic() - started)
 
@@ -216,6 +222,7 @@ class Models:
         # The engine counts as closed before the first await: a request from then on loads it again.
         async with self._turns[name]:
             await self.all[name].close()
+            self.states.release(self.all[name])
         log.info("model %s was unloaded", name)
 
     def is_busy(self, name: str) -> bool:
