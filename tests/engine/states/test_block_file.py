@@ -165,12 +165,19 @@ def _substitute(block: BlockFile) -> None:
     (block.path.parent / f"{other.address}.block").rename(block.path)
 
 
+def _copy(block: BlockFile) -> None:
+    """The content stays, but nobody knows who put it there."""
+    copy = block.path.with_name("copy")
+    shutil.copy(block.path, copy)
+    copy.rename(block.path)
+
+
 def _to_pipe(block: BlockFile) -> None:
     block.path.unlink()
     os.mkfifo(block.path)
 
 
-@pytest.mark.parametrize("change", [_overwrite, _cut, _substitute, _to_pipe])
+@pytest.mark.parametrize("change", [_overwrite, _cut, _substitute, _copy, _to_pipe])
 def test_a_file_that_changes_after_its_header_was_read_is_noticed(
     place: Path, change: Callable[[BlockFile], None]
 ) -> None:
@@ -279,6 +286,14 @@ def test_a_forged_header_that_contradicts_nothing_is_read(place: Path) -> None:
 def test_a_header_with_a_field_out_of_range_is_damage(place: Path, changes: dict[str, Any]) -> None:
     path = _forge(place, changes, [1, 2, 3])
     with pytest.raises(DamagedBlock):
+        block_file.read_header(path)
+
+
+def test_a_header_that_ends_within_its_tokens_is_damage(place: Path) -> None:
+    address = address_of("", blocks.ROOT, "", 0, [1, 2], (), "")
+    path = place / f"{address}.block"
+    path.write_bytes(blocks.forged(USUAL | {"address": address}, array("i", [1, 2, 3]).tobytes()[:-1]))
+    with pytest.raises(DamagedBlock, match="too short"):
         block_file.read_header(path)
 
 
