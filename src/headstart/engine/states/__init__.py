@@ -1,1 +1,1 @@
-"""The state store: keeps what sequences have computed, in blocks of tokens."""
+"""The state store: what sequences have computed, in memory and on the disk."""

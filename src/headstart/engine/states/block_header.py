@@ -19,7 +19,8 @@ import msgspec
 from blake3 import blake3
 from msgspec import Meta, Struct
 
-MAX_TOKENS = 256
+# As many as a chunk of prefill may have: blocks end where prefill was cut.
+MAX_TOKENS = 4096
 MAGIC = b"HSBLOCK1"
 START = Packed("<8s32sI")
 HASHED_FROM = len(MAGIC) + 32
@@ -30,6 +31,7 @@ MAX_BYTES = 4 << 30
 
 Address = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Position = Annotated[int, Meta(ge=0, lt=1 << 31)]
+Cut = Annotated[int, Meta(gt=-(1 << 31), lt=1 << 31)]
 Size = Annotated[int, Meta(ge=0, le=MAX_BYTES)]
 Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Hashes = tuple[bytes, bytes]
@@ -43,8 +45,7 @@ class DamagedBlock(Exception):
 class BlockHeader:
     """`parent`: the address of the block before; "" for a first block. `root`: what identifies everything
     that values depend on besides the tokens. `start`: the position of the first token. `owner`: "" for a
-    public block. `cuts`: the positions where prefill was cut inside the block, so that its values are exact;
-    None for others, which have the id of their `run`. `created`: in seconds of time.time()."""
+    public block. `cuts`: as in Block, None where values aren't exact; those have the id of their `run`. `created`: in seconds of time.time()."""
 
     address: str
     parent: str
@@ -71,7 +72,7 @@ class _Fields(Struct, frozen=True, forbid_unknown_fields=True):
     root: Address
     start: Position
     owner: Annotated[str, Meta(max_length=128)]
-    cuts: Annotated[tuple[Position, ...], Meta(max_length=MAX_TOKENS + 1)] | None
+    cuts: Annotated[tuple[Cut, ...], Meta(max_length=MAX_TOKENS + 1)] | None
     run: Annotated[str, Meta(max_length=64)]
     n_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
     data_bytes: Size
@@ -112,6 +113,7 @@ def encoded(header: BlockHeader, hashes: Hashes) -> bytes:
         hashes,
     )
     encoded = msgspec.msgpack.encode(fields)
+    assert len(encoded) <= MAX_FIELDS, "more than is read of a header"
     rest = len(encoded).to_bytes(4, "little") + encoded + array("i", header.tokens).tobytes()
     return MAGIC + blake3(rest).digest() + rest
 
@@ -154,7 +156,7 @@ def decoded(content: bytes) -> tuple[BlockHeader, Hashes, int]:
 
 def problem_of(header: BlockHeader) -> str:
     """How the fields contradict each other; "" if they don't."""
-    cuts = header.cuts or ()
+    cuts = [abs(cut) for cut in header.cuts or ()]
     address = address_of(
         header.parent, header.root, header.owner, header.start, header.tokens, header.cuts, header.run
     )
@@ -163,7 +165,7 @@ def problem_of(header: BlockHeader) -> str:
         "it has no parent or shouldn't have one": (header.start == 0) == (header.parent == ""),
         "its tokens aren't ids": min(header.tokens) >= 0,
         "it has both cuts and a run, or neither": (header.cuts is None) == (header.run != ""),
-        "its cuts aren't in order": list(cuts) == sorted(set(cuts)),
+        "its cuts aren't in order": cuts == sorted(set(cuts)),
         "its cuts are outside": all(header.start <= cut <= header.end for cut in cuts),
     }
     return next((problem for problem, holds in rules.items() if not holds), "")
