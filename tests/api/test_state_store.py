@@ -59,6 +59,11 @@ def call(server: RunningServer, key: str, method: str, path: str, **more: Any) -
     return server.http.request(method, path, headers={"authorization": f"Bearer {key}-key"}, **more)
 
 
+def unload(server: RunningServer, model: str = "toy") -> None:
+    """Its worker has written then all that it may."""
+    eventually(lambda: server.post("/v1/models/unload", model=model).status_code == 200)
+
+
 def store(server: RunningServer, model: str = "") -> Json:
     found: Json = server.http.get("/v1/cache" + (f"/{model}" if model else "")).json()["store"]
     return found
@@ -131,3 +136,22 @@ def test_what_was_not_used_for_days_is_deleted(start_server: StartServer) -> Non
     write_chain(directory(place(server)), [5, 6])
     server.start()
     eventually(lambda: usage(place(server)).tokens == 2)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/responses", {"input": PROMPT, "store": False}),
+        ("/v1/responses", {"input": PROMPT, "store": False, "cache_prompt": False}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": PROMPT}], "cache_prompt": False}),
+        ("/v1/completions", {"prompt": PROMPT, "cache_prompt": False}),
+    ],
+)
+def test_a_request_can_stay_off_the_disk(server: RunningServer, path: str, body: Json) -> None:
+    server.post(path, model="toy", **body).raise_for_status()
+    unload(server)
+    assert usage(place(server, "toy")) == (0, 0, 0)
+    kept = {name: value for name, value in body.items() if name not in ("store", "cache_prompt")}
+    server.post(path, model="toy", **kept).raise_for_status()
+    unload(server)
+    assert usage(place(server, "toy")).tokens > 100
