@@ -54,6 +54,8 @@ STATES = StateSettings(directory="d", weights="w", memory_bytes=100, disk_bytes=
 
 @asynccontextmanager
 async def _client(told: Path, monkeypatch: pytest.MonkeyPatch, mode: str = "") -> AsyncIterator[EngineClient]:
+    processes = []
+
     async def started(_: str) -> tuple[asyncio.subprocess.Process, socket.socket]:
         ours, theirs = socket.socketpair()
         try:
@@ -64,6 +66,7 @@ async def _client(told: Path, monkeypatch: pytest.MonkeyPatch, mode: str = "") -
             raise
         finally:
             theirs.close()
+        processes.append(process)
         return process, ours
 
     monkeypatch.setattr(launcher, "started", started)
@@ -73,6 +76,8 @@ async def _client(told: Path, monkeypatch: pytest.MonkeyPatch, mode: str = "") -
         yield client
     finally:
         await client.close()
+        async with asyncio.timeout(20):
+            await asyncio.gather(*(process.wait() for process in processes))
 
 
 def _told(told: Path) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 from typer.testing import CliRunner
 
+import blocks
 from headstart import machine
 from headstart.cli.main import app
 from headstart.config.settings import Settings
@@ -60,10 +61,19 @@ def test_the_disk_space_is_a_tenth_of_what_is_free_and_less_where_that_is_little
 
 
 def _keep(cache_dir: Path, model: str, n_bytes: int) -> None:
-    file = states_directory(cache_dir) / model / "0123456789abcdef" / "x"
+    """A file of this size, which no worker can use."""
+    file = states_directory(cache_dir) / model / "x"
     file.parent.mkdir(parents=True)
     with file.open("wb") as out:
         out.truncate(n_bytes)
+
+
+def _fill(cache_dir: Path, model: str) -> int:
+    """Ten blocks; returns their bytes."""
+    for number in range(10):
+        header = blocks.header([number], sizes=(1_000_000, 0))
+        blocks.write(blocks.directory(states_directory(cache_dir) / model), header)
+    return held(cache_dir)[model]
 
 
 def test_the_limit_does_not_fall_because_the_stores_hold_something(
@@ -100,10 +110,8 @@ def test_what_nobody_wants_goes_to_the_loaded_models() -> None:
 @asynccontextmanager
 async def _service(directory: Path, **more: Any) -> AsyncIterator[Service]:
     models = {"one": "toy:", "two": "toy:weights=other"}
-    settings = Settings(
-        models=models, cache_dir=directory, tune=False, state_memory_mb=80, state_disk_mb=800, **more
-    )
-    service = Service(settings)
+    limits = {"state_memory_mb": 80, "state_disk_mb": 800, **more}
+    service = Service(Settings(models=models, cache_dir=directory, tune=False, **limits))
     await service.load()
     try:
         yield service
@@ -134,15 +142,17 @@ async def test_the_only_model_gets_everything_and_a_second_one_its_part(tmp_path
         assert _memory(service, "one") == 80_000_000
 
 
-async def test_what_an_unloaded_model_holds_is_left_to_it_as_far_as_there_is_room(tmp_path: Path) -> None:
-    _keep(tmp_path, "gone", 600_000_000)
-    async with _service(tmp_path) as service:
-        assert _disk(service, "one") == 200_000_000
+async def test_what_an_unloaded_model_holds_is_left_to_it_until_others_need_room(tmp_path: Path) -> None:
+    filled = _fill(tmp_path, "gone")
+    async with _service(tmp_path, state_disk_mb=12) as service:
+        assert _disk(service, "one") == 12_000_000 - filled
         engine = service.models.all["one"].engine
-        # A store that fills up gets more, as long as the other has more than its part.
-        engine._dispatch(StoreReport(disk_bytes=190_000_000))
-        await service.models.states.settled()
-        assert 200_000_000 < _disk(service, "one") <= 400_000_000
+        for full in (1_900_000, 3_700_000, 6_000_000):
+            engine._dispatch(StoreReport(disk_bytes=full))
+            await service.models.states.settled()
+            assert _disk(service, "one") + held(tmp_path)["gone"] <= 12_000_000
+        assert _disk(service, "one") == 6_000_000
+        assert 5_000_000 < held(tmp_path)["gone"] <= 6_000_000
 
 
 async def test_a_model_for_the_npu_gets_no_store_and_takes_nothing_from_others(tmp_path: Path) -> None:

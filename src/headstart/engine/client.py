@@ -74,6 +74,7 @@ class EngineClient:
         # called after each report.
         self._store = StoreReport()
         self._earlier = StoreReport()
+        self.has_reported = False
         self.on_store: Callable[[], object] = lambda: None
         self._begun_with = settings.states
         self._writer: asyncio.StreamWriter | None = None
@@ -269,7 +270,7 @@ class EngineClient:
                 self._send_state_limits()
                 return True
             case StoreReport():
-                self._store = message
+                self._store, self.has_reported = message, True
                 self.on_store()
             case LoadFailed(message=reason, out_of_memory=out_of_memory):
                 self.failure, self.out_of_memory = reason, out_of_memory
@@ -285,7 +286,7 @@ class EngineClient:
         if self._writer:
             self._writer.close()
             self._writer = None
-        self._earlier, self._store = self.store, StoreReport()
+        self._earlier, self._store, self.has_reported = self.store, StoreReport(), False
         if self.state == "ready":
             self.state = "loading"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from time import monotonic
@@ -44,15 +44,15 @@ class Models:
         self.say = say
         self.observer = observer
         self.all = {name: ServedModel(name, path, settings) for name, path in settings.model_paths.items()}
-        self.states = StateStores(settings, self.all)
         self._on_loaded = on_loaded
         self._is_building = is_building
         self._reported: set[str] = set()
         self._users: Counter[str] = Counter()
         self._last_used: dict[str, float] = {}
         self._loads: dict[str, asyncio.Task[None]] = {}
-        # A model is loaded or unloaded, never both at once; and room is made for one model at a time.
-        self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self.states = StateStores(settings, self.all)
+        self._turns = self.states.turns
+        # Room is made for one model at a time.
         self._making_room = asyncio.Lock()
         self._measuring = asyncio.Lock()
         self._tasks = BackgroundTasks()
@@ -92,6 +92,7 @@ class Models:
     async def load_first(self) -> None:
         """Returns when the models to load at the start answer. Raises StartupError."""
         self._tasks.start(self._unload_idle())
+        self.states.start()
         await asyncio.gather(*(self._load_at_start(self.all[name]) for name in self.first))
 
     async def _load_at_start(self, model: ServedModel) -> None:

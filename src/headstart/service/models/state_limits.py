@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Collection, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from headstart import machine
 from headstart.config.settings import Settings
+from headstart.engine.states.directory import total
 
 # No model can have this name, so no namespace has this directory.
 DIRECTORY = ".states"
@@ -80,25 +80,12 @@ def _free_bytes(directory: Path) -> int:
 
 def held(cache_dir: Path) -> dict[str, int]:
     """Bytes of the files in each model's directory."""
-    found = {}
     try:
         with os.scandir(states_directory(cache_dir)) as folders:
-            names = [folder.name for folder in folders if folder.is_dir(follow_symlinks=False)]
+            paths = [Path(folder.path) for folder in folders if folder.is_dir(follow_symlinks=False)]
     except OSError:
         return {}
-    for name in names:
-        found[name] = _bytes_under(states_directory(cache_dir) / name)
-    return found
-
-
-def _bytes_under(directory: Path) -> int:
-    total = 0
-    for folder, _, files in os.walk(directory):
-        for file in files:
-            # It may be deleted meanwhile.
-            with suppress(OSError):
-                total += Path(folder, file).lstat().st_size
-    return total
+    return {path.name: total(path) for path in paths}
 
 
 def shares(limit: int, wanted: Mapping[str, int]) -> dict[str, int]:
