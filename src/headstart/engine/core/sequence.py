@@ -86,9 +86,10 @@ class Slot:
 @dataclass(eq=False, slots=True)
 class Sequence:
     """Prompt and generated tokens; evaluation catches up with their number. `reading`: its state is being
-    read into memory; `awaited`: the match whose blocks are, or were; `lookup`: its prompt, as the state store is asked for it; `compiling`: its grammar is being
-    compiled. `checkpoints`: where prefill makes checkpoints, as in `chunking`. Times are monotonic seconds, 0
-    until they happen. During prefill it stands for all answers of its request."""
+    read into memory; `awaited`: the match whose blocks are, or were; `compiling`: its grammar is being
+    compiled. `lookup`: its prompt, as the state store is asked for it. `checkpoints`: where prefill makes
+    checkpoints, as in `chunking`. Times are monotonic seconds, 0 until they happen. During prefill it stands
+    for all answers of its request."""
 
     request: Submit
     tokens: list[int]

@@ -12,6 +12,7 @@ from headstart.engine.core.scheduler import Scheduler
 from headstart.engine.core.sequence import Sequence, Slot
 from headstart.engine.model import Model, ModelError
 from headstart.engine.states.held import Checkpoint, Held
+from headstart.engine.states.report import report_of
 from headstart.engine.states.store import StateStore
 from headstart.engine.states.tree import Match
 from headstart.protocol import Forget, Source, StateRef, StoreReport
@@ -258,7 +259,7 @@ class SlotStates:
         if monotonic() < self.reported_at + REPORT_SECONDS and (busy or self.store.is_writing):
             return None
         self.reported, self.reported_at = self.store.counts, monotonic()
-        return self.store.report()
+        return report_of(self.store)
 
     def forget(self, command: Forget) -> int:
         """Removes the states of a prompt and of what continues it from slots and store; returns the number of

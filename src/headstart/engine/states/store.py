@@ -15,10 +15,8 @@ from headstart.engine.states.eviction_order import least_worth
 from headstart.engine.states.held import Held, Segment, segments
 from headstart.engine.states.removal import forgotten
 from headstart.engine.states.tree import Lookup, Match, longest
-from headstart.protocol import StoreReport
+from headstart.engine.states.write_behind import WriteBehind
 
-# Shorter prompts are not written to the disk.
-LEAST_WRITTEN = 32
 log = logging.getLogger(__name__)
 
 # A copy of a state whose first cell is token `first`, at most the given token, and `first`.
@@ -28,10 +26,9 @@ RECENT_CHECKPOINTS = 3
 
 
 class StateStore:
-    """Used from the engine's thread. `root` identifies everything that a state's bytes depend on besides its
-    tokens. `memory_limit`: bytes; what is being written to the disk counts until it is written. `disk` None:
-    there is none. `cost_ms`: the time to compute tokens from the first to the second position. `days`: what is
-    unused for longer is removed; 0: never."""
+    """Used from the engine's thread. `memory_limit`: bytes; what is being written to the disk counts until it
+    is written. `disk` None: there is none. `cost_ms`: the time to compute tokens from the first to the second
+    position. `days`: what is unused for longer is removed; 0: never."""
 
     def __init__(
         self,
@@ -47,6 +44,7 @@ class StateStore:
         self.cost_ms = cost_ms
         self.days = days
         self.root = Block(address=disk.root if disk else "")
+        self.writes = WriteBehind(self, disk) if disk else None
         self.memory_bytes = 0
         self.evictions = 0
         self.parked = 0
@@ -192,14 +190,14 @@ class StateStore:
 
     def set_limits(self, memory_limit: int, disk_limit: int) -> None:
         self.memory_limit = memory_limit
-        if self.disk:
-            self.disk.limit = disk_limit
-            self._make_disk_room(0)
+        if self.writes:
+            self.writes.disk.limit = disk_limit
+            self.writes.make_room(0)
         self.shrink()
 
     def shrink(self) -> None:
-        """Brings the memory tier within its limit: removes what is on the disk, has the rest written if it may
-        be, or else evicts it, from the ends of chains, what is worth least first."""
+        """Brings the memory tier within its limit: removes what is on the disk, has the rest written if it
+        may be, or else evicts it, from the ends of chains, what is worth least first."""
         self._settle()
         excess = self.memory_bytes - self.memory_limit
         if excess <= 0:
@@ -209,29 +207,33 @@ class StateStore:
         for block in least_worth(list(self.blocks()), lambda block: block.in_memory):
             if excess <= 0:
                 return
-            if block.pins or (self.disk and block in self.disk.writing):
+            is_needed = block.pins or any(child.in_memory for child in block.children)
+            if is_needed or (self.disk and block in self.disk.writing):
                 continue
-            n_bytes = block.memory_bytes
+            excess -= block.memory_bytes
             if block.file:
                 self._drop(block)
-            elif not self._write(block):
+            elif not (self.writes and self.writes.write(block)):
                 self.remove(block)
                 self.evictions += 1
-            excess -= n_bytes
 
     def _drop(self, block: Block) -> None:
         """Removes a block that is on the disk from memory."""
+        assert block.file
         self.memory_bytes -= block.memory_bytes
         block.data = block.checkpoint = None
+        block.n_checkpoint = block.file.header.checkpoint_bytes
 
     def forget(self, owner: str | None, tokens: Sequence[int] | None, kept: Sequence[Sequence[int]]) -> int:
-        """Removes the blocks of a prompt beyond what it has in common with a `kept` one, and all that continue
-        them, for good; `owner` and `tokens` None: of all owners, of all prompts. Returns their number."""
+        """Removes the blocks of a prompt beyond what it has in common with a `kept` one, and all that
+        continue them, for good; `owner` and `tokens` None: of all owners, of all prompts. Returns their
+        number."""
         found = forgotten(self.root.children, owner, tokens, kept)
         n = sum(map(self.remove, found))
         if self.disk:
             self.disk.wait_written()
             self._settle()
+            self.disk.sync()
         return n
 
     def remove(self, block: Block) -> int:
@@ -251,74 +253,26 @@ class StateStore:
 
     # The disk
 
-    def _write(self, block: Block) -> bool:
-        """Begins to write a block, after those before it; False if it may not be written."""
-        if not (self.disk and self.disk.is_ready):
-            return False
-        missing = [each for each in block.path() if each.file is None and each not in self.disk.writing]
-        if not all(each.to_disk and each.in_memory for each in missing):
-            return False
-        n_bytes = sum(map(self.disk.size_of, missing))
-        if not self._make_disk_room(n_bytes, {*block.path()}):
-            return False
-        for each in missing:
-            self.disk.write(each)
-        return True
-
-    def _make_disk_room(self, n_bytes: int, kept: Iterable[Block] = ()) -> bool:
-        assert self.disk
-        if n_bytes > self.disk.limit:
-            return False
-        missing = self.disk.n_bytes + n_bytes - self.disk.limit
-        if missing <= 0:
-            return True
-        for block in list(least_worth(self.blocks(), lambda block: block.file is not None)):
-            if missing <= 0:
-                break
-            if block in kept or block.pins:
-                continue
-            assert block.file
-            missing -= block.file.size
-            self.evictions += 1
-            if block.in_memory and not any(child.file for child in block.children):
-                self.disk.remove(block)
-            else:
-                self.remove(block)
-        return missing <= 0
-
     def write_behind(self) -> None:
         """Has everything written that may be and isn't, and removes what has not been used for too long; for
         idle moments."""
         self._settle()
-        self._expire()
-        if not self.disk or not self.disk.is_ready:
-            if self.disk and (found := self.disk.open()):
-                self._adopt(found)
-            return
-        for block in list(self.blocks()):
-            if block.file is None and not block.gone and block not in self.disk.writing:
-                if (block.end < LEAST_WRITTEN and not block.children) or not self._write(block):
-                    self.disk.refused.add(block)
-        self.disk.touch_used()
-
-    def _expire(self) -> None:
-        """A block was used whenever one that continues it was."""
         if self.days:
+            # A block was used whenever one that continues it was.
             oldest = time() - 86400 * self.days
             for block in [each for each in self.blocks() if each.last_used < oldest]:
                 self.remove(block)
+        if self.disk and not self.disk.is_ready:
+            self._adopt(self.disk.open())
+        elif self.writes:
+            self.writes.write_all(list(self.blocks()))
 
     @property
     def unwritten(self) -> bool:
-        """Whether there are blocks that `write_behind` would write."""
-        if not self.disk or not self.disk.limit:
+        """Whether `write_behind` has something to do."""
+        if not self.writes or not self.writes.disk.limit:
             return False
-        if not self.disk.is_ready:
-            return True
-        passed = self.disk.refused | self.disk.writing.keys()
-        return bool(self.disk.used) or any(
-            block.file is None and block.to_disk and block not in passed for block in self.blocks()
-        )
+        return not self.writes.disk.is_ready or self.writes.outstanding(self.blocks())
 
     def _settle(self) -> None:
         """Records what has been written."""
@@ -358,21 +312,3 @@ class StateStore:
     @property
     def is_writing(self) -> bool:
         return bool(self.disk and self.disk.writing)
-
-    def report(self) -> StoreReport:
-        self._settle()
-        in_memory = [block for block in self.blocks() if block.in_memory]
-        on_disk = [block for block in self.blocks() if block.file]
-        return StoreReport(
-            memory_bytes=self.memory_bytes,
-            memory_tokens=sum(len(block.tokens) for block in in_memory),
-            disk_bytes=self.disk.n_bytes if self.disk else 0,
-            disk_tokens=sum(len(block.tokens) for block in on_disk),
-            chains=sum(not block.children for block in self.blocks()),
-            evictions=self.evictions,
-            parked=self.parked,
-            park_ms=self.park_ms,
-            given_up=self.given_up,
-            verify_failures=self.verify_failures,
-            write_failures=self.disk.failures if self.disk else 0,
-        )
