@@ -152,8 +152,10 @@ class SlotStates:
             missing.append(read.match.block)
         self.store.disk.read(read.sequence, missing)
 
-    def finish_reads(self) -> None:
-        """Takes what has been read; its sequences may start."""
+    def finish_transfers(self) -> None:
+        """Takes what has been read, whose sequences may start, and notes what has been written."""
+        if self.store:
+            self.store.settle()
         for loaded in self.store.disk.finished() if self.store and self.store.disk else ():
             assert self.store
             self.store.accept(loaded)

@@ -125,8 +125,8 @@ class DiskTier:
             self._written.put((block, error))
         self.wake()
 
-    def settle(self) -> Iterator[Block]:
-        """Records what has been written since the last call; the blocks whose files are in place."""
+    def settle(self) -> None:
+        """Records what has been written since the last call."""
         for block, result in drained(self._written):
             self.writing.pop(block, None)
             if isinstance(result, Exception):
@@ -138,8 +138,6 @@ class DiskTier:
             block.file = result
             if block.gone:
                 self.remove(block)
-            else:
-                yield block
 
     def remove(self, block: Block) -> None:
         """Deletes the block's file; one that is being written is deleted by `settle`."""

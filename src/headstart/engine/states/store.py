@@ -64,8 +64,6 @@ class StateStore:
         """All blocks, each after its parent."""
         return (block for child in self.root.children for block in child.subtree())
 
-    # Finding and loading
-
     def find(self, lookup: Lookup) -> Match | None:
         """The longest stored prefix of a prompt."""
         return longest(self.root, lookup)
@@ -99,8 +97,6 @@ class StateStore:
                 self.remove(block)
                 continue
             self._put(block, *content)
-
-    # Parking
 
     def park(self, held: Held, base: Block | None, save_from: SaveFrom) -> Block:
         """Keeps what a slot holds; `base`: the block up to which it is stored already. Returns the block at
@@ -186,19 +182,16 @@ class StateStore:
             if self.disk and block.file:
                 self.disk.used.add(block)
 
-    # Limits
-
     def set_limits(self, memory_limit: int, disk_limit: int) -> None:
         self.memory_limit = memory_limit
         if self.writes:
-            self.writes.disk.limit = disk_limit
-            self.writes.make_room(0)
+            self.writes.set_limit(disk_limit)
         self.shrink()
 
     def shrink(self) -> None:
         """Brings the memory tier within its limit: removes what is on the disk, has the rest written if it
         may be, or else evicts it, from the ends of chains, what is worth least first."""
-        self._settle()
+        self.settle()
         excess = self.memory_bytes - self.memory_limit
         if excess <= 0:
             return
@@ -232,7 +225,7 @@ class StateStore:
         n = sum(map(self.remove, found))
         if self.disk:
             self.disk.wait_written()
-            self._settle()
+            self.settle()
             self.disk.sync()
         return n
 
@@ -251,12 +244,10 @@ class StateStore:
             block.parent.children.remove(block)
         return len(removed)
 
-    # The disk
-
     def write_behind(self) -> None:
         """Has everything written that may be and isn't, and removes what has not been used for too long; for
         idle moments."""
-        self._settle()
+        self.settle()
         if self.days:
             # A block was used whenever one that continues it was.
             oldest = time() - 86400 * self.days
@@ -274,18 +265,17 @@ class StateStore:
             return False
         return not self.writes.disk.is_ready or self.writes.outstanding(self.blocks())
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Records what has been written."""
         if self.disk:
-            for block in self.disk.settle():
-                log.debug("written: %d tokens", block.end)
+            self.disk.settle()
 
     def close(self, seconds: float) -> None:
         """Writes everything that may be, for at most so many seconds."""
         self.write_behind()
         if self.disk:
             self.disk.close(seconds)
-            self._settle()
+            self.settle()
 
     def _adopt(self, files: Iterable[Block]) -> None:
         """Takes the blocks that the disk holds into the tree, each after its parent."""
@@ -299,8 +289,6 @@ class StateStore:
             block.cost_ms = self.cost_ms(block.start, block.end)
             parent.children.append(block)
             known[block.address] = block
-
-    # Reports
 
     @property
     def counts(self) -> object:

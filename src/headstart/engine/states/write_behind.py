@@ -37,6 +37,10 @@ class WriteBehind:
             self.disk.write(each)
         return True
 
+    def set_limit(self, n_bytes: int) -> None:
+        self.disk.limit = n_bytes
+        self.make_room(0)
+
     def make_room(self, n_bytes: int, kept: Collection[Block] = ()) -> bool:
         """Makes room for so many bytes by deleting blocks, ends of chains first, those of least worth first,
         none of the `kept` ones; False if that is impossible."""
