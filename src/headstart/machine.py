@@ -62,6 +62,14 @@ def available_bytes() -> int:
     return available
 
 
+def allowed_memory_bytes() -> int:
+    """The machine's memory, or less where the limit of this process's control group is lower."""
+    try:
+        return min(memory_bytes(), int((CONTROL_GROUP / "memory.max").read_text()))
+    except (OSError, ValueError):
+        return memory_bytes()
+
+
 def memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 

@@ -244,6 +244,46 @@ def test_a_run_that_returns_before_it_has_finished_is_waited_for(start: Start, s
     assert asked.run.outcome == "length"
 
 
+def test_a_model_is_freed_as_soon_as_a_run_that_returned_early_has_finished(
+    start: Start, switch: Switch
+) -> None:
+    """The runtime's thread may still be on its way out then."""
+    runtime = start()
+    switch("late=20,leave=100")
+    RecordedRun(runtime, SYSTEM)
+    runtime.close()
+    switch("")
+    assert RecordedRun(start(), SYSTEM).tokens
+
+
+LATE = """
+import ctypes, gc, sys
+from headstart.engine.rkllm.layouts import LAYOUTS
+from headstart.engine.rkllm.options import RuntimeOptions
+from headstart.engine.rkllm.runtime import Runtime
+from headstart.protocol import Sampling
+library, model = sys.argv[1:]
+runtime = Runtime(model, RuntimeOptions(library, n_ctx=512, max_new_tokens=100, cpus=1))
+runtime.run("Hello", max_new_tokens=3, sampling=Sampling(), on_token=lambda *token: True)
+runtime.close()
+kind = LAYOUTS[runtime.abi].callback
+del runtime
+gc.collect()
+# These would take the memory of a callback that was collected.
+others = [kind(lambda *_: print("another was called") or 0) for _ in range(100)]
+ctypes.CDLL(library).standin_finish_again()
+print("alive")
+"""
+
+
+def test_a_callback_after_the_model_was_freed_does_no_harm(version: str, tmp_path: Path) -> None:
+    arguments = [standin(version), standin_model(tmp_path / "m.rkllm")]
+    done = subprocess.run(
+        [sys.executable, "-c", LATE, *arguments], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
+
+
 def test_a_run_that_never_finishes_is_given_up(
     start: Start, switch: Switch, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -11,6 +12,7 @@ from headstart.engine.core.chunking import Chunking
 from headstart.engine.core.engine import CoreEngine
 from headstart.engine.kinds import engine_kind
 from headstart.engine.model import Model
+from headstart.engine.states.store import StateStore
 from headstart.numerics import DEFAULT
 from headstart.protocol import (
     EngineSettings,
@@ -33,12 +35,13 @@ OTHER = [7 + i * 3 % 190 for i in range(90)]
 class Driver:
     """An engine stepped by hand; collects the events of each request."""
 
-    def __init__(self, model: Model, share_from: int = 32) -> None:
+    def __init__(self, model: Model, share_from: int = 32, store: StateStore | None = None) -> None:
         for seq in range(2 * model.info.slots + 1 if model.info.pool_tokens else model.info.slots):
             model.clear(seq)
         self.model = model
         self.woken: SimpleQueue[None] = SimpleQueue()
-        self.engine = CoreEngine(model, Chunking(CHUNK), lambda: self.woken.put(None), share_from=share_from)
+        wake = partial(self.woken.put, None)
+        self.engine = CoreEngine(model, Chunking(CHUNK), wake, share_from=share_from, store=store)
         self.events: dict[int, list[RequestEvent]] = {}
         self.last_id = 0
 
@@ -70,6 +73,16 @@ class Driver:
     def run(self, tokens: list[int], max_tokens: int = 8, **more: Any) -> tuple[list[int], Finished]:
         request = self.submit(tokens, max_tokens, **more)
         self.finish()
+        return self.tokens(request), self.end(request)
+
+    def run_waiting(self, tokens: list[int], max_tokens: int = 8, **more: Any) -> tuple[list[int], Finished]:
+        """As `run`, also where the engine waits for the disk."""
+        request = self.submit(tokens, max_tokens, **more)
+        self.finish()
+        while not self.events[request]:
+            self.woken.get(timeout=10)
+            self.step()
+            self.finish()
         return self.tokens(request), self.end(request)
 
     def save(self, tokens: list[int], path: Path, **more: Any) -> StateRef:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,13 @@ def test_no_worker_outlives_its_server(start_server: StartServer) -> None:
     server = start_server("--model", "toy=toy:")
     (worker,) = server.workers()
     server.stop(signal.SIGKILL)
-    eventually(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
+
+    def has_ended() -> bool:
+        with suppress(psutil.NoSuchProcess):
+            return not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
+        return True
+
+    eventually(has_ended)
 
 
 @pytest.mark.parametrize("model", ["toy", pytest.param("smollm2", marks=pytest.mark.real_model)])

@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from headstart.caches.entry import Content
@@ -26,6 +25,7 @@ from headstart.service.interface.observer import (
 )
 from headstart.service.interface.options import Options
 from headstart.service.service import Service
+from own_workers import own_workers
 
 PROMPT = "You are a helpful assistant who knows all about the sea, its ships and its fish. " * 20
 USER = [{"role": "user", "content": "Tell me of the sea."}]
@@ -119,9 +119,8 @@ async def test_an_answer_and_a_build_that_fail_are_observed(tmp_path: Path) -> N
         prepared = await service.generation.chat(service.model("toy"), list(USER), Options())
         answers = service.generation.run(prepared)
         await anext(answers)
-        for process in psutil.Process().children(recursive=True):
-            if "headstart.engine.worker" in process.cmdline():
-                process.kill()
+        for worker in own_workers():
+            worker.kill()
         with pytest.raises(EngineDied):
             async for _ in answers:
                 pass

@@ -26,26 +26,11 @@ from headstart.caches.cache_file.format import StatePart
 from headstart.caches.cache_file.writer import CacheWriter
 from headstart.caches.store import Store
 from headstart.names import Namespace
+from mounts import mounted
 from servers import RunningServer, running_server, said
 
 PROMPT = "You keep the lighthouse.\n\n" + "Each evening you light the lamp. " * 12
 LARGE = "And then you climb down the stairs again, one by one. " * 70
-
-
-@contextmanager
-def _mounted(*options: str) -> Iterator[None]:
-    """A mount for as long as the block runs. Where it isn't possible, the test is skipped and says why; that
-    this is so is left for the second test of each kind to make good, which needs no mount."""
-    where = options[-1]
-    done = subprocess.run(["mount", *options], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        if os.environ.get("CI") and os.geteuid() == 0 and "permission denied" not in done.stderr.lower():
-            pytest.fail(f"mounting failed though root does it: {done.stderr}")
-        pytest.skip(f"mounting isn't possible here: {done.stderr.strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", where], check=True)
 
 
 @pytest.fixture
@@ -55,7 +40,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("there is no mount command")
     place = tmp_path / "disk"
     place.mkdir()
-    with _mounted("-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)):
+    with mounted("-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)):
         yield place
 
 
@@ -132,7 +117,7 @@ def _read_only(directory: Path) -> Iterator[None]:
     """As if the disk had been mounted read-only; modes do that for who isn't root."""
     with ExitStack() as stack:
         if os.geteuid() == 0:
-            stack.enter_context(_mounted("--bind", str(directory), str(directory)))
+            stack.enter_context(mounted("--bind", str(directory), str(directory)))
             subprocess.run(["mount", "-o", "remount,ro,bind", str(directory)], check=True)
         else:
             for place in (directory, directory / "toy"):

@@ -15,7 +15,6 @@ from threading import Thread
 from typing import Any, ClassVar
 
 import httpx
-import psutil
 import pytest
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -30,6 +29,7 @@ from headstart.service.generation.answering import Answering
 from headstart.service.service import Service
 from headstart.telemetry.otlp import tracing_observer
 from headstart.telemetry.tracing import TracingObserver
+from own_workers import own_workers
 from servers import Json
 
 MARKS = ("pomegranate", "quicksilver", "marzipan", "SECRET-KEY-7151")
@@ -252,9 +252,8 @@ async def test_an_invalid_traceparent_is_ignored(traced: Traced, header: str) ->
 
 
 def kill_workers() -> None:
-    for process in psutil.Process().children(recursive=True):
-        if "headstart.engine.worker" in process.cmdline():
-            process.kill()
+    for worker in own_workers():
+        worker.kill()
 
 
 async def test_a_request_that_fails_in_the_engine_is_an_error(tmp_path: Path) -> None:

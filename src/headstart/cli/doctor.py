@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 from msgspec import Struct
 from rich.console import Console
 from rich.table import Table
 
 from headstart.doctor.board import Board
-from headstart.doctor.report import ModelReport, Report
+from headstart.doctor.report import InForce, ModelReport, Report
 from headstart.numerics import Tuning
 from headstart.service.models.cache_fit import in_words
 
@@ -20,6 +22,7 @@ def show(report: Report) -> None:
     out.print(f"Machine  {report.cpu}, {report.cpus} CPUs{cores}, {_size(report.memory_bytes)} of memory")
     out.print(f"Engine   {report.engine}: {' '.join(report.features)}")
     out.print(f"Caches   in {report.cache_dir}")
+    out.print(_settings(report.states), soft_wrap=False)
     if report.board:
         _show_board(report.board)
     for model in report.models:
@@ -63,7 +66,7 @@ def _show_model(model: ModelReport) -> None:
         return
     if model.converted_bytes is not None:
         out.print(f"Weights converted to q8_0: {_size(model.converted_bytes)}")
-    out.print(_settings(model), soft_wrap=False)
+    out.print(_settings(model.settings), soft_wrap=False)
     tuning = model.tuning or model.doubted
     if tuning and tuning.measured:
         out.print(_figures(tuning), soft_wrap=False)
@@ -75,11 +78,11 @@ def _show_model(model: ModelReport) -> None:
         out.print(note, style="yellow")
 
 
-def _settings(model: ModelReport) -> Table:
+def _settings(settings: Sequence[InForce]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("Setting", "Value", "From"):
         table.add_column(heading, overflow="fold")
-    for setting in model.settings:
+    for setting in settings:
         table.add_row(setting.name, setting.value, setting.origin)
     return table
 

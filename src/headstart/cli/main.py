@@ -39,6 +39,8 @@ Models = Annotated[
 ]
 CacheDir = Annotated[Path | None, typer.Option(help=_description("cache_dir"))]
 Config = Annotated[Path | None, typer.Option(help="A TOML file with any of the settings.")]
+StateMemory = Annotated[float | None, typer.Option(help=_description("state_memory_mb"))]
+StateDisk = Annotated[float | None, typer.Option(help=_description("state_disk_mb"))]
 Tune = Annotated[bool | None, typer.Option("--tune/--no-tune", help=_description("tune"))]
 Threads = Annotated[int | None, typer.Option(help=_description("threads"))]
 PrefillChunk = Annotated[int | None, typer.Option(help=_description("prefill_chunk"))]
@@ -67,6 +69,9 @@ def serve(
     cache_dir: CacheDir = None,
     config: Config = None,
     quota_mb: Annotated[float | None, typer.Option(help=_description("quota_mb"))] = None,
+    state_memory_mb: StateMemory = None,
+    state_disk_mb: StateDisk = None,
+    state_days: Annotated[float | None, typer.Option(help=_description("state_days"))] = None,
     slots: Annotated[int | None, typer.Option(help=_description("slots"))] = None,
     ctx: Annotated[int | None, typer.Option(help=_description("ctx"))] = None,
     tune: Tune = None,
@@ -94,6 +99,9 @@ def serve(
             max_loaded=max_loaded,
             cache_dir=cache_dir,
             quota_mb=quota_mb,
+            state_memory_mb=state_memory_mb,
+            state_disk_mb=state_disk_mb,
+            state_days=state_days,
             slots=slots,
             ctx=ctx,
             tune=tune,
@@ -117,6 +125,8 @@ def doctor(
     model: Models = None,
     cache_dir: CacheDir = None,
     config: Config = None,
+    state_memory_mb: StateMemory = None,
+    state_disk_mb: StateDisk = None,
     tune: Tune = None,
     threads: Threads = None,
     prefill_chunk: PrefillChunk = None,
@@ -152,6 +162,8 @@ def doctor(
     flags = {
         "models": pairs(model or [], "NAME=PATH"),
         "cache_dir": cache_dir,
+        "state_memory_mb": state_memory_mb,
+        "state_disk_mb": state_disk_mb,
         "tune": tune,
         "threads": threads,
         "prefill_chunk": prefill_chunk,

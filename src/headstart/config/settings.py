@@ -3,8 +3,6 @@ order of precedence."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -22,7 +20,6 @@ from headstart.errors import StartupError
 from headstart.model_files import embedded_model, models_in
 from headstart.numerics import Weights
 
-SettingSource = Literal["flag", "environment", "file", "default"]
 LogFormat = Literal["text", "json"]
 DEFAULT_MODEL = "smollm2"
 
@@ -62,6 +59,21 @@ class Settings(BaseSettings):
     cache_dir: Path = Field(Path("cache"), description="The cache directory.")
     quota_mb: float = Field(
         0, ge=0, description="Maximum size of all caches in millions of bytes; 0: no limit."
+    )
+    state_memory_mb: float | None = Field(
+        None,
+        ge=0,
+        description="Memory for states computed earlier, of all models, in millions of bytes; 0: none; "
+        "unset: an eighth of the memory, at most 8000; a sixteenth where there is 4 GiB or less.",
+    )
+    state_disk_mb: float | None = Field(
+        None,
+        ge=0,
+        description="Disk space for them, in millions of bytes; 0: none; unset: a tenth of what is free, at "
+        "most 20000; a twentieth where less than 8000 is free.",
+    )
+    state_days: float = Field(
+        7, ge=0, description="Days without use after which such a state is deleted; 0: never."
     )
     slots: int = Field(
         0,
@@ -281,14 +293,3 @@ def load_settings(config: Path | None = None, **flags: Any) -> Settings:
         raise StartupError("Wrong settings: " + "; ".join(problems)) from error
     except (ValueError, RecursionError) as error:
         raise StartupError(f"{config} is not valid TOML: {error}") from error
-
-
-def origin(settings: Settings, name: str, flags: Mapping[str, Any]) -> SettingSource:
-    """The source of a setting's value; `flags` are those that `load_settings` got."""
-    if flags.get(name) not in (None, {}):
-        return "flag"
-    if name not in settings.model_fields_set:
-        return "default"
-    if any(variable.upper() == f"HEADSTART_{name.upper()}" for variable in os.environ):
-        return "environment"
-    return "file"

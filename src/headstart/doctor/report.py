@@ -11,7 +11,8 @@ from msgspec import Struct
 
 from headstart import machine
 from headstart.caches.scan import Scan, scan
-from headstart.config.settings import Settings, origin
+from headstart.config.settings import Settings
+from headstart.config.source import origin
 from headstart.doctor.board import Board, examine_board, has_npu, npu_settings
 from headstart.doctor.offline_model import OfflineModel
 from headstart.engine.kinds import KINDS, engine_kind
@@ -22,6 +23,7 @@ from headstart.protocol import EngineSettings
 from headstart.service.models.cache_fit import doubted, kept_back
 from headstart.service.models.model import Notify, model_path
 from headstart.service.models.plan import Plan, rkllm_settings
+from headstart.service.models.state_limits import MB, TierLimit, disk_limit, memory_limit
 from headstart.service.models.tuning_store import Tunings
 
 WHY = {"caches": "its caches", "agreed": "agreed to", "measured": "measured", "default": "default"}
@@ -59,9 +61,10 @@ class ModelReport(Struct, frozen=True):
 
 
 class Report(Struct, frozen=True):
-    """`features`: features of this CPU that llama.cpp was built for. `others`: the number of caches of each
-    model that the settings don't have. `problems`: faults that need attention. `board`: None if there is
-    neither a Rockchip NPU nor a model for one."""
+    """`states`: how much is kept of what was computed, of all models. `features`: features of this CPU that
+    llama.cpp was built for. `others`: the number of caches of each model that the settings don't have.
+    `problems`: faults that need attention. `board`: None if there is neither a Rockchip NPU nor a model for
+    one."""
 
     cpu: str
     cpus: int
@@ -70,6 +73,7 @@ class Report(Struct, frozen=True):
     engine: str
     features: list[str]
     cache_dir: str
+    states: list[InForce]
     models: list[ModelReport]
     others: dict[str, int]
     problems: list[str]
@@ -101,11 +105,26 @@ def examine(settings: Settings, flags: Mapping[str, Any]) -> Report:
         engine=KINDS["llama"].version(),
         features=features,
         cache_dir=str(settings.cache_dir.absolute()),
+        states=_states(settings, flags),
         models=models,
         others={n: len(caches) for n, caches in found.entries.items() if n not in settings.model_paths},
         problems=problems,
         board=board,
     )
+
+
+def _states(settings: Settings, flags: Mapping[str, Any]) -> list[InForce]:
+    limits = {"state_memory_mb": memory_limit(settings), "state_disk_mb": disk_limit(settings)}
+    shown = [
+        InForce(name, _megabytes(limit), limit.why or origin(settings, name, flags))
+        for name, limit in limits.items()
+    ]
+    days = f"{settings.state_days:g}" if settings.state_days else "never"
+    return [*shown, InForce("state_days", days, origin(settings, "state_days", flags))]
+
+
+def _megabytes(limit: TierLimit) -> str:
+    return f"{limit.n_bytes // MB}" if limit.n_bytes else "off"
 
 
 def _npu_models(settings: Settings) -> bool:

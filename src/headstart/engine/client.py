@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Literal
 
@@ -11,7 +12,7 @@ import msgspec
 
 from headstart.channel import Garbled, Unsendable, frame
 from headstart.engine.launcher import Launcher
-from headstart.engine.submitted_request import EngineLoad, SubmittedRequest
+from headstart.engine.submitted_request import EngineLoad, PendingForgets, SubmittedRequest
 from headstart.engine.worker_process import connected, ended, explain_exit, kill, messages
 from headstart.errors import (
     BadRequest,
@@ -28,10 +29,14 @@ from headstart.protocol import (
     Embed,
     EngineSettings,
     Failed,
+    Forget,
+    Forgotten,
     LoadFailed,
     ModelInfo,
     Ready,
+    SetStateLimits,
     Step,
+    StoreReport,
     Submit,
     WorkerMessage,
 )
@@ -39,7 +44,10 @@ from headstart.protocol import (
 log = logging.getLogger(__name__)
 
 DIED = "The engine died and is being restarted."
+STOPPED = "The engine was stopped."
 RESTART_SECONDS = (0.0, 1.0, 5.0, 30.0)
+# The fields of a StoreReport that count from the worker's start on.
+STORE_COUNTS = ("evictions", "parked", "park_ms", "given_up", "verify_failures", "write_failures")
 
 # "available": there is no worker, but one can be started.
 EngineState = Literal["available", "loading", "ready", "failed"]
@@ -61,6 +69,14 @@ class EngineClient:
         # Workers that were started in place of one that ended by itself, since the start.
         self.n_restarts = 0
         self._requests: dict[int, SubmittedRequest] = {}
+        self._forgets = PendingForgets()
+        # The last report of the present worker's store, and the counts of the workers before; `on_store` is
+        # called after each report.
+        self._store = StoreReport()
+        self._earlier = StoreReport()
+        self.has_reported = False
+        self.on_store: Callable[[], object] = lambda: None
+        self._begun_with = settings.states
         self._writer: asyncio.StreamWriter | None = None
         self._load_ended = asyncio.Event()
         self._supervisor: asyncio.Task[None] | None = None
@@ -75,6 +91,13 @@ class EngineClient:
         n_tokens = sum(running.n_prompt + running.n_generated for running in begun)
         room = self.info.slots * self.info.n_ctx if self.info else 0
         return EngineLoad(len(begun), len(requests) - len(begun), n_tokens / room if room else 0.0)
+
+    @property
+    def store(self) -> StoreReport:
+        """The state store as last reported: its content is empty without a worker, its counts are since the
+        server's start."""
+        counts = {name: getattr(self._earlier, name) + getattr(self._store, name) for name in STORE_COUNTS}
+        return msgspec.structs.replace(self._store, **counts)
 
     def start(self) -> None:
         """Runs a worker from now on, until `close`."""
@@ -98,7 +121,8 @@ class EngineClient:
         return self.info
 
     async def close(self) -> None:
-        """Ends the worker; requests still running fail with EngineDied. It can be started again."""
+        """Ends the worker; requests still running fail at once with EngineDied. Returns when the worker has
+        written what it holds, or was killed after 10 seconds. It can be started again."""
         self.state = "available"
         supervisor, self._supervisor = self._supervisor, None
         try:
@@ -139,7 +163,33 @@ class EngineClient:
         self._requests |= dict.fromkeys(running.ids, running)
         return running
 
-    def forget(self, running: SubmittedRequest) -> None:
+    async def forget(
+        self, owner: str | None, tokens: list[int] | None = None, kept: Sequence[list[int]] = ()
+    ) -> int:
+        """Has states removed as Forget says; returns the number of blocks. Raises EngineDied if the worker
+        ends meanwhile or doesn't answer in time, ModelLoading if there is none."""
+        if self._writer is None or self.state != "ready":
+            raise ModelLoading(f"Model {self.name!r} is still loading.")
+        request_id, self._next_id = self._next_id, self._next_id + 1
+        self._write(frame(Forget(request_id, owner, tokens, list(kept))))
+        return await self._forgets.answer(request_id)
+
+    def set_state_limits(self, memory_bytes: int, disk_bytes: int) -> None:
+        """Limits the state store, of this worker and those that replace it."""
+        limits = {"memory_bytes": memory_bytes, "disk_bytes": disk_bytes}
+        states = msgspec.structs.replace(self.settings.states, **limits)
+        self.settings = msgspec.structs.replace(self.settings, states=states)
+        if self.state == "ready":
+            self._send_state_limits()
+
+    def _send_state_limits(self) -> None:
+        if self.settings.states != self._begun_with:
+            self._begun_with = states = self.settings.states
+            with suppress(EngineDied):
+                self._write(frame(SetStateLimits(states.memory_bytes, states.disk_bytes)))
+
+    def release(self, running: SubmittedRequest) -> None:
+        """The request's events are no longer wanted."""
         for request_id in running.ids:
             self._requests.pop(request_id, None)
 
@@ -188,18 +238,23 @@ class EngineClient:
         ready, reason = False, "it was stopped"
         try:
             reader, self._writer = await connected(ours)
+            self._begun_with = self.settings.states
             self._writer.write(frame(Begin(self.settings)))
             async for message in messages(reader):
                 ready = self._dispatch(message) or ready
         except Garbled as error:
             log.error("unreadable message from the worker of %s: %s", self.name, error)
             kill(process)
+        except asyncio.CancelledError:
+            # Its requests don't wait until it has written what it holds.
+            self._fail_requests(STOPPED)
+            raise
         finally:
             self._disconnect()
             try:
                 reason = explain_exit(await ended(process), self.settings.path)
             finally:
-                self._fail_requests(reason)
+                self._fail_requests(f"{DIED.rstrip('.')}: {reason}.")
         if not ready:
             self.failure = self.failure or reason
         log.error("worker of %s ended: %s", self.name, self.failure or reason)
@@ -212,22 +267,30 @@ class EngineClient:
                 # A worker that replaces this one need not measure again.
                 self.settings = msgspec.structs.replace(self.settings, tuning=tuning)
                 self._load_ended.set()
+                self._send_state_limits()
                 return True
+            case StoreReport():
+                self._store, self.has_reported = message, True
+                self.on_store()
             case LoadFailed(message=reason, out_of_memory=out_of_memory):
                 self.failure, self.out_of_memory = reason, out_of_memory
             case Step(events=events):
                 for event in events:
                     if running := self._requests.get(event.id):
                         running.tell(event)
+                    elif isinstance(event, Forgotten):
+                        self._forgets.tell(event)
         return False
 
     def _disconnect(self) -> None:
         if self._writer:
             self._writer.close()
             self._writer = None
+        self._earlier, self._store, self.has_reported = self.store, StoreReport(), False
         if self.state == "ready":
             self.state = "loading"
 
-    def _fail_requests(self, reason: str) -> None:
+    def _fail_requests(self, message: str) -> None:
         for request_id, running in self._requests.items():
-            running.tell(Failed(request_id, "died", f"{DIED.rstrip('.')}: {reason}."))
+            running.tell(Failed(request_id, "died", message))
+        self._forgets.fail(message)

@@ -64,16 +64,48 @@ class Embedder(Protocol):
         there is none."""
 
 
+class StateSlices(Protocol):
+    """Cuts the saved states of a model into blocks of tokens, and puts them together to the same bytes.
+
+    A state has up to two parts. `has_cells`: one has the values of each token, for layers that attend to all
+    of them; blocks are runs of it. `has_checkpoint`: the other belongs to the last token alone, such as a
+    window's cells or a recurrent layer's memory, and is usable only together with exactly the tokens before
+    it. At least one is true. All methods raise ModelError for memory that is no such state or block."""
+
+    has_cells: bool
+    has_checkpoint: bool
+
+    def n_cells(self, state: memoryview) -> int:
+        """The number of tokens whose values a saved state has; 0 without cells."""
+
+    def cut(self, state: memoryview, start: int, end: int) -> memoryview:
+        """A copy of the values of tokens `start` to `end` of a saved state, counted from its first: a block,
+        empty without cells."""
+
+    def checkpoint(self, state: memoryview) -> memoryview:
+        """A copy of the second part of a saved state, in the form of `Model.checkpoint`; empty without
+        checkpoints."""
+
+    def join(
+        self, blocks: Seq[memoryview], n_tokens: int, checkpoint: memoryview
+    ) -> tuple[memoryview, int, int]:
+        """The saved state of the first `n_tokens` tokens of consecutive blocks from token 0 on, in a new
+        buffer, with its start and end there, for `Model.restore`. `checkpoint`: that after `n_tokens` tokens,
+        or empty."""
+
+
 class Model(Protocol):
     """A loaded model with room for `info.slots` sequences of `info.n_ctx` tokens, numbered from 0, each with
     a KV stream of its own. If `info.pool_tokens` is not 0, there is also a pool: that many KV cells, shared
     by `info.slots` + 1 sequences numbered from `info.slots`.
 
-    After a failed `evaluate` the sequences of its pieces hold unknown values and must be cleared.
+    After a failed `evaluate` the sequences of its pieces hold unknown values and must be cleared. `slices`:
+    how its states are cut; None: they can't be.
     """
 
     info: ModelInfo
     grammars: Grammars
+    slices: StateSlices | None
 
     def evaluate(self, pieces: Seq[Piece]) -> None:
         """Computes the KV values of all pieces in one batch. Either all sequences are in the pool, or none.
@@ -109,6 +141,14 @@ class Model(Protocol):
 
     def save(self, seq: int) -> memoryview:
         """A copy of the sequence's state, from which any sequence can be restored. Raises ModelError."""
+
+    def save_from(self, seq: int, start: int) -> tuple[memoryview, int]:
+        """A copy of the sequence's state whose first cell is token `first`, at most `start`, and `first`: a
+        state without the beginning where that is cheaper to copy, else a whole one. Raises ModelError."""
+
+    def checkpoint(self, seq: int) -> memoryview:
+        """A copy of the part of the sequence's state that belongs to its last token alone; empty if there is
+        none. Raises ModelError."""
 
     def restore(self, seq: int, memory: memoryview, start: int, end: int) -> bool:
         """Fills a cleared sequence from the state at `start` to `end` of `memory`; False, leaving unknown

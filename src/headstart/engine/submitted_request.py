@@ -1,4 +1,4 @@
-"""A request that was submitted to a worker."""
+"""Requests that were submitted to a worker."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from headstart.errors import (
     StorageError,
     StorageFull,
 )
-from headstart.protocol import Embedded, Failed, Finished, RequestEvent, Token
+from headstart.protocol import Embedded, Failed, Finished, Forgotten, RequestEvent, Token
 
 if TYPE_CHECKING:
     from headstart.engine.client import EngineClient
 
+FORGET_SECONDS = 30.0
 FAILURES = {
     "engine": EngineError,
     "grammar": BadRequest,
@@ -58,7 +59,7 @@ class SubmittedRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.engine.forget(self)
+        self.engine.release(self)
         for open_id in self._open:
             self.engine.cancel(open_id)
 
@@ -71,6 +72,32 @@ class SubmittedRequest:
             if isinstance(event, Failed):
                 raise FAILURES[event.kind](event.message)
             yield event
+
+
+class PendingForgets:
+    """The Forget commands that a worker hasn't answered yet."""
+
+    def __init__(self) -> None:
+        self._answers: dict[int, asyncio.Future[int]] = {}
+
+    async def answer(self, command_id: int) -> int:
+        """The number of blocks that were removed. Raises EngineDied, also if the answer takes too long."""
+        answer = self._answers[command_id] = asyncio.get_running_loop().create_future()
+        try:
+            return await asyncio.wait_for(answer, FORGET_SECONDS)
+        except TimeoutError as error:
+            raise EngineDied("The engine doesn't answer.") from error
+        finally:
+            del self._answers[command_id]
+
+    def tell(self, event: Forgotten) -> None:
+        if (answer := self._answers.get(event.id)) and not answer.done():
+            answer.set_result(event.n_blocks)
+
+    def fail(self, message: str) -> None:
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_exception(EngineDied(message))
 
 
 class EngineLoad(NamedTuple):

@@ -17,7 +17,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from headstart.engine.grammar import Grammars
-from headstart.engine.model import LEAST_STEP_TOKENS, ModelError, Piece, Sampler, TooLarge
+from headstart.engine.model import LEAST_STEP_TOKENS, ModelError, Piece, Sampler, StateSlices, TooLarge
 from headstart.machine import available_bytes
 from headstart.protocol import EngineSettings, ModelInfo, Sampling
 from headstart.toyspec import BOS, CONTROL, EOS, GAP, MERGES, N_BYTES, N_VOCAB, ToySpec
@@ -52,6 +52,9 @@ def _grammar_tokenizer() -> LLTokenizer:
     return LLTokenizer(TokenizerWrapper(ToyVocabulary()))
 
 
+# A state has this many bytes per token, and perhaps a hash of them all.
+CELL_BYTES = 4
+HASH = struct.Struct("<I")
 # The number of candidates for the next token, each half as likely as the one before.
 CANDIDATES = 32
 UNLIKELY = -30.0
@@ -102,6 +105,37 @@ class ToyEmbedder:
         return struct.pack(f"<{EMBEDDING_SIZE}f", *(number / math.hypot(*numbers) for number in numbers))
 
 
+class ToySlices:
+    """A state is the list of its tokens. A model whose states can't be cut adds a checkpoint, a hash of all
+    tokens, so that a wrong combination of blocks and checkpoint is noticed."""
+
+    has_cells = True
+
+    def __init__(self, *, has_checkpoint: bool) -> None:
+        self.has_checkpoint = has_checkpoint
+        self.n_end = HASH.size if has_checkpoint else 0
+
+    def n_cells(self, state: memoryview) -> int:
+        return (len(state) - self.n_end) // CELL_BYTES
+
+    def cut(self, state: memoryview, start: int, end: int) -> memoryview:
+        if not 0 <= start <= end <= self.n_cells(state):
+            raise ModelError("the state has fewer tokens")
+        return memoryview(bytes(state[start * CELL_BYTES : end * CELL_BYTES]))
+
+    def checkpoint(self, state: memoryview) -> memoryview:
+        return memoryview(bytes(state[len(state) - self.n_end :]))
+
+    def join(
+        self, blocks: Seq[memoryview], n_tokens: int, checkpoint: memoryview
+    ) -> tuple[memoryview, int, int]:
+        cells = b"".join(blocks)[: n_tokens * CELL_BYTES]
+        if len(cells) != n_tokens * CELL_BYTES or len(checkpoint) != self.n_end:
+            raise ModelError("the blocks have fewer tokens")
+        state = cells + bytes(checkpoint)
+        return memoryview(state), 0, len(state)
+
+
 class ToyModel:
     def __init__(self, settings: EngineSettings) -> None:
         try:
@@ -121,7 +155,8 @@ class ToyModel:
             settings=settings.numerics.fingerprinted(),
             pool_tokens=0 if slots == 1 or not self.spec.can_cut else n_ctx,
             step_tokens=max(settings.prefill_chunk, LEAST_STEP_TOKENS),
-            state_token_bytes=4,
+            state_bytes=HASH.size,
+            state_token_bytes=CELL_BYTES,
             embedding_size=EMBEDDING_SIZE,
             embedding_tokens=n_ctx,
         )
@@ -130,6 +165,8 @@ class ToyModel:
         self.shared = [0] * len(self.histories)
         self.rows: list[list[int]] = []
         self.grammars = Grammars(_grammar_tokenizer)
+        self._slices = ToySlices(has_checkpoint=not self.info.can_cut)
+        self.slices: StateSlices | None = self._slices
 
     def evaluate(self, pieces: Seq[Piece]) -> None:
         if self.spec.crash == "decode":
@@ -220,13 +257,27 @@ class ToyModel:
         pass
 
     def save(self, seq: int) -> memoryview:
-        history = self.histories[seq]
-        return memoryview(struct.pack(f"<{len(history)}i", *history))
+        return memoryview(_packed(self.histories[seq]) + bytes(self.checkpoint(seq)))
+
+    def save_from(self, seq: int, start: int) -> tuple[memoryview, int]:
+        if seq < self.info.slots:
+            return self.save(seq), 0
+        return memoryview(_packed(self.histories[seq][start:])), start
+
+    def checkpoint(self, seq: int) -> memoryview:
+        """As in ToySlices."""
+        if self.info.can_cut:
+            return memoryview(b"")
+        return memoryview(HASH.pack(zlib.crc32(_packed(self.histories[seq]))))
 
     def restore(self, seq: int, memory: memoryview, start: int, end: int) -> bool:
-        if (end - start) % 4:
+        end_of_cells = end - self._slices.n_end
+        if end_of_cells < start or (end_of_cells - start) % CELL_BYTES:
             return False
-        tokens = list(struct.unpack_from(f"<{(end - start) // 4}i", memory, start))
+        cells = memory[start:end_of_cells]
+        tokens = list(struct.unpack(f"<{len(cells) // CELL_BYTES}i", cells))
+        if not self.info.can_cut and HASH.unpack_from(memory, end_of_cells) != (zlib.crc32(cells),):
+            return False
         if len(tokens) > self.info.n_ctx or not all(0 <= token < N_VOCAB for token in tokens):
             return False
         self.histories[seq] = tokens
@@ -234,3 +285,7 @@ class ToyModel:
 
     def embedder(self) -> ToyEmbedder:
         return ToyEmbedder(self.spec.ms_per_token)
+
+
+def _packed(tokens: Seq[int]) -> bytes:
+    return struct.pack(f"<{len(tokens)}i", *tokens)

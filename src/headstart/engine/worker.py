@@ -22,6 +22,9 @@ from headstart.engine.tuning.resolve import find_tuning, resolved
 from headstart.engine.worker_engine import WorkerEngine
 from headstart.protocol import Begin, Command, EngineSettings, LoadFailed, Ready, Step, WorkerMessage
 
+# The server kills a worker 10 seconds after it has closed the socket.
+CLOSING_SECONDS = 8.0
+
 
 class Worker:
     def __init__(self, channel: socket.socket) -> None:
@@ -61,10 +64,12 @@ class Worker:
         socket."""
         try:
             while True:
-                for key, _ in self.selector.select(0 if self.engine.busy else None):
+                for key, _ in self.selector.select(0 if self.engine.busy else self.engine.pause):
                     key.data()
                 if events := self.engine.step():
                     self.send(Step(events))
+                if report := self.engine.report():
+                    self.send(report)
         except (EOFError, BrokenPipeError, ConnectionResetError):
             return
 
@@ -92,6 +97,7 @@ def main() -> None:
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
     worker.run()
+    worker.engine.flush(CLOSING_SECONDS)
     # Skips native destructors: they have nothing to save, and crash now and then.
     os._exit(0)
 

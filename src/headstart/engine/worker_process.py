@@ -16,6 +16,8 @@ from headstart.protocol import WorkerMessage
 READ_BYTES = 1 << 20
 SPIN_COUNT = "1000"
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
+# The time that a worker has, once its socket is closed, to write what it holds and end.
+END_SECONDS = 10.0
 CRASHES = ("SIGILL", "SIGSEGV", "SIGBUS", "SIGABRT", "SIGFPE")
 
 
@@ -59,9 +61,10 @@ async def messages(reader: asyncio.StreamReader) -> AsyncIterator[WorkerMessage]
 
 async def ended(process: asyncio.subprocess.Process) -> int:
     """Waits for the worker's end and returns its exit status. The worker ends by itself when its socket
-    closes, after its current step; it is killed after 10 seconds, or at once if the caller is cancelled."""
+    closes, after its current step, when it has written what it holds; it is killed after END_SECONDS, or at
+    once if the caller is cancelled."""
     try:
-        return await asyncio.wait_for(asyncio.shield(process.wait()), 10)
+        return await asyncio.wait_for(asyncio.shield(process.wait()), END_SECONDS)
     except TimeoutError:
         kill(process)
         return await process.wait()

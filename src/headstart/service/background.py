@@ -23,6 +23,10 @@ class BackgroundTasks:
         task.add_done_callback(self._tasks.discard)
         return task
 
+    async def join(self) -> None:
+        """Returns when the tasks started so far have ended."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
     async def close(self) -> None:
         """Returns when all tasks have ended; their errors are ignored."""
         if self._tasks and self.grace:

@@ -25,6 +25,7 @@ from headstart.service.log_observer import LogObserver
 from headstart.service.models.model import Notify
 from headstart.service.models.model_names import split
 from headstart.service.models.registry import Models
+from headstart.service.models.reuse import ReuseCounter
 from headstart.service.models.tenant_model import TenantModel
 from headstart.service.origins.automatic import Automatic
 from headstart.service.origins.breakpoints import Breakpoints
@@ -54,7 +55,8 @@ class Service:
         self, settings: Settings, say: Notify = log.info, observers: Sequence[Observer] = ()
     ) -> None:
         self.settings = settings
-        observer = Observers([LogObserver(), *observers])
+        reuse = ReuseCounter()
+        observer = Observers([LogObserver(), reuse, *observers])
         store = Store(settings.cache_dir)
         quota = Quota(store, int(settings.quota_mb * 1e6), settings.quotas, observer)
         caching = Caching(quota)
@@ -67,7 +69,8 @@ class Service:
             is_building=caching.builds.is_building_for,
             observer=observer,
         )
-        self.caches = Caches(store, caching, quota, Verifier(caching, self.models.all))
+        verifier = Verifier(caching, self.models.all)
+        self.caches = Caches(store, caching, quota, verifier, self.models.states, reuse)
         automatic = Automatic(settings, caching)
         conversations = Conversations(caching)
         breakpoints = Breakpoints(caching, automatic)

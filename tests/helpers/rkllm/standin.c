@@ -11,6 +11,7 @@
  *   init=fail|crash  template=fail  load=fail|crash  release=fail  run=fail|error|crash  decode=crash
  *   save=skip|partial|crash  reuse=none  abort=lost (before the prefill's end)  abort=slow
  *   late=MS (FINISH so long after rkllm_run returned; "never": not at all)  prefill_ms=MS  decode_ms=MS (a token)
+ *   leave=MS (what the run's thread takes after the callback of FINISH)
  *   utf8=1 (characters of several tokens)  split=1 (their bytes as they come)  eos=shown (the end token, too)
  */
 #define _GNU_SOURCE
@@ -71,7 +72,7 @@ typedef struct {
     pthread_mutex_t lock;
     pthread_cond_t changed;
     pthread_t thread;
-    bool running, prefilling, aborted, done;
+    bool started, running, prefilling, aborted, done;
     /* One run's. */
     RKLLMInferParam *infer;
     RKLLMSamplingParam run_sampling;
@@ -355,9 +356,18 @@ EXPORT int rkllm_init(LLMHandle *out, RKLLMParam *param, void *callback) {
     return 0;
 }
 
+/* The last run's thread uses the handle until it ends, which is after its last callback. */
+static void join_last(Handle *handle) {
+    if (!handle->started) return;
+    if (pthread_equal(pthread_self(), handle->thread)) die("destroyed or run from within a callback");
+    pthread_join(handle->thread, NULL);
+    handle->started = false;
+}
+
 EXPORT int rkllm_destroy(LLMHandle given) {
     Handle *handle = checked(given);
     REQUIRE(!handle->running, "destroyed while it runs");
+    join_last(handle);
     handle->alive = 0;
     free(handle->system);
     free(handle->prefix);
@@ -497,6 +507,7 @@ static void call_back(Handle *handle, LLMCallState state) {
     if (answer == 1) wait_for_abort(handle);
     else if (answer) die("the callback's answer has no meaning");
 #endif
+    if (state == RUN_FINISH) wait_ms(number("leave", 0));
     memset(&handle->result, POISON, sizeof handle->result);
     memset(handle->text, POISON, sizeof handle->text);
 }
@@ -557,7 +568,15 @@ static int prefill(Handle *handle) {
     return handle->n_prompt - reused;
 }
 
+static LLMResultCallback last_callback;
+static void *last_userdata;
+
+/* For tests: FINISH once more, whatever has become of the model since. */
+EXPORT void standin_finish_again(void) { last_callback(NULL, last_userdata, RUN_FINISH); }
+
 static void finish(Handle *handle, bool failed) {
+    last_callback = handle->callback;
+    last_userdata = handle->userdata;
     pthread_mutex_lock(&handle->lock);
     handle->running = false;
     pthread_mutex_unlock(&handle->lock);
@@ -654,12 +673,13 @@ EXPORT int rkllm_run(LLMHandle given, RKLLMInput *input, RKLLMInferParam *infer,
     Handle *handle = checked(given);
     REQUIRE(!handle->running, "it is running already");
     REQUIRE(!is_set("run", "fail"), "told to fail");
+    join_last(handle);
     if (take_input(handle, input) || take_infer(handle, infer)) return -1;
     handle->userdata = userdata;
     handle->done = handle->aborted = false;
     handle->running = handle->prefilling = true;
     if (pthread_create(&handle->thread, NULL, work, handle)) abort();
-    pthread_detach(handle->thread);
+    handle->started = true;
     pthread_mutex_lock(&handle->lock);
     while (!handle->done) pthread_cond_wait(&handle->changed, &handle->lock);
     pthread_mutex_unlock(&handle->lock);

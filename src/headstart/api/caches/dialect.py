@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from headstart.api.caches import files, routes, verify
+from headstart.api.caches import files, routes, states, verify
 from headstart.api.caches.examples import EXAMPLES
 from headstart.api.caches.schema import ANSWERS
 from headstart.api.dialect import Dialect
@@ -10,7 +10,7 @@ from headstart.api.dialect import Dialect
 CACHES = Dialect(
     prefixes=("/v1/cache", "/v1/verify"),
     # The path of a cache would also match that of its file.
-    routers=[files.router, routes.router, verify.router],
+    routers=[files.router, routes.router, states.router, verify.router],
     answers=ANSWERS,
     examples=EXAMPLES,
 )

@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from headstart.api.auth import check_admin, rank
 from headstart.api.caches.request import CreateRequest, EditRequest, iso_time, shown
+from headstart.api.caches.states import store_state
 from headstart.api.context import model_of, owner
 from headstart.api.sse import BEGIN_SECONDS, EventStream, as_event, start_events, while_connected
 from headstart.caches.entry import Entry
@@ -98,7 +99,7 @@ async def list_all(request: Request) -> Json:
     service: Service = request.app.state.service
     whose = owner(request)
     totals = service.caches.totals(whose, all_evictions=rank(request) == "admin")
-    return _listed(request, None) | {
+    return await _listed(request, None) | {
         "used_bytes": totals.used,
         "quota_bytes": totals.limit or None,
         "evictions": totals.evictions,
@@ -109,7 +110,7 @@ async def list_all(request: Request) -> Json:
 @router.get("/{model}")
 async def list_of_model(request: Request, model: str) -> Json:
     """Lists the caches of one model."""
-    return _listed(request, model_of(request, model).name)
+    return await _listed(request, model_of(request, model).name)
 
 
 @router.get("/{model}/{name:path}")
@@ -161,7 +162,7 @@ async def _prospect(service: Service, model: TenantModel, entry: Entry) -> Json:
     return {"would_hit": miss is None, "miss_reason": miss}
 
 
-def _listed(request: Request, model: str | None) -> Json:
+async def _listed(request: Request, model: str | None) -> Json:
     service: Service = request.app.state.service
     whose = owner(request)
     building = service.caches.building(whose, model)
@@ -169,6 +170,7 @@ def _listed(request: Request, model: str | None) -> Json:
         "object": "list",
         "data": [_described(request, entry) for entry in service.caches.visible(whose, model)],
         "building": [{"cache_name": name, "model": model} for model, name in building],
+        "store": await store_state(request, model),
     }
 
 

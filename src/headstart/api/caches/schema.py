@@ -81,10 +81,41 @@ class Building(Reply):
     model: str
 
 
+class StoreTier(Reply):
+    bytes: int
+    tokens: int
+    limit_bytes: int = Field(description="The most that it may take now; 0: the tier is off.")
+
+
+class StoreHits(Reply):
+    """Requests that started from a state, by where it lay."""
+
+    slot: int
+    memory: int
+    disk: int
+    file: int
+
+
+class StateStore(Reply):
+    """The states of earlier requests, kept without a name. Counts are since the server's start."""
+
+    memory: StoreTier
+    disk: StoreTier
+    chains: int = Field(description="Number of prompts that no other continues.")
+    evictions: int
+    hits: StoreHits
+    parked: int = Field(description="Number of copies out of slots.")
+    park_ms: float = Field(description="Milliseconds that these copies took.")
+    given_up: int = Field(description="States not kept because copying would have held up running requests.")
+    verify_failures: int = Field(description="Damaged blocks found.")
+    write_failures: int = Field(description="Blocks that the disk refused.")
+
+
 class CacheList(Reply):
     object: Literal["list"]
     data: list[Cache]
     building: list[Building]
+    store: StateStore | None = Field(description="Null unless the key is an admin's.")
 
 
 class AllCaches(CacheList):
@@ -99,6 +130,12 @@ class CacheDeleted(Reply):
     cache_name: str
     model: str
     deleted: Literal[True]
+
+
+class StatesCleared(Reply):
+    object: Literal["cache.cleared"]
+    model: str | None = Field(description="Null: all models.")
+    cleared: Literal[True]
 
 
 class Verdict(Reply):
@@ -148,6 +185,7 @@ class VerificationEvent(RootModel[CacheVerdict | Summary]):
 # Keyed by method and path.
 ANSWERS = {
     ("get", "/v1/cache"): Answer(AllCaches),
+    ("delete", "/v1/cache"): Answer(StatesCleared),
     ("post", "/v1/cache/{model}"): Answer(CacheMade, CacheEvent),
     ("get", "/v1/cache/{model}"): Answer(CacheList),
     ("get", "/v1/cache/{model}/{name}"): Answer(CacheDetails),

@@ -134,6 +134,7 @@ class ResponseRequest(SampledRequest):
             stop=self.stops,
             use_cache=caches,
             reuse=self.cache_prompt,
+            to_disk=self.store is not False,
             explain=self.explain_cache,
             keep=keep,
             count_reasoning=True,

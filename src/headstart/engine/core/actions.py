@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from headstart.engine.core.sequence import Sequence, Slot
+from headstart.engine.states.tree import Match
 from headstart.protocol import StateRef
 
-# Where a slot gets its first tokens from: a file, another slot, or None: the slot holds them already.
-StateOrigin = StateRef | Slot | None
+# Where a slot gets its first tokens from: a file, the state store, another slot, or None: the slot holds
+# them already.
+StateOrigin = StateRef | Match | Slot | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +29,7 @@ class Fill:
 
     prefix_slot: Slot
     tokens: list[int]
-    origin: StateRef | Slot
+    origin: StateRef | Match | Slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,4 +48,19 @@ class Move:
     origin: Slot
 
 
-Action = StartSequence | Fill | Drop | Move
+@dataclass(frozen=True, slots=True)
+class Park:
+    """Keep the state of `slot` in the state store."""
+
+    slot: Slot
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Read the blocks of `match` into memory before `sequence` starts from them."""
+
+    sequence: Sequence
+    match: Match
+
+
+Action = StartSequence | Fill | Drop | Move | Park | Read

@@ -6,9 +6,12 @@ function of the position alone, not of other load.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 SMALLEST = 4
+# A checkpoint is made at the first cut after each so many tokens.
+CHECKPOINT_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +42,28 @@ class Chunking:
         size = self.size(start)
         return min(base + ((start - base) // size + 1) * size, limit)
 
+    def cuts(self, boundary: int, n_tokens: int) -> list[int]:
+        """The ends of all chunks of a prefill of `n_tokens` tokens."""
+        found, at = [], 0
+        while at < n_tokens:
+            at = self.end(at, boundary, n_tokens)
+            found.append(at)
+        return found
+
     def last(self, base: int, limit: int) -> int:
         """The last cut at or before `limit` of a prefill that begins at `base`."""
         at = base
         while (following := self.end(at, base, limit + self.chunk)) <= limit:
             at = following
         return at
+
+
+def checkpoints(cuts: Sequence[int], boundary: int, *, generates: bool) -> dict[int, bool]:
+    """The cuts at which prefill makes a checkpoint, and whether each is in a regular place: the boundary, and
+    one every CHECKPOINT_TOKENS. Before an answer, the last cut but the prompt's end is another, from which
+    the same prompt can be answered again."""
+    places = dict.fromkeys(cuts[-2:-1], False) if generates else {}
+    for before, cut in zip((0, *cuts), cuts, strict=False):
+        if cut == boundary or cut // CHECKPOINT_TOKENS > before // CHECKPOINT_TOKENS:
+            places[cut] = True
+    return places

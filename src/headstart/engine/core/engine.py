@@ -6,17 +6,18 @@ import logging
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from headstart.engine.core import state_file
-from headstart.engine.core.actions import Action, Drop, Fill, Move, StartSequence
+from headstart.engine.core.actions import Action, Drop, Fill, Move, Park, Read, StartSequence
 from headstart.engine.core.chunking import Chunking
 from headstart.engine.core.embeddings import Embeddings
 from headstart.engine.core.grammar_compiler import Compiler
 from headstart.engine.core.scheduler import Scheduler, Work
-from headstart.engine.core.sequence import Sequence, Slot
+from headstart.engine.core.sequence import Sequence
+from headstart.engine.core.slot_states import SlotStates
 from headstart.engine.core.state_io import Reader, Writer
 from headstart.engine.core.stats import progress_event, stats, token_event
 from headstart.engine.grammar import GrammarError
 from headstart.engine.model import Model, ModelError
+from headstart.engine.states.store import StateStore
 from headstart.engine.worker_engine import Wake
 from headstart.protocol import (
     Cancel,
@@ -25,10 +26,13 @@ from headstart.protocol import (
     Failed,
     FailureKind,
     Finished,
+    Forget,
+    Forgotten,
     ModelInfo,
     RequestEvent,
     SequenceEnd,
-    StateRef,
+    SetStateLimits,
+    StoreReport,
     Submit,
 )
 
@@ -45,8 +49,17 @@ class CoreEngine:
     or a sequence's state is in memory or its grammar compiled.
     """
 
-    def __init__(self, model: Model, chunking: Chunking, wake: Wake, *, share_from: int = 0) -> None:
+    def __init__(
+        self,
+        model: Model,
+        chunking: Chunking,
+        wake: Wake,
+        *,
+        share_from: int = 0,
+        store: StateStore | None = None,
+    ) -> None:
         self.model = model
+        self.store = store
         self.scheduler = Scheduler(
             model.info.slots,
             chunking,
@@ -54,13 +67,16 @@ class CoreEngine:
             can_cut=model.info.can_cut,
             pool_cells=model.info.pool_tokens,
             share_from=share_from,
+            store=store,
         )
+        self.states = SlotStates(model, self.scheduler, store)
         self.embeddings = Embeddings(model, chunking)
         self.events: list[RequestEvent] = []
         self.wake = wake
         self.writer = Writer(wake)
         self.reader = Reader(wake)
         self.compiler = Compiler(model.grammars, wake)
+        self.idle_since = monotonic()
 
     @property
     def info(self) -> ModelInfo:
@@ -69,6 +85,12 @@ class CoreEngine:
     @property
     def busy(self) -> bool:
         return self.scheduler.busy or self.embeddings.busy
+
+    @property
+    def pause(self) -> float | None:
+        if self.busy or self.scheduler.waiting:
+            return None
+        return self.states.pause(self.idle_since)
 
     def handle(self, command: Command) -> None:
         match command:
@@ -80,6 +102,10 @@ class CoreEngine:
                 self.events += self.embeddings.cancel(request_id)
                 if sequence := self.scheduler.find(request_id):
                     self._finish(sequence, "cancelled")
+            case SetStateLimits(memory_bytes=memory, disk_bytes=disk) if self.store:
+                self.store.set_limits(memory, disk)
+            case Forget():
+                self.events.append(Forgotten(command.id, self.states.forget(command)))
 
     def _add(self, sequence: Sequence) -> None:
         """If others run, another thread reads a state that isn't in memory before the sequence may start:
@@ -91,7 +117,12 @@ class CoreEngine:
 
     def step(self) -> list[RequestEvent]:
         """Advances every running sequence, and returns the events in order."""
+        if self.busy or self.scheduler.waiting:
+            self.idle_since = monotonic()
+        else:
+            self.states.tidy(self.idle_since)
         self.reader.finish()
+        self.states.finish_transfers()
         for sequence, fault in self.compiler.finish():
             if self.scheduler.find(sequence.request.id) is sequence:
                 self._fail(sequence, fault, "grammar")
@@ -109,72 +140,37 @@ class CoreEngine:
         events, self.events = self.events, []
         return events
 
+    def report(self) -> StoreReport | None:
+        return self.states.report(busy=self.busy)
+
+    def flush(self, seconds: float) -> None:
+        self.states.flush(seconds)
+
     def _act(self, action: Action) -> None:
         match action:
-            case StartSequence():
-                self._start(action)
-            case Fill(prefix_slot=prefix_slot, tokens=tokens, origin=origin):
-                self._fill(prefix_slot, tokens, origin)
+            case StartSequence(sequence=sequence):
+                self.states.start(action)
+                if sequence.request.progress:
+                    self.events.append(progress_event(sequence))
+            case Fill():
+                self.states.fill(action)
             case Drop(slot=slot):
-                self.model.clear(slot.id)
-                slot.hold([], 0, 0)
-            case Move():
+                self.states.drop(slot)
+            case Park(slot=slot):
+                self.states.park(slot)
+            case Read():
+                self.states.read(action)
+            case Move(sequence=sequence, slot=slot):
                 self._move(action)
 
-    def _start(self, start: StartSequence) -> None:
-        sequence, slot, keep = start.sequence, start.slot, start.keep
-        sequence.placed = monotonic()
-        exact = min(slot.exact, keep) if start.origin is None else keep
-        if keep and self._load(slot, start.origin, keep):
-            slot.hold(sequence.tokens[:keep], exact, sequence.request.boundary)
-            sequence.source = "file" if isinstance(start.origin, StateRef) else "slot"
-        else:
-            self.model.clear(slot.id)
-            slot.hold([], 0, sequence.request.boundary)
-        sequence.computed = sequence.cached = len(slot.tokens)
-        sequence.restored = monotonic()
-        if sequence.request.progress:
-            self.events.append(progress_event(sequence))
-
-    def _load(self, slot: Slot, origin: StateRef | Slot | None, keep: int) -> bool:
-        """Loads the first `keep` tokens of `origin`, or of the slot's own state; False if that failed."""
-        if origin is None:
-            return self.model.cut(slot.id, keep)
-        self.model.clear(slot.id)
-        if isinstance(origin, Slot):
-            return self.model.copy(origin.id, slot.id, keep)
-        return self._restore(slot.id, origin, keep)
-
-    def _fill(self, prefix_slot: Slot, tokens: list[int], origin: StateRef | Slot) -> None:
-        if not self._load(prefix_slot, origin, len(tokens)):
-            prefix_slot.hold([], 0, 0)
-        elif isinstance(origin, Slot):
-            prefix_slot.hold(tokens, min(origin.exact, len(tokens)), origin.boundary)
-        else:
-            prefix_slot.hold(tokens, len(tokens), len(tokens))
-
     def _move(self, move: Move) -> None:
-        sequence, slot, origin = move.sequence, move.slot, move.origin
-        left = sequence.slot
-        if not self._load(slot, origin, len(origin.tokens)):
+        sequence, left = move.sequence, move.sequence.slot
+        if not self.states.move(move):
             self._fail(sequence, "the sequence could not be moved to another slot")
-            slot.hold([], 0, 0)
             return
-        slot.hold(origin.tokens.copy(), origin.exact, origin.boundary)
-        self.scheduler.moved(sequence, slot)
+        self.scheduler.moved(sequence, move.slot)
         if left and left.pooled:
-            self._act(Drop(left))
-
-    def _restore(self, seq: int, state: StateRef, keep: int) -> bool:
-        """Fills the cleared sequence with the state's first `keep` tokens; False if that failed. A file that
-        is gone or changed is no error, only a miss."""
-        try:
-            with state_file.mapped(state) as mapping, memoryview(mapping) as view:
-                restored = self.model.restore(seq, view, state.offset, state.offset + state.nbytes)
-                return restored and (keep == state.n_tokens or self.model.cut(seq, keep))
-        except OSError as error:
-            log.warning("state not restored from %s: %s", state.path, error)
-            return False
+            self.states.clear(left)
 
     def _evaluate(self, work: Work) -> None:
         if not work:
@@ -188,7 +184,7 @@ class CoreEngine:
         self.scheduler.served(work)
         for row, (sequence, piece) in enumerate(work):
             self._advance(sequence, len(piece.tokens))
-            if sequence.computed == sequence.request.boundary and not self._relocate(sequence):
+            if sequence.checkpoints and not self._checkpoint(sequence):
                 continue
             if piece.sample:
                 self._sample(sequence, row)
@@ -203,18 +199,16 @@ class CoreEngine:
             sequence.evaluated += n_tokens
             if slot.exact == sequence.computed and not slot.pooled:
                 slot.exact += n_tokens
+                slot.cuts.append(slot.exact)
         slot.tokens += sequence.tokens[sequence.computed : sequence.computed + n_tokens]
         sequence.computed += n_tokens
         if prefilled and (sequence.request.progress or sequence.request.save_to):
             self.events.append(progress_event(sequence))
 
-    def _relocate(self, sequence: Sequence) -> bool:
-        """At the boundary, moves a state that can only be used whole to where a restore would place it:
-        computed cells of a window may lie elsewhere. False: the sequence has failed."""
-        assert sequence.slot is not None
+    def _checkpoint(self, sequence: Sequence) -> bool:
+        """False: the sequence has failed."""
         try:
-            if not self.model.info.can_cut:
-                self.model.relocate(sequence.slot.id)
+            self.states.checkpoint(sequence)
         except ModelError as error:
             self._fail(sequence, str(error))
             return False
@@ -286,10 +280,13 @@ class CoreEngine:
         slot = sequence.slot
         self._release(sequence)
         if slot:
-            self.model.clear(slot.id)
-            slot.hold([], 0, 0)
+            self.states.clear(slot)
 
     def _release(self, sequence: Sequence) -> None:
+        slot = sequence.slot
         self.scheduler.remove(sequence)
+        self.states.release(sequence)
+        if slot and slot.is_forgotten:
+            self.states.clear(slot)
         if sequence.sampler:
             sequence.sampler.close()

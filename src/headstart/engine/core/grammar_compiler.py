@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 
 from headstart.engine.core.sequence import Sequence
-from headstart.engine.core.state_io import drained
 from headstart.engine.grammar import STACK_BYTES, GrammarError, Grammars
+from headstart.queues import drained
 from headstart.round_robin import RoundRobin
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from headstart.engine.core.actions import Action, Drop, Fill, Move, StartSequence
 from headstart.engine.core.sequence import Sequence, Slot
+from headstart.engine.states.tree import Match
 from headstart.protocol import StateRef, Submit
 
 # The most cells of ended sequences while others run; with a long prefix, up to an eighth of it.
@@ -91,7 +92,7 @@ def join(pool: Pool, sequence: Sequence, needed: int) -> Iterator[Action]:
     yield from _start(pool, sequence)
 
 
-def refill(pool: Pool, sequence: Sequence, origin: StateRef | Slot) -> Iterator[Action]:
+def refill(pool: Pool, sequence: Sequence, origin: StateRef | Match | Slot) -> Iterator[Action]:
     """Makes the sequence's cached prefix, which `origin` holds, the shared prefix; no sequence may run in the
     pool."""
     yield from _fill(pool, sequence, sequence.request.tokens[: sequence.request.boundary], origin)
@@ -114,7 +115,9 @@ def share_prompt(pool: Pool, parent: Sequence) -> Iterator[Action]:
         yield Move(parent, pool.empty_slot(), pool.prefix_slot)
 
 
-def _fill(pool: Pool, sequence: Sequence, tokens: list[int], origin: StateRef | Slot) -> Iterator[Action]:
+def _fill(
+    pool: Pool, sequence: Sequence, tokens: list[int], origin: StateRef | Match | Slot
+) -> Iterator[Action]:
     for slot in pool.idle():
         yield Drop(slot)
     pool.prefix_slot.owner = sequence.request.owner

@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 
-from headstart.engine.core.actions import Action, Drop, Move, StartSequence, StateOrigin
+from headstart.engine.core.actions import Action, Drop, Move, Park, Read, StartSequence, StateOrigin
 from headstart.engine.core.chunking import Chunking
+from headstart.engine.core.placement import Place, Placement
 from headstart.engine.core.pool import ANSWER_CELLS, Pool, join, refill, share_prompt, shares_prompt
-from headstart.engine.core.sequence import Sequence, Slot, may_share, reusable
+from headstart.engine.core.sequence import Sequence, Slot, may_share
 from headstart.engine.model import Piece
+from headstart.engine.states.store import StateStore
+from headstart.engine.states.tree import Match
 from headstart.protocol import StateRef, Submit
 
 Work = list[tuple[Sequence, Piece]]
@@ -34,6 +37,7 @@ class Scheduler:
         can_cut: bool = True,
         pool_cells: int = 0,
         share_from: int = 0,
+        store: StateStore | None = None,
     ) -> None:
         self.chunking = chunking
         self.step_tokens = step_tokens
@@ -41,6 +45,7 @@ class Scheduler:
         self.share_from = share_from
         self.slots = [Slot(i) for i in range(n_slots)]
         self.pool = Pool(n_slots, pool_cells) if pool_cells and share_from and can_cut else None
+        self.placement = Placement(self.slots, chunking, can_cut=can_cut, store=store)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.step = 0
@@ -70,11 +75,19 @@ class Scheduler:
                 continue
             if n_taken + len(sequence.ids) > len(self.slots):
                 return
+            for slot in self.placement.continued(sequence):
+                yield Park(slot)
+            place = self._place(sequence)
+            actions = self._start_in_pool(self.pool, sequence, place.keep) if self.pool else None
+            if actions is None and isinstance(place.origin, Match) and not place.origin.in_memory:
+                yield Read(sequence, place.origin)
+                continue
             self.waiting.remove(sequence)
-            for action in self._start(sequence):
+            own = StartSequence(sequence, place.slot, place.keep, place.origin)
+            for action in actions or [own]:
+                yield action
                 if isinstance(action, StartSequence):
                     self._take(sequence, action.slot)
-                yield action
 
     def _take(self, sequence: Sequence, slot: Slot) -> None:
         slot.sequence = sequence
@@ -83,22 +96,10 @@ class Scheduler:
         if sequence not in self.running:
             self.running.append(sequence)
 
-    def _start(self, sequence: Sequence) -> Iterator[Action]:
-        request = sequence.request
-        free = [slot for slot in self.slots if slot.sequence is None]
-        keep, best = max(
-            ((reusable(slot, request, self.chunking, can_cut=self.can_cut), slot) for slot in free),
-            key=lambda choice: choice[0],
-        )
-        if self.pool and (actions := self._start_in_pool(self.pool, sequence, keep)):
-            yield from actions
-            return
+    def _place(self, sequence: Sequence) -> Place:
         origin = self._origin(sequence)
-        usable = self._usable(origin, request)
-        if origin and usable > keep:
-            yield StartSequence(sequence, _least_useful(free), usable, origin)
-        else:
-            yield StartSequence(sequence, best if keep else _least_useful(free), keep, None)
+        usable = self._usable(origin, sequence.request) if origin else 0
+        return self.placement.choose(sequence, origin, usable)
 
     def _origin(self, sequence: Sequence) -> StateRef | Slot | None:
         """The state or slot from which the sequence can start: one with its whole cached prefix, else one
@@ -130,9 +131,10 @@ class Scheduler:
             return None
         if self.pool and self.pool.holds_prefix(request):
             return None
-        free = (slot for slot in self.slots if slot.sequence is None)
-        held = max((reusable(slot, request, self.chunking, can_cut=self.can_cut) for slot in free), default=0)
-        return request.restore if held < self._usable(request.restore, request) else None
+        held = self.placement.held(request)[0] if self.placement.idle() else 0
+        match = self.placement.stored(sequence)
+        known = max(held, match.n_tokens if match else 0)
+        return request.restore if known < self._usable(request.restore, request) else None
 
     def _holder(self, request: Submit) -> Slot | None:
         """A slot, idle or in use, that holds the exact values of the request's cached prefix."""
@@ -150,7 +152,7 @@ class Scheduler:
         request = sequence.request
         if not (request.reuse and request.boundary and self.can_cut) or self._restores_whole(request):
             return False
-        if request.save_to or self._holder(request):
+        if request.save_to or self._holder(request) or self.placement.prefix(sequence):
             return False
         behind = (other for other in self.running if other.computed < request.boundary)
         return any(other.shares_prefix_with(sequence) for other in behind)
@@ -167,7 +169,7 @@ class Scheduler:
         if keep > boundary or (keep == boundary and not pool.running and not self._has_company(sequence)):
             return None
         if not shares:
-            origin = self._origin(sequence)
+            origin = self.placement.prefix(sequence) or self._origin(sequence)
             if pool.running or origin is None or self._usable(origin, request) < boundary:
                 return None
             return refill(pool, sequence, origin) if self._has_company(sequence) else None
@@ -194,10 +196,7 @@ class Scheduler:
                 continue
             sequence = max(members, key=lambda member: member.arrived)
             assert sequence.slot is not None
-            yield Move(sequence, self._free_slot(), sequence.slot)
-
-    def _free_slot(self) -> Slot:
-        return _least_useful([slot for slot in self.slots if slot.sequence is None])
+            yield Move(sequence, self.placement.victim(), sequence.slot)
 
     def moved(self, sequence: Sequence, slot: Slot) -> None:
         if sequence.slot:
@@ -220,7 +219,7 @@ class Scheduler:
                     yield Drop(slot)
                 yield Move(sibling, slot, parent.slot)
             else:
-                yield Move(sibling, self._free_slot(), parent.slot)
+                yield Move(sibling, self.placement.victim(), parent.slot)
 
     def _members(self) -> list[Sequence]:
         return [sequence for sequence in self.running if sequence.slot and sequence.slot.pooled]
@@ -290,10 +289,6 @@ class Scheduler:
             assert self.pool.free >= 0
             n = len(self.pool.prefix)
             assert all(slot.tokens[:n] == self.pool.prefix for slot in self.pool.slots if slot.tokens)
-
-
-def _least_useful(idle: list[Slot]) -> Slot:
-    return min(idle, key=lambda slot: (bool(slot.tokens), slot.last_used))
 
 
 def _n_tokens(work: Work) -> int:

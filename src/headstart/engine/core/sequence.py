@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from dataclasses import replace as copied
 from typing import TYPE_CHECKING
@@ -15,38 +16,88 @@ from headstart.tokens import common_prefix
 
 if TYPE_CHECKING:
     from headstart.engine.matcher import Matcher
+    from headstart.engine.states.block import Block
+    from headstart.engine.states.held import Checkpoint
+    from headstart.engine.states.tree import Lookup, Match
 
 
 @dataclass(eq=False, slots=True)
 class Slot:
     """`tokens`: the tokens whose KV values the slot holds, computed for `owner`. The first `exact` of them
     have the values of a prefill from nothing, alone and cut at `boundary`; later ones were decoded one by
-    one, or computed together with others in the pool (`pooled`), and may differ in the last bits."""
+    one, or computed together with others in the pool (`pooled`), and may differ in the last bits. `cuts`:
+    where the exact ones were cut, as in Block.
+
+    Everybody may use the first `public` tokens. `parked`: the block of the state store up to which the state
+    is stored already. `checkpoints`: those made since, by position. `to_disk`: the state may be written.
+    `keeps`: it may be parked at all. `is_forgotten`: its state is to be removed when its sequence ends."""
 
     id: int
     pooled: bool = False
     tokens: list[int] = field(default_factory=list)
     exact: int = 0
     boundary: int = 0
+    cuts: list[int] = field(default_factory=list)
     last_used: int = 0
     owner: str = ""
+    public: int = 0
+    parked: Block | None = None
+    checkpoints: dict[int, Checkpoint] = field(default_factory=dict)
+    to_disk: bool = True
+    keeps: bool = True
+    is_forgotten: bool = False
     sequence: Sequence | None = None
 
-    def hold(self, tokens: list[int], exact: int, boundary: int) -> None:
+    def hold(
+        self,
+        tokens: list[int],
+        exact: int,
+        boundary: int,
+        cuts: Iterable[int] = (),
+        parked: Block | None = None,
+    ) -> None:
         self.tokens, self.exact, self.boundary = tokens, exact, boundary
+        self.cuts = [cut for cut in cuts if abs(cut) <= exact]
+        self.parked = parked.at_most(len(tokens)) if parked else None
+        self.checkpoints = {at: part for at, part in self.checkpoints.items() if at <= len(tokens)}
+
+    def clear(self) -> None:
+        """Records that the slot holds nothing any more."""
+        self.hold([], 0, 0)
+        self.keeps, self.is_forgotten = True, False
+
+    def begin(self, request: Submit, cuts: list[int]) -> None:
+        """Records that a request goes on from what the slot holds, its own prefill being cut at `cuts`."""
+        agreed = 0
+        for own, cut in zip(self.cuts, cuts, strict=False):
+            if own != cut:
+                break
+            agreed = abs(cut)
+        self.exact = min(self.exact, agreed)
+        self.cuts = [cut for cut in self.cuts if abs(cut) <= self.exact]
+        self.boundary, self.public, self.keeps = request.boundary, request.public, True
+
+    @property
+    def n_parked(self) -> int:
+        """The number of tokens whose values are in the state store."""
+        return self.parked.at_most(len(self.tokens)).end if self.parked else 0
 
 
 @dataclass(eq=False, slots=True)
 class Sequence:
     """Prompt and generated tokens; evaluation catches up with their number. `reading`: its state is being
-    read into memory; `compiling`: its grammar is being compiled. Times are monotonic seconds, 0 until they
-    happen. During prefill it stands for all answers of its request."""
+    read into memory; `awaited`: the match whose blocks are, or were; `compiling`: its grammar is being
+    compiled. `lookup`: its prompt, as the state store is asked for it. `checkpoints`: where prefill makes
+    checkpoints, as in `chunking`. Times are monotonic seconds, 0 until they happen. During prefill it stands
+    for all answers of its request."""
 
     request: Submit
     tokens: list[int]
     arrived: float
     slot: Slot | None = None
     reading: bool = False
+    awaited: Match | None = None
+    lookup: Lookup | None = None
     compiling: bool = False
     matcher: Matcher | None = None
     sampler: Sampler | None = None
@@ -54,6 +105,8 @@ class Sequence:
     cached: int = 0
     evaluated: int = 0
     source: Source = "none"
+    restored_bytes: int = 0
+    checkpoints: dict[int, bool] = field(default_factory=dict)
     last_step: int = 0
     placed: float = 0.0
     restored: float = 0.0

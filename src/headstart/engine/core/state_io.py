@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from queue import Empty, SimpleQueue
-from typing import TypeVar
+from queue import SimpleQueue
 
 from headstart.engine.core import state_file
 from headstart.engine.core.sequence import Sequence
 from headstart.engine.core.stats import stats
 from headstart.protocol import Failed, FailureKind, Finished, RequestEvent, SaveTo, StateRef
+from headstart.queues import drained
 
 log = logging.getLogger(__name__)
 
@@ -75,15 +75,3 @@ class Writer:
             account = stats(sequence, len(state), saved)
             self._written.put(Finished(sequence.request.id, "saved", account))
         self.wake()
-
-
-T = TypeVar("T")
-
-
-def drained(queue: SimpleQueue[T]) -> Iterator[T]:
-    """The items in the queue, including those that arrive during the iteration."""
-    try:
-        while True:
-            yield queue.get_nowait()
-    except Empty:
-        return

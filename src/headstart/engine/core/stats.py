@@ -35,14 +35,13 @@ def stats(sequence: Sequence, saved_bytes: int = 0, saved_blake3: str = "") -> S
     placed = sequence.placed or now
     restored = sequence.restored or placed
     first = sequence.first_token or now
-    restore = sequence.request.restore
     return Stats(
         prompt_tokens=sequence.n_prompt,
         cached_tokens=sequence.cached,
         evaluated_tokens=sequence.evaluated,
         generated_tokens=sequence.n_generated,
         source=sequence.source,
-        restored_bytes=restore.nbytes if restore and sequence.source == "file" else 0,
+        restored_bytes=sequence.restored_bytes,
         saved_bytes=saved_bytes,
         saved_blake3=saved_blake3,
         queue_ms=1000 * (placed - sequence.arrived),

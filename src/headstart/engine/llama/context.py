@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import llama_cpp as lib
 import numpy as np
 
+from headstart.engine.llama.attention_part import Bytes
 from headstart.engine.llama.gguf import attends_to_everything
 from headstart.engine.llama.state_layouts import HEADER, HEADROOM, LENGTH, StateLayout
 from headstart.engine.model import ModelError, Piece
@@ -51,14 +52,14 @@ class LlamaContext:
         self.batch = lib.llama_batch_init(shape.batch, 0, 1)
         self.sampled_at: list[int] = []
         self.generates = bool(self.memory) and bool(lib.llama_get_causal_attn(self.context))
-        self.layout = self._layout()
+        empty = self._copy(0)
+        self.magic = int(HEADER.unpack_from(empty.data)[0])
+        self.layout = self._layout(empty.tobytes())
         self.can_cut = attends_to_everything(model) and self.layout is not None and self.layout.is_plain
 
-    def _layout(self) -> StateLayout | None:
-        empty = np.empty(lib.llama_state_seq_get_size(self.context, 0), dtype=np.uint8)
-        lib.llama_state_seq_get_data(self.context, _pointer(empty), len(empty), 0)
+    def _layout(self, empty: bytes) -> StateLayout | None:
         n_partial = lib.llama_state_seq_get_size_ext(self.context, 0, PARTIAL)
-        return StateLayout.of(empty.tobytes(), n_partial, self.shape.sequences if self.shape.streams else 1)
+        return StateLayout.of(empty, n_partial, self.shape.sequences if self.shape.streams else 1)
 
     def evaluate(self, pieces: Seq[Piece]) -> None:
         # Written through numpy views: a ctypes store per field and token would cost more than the copy.
@@ -114,23 +115,57 @@ class LlamaContext:
             return bool(lib.llama_memory_seq_pos_max(self.memory, seq) == n_tokens - 1)
         return bool(lib.llama_memory_seq_rm(self.memory, seq, n_tokens, -1))
 
-    def share(self, source: int, seq: int, n_tokens: int) -> None:
-        """Fills the cleared `seq` with the first `n_tokens` tokens of `source`; both use the same cells."""
+    def share(self, source: int, seq: int, start: int, end: int) -> None:
+        """Fills the cleared `seq` with the tokens from position `start` to `end` (-1: all) of `source`; both
+        use the same cells."""
         assert not self.shape.streams
-        lib.llama_memory_seq_cp(self.memory, source, seq, 0, n_tokens)
+        lib.llama_memory_seq_cp(self.memory, source, seq, start, end)
+
+    def relocate(self, seq: int) -> None:
+        """Moves the sequence's cells to where a restore of its state would place them. Raises ModelError,
+        leaving unknown values."""
+        if self.layout is None or self.layout.is_plain:
+            memory, start, end = self.save(seq)
+            self.clear(seq)
+            moved = self.restore(seq, memory, start, end)
+        elif self.layout.window:
+            # The cells of layers without a window are there already: a sequence alone fills its stream from
+            # the beginning.
+            moved = self._read(seq, (second := self._copy(seq, PARTIAL)).data, 0, len(second), partial=True)
+        else:
+            # Recurrent layers have one cell, wherever it lies.
+            moved = True
+        if not moved:
+            raise ModelError("llama.cpp could not restore its own state")
+
+    def second_part(self, seq: int) -> Bytes:
+        """A copy of the second part of the sequence's state in the saved layout; of recurrent models, of all
+        but the header. Raises ModelError."""
+        assert self.layout
+        second = self._copy(seq, PARTIAL)
+        start, end = 0, len(second)
+        if self.layout.window:
+            start, end = replace(self.layout, window=False).saved(second.data, start, end, seq, 0)
+        return second[start + HEADER.size : end]
 
     def save(self, seq: int) -> tuple[memoryview, int, int]:
         """A copy of the sequence's state: the memory that holds it, and its start and end there. Raises
         ModelError."""
-        size = lib.llama_state_seq_get_size(self.context, seq)
-        memory = np.empty(HEADROOM + size + LENGTH.size, dtype=np.uint8)
-        if lib.llama_state_seq_get_data(self.context, _pointer(memory[HEADROOM:]), size, seq) != size:
-            raise ModelError("llama.cpp could not save the state")
-        start, end = HEADROOM, HEADROOM + size
+        memory = self._copy(seq, before=HEADROOM, after=LENGTH.size)
+        start, end = HEADROOM, len(memory) - LENGTH.size
         if self.layout:
             partial = lib.llama_state_seq_get_size_ext(self.context, seq, PARTIAL)
             start, end = self.layout.saved(memory.data, start, end, seq, partial - HEADER.size)
         return memory.data, start, end
+
+    def _copy(self, seq: int, flags: int = 0, before: int = 0, after: int = 0) -> Bytes:
+        """A copy of the sequence's state, with this many bytes before and after it. Raises ModelError."""
+        size = lib.llama_state_seq_get_size_ext(self.context, seq, flags)
+        memory = np.empty(before + size + after, dtype=np.uint8)
+        pointer = _pointer(memory[before:])
+        if lib.llama_state_seq_get_data_ext(self.context, pointer, size, seq, flags) != size:
+            raise ModelError("llama.cpp could not save the state")
+        return memory
 
     def restore(self, seq: int, memory: memoryview, start: int, end: int) -> bool:
         """Fills a cleared sequence from the state at `start` to `end` of `memory`, overwriting it and up to

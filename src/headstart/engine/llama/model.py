@@ -22,9 +22,10 @@ from headstart.engine.llama.embedder import LlamaEmbedder
 from headstart.engine.llama.gguf import metadata, open_model
 from headstart.engine.llama.pooling import pooling_of
 from headstart.engine.llama.sampler import LlamaSampler
+from headstart.engine.llama.state_slices import LlamaStateSlices
 from headstart.engine.llama.vocabulary import vocabulary
 from headstart.engine.logprobs import Logprobs, log_softmax
-from headstart.engine.model import LEAST_STEP_TOKENS, ModelError, Piece, Sampler, TooLarge
+from headstart.engine.model import LEAST_STEP_TOKENS, ModelError, Piece, Sampler, StateSlices, TooLarge
 from headstart.machine import available_bytes, available_cpus, memory_bytes
 from headstart.protocol import EngineSettings, ModelInfo, Sampling
 
@@ -62,9 +63,13 @@ class LlamaModel:
         self.streams = self._context(settings, self.ctx * self.slots, self.slots, streams=True)
         self.pool: LlamaContext | None = None
         if settings.share_from and self.slots > 1 and self.streams.can_cut:
-            # A sequence for each slot, and one for the shared prefix.
-            self.pool = self._context(settings, self.ctx, self.slots + 1, streams=False)
+            # A sequence for each slot, one for the shared prefix, and one for `save_from`.
+            self.pool = self._context(settings, self.ctx, self.slots + 2, streams=False)
         self.latest = self.streams
+        layout, magic = self.streams.layout, self.streams.magic
+        known = layout if self.streams.generates else None
+        self._slices = LlamaStateSlices(known, magic) if known else None
+        self.slices: StateSlices | None = self._slices
         self.grammars = Grammars(partial(vocabulary, self.vocab))
         self.info = self._info(settings, converted=path != settings.path)
 
@@ -180,21 +185,37 @@ class LlamaModel:
     def copy(self, source: int, seq: int, n_tokens: int) -> bool:
         (here, number), (there, other) = self._place(seq), self._place(source)
         if here is there and here is self.pool:
-            here.share(other, number, n_tokens)
+            here.share(other, number, 0, n_tokens)
             return True
         return here.restore(number, *there.save(other)) and here.cut(number, n_tokens)
 
     def relocate(self, seq: int) -> None:
         context, number = self._place(seq)
-        state = context.save(number)
-        context.clear(number)
-        if not context.restore(number, *state):
-            raise ModelError("llama.cpp could not restore its own state")
+        context.relocate(number)
 
     def save(self, seq: int) -> memoryview:
         context, number = self._place(seq)
         memory, start, end = context.save(number)
         return memory[start:end]
+
+    def save_from(self, seq: int, start: int) -> tuple[memoryview, int]:
+        context, number = self._place(seq)
+        if context is self.streams:
+            # llama.cpp has no way to copy a part of a stream.
+            return self.save(seq), 0
+        spare = self.slots + 1
+        context.share(number, spare, start, -1)
+        try:
+            memory, begin, end = context.save(spare)
+        finally:
+            context.clear(spare)
+        return memory[begin:end], start
+
+    def checkpoint(self, seq: int) -> memoryview:
+        context, number = self._place(seq)
+        if self._slices is None or not self._slices.has_checkpoint:
+            return memoryview(b"")
+        return self._slices.second_part(context.second_part(number))
 
     def restore(self, seq: int, memory: memoryview, start: int, end: int) -> bool:
         context, number = self._place(seq)

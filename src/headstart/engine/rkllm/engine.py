@@ -23,7 +23,6 @@ from time import monotonic
 from msgspec.structs import replace
 
 from headstart.engine.core import state_file
-from headstart.engine.core.state_io import drained
 from headstart.engine.model import ModelError
 from headstart.engine.rkllm import saved_state
 from headstart.engine.rkllm.info import info_of
@@ -36,6 +35,8 @@ from headstart.protocol import (
     Failed,
     FailureKind,
     Finished,
+    Forget,
+    Forgotten,
     Progress,
     RequestEvent,
     SequenceEnd,
@@ -43,6 +44,7 @@ from headstart.protocol import (
     Submit,
     Token,
 )
+from headstart.queues import drained
 from headstart.tokens import common_prefix
 
 log = logging.getLogger(__name__)
@@ -86,6 +88,8 @@ class RkllmEngine:
                 self._waiting.append(Turn(command))
             case Cancel(id=request_id):
                 self._cancel(request_id)
+            case Forget(id=request_id):
+                self._events.put(Forgotten(request_id, 0))
 
     def _cancel(self, request_id: int) -> None:
         turn = self._running
@@ -110,6 +114,15 @@ class RkllmEngine:
             self._running = self._waiting.popleft()
             self._thread.submit(self._serve, self._running)
         return events
+
+    # The runtime writes its states itself, when they are saved.
+    pause = None
+
+    def report(self) -> None:
+        return None
+
+    def flush(self, seconds: float) -> None:
+        pass
 
     def close(self) -> None:
         """Ends the current run and frees the model."""

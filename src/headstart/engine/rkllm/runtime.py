@@ -32,6 +32,9 @@ from headstart.engine.rkllm.run import OnToken, Run, Running
 from headstart.engine.rkllm.sampling import sampling_fields
 from headstart.protocol import Sampling
 
+# The callbacks of all runtimes of this process. Nothing promises that the library calls back only while a
+# model is loaded, and a call of one that was collected crashes the process.
+_CALLBACKS: list[Any] = []
 # The longest wait for FINISH after rkllm_run has returned.
 FINISH_SECONDS = 30.0
 
@@ -65,11 +68,10 @@ class Runtime:
         self._running: Running | None = None
         self._cache_loaded = False
         self._aborted_early = False
-        # Referenced for as long as the runtime may call back.
-        self._result_callback = self._layout.callback(self._on_result)
-        self._callback = self._result_callback
+        self._callback = self._layout.callback(self._on_result)
+        _CALLBACKS.append(self._callback)
         if self._layout.wraps_callback:
-            self._callback = Callbacks(result_callback=self._result_callback)
+            self._callback = Callbacks(result_callback=self._callback)
         self._handle: c_void_p | None = None
         self._load()
 

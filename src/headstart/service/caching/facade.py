@@ -12,12 +12,15 @@ from msgspec.structs import replace
 from headstart.caches.entry import Content, Entry, Form, MissReason
 from headstart.caches.index.usage import CacheUsage
 from headstart.caches.store import Store
+from headstart.protocol import StoreReport
 from headstart.service.caching.builder import OnProgress
 from headstart.service.caching.caching import Caching
 from headstart.service.caching.lookup import miss_reason
 from headstart.service.caching.quota import Quota
 from headstart.service.caching.transfer import Exported, Transfer
 from headstart.service.caching.verify import Verdict, Verifier, VerifyScope
+from headstart.service.models.reuse import ReuseCounter
+from headstart.service.models.state_stores import StateStores, StoreState
 from headstart.service.models.tenant_model import TenantModel
 
 
@@ -32,11 +35,21 @@ class Totals:
 
 
 class Caches:
-    def __init__(self, store: Store, caching: Caching, quota: Quota, verifier: Verifier) -> None:
+    def __init__(
+        self,
+        store: Store,
+        caching: Caching,
+        quota: Quota,
+        verifier: Verifier,
+        states: StateStores,
+        reuse: ReuseCounter,
+    ) -> None:
         self._store = store
         self._caching = caching
         self._quota = quota
         self._verifier = verifier
+        self._states = states
+        self._reuse = reuse
         self._transfer = Transfer(store, caching, quota)
 
     def visible(self, owner: str, model: str | None = None) -> list[Entry]:
@@ -64,6 +77,18 @@ class Caches:
     def n_corrupt(self) -> int:
         """The number of states whose check failed since the start."""
         return self._store.n_corrupt
+
+    async def states(self, model: str | None) -> StoreState:
+        """The content of the state stores of a model, or of all. Raises StorageError."""
+        return await self._states.state(model, self._reuse.of(model))
+
+    def reports(self) -> dict[str, StoreReport]:
+        """The last report of each model's store."""
+        return self._states.reports()
+
+    async def clear_states(self, owner: str | None, model: str | None) -> None:
+        """Raises as StateStores.clear."""
+        await self._states.clear(owner, model)
 
     def look_up(self, model: TenantModel, name: str, *, param: str) -> Entry:
         """The owner's cache of this name, or else the public one. Raises InvalidName or CacheNotFound."""

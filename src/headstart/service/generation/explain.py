@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from headstart.caches.entry import Entry, Form, MissReason
 from headstart.prompt.chat import Message
-from headstart.protocol import Stats
+from headstart.protocol import Source, Stats
 from headstart.service.caching.builder import prefix_tokens_if_any
 from headstart.service.interface.answer import Explanation
 from headstart.service.models.tenant_model import TenantModel
@@ -18,6 +18,8 @@ from headstart.tokens import common_prefix
 SHOWN = 40
 # So many tokens surely make SHOWN characters: a character has at most four bytes.
 ENOUGH = 4 * SHOWN
+# Where a state lay, if not in memory.
+PLACES: dict[Source, str] = {"disk": "read from disk", "file": "read from its file"}
 
 WORDS: dict[MissReason, str] = {
     "first_use": "its state had not been computed yet; it is now",
@@ -125,7 +127,7 @@ def _read(tokens: Sequence[int], found: Closest) -> str:
 def _named(found: Closest, miss: MissReason | None, stats: Stats) -> str:
     name = found.entry.name
     if miss is None:
-        where = "in memory already" if stats.source == "slot" else "read from its file"
+        where = PLACES.get(stats.source, "in memory already")
         used = f"{stats.cached_tokens} of {stats.prompt_tokens} tokens were not computed."
         return f"The request started from the state of {name!r}, {where}: {used}"
     words = WORDS.get(miss, miss.replace("_", " "))
@@ -145,4 +147,5 @@ def _unnamed(found: Closest, at: int, stats: Stats) -> str:
 def _from_memory(stats: Stats) -> str:
     if not stats.cached_tokens:
         return ""
-    return f" {stats.cached_tokens} tokens were still in memory from earlier requests."
+    where = "on disk" if stats.source == "disk" else "in memory"
+    return f" {stats.cached_tokens} tokens were still {where} from earlier requests."

@@ -202,4 +202,5 @@ def _submit(
         n=options.n,
         text=model.text(tokens, param=param),
         progress=options.progress,
+        to_disk=options.to_disk and options.reuse,
     )

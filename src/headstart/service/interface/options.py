@@ -60,7 +60,8 @@ class Keep:
 @dataclass(frozen=True)
 class Options:
     """Parameters of a request. `max_tokens` None: up to the end of the context. `reuse` False: all prompt
-    tokens are evaluated, none taken from a cache or an earlier request. `use_cache`: the caches to start
+    tokens are evaluated, none taken from a cache or an earlier request. `to_disk`: what is computed may be
+    kept on disk for later requests. `use_cache`: the caches to start
     from, in this order, or none. `keep`: how to store a chat after its answer, if at all. `explain`: the
     result explains why the request started from a cache or didn't. `n`: number of answers. `grammar`: what
     the answer must match. `variables`: further variables of the chat template. `whole`: the messages include
@@ -73,6 +74,7 @@ class Options:
     stop: Sequence[str] = ()
     use_cache: tuple[str, ...] | None = None
     reuse: bool = True
+    to_disk: bool = True
     keep: Keep | None = None
     explain: bool = False
     n: int = 1

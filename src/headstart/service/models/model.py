@@ -19,7 +19,7 @@ from headstart.errors import ModelLoading, StartupError
 from headstart.prompt.process.client import PromptClient, facts_of
 from headstart.prompt.process.protocol import Facts, Load
 from headstart.prompt.vocabulary import Vocabulary
-from headstart.protocol import ModelInfo
+from headstart.protocol import ModelInfo, StateSettings
 from headstart.regular_files import read_text
 from headstart.service.models.cache_fit import doubted, kept_back, misfits, warnings
 from headstart.service.models.plan import Plan, engine_settings, make_plan
@@ -38,6 +38,8 @@ class ServedModel:
         self.path = model_path(path)
         self.created = int(time())
         self.engine = EngineClient(name, engine_settings(self.path, settings), settings.max_waiting)
+        # The settings of the worker's state store from its start on.
+        self.states = StateSettings()
         self.prompt_process = PromptClient(name, settings.prompt_timeout)
         self._weights = ""
         self._begins = False
@@ -90,7 +92,10 @@ class ServedModel:
         time; slow steps, now or later, are reported by `say`."""
         tunings = Tunings(store.directory)
         plan = self.plan(store)
-        self.engine.settings = msgspec.structs.replace(plan.settings, within_memory=within_memory)
+        states = msgspec.structs.replace(self.states, weights=self._weights)
+        self.engine.settings = msgspec.structs.replace(
+            plan.settings, within_memory=within_memory, states=states
+        )
         async with measuring if plan.measures else nullcontext():
             if plan.measures and engine_kind(self.path).is_timed:
                 say(f"Measuring the fastest settings for {self.name} (once per model and machine) ...")

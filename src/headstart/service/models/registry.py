@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from time import monotonic
@@ -17,6 +17,7 @@ from headstart.prompt.process.client import unfit
 from headstart.service.background import BackgroundTasks
 from headstart.service.interface.observer import Failure, Loaded, Observer
 from headstart.service.models.model import Notify, ServedModel
+from headstart.service.models.state_stores import StateStores
 from headstart.service.models.tenant_model import TenantModel
 
 log = logging.getLogger(__name__)
@@ -49,8 +50,9 @@ class Models:
         self._users: Counter[str] = Counter()
         self._last_used: dict[str, float] = {}
         self._loads: dict[str, asyncio.Task[None]] = {}
-        # A model is loaded or unloaded, never both at once; and room is made for one model at a time.
-        self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self.states = StateStores(settings, self.all)
+        self._turns = self.states.turns
+        # Room is made for one model at a time.
         self._making_room = asyncio.Lock()
         self._measuring = asyncio.Lock()
         self._tasks = BackgroundTasks()
@@ -90,18 +92,21 @@ class Models:
     async def load_first(self) -> None:
         """Returns when the models to load at the start answer. Raises StartupError."""
         self._tasks.start(self._unload_idle())
+        self.states.start()
         await asyncio.gather(*(self._load_at_start(self.all[name]) for name in self.first))
 
     async def _load_at_start(self, model: ServedModel) -> None:
         started = monotonic()
         async with self._turns[model.name]:
             await model.begin(self.store)
+            await self.states.claim(model)
             await model.load(self.store, self.say, self._measuring)
         self._starting.discard(model.name)
         self._tell(model, monotonic() - started)
 
     async def close(self) -> None:
         await self._tasks.close()
+        await self.states.close()
         await asyncio.gather(*(model.close() for model in self.all.values()))
 
     @asynccontextmanager
@@ -151,12 +156,14 @@ class Models:
             except StartupError as error:
                 raise unfit(model.name, str(error)) from error
             try:
+                await self.states.claim(model)
                 async with self._making_room:
                     await self._keep_within(self.settings.max_loaded, model.name)
                     while not await self._fits(model):
                         pass
             except BaseException:
                 await model.evict()
+                self.states.release(model)
                 raise
         self._tell(model, monotonic() - started)
 
@@ -216,6 +223,7 @@ class Models:
         # The engine counts as closed before the first await: a request from then on loads it again.
         async with self._turns[name]:
             await self.all[name].close()
+            self.states.release(self.all[name])
         log.info("model %s was unloaded", name)
 
     def is_busy(self, name: str) -> bool:

@@ -1,0 +1,1 @@
+"""The state store: what sequences have computed, in memory and on the disk."""
