@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterator
-from pathlib import Path
-
-import numpy as np
 import pytest
 
 import tiny_models
 from headstart.engine.kinds import engine_kind
-from headstart.engine.model import Model, ModelError, Piece, StateSlices
+from headstart.engine.model import Model, Piece, StateSlices
 from headstart.model_files import embedded_model
 from headstart.numerics import Numerics
 from headstart.protocol import EngineSettings

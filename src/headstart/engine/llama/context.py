@@ -18,6 +18,7 @@ import numpy as np
 from headstart.engine.llama.attention_part import Bytes
 from headstart.engine.llama.gguf import attends_to_everything
 from headstart.engine.llama.state_layouts import HEADER, HEADROOM, LENGTH, StateLayout
+from headstart.engine.llama.state_memory import state_memory
 from headstart.engine.model import ModelError, Piece
 
 # Flags for the second part of a state alone: cells within a window, or of recurrent layers.
@@ -161,7 +162,7 @@ class LlamaContext:
     def _copy(self, seq: int, flags: int = 0, before: int = 0, after: int = 0) -> Bytes:
         """A copy of the sequence's state, with this many bytes before and after it. Raises ModelError."""
         size = lib.llama_state_seq_get_size_ext(self.context, seq, flags)
-        memory = np.empty(before + size + after, dtype=np.uint8)
+        memory = state_memory(before + size + after)
         pointer = _pointer(memory[before:])
         if lib.llama_state_seq_get_data_ext(self.context, pointer, size, seq, flags) != size:
             raise ModelError("llama.cpp could not save the state")
