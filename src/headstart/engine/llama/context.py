@@ -146,7 +146,9 @@ class LlamaContext:
         second = self._copy(seq, PARTIAL)
         start, end = 0, len(second)
         if self.layout.window:
-            start, end = replace(self.layout, window=False).saved(second.data, start, end, seq, 0)
+            # Alone it is written like the part of a model without a window.
+            plain = replace(self.layout, window=False)
+            start, end = plain.saved(second.data, start, end, seq if self.shape.streams else 0, 0)
         return second[start + HEADER.size : end]
 
     def save(self, seq: int) -> tuple[memoryview, int, int]:
@@ -156,7 +158,8 @@ class LlamaContext:
         start, end = HEADROOM, len(memory) - LENGTH.size
         if self.layout:
             partial = lib.llama_state_seq_get_size_ext(self.context, seq, PARTIAL)
-            start, end = self.layout.saved(memory.data, start, end, seq, partial - HEADER.size)
+            stream = seq if self.shape.streams else 0
+            start, end = self.layout.saved(memory.data, start, end, stream, partial - HEADER.size)
         return memory.data, start, end
 
     def _copy(self, seq: int, flags: int = 0, before: int = 0, after: int = 0) -> Bytes:
