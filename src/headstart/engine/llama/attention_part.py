@@ -191,7 +191,7 @@ def _shape(memory: Bytes, n_cells: int, cell_bytes: int) -> PartShape | None:
         by_column = bool(transposed) and len(tensors) >= n_layers
         tensors.append(Tensor.of(memory[at : at + HEAD_BYTES].tobytes(), transposed=by_column))
         at += tensors[-1].size(n_cells)
-    if at != end or len(tensors) < n_layers:
+    if at != end or len(tensors) not in (n_layers, 2 * n_layers):
         return None
     return PartShape(cell_bytes, bool(transposed), tuple(tensors[:n_layers]), tuple(tensors[n_layers:]))
 
