@@ -8,14 +8,17 @@ from typing import Any
 
 import httpx
 import pytest
+from typer.testing import CliRunner, Result
 
 from blocks import directory, header, write_chain
 from conftest import StartServer
+from headstart.cli.main import app
 from headstart.engine.states.directory import usage
 from headstart.service.models.state_limits import states_directory
 from servers import Json, RunningServer, eventually, running_server
 
 PROMPT = "You keep the lighthouse. " * 20
+NOBODY = "http://127.0.0.1:1"
 TOKENS = list(range(100, 112))
 LIMITS = {"HEADSTART_STATE_MEMORY_MB": "50", "HEADSTART_STATE_DISK_MB": "500"}
 CONFIG = """
@@ -155,3 +158,37 @@ def test_a_request_can_stay_off_the_disk(server: RunningServer, path: str, body:
     server.post(path, model="toy", **kept).raise_for_status()
     unload(server)
     assert usage(place(server, "toy")).tokens > 100
+
+
+def command(server_url: str, *arguments: str, stdin: str = "") -> Result:
+    environment = {"HEADSTART_URL": server_url, "COLUMNS": "80"}
+    return CliRunner().invoke(app, ["cache", "clear", *arguments], input=stdin, env=environment)
+
+
+def test_the_command_asks_first_and_lets_the_server_empty_the_store(server: RunningServer) -> None:
+    fill(server)
+    before = usage(place(server))
+    assert command(server.url, stdin="n\n").exit_code == 1
+    assert command(server.url, "--model", "toy", "--yes").exit_code == 0
+    assert usage(place(server)) == before
+    done = command(server.url, "--model", "other", stdin="y\n")
+    assert done.exit_code == 0, done.output
+    assert "Emptied the state store of other" in done.output
+    assert usage(place(server)) == (0, 0, 0)
+
+
+def test_the_command_works_without_a_server_and_not_beside_one(server: RunningServer) -> None:
+    server.create("keeper", PROMPT)
+    fill(server)
+    beside = command(NOBODY, "--yes", "--cache-dir", str(server.cache_dir))
+    assert beside.exit_code == 1
+    assert "Another Headstart server" in beside.output
+    server.stop()
+    assert usage(place(server)).n_bytes > 0
+    assert command(NOBODY, "--yes", "--cache-dir", str(server.cache_dir / "absent")).exit_code == 1
+    done = command(NOBODY, "--yes", "--cache-dir", str(server.cache_dir))
+    assert done.exit_code == 0, done.output
+    assert usage(place(server)) == (0, 0, 0)
+    assert usage(place(server, "toy")) == (0, 0, 0)
+    server.start()
+    assert server.chat("Who?", use_cache="keeper")["usage"]["cache_hit"] is True

@@ -157,6 +157,26 @@ def test_a_damaged_state_is_a_failed_verification(start_server: StartServer) -> 
     assert change("headstart_cache_misses_total", reason="corrupt") == 1
 
 
+def test_the_state_store_is_measured_as_it_tells(start_server: StartServer) -> None:
+    server = start_server("--model", "toy=toy:eos=0", "--model", "other=toy:weights=other")
+
+    def both_kept() -> bool:
+        tiers = server.http.get("/v1/cache").json()["store"]
+        scrape, held = Scrape(server.http), "headstart_state_bytes"
+        kept = [scrape.get(held, model_name="toy", tier=tier) for tier in ("memory", "disk")]
+        return bool(kept[0]) and kept == [tiers[tier]["bytes"] for tier in ("memory", "disk")]
+
+    for question in ("Who?", "When?", "Where?"):
+        _chat(server, messages=[{"role": "user", "content": f"{question} {PROMPT}"}])
+    eventually(both_kept)
+    assert Scrape(server.http).get("headstart_state_park_seconds_total", model_name="toy") > 0
+    for name in ("evictions", "verify_failures"):
+        assert Scrape(server.http).get(f"headstart_state_{name}_total") == 0
+    eventually(lambda: server.post("/v1/models/unload", model="toy").status_code == 200)
+    eventually(lambda: Scrape(server.http).get("headstart_state_bytes", model_name="toy", tier="disk") > 0)
+    assert Scrape(server.http).get("headstart_state_bytes", tier="memory") == 0
+
+
 KEYS = """
 keys = {root = {key = "root-secret", admin = true}, bob = {key = "bob-secret"}}
 """

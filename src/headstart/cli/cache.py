@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from time import monotonic
+from urllib.parse import urlencode
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -13,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from headstart.cli.client import Client, Json, RequestFailed, cache_path
+from headstart.config.settings import load_settings
 
 out = Console(highlight=False, markup=False, soft_wrap=True)
 notes = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
@@ -96,6 +99,22 @@ def show(client: Client, name: str, model: str | None, as_json: bool) -> None:
 def delete(client: Client, name: str, model: str | None) -> None:
     deleted = client.call("DELETE", cache_path(chosen_model(client, model), name), "cache.deleted")
     out.print(f"Deleted cache {deleted['cache_name']!r} of {deleted['model']}")
+
+
+def clear(client: Client, model: str | None) -> None:
+    """Has the server empty the state store."""
+    query = "" if model is None else f"?{urlencode({'model': model})}"
+    cleared = client.call("DELETE", f"/v1/cache{query}", "cache.cleared")
+    out.print(f"Emptied the state store of {cleared['model'] or 'all models'} at {client.url}")
+
+
+def clear_directory(model: str | None, cache_dir: Path | None, config: Path | None) -> None:
+    """Empties it without a server. Raises StartupError or StorageError."""
+    from headstart.doctor.offline_states import clear_states
+
+    settings = load_settings(config, cache_dir=cache_dir)
+    freed = clear_states(settings, model)
+    out.print(f"Emptied the state store in {settings.cache_dir}, without a server: {freed / 1e6:,.1f} MB")
 
 
 def chosen_model(client: Client, name: str | None) -> str:

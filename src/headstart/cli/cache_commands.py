@@ -41,6 +41,11 @@ Metadata = Annotated[
 ]
 
 
+ServerConfig = Annotated[
+    Path | None, typer.Option(help="The server's TOML file, used if there is no server.")
+]
+
+
 def _retention(
     ttl: float | None, pinned: bool | None, description: str | None, metadata: list[str] | None
 ) -> dict[str, Any]:
@@ -196,6 +201,30 @@ def cache_delete(name: Name, model: Model = None, url: Url = DEFAULT_URL) -> Non
         delete(client, name, model)
 
 
+@cache.command("clear")
+def cache_clear(
+    model: Annotated[str | None, typer.Option("--model", help="Only this model's states.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False,
+    cache_dir: Annotated[Path | None, typer.Option(help="Empty this directory's without a server.")] = None,
+    config: ServerConfig = None,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Delete what is kept of earlier requests without a name; named caches stay.
+
+    The server does this. If there is none, the command itself works in the cache directory.
+    """
+    from headstart.cli.cache import clear, clear_directory
+
+    if not yes:
+        whose = "all models" if model is None else model
+        typer.confirm(f"Delete the states that are kept without a name, of {whose}?", abort=True)
+    with server(url) as client:
+        if cache_dir is None and client.is_there():
+            clear(client, model)
+        else:
+            clear_directory(model, cache_dir, config)
+
+
 @cache.command("verify")
 def cache_verify(
     name: Annotated[str | None, typer.Argument(help="Only caches of this name.", show_default=False)] = None,
@@ -212,9 +241,7 @@ def cache_verify(
         typer.Option("--remove-unreadable", help="With --repair: delete files whose prompt can't be read."),
     ] = False,
     cache_dir: Annotated[Path | None, typer.Option(help="Check this directory without a server.")] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="The server's TOML file, used if there is no server.")
-    ] = None,
+    config: ServerConfig = None,
     url: Url = DEFAULT_URL,
 ) -> None:
     """Check every byte of the caches, and whether they would hit.

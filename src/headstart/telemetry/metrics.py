@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST as CONTENT_TYPE
@@ -11,6 +11,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from headstart.errors import HeadstartError
+from headstart.protocol import StoreReport
 from headstart.service.interface.answer import Result
 from headstart.service.interface.observer import (
     Answered,
@@ -181,9 +182,29 @@ class ServiceCollector(Collector):
         )
         for name, size in self.service.caches.sizes().items():
             store.add_metric([name, "disk"], size)
+        yield from _state_metrics(self.service.caches.reports())
         failures = CounterMetricFamily("headstart_verify_failures", "States whose check failed.")
         failures.add_metric([], self.service.caches.n_corrupt)
         yield from (running, waiting, usage, loaded, restarts, store, failures)
+
+
+def _state_metrics(reports: Mapping[str, StoreReport]) -> Iterator[Metric]:
+    """Metrics of the models' state stores."""
+    held = GaugeMetricFamily(
+        "headstart_state_bytes",
+        "Bytes of states kept for later requests without a name.",
+        labels=["model_name", "tier"],
+    )
+    parking = _counted("headstart_state_park_seconds", "Copying states out of slots.")
+    evictions = _counted("headstart_state_evictions", "States given up to make room.")
+    failures = _counted("headstart_state_verify_failures", "Damaged blocks of states.")
+    for name, report in reports.items():
+        held.add_metric([name, "memory"], report.memory_bytes)
+        held.add_metric([name, "disk"], report.disk_bytes)
+        parking.add_metric([name], report.park_ms / 1000)
+        evictions.add_metric([name], report.evictions)
+        failures.add_metric([name], report.verify_failures)
+    yield from (held, parking, evictions, failures)
 
 
 def _gauge(name: str, text: str) -> GaugeMetricFamily:
