@@ -198,8 +198,8 @@ class StateStores:
         return replace(report, disk_bytes=counted.n_bytes, disk_tokens=counted.tokens, chains=counted.chains)
 
     def reports(self) -> dict[str, StoreReport]:
-        """The last report of each model's store; of models that aren't loaded the counts and the bytes on disk, as
-        last seen."""
+        """The last report of each model's store; of models that aren't loaded the counts and the bytes on
+        disk, as last seen."""
         reports = {name: model.engine.store for name, model in self.models.items()}
         on_disk = {name: n_bytes for name, n_bytes in self._on_disk.items() if name not in self._loaded}
         empty = StoreReport()
