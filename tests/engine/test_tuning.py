@@ -447,8 +447,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer
 def only(server: RunningServer) -> Remembered | Doubted:
     """What was measured; beside other tests it may be in doubt."""
     content = Tunings(server.cache_dir)._read()
-    (known,) = [*content.tunings, *content.doubted]
-    return known
+    known: list[Remembered | Doubted] = [*content.tunings, *content.doubted]
+    assert len(known) == 1
+    return known[0]
 
 
 @pytest.mark.real_model

@@ -241,7 +241,9 @@ def test_a_directory_on_a_read_only_disk_is_scanned(tmp_path: Path) -> None:
             assert found(own) == chain
 
 
-@pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.symlink_to("/dev/zero")], ids=str)
+@pytest.mark.parametrize(
+    "make", [Path.mkdir, lambda path: path.symlink_to("/dev/zero")], ids=["folder", "link"]
+)
 def test_a_lock_that_is_no_file_raises(tmp_path: Path, make: Callable[[Path], None]) -> None:
     place = blocks.directory(tmp_path)
     make(place / ".lock")

@@ -335,7 +335,9 @@ def _link(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [os.mkfifo, Path.mkdir, _link, lambda path: path.symlink_to("/dev/zero")], ids=str
+    "make",
+    [os.mkfifo, Path.mkdir, _link, lambda path: path.symlink_to("/dev/zero")],
+    ids=["pipe", "folder", "link", "link-to-a-device"],
 )
 def test_only_regular_files_are_opened_and_nothing_stays_open(
     place: Path, make: Callable[[Path], None]

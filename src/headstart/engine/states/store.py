@@ -14,7 +14,7 @@ from headstart.engine.states.disk import DiskTier, Loaded
 from headstart.engine.states.eviction_order import least_worth
 from headstart.engine.states.held import Held, Segment, segments
 from headstart.engine.states.removal import forgotten
-from headstart.engine.states.tree import Lookup, Match, longest
+from headstart.engine.states.tree import Lookup, Match, longest, same_block
 from headstart.engine.states.write_behind import WriteBehind
 
 log = logging.getLogger(__name__)
@@ -105,8 +105,11 @@ class StateStore:
         block = base.at_most(len(held.tokens)) if base else self.root
         tokens = array("i", held.tokens)
         left = list(segments(held, block.end))
-        while left and (found := self._existing(block, left[0], tokens)):
+        while left and (found := same_block(block, left[0], tokens)):
             block = found
+            taken = held.checkpoints.get(block.end)
+            if taken and block.data is not None and not block.has_checkpoint:
+                self._put(block, block.data, taken.data)
             del left[0]
         if left:
             block = self._add(block, left, tokens, held, save_from)
@@ -115,15 +118,6 @@ class StateStore:
         self._touch(block)
         self.shrink()
         return block.at_most(len(tokens))
-
-    def _existing(self, parent: Block, segment: Segment, tokens: array[int]) -> Block | None:
-        if segment.cuts is None:
-            return None
-        for child in parent.children:
-            same = child.cuts == segment.cuts and child.owner == segment.owner
-            if same and child.tokens == tokens[segment.start : segment.end]:
-                return child
-        return None
 
     def _add(
         self, parent: Block, left: Sequence[Segment], tokens: array[int], held: Held, save_from: SaveFrom
