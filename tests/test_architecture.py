@@ -29,6 +29,7 @@ BOTTOM |= {
     "contents",
     "json_scan",
     "limits",
+    "queues",
     "regular_files",
     "round_robin",
 }
@@ -46,6 +47,7 @@ ALLOWED = {
     "limits": set(),
     "json_scan": {"limits"},
     "regular_files": set(),
+    "queues": set(),
     "round_robin": set(),
     "config": {"numerics", "contents", "errors", "model_files", "names", "regular_files"},
     "engine": BOTTOM,

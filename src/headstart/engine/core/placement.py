@@ -70,7 +70,7 @@ class Placement:
         )
 
     def cuts(self, request: Submit) -> list[int]:
-        """Where the request's own prefill is cut, as in Block."""
+        """The positions where the request's own prefill is cut, as in Block."""
         cuts = self.chunking.cuts(request.boundary, len(request.tokens))
         places = self.checkpoints(request)
         return [-cut if cut in places else cut for cut in cuts]

@@ -171,8 +171,8 @@ class SlotStates:
     # Keeping
 
     def checkpoint(self, sequence: Sequence) -> None:
-        """Where prefill makes a checkpoint: goes on from the state as a restore would place it, and keeps the
-        part of it that belongs to this position alone. Raises ModelError."""
+        """At a position where prefill makes a checkpoint: goes on from the state as a restore would place it,
+        and keeps the part that belongs to this position alone. Raises ModelError."""
         slot = sequence.slot
         if slot is None or sequence.computed not in sequence.checkpoints:
             return

@@ -25,8 +25,8 @@ Content = tuple[memoryview, memoryview]
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
-    """What was read for `reader`: the data and checkpoint of each block, or the error."""
+class ReadBlocks:
+    """The data and checkpoint of each block that was read for `reader`, or the error."""
 
     reader: object
     found: Sequence[tuple[Block, Content | Exception]]
@@ -55,7 +55,7 @@ class DiskTier:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="block-reader")
         self._written: SimpleQueue[tuple[Block, BlockFile | Exception]] = SimpleQueue()
         self._pending: set[Future[None]] = set()
-        self.loaded: SimpleQueue[Loaded] = SimpleQueue()
+        self.loaded: SimpleQueue[ReadBlocks] = SimpleQueue()
 
     @property
     def writing_bytes(self) -> int:
@@ -175,11 +175,11 @@ class DiskTier:
             except (OSError, DamagedBlock) as error:
                 found.append((block, error))
                 break
-        self.loaded.put(Loaded(reader, found))
+        self.loaded.put(ReadBlocks(reader, found))
         self.wake()
 
-    def finished(self) -> Iterator[Loaded]:
-        """What has been read since the last call."""
+    def finished(self) -> Iterator[ReadBlocks]:
+        """Everything read since the last call."""
         return drained(self.loaded)
 
     def touch_used(self) -> None:

@@ -10,7 +10,7 @@ from time import monotonic, time
 
 from headstart.engine.model import StateSlices
 from headstart.engine.states.block import Block
-from headstart.engine.states.disk import DiskTier, Loaded
+from headstart.engine.states.disk import DiskTier, ReadBlocks
 from headstart.engine.states.eviction_order import least_worth
 from headstart.engine.states.held import Held, Segment, segments
 from headstart.engine.states.removal import forgotten
@@ -86,7 +86,7 @@ class StateStore:
         data = [block.data for block in match.blocks if block.data is not None]
         return self.slices.join(data, match.n_tokens, checkpoint)
 
-    def accept(self, loaded: Loaded) -> None:
+    def accept(self, loaded: ReadBlocks) -> None:
         """Takes what was read from the disk; removes damaged blocks and what continues them."""
         for block, content in loaded.found:
             if block.gone:
