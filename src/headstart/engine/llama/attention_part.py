@@ -42,7 +42,7 @@ Bytes = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class StateTensor:
+class LayerValues:
     """The values of a layer, K or V: `columns` runs of `unit` bytes for each cell. `head`: what is written
     before them."""
 
@@ -51,7 +51,7 @@ class StateTensor:
     unit: int
 
     @classmethod
-    def of(cls, head: bytes, *, transposed: bool) -> StateTensor:
+    def of(cls, head: bytes, *, transposed: bool) -> LayerValues:
         if transposed:
             _, element, columns = COLUMNS.unpack(head)
             return cls(head, columns, element)
@@ -63,15 +63,15 @@ class StateTensor:
 
 @dataclass(frozen=True)
 class PartShape:
-    """The properties that all parts of a model have in common, whatever the number of their cells."""
+    """The constants of all parts of a model, whatever the number of their cells."""
 
     cell_bytes: int
     transposed: bool
-    keys: tuple[StateTensor, ...]
-    values: tuple[StateTensor, ...]
+    keys: tuple[LayerValues, ...]
+    values: tuple[LayerValues, ...]
 
     @cached_property
-    def runs(self) -> list[tuple[StateTensor, int]]:
+    def runs(self) -> list[tuple[LayerValues, int]]:
         """The tensors in order, equal ones together with their number."""
         return [(tensor, len(list(run))) for tensor, run in groupby(self.keys + self.values)]
 
@@ -184,12 +184,12 @@ def _shape(memory: Bytes, n_cells: int, cell_bytes: int) -> PartShape | None:
     if not (counts == np.array([1, 0, 0, 0])).all() or transposed > 1 or n_layers > MOST_LAYERS:
         return None
     at += FLAG_AND_LAYERS.size
-    tensors: list[StateTensor] = []
+    tensors: list[LayerValues] = []
     while at < end and len(tensors) < 2 * n_layers:
         if at + HEAD_BYTES > end:
             return None
         by_column = bool(transposed) and len(tensors) >= n_layers
-        tensors.append(StateTensor.of(memory[at : at + HEAD_BYTES].tobytes(), transposed=by_column))
+        tensors.append(LayerValues.of(memory[at : at + HEAD_BYTES].tobytes(), transposed=by_column))
         at += tensors[-1].size(n_cells)
     if at != end or len(tensors) not in (n_layers, 2 * n_layers):
         return None
