@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from driver import Driver, small_model
+from headstart.engine.model import Model
+from headstart.model_files import embedded_model
 from servers import ONE_THREAD, RunningServer, running_server
 
 # Measuring takes seconds: servers do without, but for the tests about it (tests/engine/test_tuning.py).
@@ -16,6 +19,12 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 StartServer = Callable[..., RunningServer]
 Report = Callable[[str], None]
+
+ENGINES = ("toy", pytest.param("llama", marks=pytest.mark.real_model))
+# For the tests of the engine where a real model's arithmetic could make a difference.
+beside_smollm2 = pytest.mark.parametrize(
+    "driver", [*ENGINES, pytest.param("smollm2", marks=pytest.mark.real_model)], indirect=True
+)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -36,15 +45,17 @@ def _is_left_out(item: pytest.Item) -> bool:
 
 
 @pytest.fixture
-def start_server(tmp_path: Path) -> Iterator[StartServer]:
-    """Starts servers that end with the test: `start_server("--model", "toy=toy:", cache_dir=...)`."""
+def start_server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StartServer]:
+    """Starts servers that end with the test: `start_server("--model", "toy=toy:", cache_dir=...)`. Those with
+    real models compute with one thread."""
+    threads = ONE_THREAD if request.node.get_closest_marker("real_model") else ()
     with ExitStack() as stack:
 
         def start(
             *flags: str, cache_dir: Path | None = None, env: dict[str, str] | None = None
         ) -> RunningServer:
             directory = cache_dir or tmp_path / "cache"
-            return stack.enter_context(running_server(directory, *flags, env=env))
+            return stack.enter_context(running_server(directory, *threads, *flags, env=env))
 
         yield start
 
@@ -63,6 +74,30 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     directory = tmp_path_factory.mktemp("real") / "cache"
     with running_server(directory, *ONE_THREAD, "--alias", "qwen3-0.6b=smollm2") as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """llama.cpp with a tiny model, whose weights have SmolLM2's format."""
+    import gguf
+
+    import tiny_models
+
+    path = tmp_path_factory.mktemp("llama") / "tiny.gguf"
+    return small_model(str(tiny_models.written(path, "full", gguf.GGMLQuantizationType.Q4_1)))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Model:
+    return small_model(embedded_model())
+
+
+@pytest.fixture(params=ENGINES)
+def driver(request: pytest.FixtureRequest) -> Iterator[Driver]:
+    model = small_model("toy:eos=0") if request.param == "toy" else request.getfixturevalue(request.param)
+    driver = Driver(model)
+    yield driver
+    assert not driver.engine.busy
 
 
 @pytest.fixture

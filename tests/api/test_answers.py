@@ -3,29 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from conftest import beside_smollm2
 from driver import GREEDY, OTHER, PROMPT, Driver, small_model
 from headstart.engine.model import Model
-from headstart.model_files import embedded_model
 from headstart.protocol import Cancel, Failed, Sampling, Token
 from headstart.toyspec import EOS
-
-
-@pytest.fixture(scope="module")
-def llama() -> Model:
-    return small_model(embedded_model())
-
-
-@pytest.fixture(params=["toy", pytest.param("llama", marks=pytest.mark.real_model)])
-def driver(request: pytest.FixtureRequest) -> Iterator[Driver]:
-    model = small_model("toy:eos=0") if request.param == "toy" else request.getfixturevalue("llama")
-    driver = Driver(model)
-    yield driver
-    assert not driver.engine.busy
 
 
 @pytest.fixture(params=["pool", "streams", "whole"])
@@ -53,6 +39,7 @@ def test_each_answer_is_the_one_that_its_seed_gives_alone(toy: Driver) -> None:
 
 
 @pytest.mark.parametrize("boundary", [0, 70])
+@beside_smollm2
 def test_the_prompt_is_evaluated_once_for_all_answers(driver: Driver, boundary: int) -> None:
     driver.evict()
     first = driver.submit(PROMPT, boundary=boundary, n=3)
@@ -205,8 +192,8 @@ def test_an_answer_that_ignores_its_end_goes_on_to_the_limit() -> None:
 
 
 @pytest.mark.real_model
-def test_the_real_model_ignores_its_end_too(llama: Model) -> None:
-    driver = Driver(llama)
+def test_the_real_model_ignores_its_end_too(smollm2: Model) -> None:
+    driver = Driver(smollm2)
     # After this the model says that it has ended, sooner or later.
     ended, end = driver.run(PROMPT, 60, sampling=Sampling(temperature=0, logit_bias={2: 100.0}))
     assert (ended, end.reason) == ([], "stop")

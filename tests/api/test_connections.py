@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import socket
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
 from select import select
+from typing import cast
 
 import psutil
 import pytest
+from starlette.applications import Starlette
+from starlette.responses import Response
+from starlette.routing import Route
+from uvicorn.server import ServerState
 
 from conftest import StartServer
-from raw_http import answer, ask, connect, head, post, received
+from headstart.api.http.connection import Connection
+from headstart.api.http.server import HttpConfig
+from headstart.config.settings import Settings
+from raw_http import PATIENCE, answer, ask, connect, head, post, received
 from servers import RunningServer, eventually, running_server
 
 CHAT = "/v1/chat/completions"
@@ -121,14 +131,73 @@ def test_garbage_after_a_request_waits_for_the_answer_to_it(strict: RunningServe
 
 
 def test_half_sent_headers_are_ended(strict: RunningServer) -> None:
-    connections = [connect(strict) for _ in range(100)]
-    for connection in connections:
-        connection.sendall(b"GET /health HTTP/1.1\r\nx-a: ")
+    connections = []
+    for _ in range(100):
+        connections.append(connect(strict))
+        connections[-1].sendall(b"GET /health HTTP/1.1\r\nx-a: ")
     assert _is_served(strict)
     for connection in connections:
         ended = answer(received(connection))
         assert (ended.status, ended.error()["code"]) == (408, "request_timeout")
         connection.close()
+
+
+@asynccontextmanager
+async def serving(
+    settings: Settings, content: bytes = b"served"
+) -> AsyncIterator[tuple[socket.socket, Connection]]:
+    """Both ends of a connection to a server without a clock: tests tick."""
+    app = Starlette(routes=[Route("/", lambda _: Response(content))])
+    config, state = HttpConfig(app, settings), ServerState()
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: Connection(config, state, {}), "127.0.0.1")
+    address = server.sockets[0].getsockname()
+    with closing(server), socket.create_connection(address, PATIENCE) as client:
+        while not state.connections:
+            await asyncio.sleep(0.01)
+        (connection,) = state.connections
+        yield client, cast(Connection, connection)
+
+
+ASKED = head("GET", "/", "connection: close")
+
+
+async def test_a_request_that_the_server_has_not_read_yet_is_not_late() -> None:
+    """The server was busy; closing would lose the request, and reset the connection."""
+    async with serving(Settings(head_seconds=0.01)) as (client, connection):
+        await asyncio.sleep(0.1)
+        client.sendall(ASKED)
+        connection.tick(1)
+        assert (await asyncio.to_thread(received, client)).endswith(b"served")
+
+
+async def test_a_request_that_comes_as_its_connection_has_been_idle_for_too_long_is_answered() -> None:
+    async with serving(Settings()) as (client, connection):
+        client.sendall(head("GET", "/"))
+        data = b""
+        while not data.endswith(b"served"):
+            data += await asyncio.to_thread(client.recv, 1 << 16)
+        client.sendall(ASKED)
+        connection.timeout_keep_alive_handler()
+        assert (await asyncio.to_thread(received, client)).endswith(b"served")
+
+
+async def test_a_client_that_goes_on_sending_gets_the_whole_last_answer() -> None:
+    """Which no buffer of the system holds."""
+    content = b"x" * 8_000_000
+    async with serving(Settings(), content) as (client, connection):
+        client.sendall(ASKED)
+        while not connection.is_closing():
+            await asyncio.sleep(0.01)
+        client.sendall(b"more")
+        assert (await asyncio.to_thread(received, client)).endswith(content)
+
+
+async def test_the_time_before_a_connection_was_made_is_not_counted() -> None:
+    async with serving(Settings(head_seconds=10)) as (client, connection):
+        connection.tick(11)
+        client.sendall(ASKED)
+        assert (await asyncio.to_thread(received, client)).endswith(b"served")
 
 
 def test_a_connection_that_asks_for_nothing_is_closed(strict: RunningServer) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 
 from conftest import StartServer
 from headstart.cli.client import Client, RequestFailed
-from headstart.cli.examples import GUIDE_EXAMPLES
+from headstart.cli.examples import GUIDE_EXAMPLES, long_example
 from headstart.cli.local import own_server
 from headstart.cli.main import app
 from headstart.cli.measure import BenchRun
@@ -142,15 +143,17 @@ def test_runs_with_a_cache_load_it_from_its_file(start_server: StartServer) -> N
 
 
 @pytest.mark.real_model
-@pytest.mark.timeout(600)
-def test_the_demo_with_the_real_model_hits_every_cache() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "headstart", "demo", "--url", NOBODY],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "COLUMNS": "80", "HEADSTART_THREADS": "1"},
-        check=False,
+def test_the_demo_with_the_real_model_hits_every_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once each, with short answers, and with the beginning of the long prompt."""
+    for constant in ("EXAMPLE_RUNS", "BREAKDOWN_RUNS"):
+        monkeypatch.setattr(f"headstart.cli.demo.{constant}", 1)
+    monkeypatch.setattr("headstart.cli.measure.ANSWER_TOKENS", 12)
+    example = long_example()
+    shorter = replace(example, prefix=example.prefix[:1200])
+    monkeypatch.setattr("headstart.cli.demo.long_example", lambda: shorter)
+    result = CliRunner().invoke(
+        app, ["demo", "--url", NOBODY], env={"COLUMNS": "80", "HEADSTART_THREADS": "1"}
     )
-    assert done.returncode == 0, done.stderr
-    assert "smollm2" in done.stdout
-    check_story(done.stdout)
+    assert result.exit_code == 0, result.output
+    assert "smollm2" in result.stdout
+    check_story(result.stdout)

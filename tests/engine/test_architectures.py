@@ -17,7 +17,7 @@ import pytest
 import tiny_models
 from conftest import StartServer
 from headstart.prompt.tokenizer import load_tokenizer
-from servers import Json, RunningServer, running_server, said
+from servers import ONE_THREAD, Json, RunningServer, running_server, said
 
 pytestmark = pytest.mark.real_model
 
@@ -88,7 +88,7 @@ def tiny(
     request: pytest.FixtureRequest, files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Tiny]:
     directory = tmp_path_factory.mktemp(request.param) / "cache"
-    with running_server(directory, "--model", f"tiny={files[request.param]}") as server:
+    with running_server(directory, *ONE_THREAD, "--model", f"tiny={files[request.param]}") as server:
         server.create("harbour", HARBOUR, model="tiny")
         server.create("library", LIBRARY, model="tiny")
         yield Tiny(request.param, server)

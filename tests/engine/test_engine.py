@@ -1,31 +1,17 @@
-"""The engine's contract, on both models: what a sequence gets doesn't depend on how it came to its state."""
+"""The engine's contract, on two engines: what a sequence gets doesn't depend on how it came to its state."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from conftest import beside_smollm2
 from driver import CHUNK, OTHER, PROMPT, Driver, small_model
 from headstart.caches.cache_file.format import identity_of
 from headstart.engine.model import Model
-from headstart.model_files import embedded_model
 from headstart.protocol import Cancel, Failed, Progress, Sampling, SaveTo, StateRef
-
-
-@pytest.fixture(scope="module")
-def llama() -> Model:
-    return small_model(embedded_model())
-
-
-@pytest.fixture(params=["toy", pytest.param("llama", marks=pytest.mark.real_model)])
-def driver(request: pytest.FixtureRequest) -> Iterator[Driver]:
-    model = small_model("toy:eos=0") if request.param == "toy" else request.getfixturevalue("llama")
-    driver = Driver(model)
-    yield driver
-    assert not driver.engine.busy
 
 
 @pytest.fixture
@@ -34,6 +20,7 @@ def whole_only() -> Driver:
     return Driver(small_model("toy:eos=0,can_cut=0"))
 
 
+@beside_smollm2
 def test_a_restored_prefix_gives_the_same_tokens_as_a_computed_one(driver: Driver, tmp_path: Path) -> None:
     cold, _ = driver.run(PROMPT, boundary=70)
     state = driver.save(PROMPT[:70], tmp_path / "state")
@@ -104,6 +91,7 @@ def test_a_state_that_can_not_be_restored_is_computed(driver: Driver, tmp_path: 
     assert end.stats.evaluated_tokens == len(PROMPT)
 
 
+@beside_smollm2
 def test_sequences_that_run_together_get_their_own_answers(driver: Driver) -> None:
     prompts = [PROMPT[: 20 + 13 * i] for i in range(5)]
     alone = [driver.run(prompt, reuse=False)[0] for prompt in prompts]
@@ -216,14 +204,14 @@ def test_seeded_sampling_is_repeated_exactly(driver: Driver) -> None:
 
 
 @pytest.mark.real_model
-def test_penalties_count_the_prompt_whether_cached_or_not(llama: Model, tmp_path: Path) -> None:
-    driver = Driver(llama)
+def test_penalties_count_the_prompt_whether_cached_or_not(smollm2: Model, tmp_path: Path) -> None:
+    driver = Driver(smollm2)
     sampling = Sampling(temperature=0, repeat_penalty=1.8, presence_penalty=1.0)
-    plain, _ = driver.run(PROMPT, 24, boundary=70)
-    cold, _ = driver.run(PROMPT, 24, boundary=70, sampling=sampling, reuse=False)
+    plain, _ = driver.run(PROMPT, 12, boundary=70)
+    cold, _ = driver.run(PROMPT, 12, boundary=70, sampling=sampling, reuse=False)
     state = driver.save(PROMPT[:70], tmp_path / "state")
     driver.evict()
-    warm, _ = driver.run(PROMPT, 24, boundary=70, restore=state, sampling=sampling)
+    warm, _ = driver.run(PROMPT, 12, boundary=70, restore=state, sampling=sampling)
     assert warm == cold != plain
 
 

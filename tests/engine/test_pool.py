@@ -23,11 +23,6 @@ def toy() -> Driver:
     return Driver(small_model("toy:eos=0"))
 
 
-@pytest.fixture(scope="module")
-def llama() -> Model:
-    return small_model(embedded_model())
-
-
 def _pooled(driver: Driver) -> list[int]:
     return [s.request.id for s in driver.engine.scheduler.running if s.slot and s.slot.pooled]
 
@@ -200,8 +195,8 @@ def test_whatever_comes_in_whatever_order_gets_its_own_answer(tmp_path: Path, se
 
 
 @pytest.mark.real_model
-def test_the_real_model_answers_alike_in_the_pool(llama: Model, tmp_path: Path) -> None:
-    driver = Driver(llama)
+def test_the_real_model_answers_alike_in_the_pool(smollm2: Model, tmp_path: Path) -> None:
+    driver = Driver(smollm2)
     alone = _alone(driver, 4)
     state = driver.save(PREFIX, tmp_path / "state")
     driver.evict()
@@ -215,8 +210,8 @@ def test_the_real_model_answers_alike_in_the_pool(llama: Model, tmp_path: Path) 
 
 
 @pytest.mark.real_model
-def test_a_state_saved_with_some_slots_is_restored_with_others(llama: Model, tmp_path: Path) -> None:
-    driver = Driver(llama)
+def test_a_state_saved_with_some_slots_is_restored_with_others(smollm2: Model, tmp_path: Path) -> None:
+    driver = Driver(smollm2)
     cold, _ = driver.run(PREFIX + QUESTIONS[0], boundary=70, reuse=False)
     state = driver.save(PREFIX, tmp_path / "state")
     for slots in (1, 5):

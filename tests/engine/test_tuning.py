@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import stat
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,14 @@ from headstart.cli.main import app
 from headstart.config.settings import load_settings
 from headstart.engine.kinds import engine_kind
 from headstart.engine.tuning.constant import TOY
-from headstart.engine.tuning.measure import measure
 from headstart.engine.tuning.resolve import find_tuning
 from headstart.model_files import embedded_model
 from headstart.numerics import DEFAULT, Numerics
 from headstart.protocol import EngineSettings
 from headstart.service.models.cache_fit import numerics_of
-from headstart.service.models.tuning_store import Key, Tunings
+from headstart.service.models.tuning_store import Doubted, Key, Remembered, Tunings
 from headstart.service.service import Service
+from servers import RunningServer, running_server
 
 PROMPT = "You keep the lighthouse. " * 20
 TUNED = {"HEADSTART_TUNE": "true"}
@@ -436,9 +436,25 @@ def test_the_engine_is_named_as_states_name_it() -> None:
 # With the real model
 
 
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A server that has measured its model. Measuring takes most of a minute of processor time."""
+    with running_server(tmp_path_factory.mktemp("measured") / "cache", env=TUNED) as server:
+        assert "Measuring the fastest settings for smollm2" in server.log.read_text()
+        yield server
+
+
+def only(server: RunningServer) -> Remembered | Doubted:
+    """What was measured; beside other tests it may be in doubt."""
+    content = Tunings(server.cache_dir)._read()
+    known: list[Remembered | Doubted] = [*content.tunings, *content.doubted]
+    assert len(known) == 1
+    return known[0]
+
+
 @pytest.mark.real_model
-def test_a_real_model_is_measured_in_sane_figures() -> None:
-    tuning = measure(EngineSettings(embedded_model(), 0, 0))
+def test_a_real_model_is_measured_in_sane_figures(measured: RunningServer) -> None:
+    tuning = only(measured).tuning
     assert 1 <= tuning.threads <= (os.cpu_count() or 1)
     assert tuning.ubatch in (16, 32, 64, 128, 256)
     assert tuning.pass_ms >= 0
@@ -452,19 +468,15 @@ def test_a_real_model_is_measured_in_sane_figures() -> None:
 
 
 @pytest.mark.real_model
-def test_the_second_start_of_a_real_model_does_not_measure(start_server: StartServer) -> None:
-    server = start_server(env=TUNED)
-    assert "Measuring the fastest settings for smollm2" in server.log.read_text()
+def test_the_second_start_of_a_real_model_does_not_measure(measured: RunningServer) -> None:
+    server = measured
     answer = server.chat("Who are you?", model="smollm2", max_tokens=4)
     assert answer["usage"]["completion_tokens"] > 0
-    measured = (server.cache_dir / "tuning.json").stat().st_mtime_ns
+    written = (server.cache_dir / "tuning.json").stat().st_mtime_ns
     server.restart()
     assert "Measuring" not in server.log.read_text()
-    assert (server.cache_dir / "tuning.json").stat().st_mtime_ns == measured
-    content = Tunings(server.cache_dir)._read()
-    # Beside other tests it may be in doubt.
-    (key,) = [known.key for known in content.tunings] + [known.key for known in content.doubted]
-    assert key.engine == engine_kind(embedded_model()).version()
+    assert (server.cache_dir / "tuning.json").stat().st_mtime_ns == written
+    assert only(server).key.engine == engine_kind(embedded_model()).version()
     server.create("keeper", PROMPT, model="smollm2")
     server.restart()
     result = CliRunner().invoke(app, ["doctor", "--json", "--cache-dir", str(server.cache_dir)], env=TUNED)

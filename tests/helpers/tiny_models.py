@@ -127,6 +127,11 @@ def llama_layer(random: Random) -> Tensors:
     return attention(random) | feed_forward(random)
 
 
+def biased_layer(random: Random) -> Tensors:
+    zeros = np.zeros(HIDDEN, dtype=np.float32)
+    return llama_layer(random) | {f"attn_{name}.bias": zeros for name in "qkv"}
+
+
 def gemma_layer(random: Random) -> Tensors:
     norms = {"post_attention_norm.weight": ones(HIDDEN), "post_ffw_norm.weight": ones(HIDDEN)}
     return normed(attention(random), 2) | feed_forward(random) | norms
@@ -193,12 +198,16 @@ ARCHITECTURES = {
     ),
 }
 
+# Its tokens have a position in several dimensions, which a state keeps for each.
+POSITIONS = Architecture("qwen2vl", COMMON | {"rope.dimension_sections": [2, 3, 3, 0]}, (biased_layer,) * 2)
+
 
 def written(
     path: Path, kind: str, weights: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32
 ) -> Path:
-    """The file of one of ARCHITECTURES. Only matrices with rows of whole blocks have the format `weights`."""
-    architecture = ARCHITECTURES[kind]
+    """The file of one of ARCHITECTURES, or of POSITIONS. Only matrices with rows of whole blocks have the
+    format `weights`."""
+    architecture = (ARCHITECTURES | {"positions": POSITIONS})[kind]
     writer = gguf.GGUFWriter(path, architecture.name)
     writer.add_file_type(FILE_TYPES[weights])
     writer.add_uint32(f"{architecture.name}.block_count", len(architecture.layers))

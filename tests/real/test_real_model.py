@@ -1,4 +1,4 @@
-"""What the server promises, with a model that computes: SmolLM2 and a system prompt of some 1,100 tokens."""
+"""What the server promises, with a model that computes: SmolLM2 and a system prompt of some 500 tokens."""
 
 from __future__ import annotations
 
@@ -46,13 +46,20 @@ WHEN = (
     "at noon",
 )
 WHY = ("the council asked for it", "ropes wear out", "an old ship was lost", "insurers insist")
-RULES = " ".join(
-    f"Rule {n}: {WHO[n % 7]} {DOES[n % 9]} {WHAT[n % 5]} {WHEN[n % 6]}, because {WHY[n % 4]}."
-    for n in range(1, 49)
-)
-SYSTEM = (
-    f"You are the clerk of a small harbour. These are its rules. {RULES} Answer visitors from these rules."
-)
+
+
+def rules(n: int) -> str:
+    """The system prompt with `n` rules."""
+    text = " ".join(
+        f"Rule {i}: {WHO[i % 7]} {DOES[i % 9]} {WHAT[i % 5]} {WHEN[i % 6]}, because {WHY[i % 4]}."
+        for i in range(1, n + 1)
+    )
+    return (
+        f"You are the clerk of a small harbour. These are its rules. {text} Answer visitors from these rules."
+    )
+
+
+SYSTEM = rules(22)
 QUESTION = "Who carries the blue lantern, and at what time of the day does it happen here?"
 NEW_TEXT = "\n\nThe clerk opened the book and read the first rule to the visitors:"
 HARBOUR: Json = {"use_cache": "harbour"}
@@ -112,7 +119,7 @@ def cold_chat(clerk: Clerk) -> Json:
     """The answer to the system message in full, every token computed."""
     answer = clerk.ask(system=SYSTEM, **COLD)
     assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
-    assert 1000 <= answer["usage"]["prompt_tokens"] <= 1200
+    assert 400 <= answer["usage"]["prompt_tokens"] <= 600
     assert said(answer)
     return answer
 
@@ -204,10 +211,10 @@ def test_before_the_first_text_less_than_a_tenth_of_the_prompt_is_evaluated_also
 
 
 def test_two_caches_that_take_turns_in_one_slot_keep_their_own_texts(start_server: StartServer) -> None:
-    server = start_server("--slots", "1", *ONE_THREAD)
+    server = start_server("--slots", "1")
     prompts = {
-        "pirate": "You are a pirate and speak of nothing but the sea and gold. " * 20,
-        "monk": "You are a monk in the mountains and praise silence and bread. " * 20,
+        "pirate": "You are a pirate and speak of nothing but the sea and gold. " * 9,
+        "monk": "You are a monk in the mountains and praise silence and bread. " * 9,
     }
     clerk = Clerk(server)
     expected = {}
@@ -251,7 +258,8 @@ def test_requests_at_the_same_time_over_one_cache_each_hit_and_say_their_own(cle
 
 def test_requests_at_the_same_time_that_share_nothing_say_exactly_what_they_say_alone(tmp_path: Path) -> None:
     with running_server(tmp_path / "cache", *ONE_THREAD, env={"HEADSTART_SHARE_FROM": "0"}) as server:
-        server.create("harbour", SYSTEM, model="smollm2")
+        # After a shorter prompt some of the answers have tokens that are about equally likely.
+        server.create("harbour", rules(48), model="smollm2", **{"for": ["chat"]})
         alone, together = ask_all(Clerk(server))
     assert together == alone
 
@@ -297,9 +305,9 @@ def test_a_template_that_folds_the_system_text_into_the_users_turn_keeps_every_p
     template = tmp_path / "folding.jinja"
     template.write_text(FOLDING)
     env = {"HEADSTART_TEMPLATES": json.dumps({"smollm2": str(template)})}
-    server = start_server("--slots", "1", *ONE_THREAD, env=env)
+    server = start_server("--slots", "1", env=env)
     clerk = Clerk(server)
-    opening = SYSTEM[:1500]
+    opening = SYSTEM[:800]
     cold = clerk.ask(system=opening, **COLD)
     server.create("harbour", opening, model="smollm2")
     server.restart()

@@ -10,9 +10,8 @@ from typing import Any
 import psutil
 import pytest
 
-from conftest import StartServer
+from conftest import StartServer, beside_smollm2
 from driver import CHUNK, PROMPT, Driver, small_model
-from headstart.model_files import embedded_model
 from servers import Json, RunningServer, eventually, said
 
 COMPANY = "You answer for the harbour company and know all of its rules. " * 9
@@ -39,9 +38,9 @@ def _complete(server: RunningServer, prompt: str, **body: Any) -> Json:
     return response.json()
 
 
-def _with_parts(server: RunningServer, model: str = "toy") -> RunningServer:
-    server.create("company", COMPANY, model=model)
-    server.create("style", STYLE, model=model)
+def _with_parts(server: RunningServer) -> RunningServer:
+    server.create("company", COMPANY)
+    server.create("style", STYLE)
     return server
 
 
@@ -368,11 +367,6 @@ def test_completions_can_not_use_a_part_that_holds_messages(parts: RunningServer
 # The engine: the state of another opening
 
 
-@pytest.fixture(params=["toy", pytest.param("llama", marks=pytest.mark.real_model)])
-def driver(request: pytest.FixtureRequest) -> Driver:
-    return Driver(small_model("toy:eos=0" if request.param == "toy" else embedded_model()))
-
-
 @pytest.mark.parametrize("shared", [15, 16, 40, 69, 70])
 def test_a_state_of_another_opening_is_used_up_to_the_last_cut_both_have(
     driver: Driver, tmp_path: Path, shared: int
@@ -387,6 +381,7 @@ def test_a_state_of_another_opening_is_used_up_to_the_last_cut_both_have(
     assert end.stats.source == ("file" if shared >= CHUNK else "none")
 
 
+@beside_smollm2
 def test_a_state_that_starts_from_another_has_the_bytes_of_a_cold_one(driver: Driver, tmp_path: Path) -> None:
     driver.save(PROMPT, tmp_path / "cold")
     state = driver.save(PROMPT[:70], tmp_path / "part")
@@ -395,6 +390,7 @@ def test_a_state_that_starts_from_another_has_the_bytes_of_a_cold_one(driver: Dr
     assert (tmp_path / "warm").read_bytes() == (tmp_path / "cold").read_bytes()
 
 
+@beside_smollm2
 def test_a_state_is_never_saved_from_decoded_values(driver: Driver, tmp_path: Path) -> None:
     answer, _ = driver.run(PROMPT, 20)
     whole = [*PROMPT, *answer]
@@ -425,8 +421,10 @@ def test_a_model_that_can_not_cut_takes_nothing_of_another_state(tmp_path: Path)
 @pytest.mark.real_model
 @pytest.mark.timeout(600)
 def test_a_real_model_says_the_same_with_two_caches_as_with_both_in_full(start_server: StartServer) -> None:
-    server = _with_parts(start_server(), model="smollm2")
-    body = {"model": "smollm2", "max_tokens": 48}
+    server = start_server()
+    for name, prompt in zip(BOTH, (COMPANY, STYLE), strict=True):
+        server.create(name, prompt, model="smollm2", **{"for": ["chat"]})
+    body = {"model": "smollm2", "max_tokens": 32}
     cold = _ask(server, _system(COMPANY), _system(STYLE), cache_prompt=False, **body)
     server.restart()
     first = _ask(server, use_cache=BOTH, **body)

@@ -372,7 +372,7 @@ def test_from_half_of_a_named_cache_on_it_is_a_hit(
     path.write_text(source)
     server = start_server("--model", "toy=toy:", env={"HEADSTART_TEMPLATES": json.dumps({"toy": str(path)})})
     letter = "".join(f"Line {i} of the letter. " for i in range(40))[:800]
-    tokens = server.create("letter", letter, **{"for": ["chat"]})["tokens"]
+    tokens = server.create("letter", letter)["forms"]["chat"]["tokens"]
     server.restart()
     turns = [{"role": "user", "content": text} for text in ("One?", "Two?")]
     body = {"model": "toy", "temperature": 0, "max_tokens": 8}

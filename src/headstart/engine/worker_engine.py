@@ -37,5 +37,5 @@ class WorkerEngine(Protocol):
         """The state store's content and counts, if they have changed since they were last returned."""
 
     def flush(self, seconds: float) -> None:
-        """Ends all requests without events, and stores what they computed, if it can be stored, for at most so
-        many seconds."""
+        """Ends all requests without events, and stores what they computed where that is possible, for at most
+        so many seconds."""

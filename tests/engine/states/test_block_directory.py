@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import random
-import resource
 import shutil
 import signal
 import socket
@@ -20,7 +20,7 @@ import pytest
 import blocks
 from headstart.engine.states import block_file
 from headstart.engine.states.block_directory import BlockDirectory
-from headstart.engine.states.block_file import BlockHeader
+from headstart.engine.states.block_file import BlockFile, BlockHeader
 from mounts import mounted
 
 
@@ -207,18 +207,21 @@ def test_whatever_is_named_as_a_block_is_never_waited_for_and_removed(
     assert elsewhere.exists()
 
 
-def test_a_process_without_room_for_open_files_removes_nothing(own: BlockDirectory) -> None:
+def test_a_process_without_room_for_open_files_removes_nothing(
+    own: BlockDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     chain = blocks.write_chain(own.path, list(range(40)))
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # Room for the directory, but not for a file.
-    taken = os.open("/", os.O_RDONLY)
-    os.close(taken)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (taken, hard))
-    try:
+    read_header = block_file.read_header
+
+    def without_room(path: Path) -> BlockFile:
+        if path.name == file_name(chain[3]):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+        return read_header(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(block_file, "read_header", without_room)
         with pytest.raises(OSError, match="Too many open files"):
             own.scan()
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert found(own) == chain
 
 
@@ -238,7 +241,9 @@ def test_a_directory_on_a_read_only_disk_is_scanned(tmp_path: Path) -> None:
             assert found(own) == chain
 
 
-@pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.symlink_to("/dev/zero")], ids=str)
+@pytest.mark.parametrize(
+    "make", [Path.mkdir, lambda path: path.symlink_to("/dev/zero")], ids=["folder", "link"]
+)
 def test_a_lock_that_is_no_file_raises(tmp_path: Path, make: Callable[[Path], None]) -> None:
     place = blocks.directory(tmp_path)
     make(place / ".lock")

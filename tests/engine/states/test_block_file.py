@@ -165,12 +165,19 @@ def _substitute(block: BlockFile) -> None:
     (block.path.parent / f"{other.address}.block").rename(block.path)
 
 
+def _copy(block: BlockFile) -> None:
+    """The content stays, but nobody knows who put it there."""
+    copy = block.path.with_name("copy")
+    shutil.copy(block.path, copy)
+    copy.rename(block.path)
+
+
 def _to_pipe(block: BlockFile) -> None:
     block.path.unlink()
     os.mkfifo(block.path)
 
 
-@pytest.mark.parametrize("change", [_overwrite, _cut, _substitute, _to_pipe])
+@pytest.mark.parametrize("change", [_overwrite, _cut, _substitute, _copy, _to_pipe])
 def test_a_file_that_changes_after_its_header_was_read_is_noticed(
     place: Path, change: Callable[[BlockFile], None]
 ) -> None:
@@ -282,6 +289,14 @@ def test_a_header_with_a_field_out_of_range_is_damage(place: Path, changes: dict
         block_file.read_header(path)
 
 
+def test_a_header_that_ends_within_its_tokens_is_damage(place: Path) -> None:
+    address = address_of("", blocks.ROOT, "", 0, [1, 2], (), "")
+    path = place / f"{address}.block"
+    path.write_bytes(blocks.forged(USUAL | {"address": address}, array("i", [1, 2, 3]).tobytes()[:-1]))
+    with pytest.raises(DamagedBlock, match="too short"):
+        block_file.read_header(path)
+
+
 def test_negative_tokens_are_damage(place: Path) -> None:
     with pytest.raises(DamagedBlock, match="ids"):
         block_file.read_header(_forge(place, {}, [1, -2, 3]))
@@ -320,7 +335,9 @@ def _link(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [os.mkfifo, Path.mkdir, _link, lambda path: path.symlink_to("/dev/zero")], ids=str
+    "make",
+    [os.mkfifo, Path.mkdir, _link, lambda path: path.symlink_to("/dev/zero")],
+    ids=["pipe", "folder", "link", "link-to-a-device"],
 )
 def test_only_regular_files_are_opened_and_nothing_stays_open(
     place: Path, make: Callable[[Path], None]

@@ -80,6 +80,24 @@ def test_what_is_forgotten_holds_or_continues_what_is_not_kept(
         assert not {id(child) for child in node.children} & {id(each) for each in gone[number:]}
 
 
+def test_what_an_owner_continues_publicly_is_forgotten_with_the_prompt_only() -> None:
+    """Blocks that only begin with the same public text hold nothing of the prompt's own."""
+    public = Leaf([1, 2])
+    own, others, elsewhere = (
+        Leaf([3, 4], "alice", public),
+        Leaf([3, 4], "bob", public),
+        Leaf([5], "alice", public),
+    )
+    further = Leaf([6], "alice", own)
+    assert forgotten([public], "alice", [1, 2, 3], []) == [further, own]
+    assert forgotten([public], "alice", [1, 2, 3, 7], [[1, 2]]) == [further, own]
+    assert forgotten([public], "alice", [1, 2, 3], [[1, 2, 3]]) == []
+    assert forgotten([public], "alice", [1, 9], []) == []
+    for whole in ([1], [1, 2]):
+        assert set(forgotten([public], "alice", whole, [])) == {further, own, elsewhere}
+    assert set(forgotten([public], None, [1, 9], [])) == {public, own, others, further, elsewhere}
+
+
 @given(trees())
 def test_leaves_come_first_and_of_them_the_oldest(nodes: list[Leaf]) -> None:
     present = list(nodes)

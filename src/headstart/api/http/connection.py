@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import select
 from typing import Any, Literal, cast
 
 import httptools
@@ -46,6 +47,7 @@ class Connection(HttpToolsProtocol):
         self._running: Exchange | None = None
         # Seconds, counted by ticks: waiting for the client, and without data from it.
         self._waited = 0.0
+        self._waits_since = self.loop.time()
         self._silent = 0.0
         # The pace at which the client sends a body, and reads an answer.
         self._unsent = limits.Pace(self.patience.body)
@@ -133,6 +135,7 @@ class Connection(HttpToolsProtocol):
         self._head = RequestHead()
         self.scope["headers"] = self._head.headers
         self._waited = 0.0
+        self._waits_since = self.loop.time()
 
     def on_url(self, url: bytes) -> None:
         self._head.add_url(url)
@@ -205,10 +208,7 @@ class Connection(HttpToolsProtocol):
     def close(self) -> None:
         """Closes the connection once the client has read the answer and finished sending."""
         self.pipeline.clear()
-        if self._part is None:
-            self.transport.close()
-        else:
-            self._linger()
+        self._linger()
 
     def _linger(self) -> None:
         """Discards input for a while: closing while bytes arrive resets the connection, losing the answer."""
@@ -265,12 +265,25 @@ class Connection(HttpToolsProtocol):
             self._refuse(RequestTimeout("The request's body came too slowly."))
 
     def _wait_for_head(self, seconds: float) -> None:
-        self._waited += seconds
-        if self._waited > self.patience.head:
+        self._waited += min(seconds, self.loop.time() - self._waits_since)
+        if self._waited > self.patience.head and not self._has_unread():
             if self._part is None:
                 self.transport.close()
             else:
                 self._refuse(RequestTimeout("The request's headers came too slowly."))
+
+    def timeout_keep_alive_handler(self) -> None:
+        if not self._has_unread():
+            super().timeout_keep_alive_handler()
+
+    def _has_unread(self) -> bool:
+        """Whether data has arrived that a busy event loop has not read yet. The client isn't late then, and
+        closing would reset the connection."""
+        if self.transport.is_closing():
+            return False
+        arrived = select.poll()
+        arrived.register(self.transport.get_extra_info("socket"), select.POLLIN)
+        return bool(arrived.poll(0))
 
     def shutdown(self) -> None:
         """For the server's shutdown: ends incomplete requests at once; complete ones may finish."""

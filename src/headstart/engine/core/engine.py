@@ -122,7 +122,7 @@ class CoreEngine:
         else:
             self.states.tidy(self.idle_since)
         self.reader.finish()
-        self.states.finish_reads()
+        self.states.finish_transfers()
         for sequence, fault in self.compiler.finish():
             if self.scheduler.find(sequence.request.id) is sequence:
                 self._fail(sequence, fault, "grammar")

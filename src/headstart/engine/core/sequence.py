@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from headstart.engine.core.chunking import Chunking
 from headstart.engine.model import Piece, Sampler
-from headstart.protocol import Source, Submit
+from headstart.protocol import Forget, Source, Submit
 from headstart.tokens import common_prefix
 
 if TYPE_CHECKING:
@@ -86,9 +86,10 @@ class Slot:
 @dataclass(eq=False, slots=True)
 class Sequence:
     """Prompt and generated tokens; evaluation catches up with their number. `reading`: its state is being
-    read into memory; `awaited`: the match whose blocks are, or were; `lookup`: its prompt, as the state store is asked for it; `compiling`: its grammar is being
-    compiled. `checkpoints`: where prefill makes checkpoints, as in `chunking`. Times are monotonic seconds, 0
-    until they happen. During prefill it stands for all answers of its request."""
+    read into memory; `awaited`: the match whose blocks are, or were; `compiling`: its grammar is being
+    compiled. `lookup`: its prompt, as the state store is asked for it. `checkpoints`: where prefill makes
+    checkpoints, as in `chunking`. Times are monotonic seconds, 0 until they happen. During prefill it stands
+    for all answers of its request."""
 
     request: Submit
     tokens: list[int]
@@ -196,6 +197,14 @@ def reusable(slot: Slot, request: Submit, chunking: Chunking, *, can_cut: bool) 
         return shared
     kept = _last_common_cut(min(shared, slot.exact), slot.boundary, request.boundary, chunking)
     return kept if can_cut or kept == len(slot.tokens) else 0
+
+
+def continues(tokens: list[int], forgotten: Forget) -> bool:
+    """Whether the tokens go on with those that are to be forgotten, beyond what is kept of them."""
+    if forgotten.tokens is None:
+        return bool(tokens)
+    kept = max((common_prefix(each, forgotten.tokens) for each in forgotten.kept), default=0)
+    return common_prefix(tokens, forgotten.tokens) > kept
 
 
 def may_share(owner: str, request: Submit) -> bool:

@@ -9,13 +9,13 @@ from time import monotonic
 from headstart.engine.core import state_file
 from headstart.engine.core.actions import Fill, Move, Read, StartSequence, StateOrigin
 from headstart.engine.core.scheduler import Scheduler
-from headstart.engine.core.sequence import Sequence, Slot
+from headstart.engine.core.sequence import Sequence, Slot, continues
 from headstart.engine.model import Model, ModelError
 from headstart.engine.states.held import Checkpoint, Held
+from headstart.engine.states.report import report_of
 from headstart.engine.states.store import StateStore
 from headstart.engine.states.tree import Match
 from headstart.protocol import Forget, Source, StateRef, StoreReport
-from headstart.tokens import common_prefix
 
 log = logging.getLogger(__name__)
 
@@ -151,8 +151,10 @@ class SlotStates:
             missing.append(read.match.block)
         self.store.disk.read(read.sequence, missing)
 
-    def finish_reads(self) -> None:
-        """Takes what has been read; its sequences may start."""
+    def finish_transfers(self) -> None:
+        """Takes what has been read, whose sequences may start, and notes what has been written."""
+        if self.store:
+            self.store.settle()
         for loaded in self.store.disk.finished() if self.store and self.store.disk else ():
             assert self.store
             self.store.accept(loaded)
@@ -258,13 +260,13 @@ class SlotStates:
         if monotonic() < self.reported_at + REPORT_SECONDS and (busy or self.store.is_writing):
             return None
         self.reported, self.reported_at = self.store.counts, monotonic()
-        return self.store.report()
+        return report_of(self.store)
 
     def forget(self, command: Forget) -> int:
         """Removes the states of a prompt and of what continues it from slots and store; returns the number of
         blocks removed. What a running sequence continues is removed when it ends."""
         for slot in (*self.scheduler.slots, *(self.scheduler.pool.slots if self.scheduler.pool else ())):
-            if command.owner not in (None, slot.owner) or not _continues(slot.tokens, command):
+            if command.owner not in (None, slot.owner) or not continues(slot.tokens, command):
                 continue
             if slot.sequence:
                 slot.is_forgotten = True
@@ -277,14 +279,6 @@ class SlotStates:
 
     def _is_unparked(self, slot: Slot) -> bool:
         return slot.keeps and len(slot.tokens) - slot.n_parked >= LEAST_PARKED
-
-
-def _continues(tokens: list[int], forgotten: Forget) -> bool:
-    """Whether the tokens go on with those that are to be forgotten, beyond what is kept of them."""
-    if forgotten.tokens is None:
-        return bool(tokens)
-    kept = max((common_prefix(each, forgotten.tokens) for each in forgotten.kept), default=0)
-    return common_prefix(tokens, forgotten.tokens) > kept
 
 
 def _source(sequence: Sequence, origin: StateOrigin) -> Source:

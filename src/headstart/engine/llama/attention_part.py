@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -139,21 +140,31 @@ class AttentionPart:
             yield tensor.unit, _view(self.memory, at + HEAD_BYTES, dimensions, strides)
             at += count * size
 
-    def fill(self, at: int, source: AttentionPart, start: int, end: int) -> None:
-        """Copies cells `start` to `end` of a part of the same shape to those from `at` on."""
-        to = at + end - start
-        self.cells[at:to] = source.cells[start:end]
-        for (unit, mine), (_, theirs) in zip(self.values(), source.values(), strict=True):
-            mine[:, :, at * unit : to * unit] = theirs[:, :, start * unit : end * unit]
+    def fill(self, sources: Seq[tuple[AttentionPart, int, int]]) -> None:
+        """Copies the cells from a start to an end of each of these parts of the same shape, one after the
+        other."""
+        at = 0
+        for source, start, end in sources:
+            self.cells[at : at + end - start] = source.cells[start:end]
+            at += end - start
+        runs = zip(self.values(), *(source.values() for source, _, _ in sources), strict=True)
+        for (unit, mine), *theirs in runs:
+            # One tensor after the other: with all at once for each source, the processor has to find more
+            # pages than it remembers (3.0 instead of 4.3 GB/s).
+            for number, tensor in enumerate(mine):
+                at = 0
+                for (_, values), (_, start, end) in zip(theirs, sources, strict=True):
+                    to = at + (end - start) * unit
+                    tensor[:, at:to] = values[number, :, start * unit : end * unit]
+                    at = to
 
     def gather(self, source: AttentionPart, cells: NDArray[np.intp]) -> None:
         """Copies these cells of a part of the same shape, in this order."""
         self.cells[:] = source.cells[cells]
         for (unit, mine), (_, theirs) in zip(self.values(), source.values(), strict=True):
-            if unit:
-                mine.reshape(*mine.shape[:2], -1, unit)[:] = theirs.reshape(*theirs.shape[:2], -1, unit)[
-                    :, :, cells
-                ]
+            places = (cells[:, None] * unit + np.arange(unit)).ravel()
+            for number, tensor in enumerate(mine):
+                tensor[:] = theirs[number][:, places]
 
 
 def count_in(memory: Bytes) -> int:
@@ -180,7 +191,7 @@ def _shape(memory: Bytes, n_cells: int, cell_bytes: int) -> PartShape | None:
         by_column = bool(transposed) and len(tensors) >= n_layers
         tensors.append(Tensor.of(memory[at : at + HEAD_BYTES].tobytes(), transposed=by_column))
         at += tensors[-1].size(n_cells)
-    if at != end or len(tensors) < n_layers:
+    if at != end or len(tensors) not in (n_layers, 2 * n_layers):
         return None
     return PartShape(cell_bytes, bool(transposed), tuple(tensors[:n_layers]), tuple(tensors[n_layers:]))
 

@@ -18,6 +18,7 @@ import numpy as np
 from headstart.engine.llama.attention_part import Bytes
 from headstart.engine.llama.gguf import attends_to_everything
 from headstart.engine.llama.state_layouts import HEADER, HEADROOM, LENGTH, StateLayout
+from headstart.engine.llama.state_memory import state_memory
 from headstart.engine.model import ModelError, Piece
 
 # Flags for the second part of a state alone: cells within a window, or of recurrent layers.
@@ -145,7 +146,9 @@ class LlamaContext:
         second = self._copy(seq, PARTIAL)
         start, end = 0, len(second)
         if self.layout.window:
-            start, end = replace(self.layout, window=False).saved(second.data, start, end, seq, 0)
+            # Alone it is written like the part of a model without a window.
+            plain = replace(self.layout, window=False)
+            start, end = plain.saved(second.data, start, end, seq if self.shape.streams else 0, 0)
         return second[start + HEADER.size : end]
 
     def save(self, seq: int) -> tuple[memoryview, int, int]:
@@ -155,13 +158,14 @@ class LlamaContext:
         start, end = HEADROOM, len(memory) - LENGTH.size
         if self.layout:
             partial = lib.llama_state_seq_get_size_ext(self.context, seq, PARTIAL)
-            start, end = self.layout.saved(memory.data, start, end, seq, partial - HEADER.size)
+            stream = seq if self.shape.streams else 0
+            start, end = self.layout.saved(memory.data, start, end, stream, partial - HEADER.size)
         return memory.data, start, end
 
     def _copy(self, seq: int, flags: int = 0, before: int = 0, after: int = 0) -> Bytes:
         """A copy of the sequence's state, with this many bytes before and after it. Raises ModelError."""
         size = lib.llama_state_seq_get_size_ext(self.context, seq, flags)
-        memory = np.empty(before + size + after, dtype=np.uint8)
+        memory = state_memory(before + size + after)
         pointer = _pointer(memory[before:])
         if lib.llama_state_seq_get_data_ext(self.context, pointer, size, seq, flags) != size:
             raise ModelError("llama.cpp could not save the state")

@@ -63,12 +63,12 @@ class StateLayout:
     def has_two_parts(self) -> bool:
         return self.attention and not self.is_plain
 
-    def saved(self, memory: memoryview, start: int, end: int, seq: int, n_second: int) -> tuple[int, int]:
-        """Converts the state of sequence `seq`, whose second part takes `n_second` bytes, to the saved
-        layout, and returns its start and end. There must be room for a LENGTH after the state."""
+    def saved(self, memory: memoryview, start: int, end: int, stream: int, n_second: int) -> tuple[int, int]:
+        """Converts the state of the sequence in a stream, whose second part takes `n_second` bytes, to the
+        saved layout, and returns its start and end. There must be room for a LENGTH after the state."""
         magic, _ = HEADER.unpack_from(memory, start)
         # The number of bytes for empty streams before and after the sequence's own.
-        before, after = COUNT.size * seq, COUNT.size * (self.streams - 1 - seq)
+        before, after = COUNT.size * stream, COUNT.size * (self.streams - 1 - stream)
         if self.has_two_parts:
             split = end - n_second
             first, last = (split + before, end - after) if self.window else (split, end)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from headstart.engine.llama.attention_part import AttentionPart, Bytes, count_in
 from headstart.engine.llama.state_layouts import COUNT, HEADER, HEADROOM, LENGTH, StateLayout
+from headstart.engine.llama.state_memory import state_memory
 from headstart.engine.model import ModelError
 
 
@@ -43,7 +44,7 @@ class LlamaStateSlices:
         )
         order = _order(part.positions)
         if order is None:
-            block.fill(0, part, start, end)
+            block.fill([(part, start, end)])
         else:
             block.gather(part, order[start:end])
         block.forget_sequence()
@@ -68,7 +69,7 @@ class LlamaStateSlices:
         at = HEADROOM + HEADER.size
         n_first = COUNT.size + parts[0].shape.size(n_tokens) if parts else 0
         n_length = LENGTH.size if self.layout.has_two_parts else 0
-        memory = np.empty(at + n_first + len(second) + n_length, dtype=np.uint8)
+        memory = state_memory(at + n_first + len(second) + n_length)
         HEADER.pack_into(memory.data, HEADROOM, self.magic, 0)
         if parts:
             COUNT.pack_into(memory.data, at, 1)
@@ -136,11 +137,9 @@ class LlamaStateSlices:
 def _fill(memory: Bytes, parts: Seq[AttentionPart], n_tokens: int) -> None:
     """Writes the first `n_tokens` tokens of the parts as one part."""
     whole = AttentionPart.new(memory, parts[0].shape, n_tokens)
-    at = 0
-    for part in parts:
-        n = min(part.n_cells, n_tokens - at)
-        whole.fill(at, part, 0, n)
-        at += n
+    counts = [part.n_cells for part in parts]
+    counts[-1] -= sum(counts) - n_tokens
+    whole.fill([(part, 0, n) for part, n in zip(parts, counts, strict=True)])
     if not np.array_equal(whole.positions, np.arange(n_tokens)):
         raise ModelError("the blocks are not consecutive")
 

@@ -21,15 +21,15 @@ HALF_LIFE_SECONDS = 86400.0
 class Block:
     """`tokens` from position `start` on, after those of `parent`; the root of a tree has none of both.
 
-    `owner`: who may use it; "": everybody. `cuts`: the positions up to its end where prefill was cut, the last
-    of which is its end; negative where prefill made a checkpoint and went on from that. Then its values are
-    exact: any prefill with these cuts computes the same bits. None: its values were decoded or computed in a
-    batch with others, and no other computation gives the same bits; `run` tells them from others.
+    `owner`: who may use it; "": everybody. `cuts`: the positions up to its end where prefill was cut, the
+    last of which is its end; negative where prefill made a checkpoint and went on from that. Then its values
+    are exact: any prefill with these cuts computes the same bits. None: its values were decoded or computed
+    in a batch with others, and no other computation gives the same bits; `run` tells them from others.
 
     `data`, the values of its tokens, and `checkpoint`, what belongs to its end alone, are None when they are
     not in memory. `file`: where both are on the disk. `n_data`, `n_checkpoint`: their sizes in bytes.
-    `to_disk`: it may be written. `lasting`: so may its checkpoint. `cost_ms`: the time that computing it took or would take. `pins`: sequences
-    about to start from it. `gone`: it is no longer in the tree."""
+    `to_disk`: it may be written. `lasting`: so may its checkpoint. `cost_ms`: the time that computing it
+    takes. `pins`: the number of sequences about to start from it. `gone`: it is no longer in the tree."""
 
     parent: Block | None = None
     start: int = 0

@@ -100,17 +100,17 @@ class BlockDirectory:
             except OSError as error:
                 failures.append(error)
         if blocks:
-            _sync(self.path)
+            self.sync()
         if failures:
             raise failures[0]
 
-
-def _sync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    def sync(self) -> None:
+        """Writes the directory itself to the disk. Raises OSError."""
+        handle = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 @dataclass

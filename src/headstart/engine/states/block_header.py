@@ -45,7 +45,8 @@ class DamagedBlock(Exception):
 class BlockHeader:
     """`parent`: the address of the block before; "" for a first block. `root`: what identifies everything
     that values depend on besides the tokens. `start`: the position of the first token. `owner`: "" for a
-    public block. `cuts`: as in Block, None where values aren't exact; those have the id of their `run`. `created`: in seconds of time.time()."""
+    public block. `cuts`: as in Block, None where values aren't exact; those have the id of their `run`.
+    `created`: in seconds of time.time()."""
 
     address: str
     parent: str

@@ -33,8 +33,9 @@ class Loaded:
 
 
 class DiskTier:
-    """The blocks of one model in `path`, the model's directory. Used from the engine's thread; two threads of its own write and
-    read. `wake` is called from them after each piece of work. `root`: as in StateStore. `limit`: bytes."""
+    """The blocks of one model in `path`, the model's directory. Used from the engine's thread; two threads of
+    its own write and read. `wake` is called from them after each piece of work. `root`: as in StateStore.
+    `limit`: bytes."""
 
     def __init__(self, path: Path, root: str, limit: int, wake: Callable[[], object]) -> None:
         self.directory = BlockDirectory(directory_of(path, root))
@@ -52,7 +53,7 @@ class DiskTier:
         self._removed: set[Block] = set()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="block-writer")
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="block-reader")
-        self._written: SimpleQueue[tuple[Block, BlockFile | OSError]] = SimpleQueue()
+        self._written: SimpleQueue[tuple[Block, BlockFile | Exception]] = SimpleQueue()
         self._pending: set[Future[None]] = set()
         self.loaded: SimpleQueue[Loaded] = SimpleQueue()
 
@@ -119,15 +120,16 @@ class DiskTier:
         """Runs on the writer's thread."""
         try:
             self._written.put((block, block_file.write(self.directory.path, header, data, checkpoint)))
-        except OSError as error:
+        except Exception as error:
+            # Any exception: the block must not count as being written for ever.
             self._written.put((block, error))
         self.wake()
 
-    def settle(self) -> Iterator[Block]:
-        """Records what has been written since the last call; the blocks whose files are in place."""
+    def settle(self) -> None:
+        """Records what has been written since the last call."""
         for block, result in drained(self._written):
             self.writing.pop(block, None)
-            if isinstance(result, OSError):
+            if isinstance(result, Exception):
                 self.failures += 1
                 self.refused.add(block)
                 log.warning("a state was not written to the disk: %s", result)
@@ -136,8 +138,6 @@ class DiskTier:
             block.file = result
             if block.gone:
                 self.remove(block)
-            else:
-                yield block
 
     def remove(self, block: Block) -> None:
         """Deletes the block's file; one that is being written is deleted by `settle`."""
@@ -151,6 +151,11 @@ class DiskTier:
             log.warning("a stored state can't be deleted: %s", error)
         self._stored -= block.file.size
         block.file = None
+
+    def sync(self) -> None:
+        """Makes deletions last, also through a power failure."""
+        if self.is_ready:
+            self.directory.sync()
 
     def wait_written(self) -> None:
         """Returns when no file is being written."""

@@ -14,11 +14,9 @@ from headstart.engine.states.disk import DiskTier, Loaded
 from headstart.engine.states.eviction_order import least_worth
 from headstart.engine.states.held import Held, Segment, segments
 from headstart.engine.states.removal import forgotten
-from headstart.engine.states.tree import Lookup, Match, longest
-from headstart.protocol import StoreReport
+from headstart.engine.states.tree import Lookup, Match, longest, same_block
+from headstart.engine.states.write_behind import WriteBehind
 
-# Shorter prompts are not written to the disk.
-LEAST_WRITTEN = 32
 log = logging.getLogger(__name__)
 
 # A copy of a state whose first cell is token `first`, at most the given token, and `first`.
@@ -28,10 +26,9 @@ RECENT_CHECKPOINTS = 3
 
 
 class StateStore:
-    """Used from the engine's thread. `root` identifies everything that a state's bytes depend on besides its
-    tokens. `memory_limit`: bytes; what is being written to the disk counts until it is written. `disk` None:
-    there is none. `cost_ms`: the time to compute tokens from the first to the second position. `days`: what is
-    unused for longer is removed; 0: never."""
+    """Used from the engine's thread. `memory_limit`: bytes; what is being written to the disk counts until it
+    is written. `disk` None: there is none. `cost_ms`: the time to compute tokens from the first to the second
+    position. `days`: what is unused for longer is removed; 0: never."""
 
     def __init__(
         self,
@@ -47,6 +44,7 @@ class StateStore:
         self.cost_ms = cost_ms
         self.days = days
         self.root = Block(address=disk.root if disk else "")
+        self.writes = WriteBehind(self, disk) if disk else None
         self.memory_bytes = 0
         self.evictions = 0
         self.parked = 0
@@ -65,8 +63,6 @@ class StateStore:
     def blocks(self) -> Iterator[Block]:
         """All blocks, each after its parent."""
         return (block for child in self.root.children for block in child.subtree())
-
-    # Finding and loading
 
     def find(self, lookup: Lookup) -> Match | None:
         """The longest stored prefix of a prompt."""
@@ -102,8 +98,6 @@ class StateStore:
                 continue
             self._put(block, *content)
 
-    # Parking
-
     def park(self, held: Held, base: Block | None, save_from: SaveFrom) -> Block:
         """Keeps what a slot holds; `base`: the block up to which it is stored already. Returns the block at
         its end, or the last one before what isn't kept. Raises ModelError."""
@@ -111,8 +105,11 @@ class StateStore:
         block = base.at_most(len(held.tokens)) if base else self.root
         tokens = array("i", held.tokens)
         left = list(segments(held, block.end))
-        while left and (found := self._existing(block, left[0], tokens)):
+        while left and (found := same_block(block, left[0], tokens)):
             block = found
+            taken = held.checkpoints.get(block.end)
+            if taken and block.data is not None and not block.has_checkpoint:
+                self._put(block, block.data, taken.data)
             del left[0]
         if left:
             block = self._add(block, left, tokens, held, save_from)
@@ -121,15 +118,6 @@ class StateStore:
         self._touch(block)
         self.shrink()
         return block.at_most(len(tokens))
-
-    def _existing(self, parent: Block, segment: Segment, tokens: array[int]) -> Block | None:
-        if segment.cuts is None:
-            return None
-        for child in parent.children:
-            same = child.cuts == segment.cuts and child.owner == segment.owner
-            if same and child.tokens == tokens[segment.start : segment.end]:
-                return child
-        return None
 
     def _add(
         self, parent: Block, left: Sequence[Segment], tokens: array[int], held: Held, save_from: SaveFrom
@@ -188,19 +176,16 @@ class StateStore:
             if self.disk and block.file:
                 self.disk.used.add(block)
 
-    # Limits
-
     def set_limits(self, memory_limit: int, disk_limit: int) -> None:
         self.memory_limit = memory_limit
-        if self.disk:
-            self.disk.limit = disk_limit
-            self._make_disk_room(0)
+        if self.writes:
+            self.writes.set_limit(disk_limit)
         self.shrink()
 
     def shrink(self) -> None:
-        """Brings the memory tier within its limit: removes what is on the disk, has the rest written if it may
-        be, or else evicts it, from the ends of chains, what is worth least first."""
-        self._settle()
+        """Brings the memory tier within its limit: removes what is on the disk, has the rest written if it
+        may be, or else evicts it, from the ends of chains, what is worth least first."""
+        self.settle()
         excess = self.memory_bytes - self.memory_limit
         if excess <= 0:
             return
@@ -209,29 +194,33 @@ class StateStore:
         for block in least_worth(list(self.blocks()), lambda block: block.in_memory):
             if excess <= 0:
                 return
-            if block.pins or (self.disk and block in self.disk.writing):
+            is_needed = block.pins or any(child.in_memory for child in block.children)
+            if is_needed or (self.disk and block in self.disk.writing):
                 continue
-            n_bytes = block.memory_bytes
+            excess -= block.memory_bytes
             if block.file:
                 self._drop(block)
-            elif not self._write(block):
+            elif not (self.writes and self.writes.write(block)):
                 self.remove(block)
                 self.evictions += 1
-            excess -= n_bytes
 
     def _drop(self, block: Block) -> None:
         """Removes a block that is on the disk from memory."""
+        assert block.file
         self.memory_bytes -= block.memory_bytes
         block.data = block.checkpoint = None
+        block.n_checkpoint = block.file.header.checkpoint_bytes
 
     def forget(self, owner: str | None, tokens: Sequence[int] | None, kept: Sequence[Sequence[int]]) -> int:
-        """Removes the blocks of a prompt beyond what it has in common with a `kept` one, and all that continue
-        them, for good; `owner` and `tokens` None: of all owners, of all prompts. Returns their number."""
+        """Removes the blocks of a prompt beyond what it has in common with a `kept` one, and all that
+        continue them, for good; `owner` and `tokens` None: of all owners, of all prompts. Returns their
+        number."""
         found = forgotten(self.root.children, owner, tokens, kept)
         n = sum(map(self.remove, found))
         if self.disk:
             self.disk.wait_written()
-            self._settle()
+            self.settle()
+            self.disk.sync()
         return n
 
     def remove(self, block: Block) -> int:
@@ -249,89 +238,38 @@ class StateStore:
             block.parent.children.remove(block)
         return len(removed)
 
-    # The disk
-
-    def _write(self, block: Block) -> bool:
-        """Begins to write a block, after those before it; False if it may not be written."""
-        if not (self.disk and self.disk.is_ready):
-            return False
-        missing = [each for each in block.path() if each.file is None and each not in self.disk.writing]
-        if not all(each.to_disk and each.in_memory for each in missing):
-            return False
-        n_bytes = sum(map(self.disk.size_of, missing))
-        if not self._make_disk_room(n_bytes, {*block.path()}):
-            return False
-        for each in missing:
-            self.disk.write(each)
-        return True
-
-    def _make_disk_room(self, n_bytes: int, kept: Iterable[Block] = ()) -> bool:
-        assert self.disk
-        if n_bytes > self.disk.limit:
-            return False
-        missing = self.disk.n_bytes + n_bytes - self.disk.limit
-        if missing <= 0:
-            return True
-        for block in list(least_worth(self.blocks(), lambda block: block.file is not None)):
-            if missing <= 0:
-                break
-            if block in kept or block.pins:
-                continue
-            assert block.file
-            missing -= block.file.size
-            self.evictions += 1
-            if block.in_memory and not any(child.file for child in block.children):
-                self.disk.remove(block)
-            else:
-                self.remove(block)
-        return missing <= 0
-
     def write_behind(self) -> None:
         """Has everything written that may be and isn't, and removes what has not been used for too long; for
         idle moments."""
-        self._settle()
-        self._expire()
-        if not self.disk or not self.disk.is_ready:
-            if self.disk and (found := self.disk.open()):
-                self._adopt(found)
-            return
-        for block in list(self.blocks()):
-            if block.file is None and not block.gone and block not in self.disk.writing:
-                if (block.end < LEAST_WRITTEN and not block.children) or not self._write(block):
-                    self.disk.refused.add(block)
-        self.disk.touch_used()
-
-    def _expire(self) -> None:
-        """A block was used whenever one that continues it was."""
+        self.settle()
         if self.days:
+            # A block was used whenever one that continues it was.
             oldest = time() - 86400 * self.days
             for block in [each for each in self.blocks() if each.last_used < oldest]:
                 self.remove(block)
+        if self.disk and not self.disk.is_ready:
+            self._adopt(self.disk.open())
+        elif self.writes:
+            self.writes.write_all(list(self.blocks()))
 
     @property
     def unwritten(self) -> bool:
-        """Whether there are blocks that `write_behind` would write."""
-        if not self.disk or not self.disk.limit:
+        """Whether `write_behind` has something to do."""
+        if not self.writes or not self.writes.disk.limit:
             return False
-        if not self.disk.is_ready:
-            return True
-        passed = self.disk.refused | self.disk.writing.keys()
-        return bool(self.disk.used) or any(
-            block.file is None and block.to_disk and block not in passed for block in self.blocks()
-        )
+        return not self.writes.disk.is_ready or self.writes.outstanding(self.blocks())
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Records what has been written."""
         if self.disk:
-            for block in self.disk.settle():
-                log.debug("written: %d tokens", block.end)
+            self.disk.settle()
 
     def close(self, seconds: float) -> None:
         """Writes everything that may be, for at most so many seconds."""
         self.write_behind()
         if self.disk:
             self.disk.close(seconds)
-            self._settle()
+            self.settle()
 
     def _adopt(self, files: Iterable[Block]) -> None:
         """Takes the blocks that the disk holds into the tree, each after its parent."""
@@ -346,8 +284,6 @@ class StateStore:
             parent.children.append(block)
             known[block.address] = block
 
-    # Reports
-
     @property
     def counts(self) -> object:
         """Changes whenever the report does."""
@@ -358,21 +294,3 @@ class StateStore:
     @property
     def is_writing(self) -> bool:
         return bool(self.disk and self.disk.writing)
-
-    def report(self) -> StoreReport:
-        self._settle()
-        in_memory = [block for block in self.blocks() if block.in_memory]
-        on_disk = [block for block in self.blocks() if block.file]
-        return StoreReport(
-            memory_bytes=self.memory_bytes,
-            memory_tokens=sum(len(block.tokens) for block in in_memory),
-            disk_bytes=self.disk.n_bytes if self.disk else 0,
-            disk_tokens=sum(len(block.tokens) for block in on_disk),
-            chains=sum(not block.children for block in self.blocks()),
-            evictions=self.evictions,
-            parked=self.parked,
-            park_ms=self.park_ms,
-            given_up=self.given_up,
-            verify_failures=self.verify_failures,
-            write_failures=self.disk.failures if self.disk else 0,
-        )

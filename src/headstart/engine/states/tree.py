@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from headstart.engine.states.block import Block
+from headstart.engine.states.held import Segment
 from headstart.tokens import common_prefix
 
 
@@ -110,3 +111,14 @@ def _usable(block: Block, matched: int, n_exact: int, is_exact: bool, lookup: Lo
         # The prompt's own prefill would make no checkpoint here, and go on from the state as computed.
         return None
     return Match(block, n_tokens, min(n_exact, n_tokens)) if n_tokens > block.start else None
+
+
+def same_block(parent: Block, segment: Segment, tokens: array[int]) -> Block | None:
+    """The block after `parent` that has the exact values of a segment of `tokens`."""
+    if segment.cuts is None:
+        return None
+    for child in parent.children:
+        same = child.cuts == segment.cuts and child.owner == segment.owner
+        if same and child.tokens == tokens[segment.start : segment.end]:
+            return child
+    return None

@@ -176,7 +176,7 @@ class StateStores:
                 self._tasks.start(self._share())
 
     async def state(self, model: str | None, hits: Counter[Source]) -> StoreState:
-        """The content of one model's store or of all, with the limits of those that can grow. Raises
+        """Of one model or of all: what the stores hold, with the limits of those that can grow. Raises
         StorageError."""
         names = self.names() if model is None else [model]
         reports = [await self._report(name) for name in names]
@@ -198,8 +198,8 @@ class StateStores:
         return replace(report, disk_bytes=counted.n_bytes, disk_tokens=counted.tokens, chains=counted.chains)
 
     def reports(self) -> dict[str, StoreReport]:
-        """The last report of each model's store; of models that aren't loaded the counts, and the last seen
-        bytes on disk."""
+        """The last report of each model's store; of models that aren't loaded the counts and the bytes on
+        disk, as last seen."""
         reports = {name: model.engine.store for name, model in self.models.items()}
         on_disk = {name: n_bytes for name, n_bytes in self._on_disk.items() if name not in self._loaded}
         empty = StoreReport()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from time import sleep
 
@@ -11,6 +10,7 @@ import pytest
 from driver import CHUNK, OTHER, PROMPT, Driver, small_model
 from headstart.engine.states.disk import DiskTier
 from headstart.engine.states.store import StateStore
+from headstart.protocol import Forget, Forgotten
 
 ROOT = "ab" * 32
 LONG = [3 + i * 7 % 190 for i in range(130)]
@@ -86,7 +86,7 @@ def test_what_nobody_else_needs_is_left_where_it_is(model: str) -> None:
 def test_another_chat_with_the_same_beginning_takes_an_empty_slot() -> None:
     driver = Kept("toy:eos=0")
     one = driver.chat([*LONG, *PROMPT[:40]])
-    two, end = driver.run([*LONG, *OTHER[:40]])
+    _, end = driver.run([*LONG, *OTHER[:40]])
     assert end.stats.cached_tokens >= len(LONG) - CHUNK
     _, end = driver.run([*one, 5, 6])
     assert end.stats.source == "slot"
@@ -97,6 +97,7 @@ def test_the_disk_keeps_what_memory_has_no_room_for(model: str, tmp_path: Path) 
     driver = Kept(model, memory=0, path=tmp_path)
     said = driver.chat(LONG)
     driver.evict()
+    assert driver.store.disk
     driver.store.disk.wait_written()
     driver.store.shrink()
     assert driver.store.memory_bytes == 0
@@ -166,7 +167,6 @@ def test_memory_stays_within_its_limit_and_the_ends_of_old_chains_go_first() -> 
     driver.rest()
     assert 0 < driver.store.memory_bytes <= 4 * 700
     assert driver.store.evictions
-    driver = driver
     _, end = driver.run([*chats[-1], 5])
     assert end.stats.evaluated_tokens <= 2
 
@@ -178,6 +178,7 @@ def test_the_disk_stays_within_its_limit(tmp_path: Path) -> None:
         driver.rest()
         files = [path.stat().st_size for path in tmp_path.rglob("*.block")]
         assert sum(files) <= 12_000
+        assert driver.store.disk
         assert sum(files) == driver.store.disk.n_bytes
     assert files
 
@@ -195,8 +196,6 @@ def test_what_was_not_to_be_written_is_in_memory_only(tmp_path: Path) -> None:
 
 
 def test_forgetting_a_prompt_removes_it_everywhere(model: str, tmp_path: Path) -> None:
-    from headstart.protocol import Forget, Forgotten
-
     driver = Kept(model, path=tmp_path)
     said = driver.chat(LONG)
     driver.evict()

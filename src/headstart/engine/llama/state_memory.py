@@ -1,0 +1,60 @@
+"""Memory for states, used again.
+
+Pages that the kernel has to find and clear take longer than copying a state into them: on a virtual machine
+2.8 GB/s, against 8.7 GB/s into pages that are there already. So memory that nothing refers to any more is
+kept, but left to the kernel (MADV_FREE), which takes the pages when it needs them.
+"""
+
+from __future__ import annotations
+
+import mmap
+import weakref
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Less is left to the usual allocator.
+LEAST_BYTES = 1 << 20
+# One for a state that is saved, and one for a state that is restored.
+MOST_KEPT = 2
+PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+
+_kept: list[mmap.mmap] = []
+
+
+def state_memory(n_bytes: int) -> NDArray[np.uint8]:
+    """An array with arbitrary content."""
+    if n_bytes < LEAST_BYTES:
+        return np.empty(n_bytes, dtype=np.uint8)
+    # Pages that aren't touched cost nothing, so states that grow fit what a smaller one was given.
+    size = 1 << (n_bytes - 1).bit_length()
+    mapping = _again(size) or _new(size)
+    array = np.frombuffer(mapping, dtype=np.uint8, count=n_bytes)
+    # All views of the array refer to it, so it goes last.
+    weakref.finalize(array, _keep, mapping).atexit = False
+    return array
+
+
+def _again(size: int) -> mmap.mmap | None:
+    for mapping in _kept.copy():
+        if len(mapping) == size:
+            try:
+                _kept.remove(mapping)
+            except ValueError:
+                # Another thread took it.
+                continue
+            return mapping
+    return None
+
+
+def _new(size: int) -> mmap.mmap:
+    mapping = mmap.mmap(-1, size, flags=PRIVATE)
+    mapping.madvise(mmap.MADV_HUGEPAGE)
+    return mapping
+
+
+def _keep(mapping: mmap.mmap) -> None:
+    mapping.madvise(mmap.MADV_FREE)
+    _kept.append(mapping)
+    if len(_kept) > MOST_KEPT:
+        del _kept[0]
