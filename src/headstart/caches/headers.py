@@ -58,6 +58,12 @@ class Catalog:
         """Whether the file's header could not be read, so that the entry comes from its copy."""
         return key in self._from_copies
 
+    def tell_of_copy(self, entry: Entry) -> None:
+        """Says so if a cache that is written anew has the text of a copy."""
+        known = self.get(entry.key)
+        if known and self.is_from_copy(known.key) and known.content == entry.content:
+            log.warning("%s: written anew with the unverified text of the copy", self.path(entry.key))
+
     def look(self, key: CacheKey) -> Entry | None:
         """Reads the entry from the disk; None if there is no file. A damaged file keeps the entry of its
         header, or the one last read, so that its state can be rebuilt; verification will refuse it."""

@@ -21,6 +21,7 @@ from headstart.caches.files import sha256_of, storage_errors, sync_directory, ta
 from headstart.caches.headers import Catalog, is_same
 from headstart.caches.index.index import Index
 from headstart.caches.index.usage import CacheUsage
+from headstart.caches.removed import RemovedCaches
 from headstart.caches.verified import Checked, Identities, Tokens, VerifiedState, identities
 from headstart.errors import CacheConflict, CacheNotFound, StorageError
 from headstart.names import CacheKey, Namespace
@@ -48,6 +49,7 @@ class Store:
             self.index = Index(self.directory / "index.sqlite")
         self._catalog = Catalog(self.directory)
         self.path = self._catalog.path
+        self.removed = RemovedCaches(self.path)
         self._checked = Checked()
         self.reconcile()
         self._catalog.take_over(self.index.earlier)
@@ -87,8 +89,7 @@ class Store:
         """The entry as read from the disk (see Catalog.look). An expired cache is removed: None."""
         known, entry = self._catalog.get(key), self._catalog.look(key)
         if entry is None and known:
-            self._checked.forget(key)
-            self.index.delete(key)
+            self._forget(key)
         if entry and self.index.is_expired(entry, self.clock()):
             self._expire(entry)
             return None
@@ -114,7 +115,8 @@ class Store:
             return
         log.info("cache %s of %s has expired", entry.name, entry.namespace)
         try:
-            self._remove(entry.key)
+            # Nobody named an automatic cache.
+            self._remove(entry.key, evicts=entry.origin == "automatic")
         except StorageError as error:
             # It stays hidden, and the next lookup tries again.
             log.warning("%s", error.message)
@@ -221,19 +223,16 @@ class Store:
         `repaired`. Returns the stored entry. On CacheConflict or OSError the old one is untouched."""
         if repaired and not is_same(self._look(repaired.key), repaired):
             raise CacheConflict(f"The cache {entry.name!r} was replaced meanwhile, so it was not repaired.")
-        self._tell_of_copy(entry)
+        self._before(entry)
         stored, files = await asyncio.to_thread(self._publish, writer, entry)
         self._checked.put(entry.key, files, writer.tokens)
         self._replace(stored)
         return stored
 
-    def _tell_of_copy(self, entry: Entry) -> None:
-        known = self._catalog.get(entry.key)
-        if known and self.is_from_copy(known) and known.content == entry.content:
-            log.warning(
-                "%s: written anew with the unverified text of the copy",
-                self.path(entry.key),
-            )
+    def _before(self, entry: Entry) -> None:
+        """The entry's file is about to be put in place."""
+        self._catalog.tell_of_copy(entry)
+        self.removed.note_replaced(self._catalog.get(entry.key), entry)
 
     def _replace(self, stored: Entry) -> None:
         key = stored.key
@@ -251,10 +250,11 @@ class Store:
         sync_directory(final.parent)
         return stored, files
 
-    def delete(self, key: CacheKey) -> None:
-        """Raises CacheNotFound. Requests that have the file open can still read it."""
+    def delete(self, key: CacheKey, *, evicts: bool = False) -> None:
+        """Raises CacheNotFound. Requests that have the file open can still read it. `evicts`: only to make
+        room, so its text isn't noted as `removed`."""
         self.find(key, param="name")
-        self._remove(key)
+        self._remove(key, evicts=evicts)
 
     async def amend(self, entry: Entry, changed: Entry, *, with_states: bool = True) -> Entry | None:
         """Replaces the cache atomically by `changed`, with its states or none; returns it as stored. None,
@@ -271,28 +271,30 @@ class Store:
     async def publish(self, scratch: Path, stored: Entry) -> None:
         """Publishes a written and synced scratch file; it is in place before the first await. Raises
         OSError."""
-        self._tell_of_copy(stored)
+        self._before(stored)
         final = self.path(stored.key)
         scratch.rename(final)
         sidecar.keep_only(final, stored.sidecar_forms)
         self._replace(stored)
         await asyncio.to_thread(sync_directory, scratch.parent)
 
-    def _remove(self, key: CacheKey) -> None:
+    def _remove(self, key: CacheKey, *, evicts: bool) -> None:
         path = self.path(key)
+        if (known := self._catalog.get(key)) and not evicts:
+            self.removed.note(known)
         with storage_errors(str(path)):
             sidecar.keep_only(path)
             path.unlink(missing_ok=True)
             sync_directory(path.parent)
         self._forget(key)
-        self._delete_derived(key)
+        self._delete_derived(key, evicts=evicts)
 
-    def _delete_derived(self, key: CacheKey) -> None:
+    def _delete_derived(self, key: CacheKey, *, evicts: bool = False) -> None:
         """Deletes derived caches with this part, which would never be found again, as far as possible."""
         # A key's derived caches may contain public ones.
         namespaces = (entry for entry in self.known() if key.namespace in (entry.namespace, entry.model))
         for entry in [entry for entry in namespaces if key.name in entry.parts]:
             try:
-                self.delete(entry.key)
+                self.delete(entry.key, evicts=evicts)
             except (CacheNotFound, StorageError) as error:
                 log.warning("a derived cache was not deleted: %s", error)

@@ -13,6 +13,7 @@ from headstart.errors import ModelNotFound
 from headstart.service.caching.caching import Caching
 from headstart.service.caching.expiry import ExpirySweep
 from headstart.service.caching.facade import Caches
+from headstart.service.caching.forget import StateRemoval
 from headstart.service.caching.quota import Quota
 from headstart.service.caching.remeasure import Remeasuring
 from headstart.service.caching.verify import Verifier
@@ -70,17 +71,18 @@ class Service:
             observer=observer,
         )
         verifier = Verifier(caching, self.models.all)
-        self.caches = Caches(store, caching, quota, verifier, self.models.states, reuse)
+        removal = StateRemoval(store, self.models.states, self.models.all)
+        self.caches = Caches(store, caching, quota, verifier, removal, reuse)
         automatic = Automatic(settings, caching)
         conversations = Conversations(caching)
         breakpoints = Breakpoints(caching, automatic)
-        self.responses = Responses(settings, conversations, automatic, quota)
+        self.responses = Responses(settings, conversations, automatic, quota, removal)
         grammars = GrammarChecks(settings.max_waiting)
         planner = PromptPlanner(caching, automatic, conversations, breakpoints)
         preparation = Preparation(planner, conversations, grammars)
         kept = (caching, automatic, conversations, self.responses, breakpoints)
         self.generation = Generation(preparation, *kept, observer)
-        self._expiry = ExpirySweep(store, quota)
+        self._expiry = ExpirySweep(store, quota, removal)
         idle_seconds = settings.tune_idle_seconds if settings.tune else 0
         self._remeasuring = Remeasuring(store, self.models, caching, say, idle_seconds)
         self._store = store

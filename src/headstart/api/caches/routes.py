@@ -135,7 +135,7 @@ async def delete(request: Request, model: str, name: str) -> Json:
     """Deletes a cache. Running requests that use it are not affected."""
     service: Service = request.app.state.service
     served = _changed(request, model, name)
-    service.caches.delete(served, name)
+    await service.caches.delete(served, name)
     return {"object": "cache.deleted", "cache_name": name, "model": served.name, "deleted": True}
 
 

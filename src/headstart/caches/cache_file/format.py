@@ -104,6 +104,21 @@ def verify(path: Path, identity: Identity, *, from_disk: bool = False) -> dict[F
     return tokens
 
 
+def read_tokens(path: Path) -> dict[Form, list[int]]:
+    """The token ids of each form, whose hashes are checked; states aren't read. Raises Corrupt, or OSError if
+    the file can't be opened."""
+    with _opened(path) as file:
+        header = read_header(file)
+        tokens: dict[Form, list[int]] = {}
+        for form in header.forms:
+            begin, end = header.tensors[f"{form}.tokens"].data_offsets
+            data = memoryview(os.pread(file.fileno(), end - begin, header.start + begin))
+            if hash_of(data) != header.hash_of(f"{form}.tokens"):
+                raise Corrupt(f"{path}: wrong hash of {form}.tokens")
+            tokens[form] = data.cast("i").tolist()
+    return tokens
+
+
 def _opened(path: Path) -> BufferedReader:
     """Raises Corrupt if the path is no regular file, or OSError."""
     try:

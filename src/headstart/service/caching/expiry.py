@@ -6,8 +6,9 @@ import asyncio
 import logging
 
 from headstart.caches.store import Store
-from headstart.errors import StorageError
+from headstart.errors import HeadstartError
 from headstart.service.background import BackgroundTasks
+from headstart.service.caching.forget import StateRemoval
 from headstart.service.caching.quota import Quota
 
 log = logging.getLogger(__name__)
@@ -19,9 +20,10 @@ class ExpirySweep:
     """Sweeps periodically, from `start` to `close`. An expired cache is refused at once, even before its file
     is deleted. The interval between sweeps doesn't depend on the wall clock."""
 
-    def __init__(self, store: Store, quota: Quota) -> None:
+    def __init__(self, store: Store, quota: Quota, removal: StateRemoval) -> None:
         self.store = store
         self.quota = quota
+        self.removal = removal
         self._tasks = BackgroundTasks()
 
     def start(self) -> None:
@@ -34,12 +36,13 @@ class ExpirySweep:
         while True:
             try:
                 await self.sweep()
-            except StorageError as error:
+            except HeadstartError as error:
                 log.warning("removing expired and surplus caches failed: %s", error.message)
             await asyncio.sleep(SWEEP_SECONDS)
 
     async def sweep(self) -> None:
-        """Raises StorageError."""
+        """Raises StorageError or EngineDied."""
         self.store.index.save()
         self.store.remove_expired()
         await self.quota.trim()
+        await self.removal.catch_up()

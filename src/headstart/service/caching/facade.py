@@ -15,12 +15,13 @@ from headstart.caches.store import Store
 from headstart.protocol import StoreReport
 from headstart.service.caching.builder import OnProgress
 from headstart.service.caching.caching import Caching
+from headstart.service.caching.forget import StateRemoval
 from headstart.service.caching.lookup import miss_reason
 from headstart.service.caching.quota import Quota
 from headstart.service.caching.transfer import Exported, Transfer
 from headstart.service.caching.verify import Verdict, Verifier, VerifyScope
 from headstart.service.models.reuse import ReuseCounter
-from headstart.service.models.state_stores import StateStores, StoreState
+from headstart.service.models.state_stores import StoreState
 from headstart.service.models.tenant_model import TenantModel
 
 
@@ -41,14 +42,15 @@ class Caches:
         caching: Caching,
         quota: Quota,
         verifier: Verifier,
-        states: StateStores,
+        removal: StateRemoval,
         reuse: ReuseCounter,
     ) -> None:
         self._store = store
         self._caching = caching
         self._quota = quota
         self._verifier = verifier
-        self._states = states
+        self._states = removal.states
+        self._removal = removal
         self._reuse = reuse
         self._transfer = Transfer(store, caching, quota)
 
@@ -130,8 +132,8 @@ class Caches:
         on_progress: OnProgress | None = None,
     ) -> Entry:
         """Creates or replaces a cache, which keeps the fields of its retention that aren't `given`. Raises as
-        Caching.create."""
-        return await self._caching.create(
+        Caching.create, or as StateRemoval.catch_up when it was replaced."""
+        entry = await self._caching.create(
             model,
             name,
             content,
@@ -140,14 +142,18 @@ class Caches:
             overwrite=overwrite,
             on_progress=on_progress,
         )
+        await self._removal.catch_up(model.name)
+        return entry
 
     async def edit(self, model: TenantModel, name: str, given: Mapping[str, Any]) -> Entry:
         """Changes the `given` fields of the retention. Raises as Caching.edit."""
         return await self._caching.edit(model, name, given)
 
-    def delete(self, model: TenantModel, name: str) -> None:
-        """Raises InvalidName, CacheNotFound or CacheConflict."""
+    async def delete(self, model: TenantModel, name: str) -> None:
+        """Its text is gone from the state stores, too. Raises InvalidName, CacheNotFound or CacheConflict;
+        when it was deleted, as StateRemoval.catch_up."""
         self._caching.delete(model, name)
+        await self._removal.catch_up(model.name)
 
     async def export(self, model: TenantModel, name: str) -> Exported:
         """Opens the cache's file; the caller closes it. Raises as Transfer.export."""
@@ -163,10 +169,13 @@ class Caches:
         overwrite: bool,
         rebuild: bool,
     ) -> Entry:
-        """Imports a cache file. Raises as Transfer.import_file."""
-        return await self._transfer.import_file(
+        """Imports a cache file. Raises as Transfer.import_file, or as StateRemoval.catch_up when it has
+        replaced another."""
+        entry = await self._transfer.import_file(
             model, name, chunks, size=size, overwrite=overwrite, rebuild=rebuild
         )
+        await self._removal.catch_up(model.name)
+        return entry
 
     def verify(self, scope: VerifyScope) -> AsyncGenerator[Verdict, None]:
         """Checks caches, and repairs them on request; see Verifier.verify."""

@@ -135,7 +135,7 @@ class Quota:
             freed = entry.size_bytes - stub.size_bytes
         else:
             try:
-                self.store.delete(entry.key)
+                self.store.delete(entry.key, evicts=True)
             except CacheNotFound:
                 return 0
             freed = entry.size_bytes

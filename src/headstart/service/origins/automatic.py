@@ -150,7 +150,7 @@ class Automatic:
             if excess <= 0:
                 break
             if entry.key not in self.caching.builds:
-                store.delete(entry.key)
+                store.delete(entry.key, evicts=True)
                 self.caching.observer.evicted(Evicted(entry, entry.size_bytes))
                 deleted.append(entry)
                 excess -= entry.size_bytes

@@ -21,6 +21,7 @@ from headstart.limits import MAX_DEPTH
 from headstart.names import CacheKey
 from headstart.prompt.process.protocol import TextPrompt
 from headstart.service.background import BackgroundTasks
+from headstart.service.caching.forget import StateRemoval
 from headstart.service.caching.quota import Quota
 from headstart.service.interface.answer import Choice
 from headstart.service.interface.chat import Chat
@@ -61,12 +62,18 @@ class Responses:
     """Used from the event loop."""
 
     def __init__(
-        self, settings: Settings, conversations: Conversations, automatic: Automatic, quota: Quota
+        self,
+        settings: Settings,
+        conversations: Conversations,
+        automatic: Automatic,
+        quota: Quota,
+        removal: StateRemoval,
     ) -> None:
         self.settings = settings
         self.conversations = conversations
         self.automatic = automatic
         self.quota = quota
+        self.removal = removal
         self.store = quota.store
         self.observer = quota.observer
         self._tasks = BackgroundTasks()
@@ -103,12 +110,14 @@ class Responses:
             return None
 
     async def delete(self, owner: str, name: str) -> None:
-        """Raises ResponseNotFound or StorageError."""
+        """Its text is gone from the state stores, too. Raises ResponseNotFound, or as
+        StateRemoval.catch_up."""
         while True:
             entry = (await self.find(owner, name, param="response_id")).entry
             build = self.conversations.caching.builds.of(entry.key)
             if build is None:
-                return self.store.delete(entry.key)
+                self.store.delete(entry.key)
+                return await self.removal.catch_up(entry.model)
             await asyncio.wait([build])
 
     def continued(self, kept: StoredResponse, instructions: str | None, said: Sequence[Json]) -> list[Json]:
@@ -155,7 +164,7 @@ class Responses:
         await asyncio.wait([saving])
         try:
             for entry in self._movable(self.of(owner))[: -self.settings.responses_kept]:
-                self.store.delete(entry.key)
+                self.store.delete(entry.key, evicts=True)
                 self.observer.evicted(Evicted(entry, entry.size_bytes))
             await self._trim()
         except HeadstartError as error:
