@@ -119,11 +119,11 @@ def test_a_stop_sequence_ends_the_answer_and_is_named(client: Anthropic) -> None
 
 
 def test_why_an_answer_ended_is_told(client: Anthropic) -> None:
-    cut = client.messages.create(messages=QUESTION, model="toy", max_tokens=1, extra_body={"temperature": 0})
+    cut = client.messages.create(messages=QUESTION, **{**GREEDY, "max_tokens": 1})
     assert (cut.stop_reason, cut.stop_sequence, cut.usage.output_tokens) == ("max_tokens", None, 1)
     reasons = {
         client.messages.create(
-            model="toy", max_tokens=400, messages=[{"role": "user", "content": f"{i}?"}]
+            **{**GREEDY, "max_tokens": 400}, messages=[{"role": "user", "content": f"{i}?"}]
         ).stop_reason
         for i in range(3)
     }

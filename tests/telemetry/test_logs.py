@@ -91,7 +91,7 @@ def test_no_line_has_a_prompt_or_a_key(server: RunningServer) -> None:
 
 
 def test_text_is_for_reading(start_server: StartServer) -> None:
-    server = start_server("--model", "toy=toy:", env={"HEADSTART_LOG_LEVEL": "info"})
+    server = start_server("--model", "toy=toy:eos=0", env={"HEADSTART_LOG_LEVEL": "info"})
     server.post(CHAT, model="toy", messages=[{"role": "user", "content": "Hi"}], max_tokens=4)
     (line,) = [line for line in server.log.read_text().splitlines() if "answered" in line]
     assert "[info" in line
