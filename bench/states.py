@@ -1,7 +1,7 @@
 """How fast states are saved, cut into blocks, joined and restored, in this process.
 
-`python -m bench.states [--model FILE] [--tokens N]`: prefills a slot once and prints the best of several rounds
-in GB/s of the whole state, with flash attention and without (where V is transposed).
+`python -m bench.states [--model FILE] [--tokens N]`: prefills a slot once and prints the best of several
+rounds in GB/s of the whole state, with flash attention and without (where V is transposed).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -202,7 +202,7 @@ def test_damaged_memory_is_refused(damaged: Sliced) -> None:
         with pytest.raises(ModelError):
             join(blocks, checkpoint, wrong)
     if slices.has_checkpoint:
-        for other in _wrong(checkpoint, 2):
+        for other in _wrong(checkpoint, range(2)):
             # llama.cpp itself refuses recurrent ones that end early.
             with suppress(ModelError):
                 assert not damaged.restore(1, blocks, len(PROMPT), other)
@@ -211,13 +211,14 @@ def test_damaged_memory_is_refused(damaged: Sliced) -> None:
     if slices.has_cells:
         # The counts, and the position and sequences of the first cell.
         for i in range(len(blocks)):
-            for other in _wrong(blocks[i], 3):
+            for other in _wrong(blocks[i], range(3)):
                 with pytest.raises(ModelError):
                     join([*blocks[:i], other, *blocks[i + 1 :]], checkpoint)
         for others in (blocks[1:], blocks[:-1], blocks[::-1], [blocks[0], *blocks[2:], blocks[1]]):
             with pytest.raises(ModelError):
                 join(others, checkpoint)
-        for other in [*_cut_short(state), *_wrong(state, 1)]:
+        # All but the number of the sequence.
+        for other in _wrong(state, (0, 2, 3, 4, 5)):
             with pytest.raises(ModelError):
                 slices.cut(other, 0, BLOCK)
         for start, end in ((-1, 5), (5, 4), (0, len(PROMPT) + 1)):
@@ -246,12 +247,12 @@ def _cut_short(memory: memoryview) -> Iterator[memoryview]:
     yield memoryview(bytes(memory) + b"\0")
 
 
-def _wrong(memory: memoryview, n_words: int) -> Iterator[memoryview]:
-    """Cut short, too long, or with another one of the first numbers."""
+def _wrong(memory: memoryview, words: Iterable[int]) -> Iterator[memoryview]:
+    """Cut short, too long, or with another number in one of these places."""
     yield from _cut_short(memory)
-    for at in range(0, 4 * n_words, 4):
+    for at in (4 * place for place in words):
         (word,) = struct.unpack_from("<I", memory, at)
-        for other in {0, 1, word + 1, word ^ 0x80, 0xFFFFFFFF} - {word}:
+        for other in {0, 1, word + 1, word ^ 0x80, 0x7FFFFFFF, 0xFFFFFFFF} - {word}:
             changed = bytearray(memory)
             struct.pack_into("<I", changed, at, other)
             yield memoryview(changed)

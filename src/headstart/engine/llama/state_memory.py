@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import weakref
+from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +27,10 @@ def state_memory(n_bytes: int) -> NDArray[np.uint8]:
     """An array with arbitrary content."""
     if n_bytes < LEAST_BYTES:
         return np.empty(n_bytes, dtype=np.uint8)
-    # Pages that aren't touched cost nothing, so states that grow fit what a smaller one was given.
-    size = 1 << (n_bytes - 1).bit_length()
+    # In steps of an eighth to a quarter, so that a state that grows fits what a smaller one was given: pages
+    # that aren't touched cost nothing.
+    step = 1 << (n_bytes.bit_length() - 3)
+    size = -(-n_bytes // step) * step
     mapping = _again(size) or _new(size)
     array = np.frombuffer(mapping, dtype=np.uint8, count=n_bytes)
     # All views of the array refer to it, so it goes last.
@@ -37,7 +40,7 @@ def state_memory(n_bytes: int) -> NDArray[np.uint8]:
 
 def _again(size: int) -> mmap.mmap | None:
     for mapping in _kept.copy():
-        if len(mapping) == size:
+        if size <= len(mapping) <= 2 * size:
             try:
                 _kept.remove(mapping)
             except ValueError:
@@ -48,13 +51,21 @@ def _again(size: int) -> mmap.mmap | None:
 
 
 def _new(size: int) -> mmap.mmap:
-    mapping = mmap.mmap(-1, size, flags=PRIVATE)
-    mapping.madvise(mmap.MADV_HUGEPAGE)
+    try:
+        mapping = mmap.mmap(-1, size, flags=PRIVATE)
+    except OSError as error:
+        raise MemoryError(f"no memory for {size} bytes") from error
+    with suppress(OSError):
+        # Some kernels have no such pages.
+        mapping.madvise(mmap.MADV_HUGEPAGE)
     return mapping
 
 
 def _keep(mapping: mmap.mmap) -> None:
-    mapping.madvise(mmap.MADV_FREE)
+    try:
+        mapping.madvise(mmap.MADV_FREE)
+    except OSError:
+        return
     _kept.append(mapping)
     if len(_kept) > MOST_KEPT:
         del _kept[0]

@@ -146,7 +146,7 @@ def _fill(memory: Bytes, parts: Seq[AttentionPart], n_tokens: int) -> None:
 
 def _order(positions: NDArray[np.int32]) -> NDArray[np.intp] | None:
     """The cells in the order of their positions; None if that is the order they have."""
-    first = positions.min()
+    first = int(positions.min())
     wanted = np.arange(first, first + len(positions))
     if np.array_equal(positions, wanted):
         return None
