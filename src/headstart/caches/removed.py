@@ -45,7 +45,7 @@ class RemovedCaches:
             self.note(known)
 
     def of(self, model: str | None) -> list[RemovedCache]:
-        """Those of one model, or all."""
+        """The caches of one model, or all."""
         return [removed for removed in self._waiting if model in (None, removed.entry.model)]
 
     def settle(self, removed: RemovedCache) -> None:

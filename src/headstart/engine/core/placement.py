@@ -112,7 +112,8 @@ class Placement:
             choices.append((usable, 2, origin))
         n, _, best = max(choices, key=lambda choice: choice[:2])
         if best is not None:
-            return Place(self.victim(), n, best)
+            victim = self.victim()
+            return Place(victim, n, None if best is victim else best)
         if not keep:
             return Place(self.victim(), 0, None)
         other = self.victim()

@@ -176,7 +176,7 @@ class StateStores:
                 self._tasks.start(self._share())
 
     async def state(self, model: str | None, hits: Counter[Source]) -> StoreState:
-        """The content of the stores, of one model or of all, with the limits of those that can grow. Raises
+        """The content of one model's store or of all, with the limits of those that can grow. Raises
         StorageError."""
         names = self.names() if model is None else [model]
         reports = [await self._report(name) for name in names]
