@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import threading
@@ -12,7 +13,7 @@ import httpx
 import pytest
 
 from conftest import StartServer
-from servers import RunningServer, events, said
+from servers import ONE_THREAD, RunningServer, events, said
 
 PROMPT = "You keep the lighthouse.\n\nEach evening you light the lamp, and " + " and ".join(
     f"watch ship number {i}" for i in range(60)
@@ -306,3 +307,85 @@ def test_requests_during_replacements_each_answer_for_one_version_or_the_other(
     final = server.chat("Who?", use_cache="keeper")
     assert said(final) == said(server.chat("Who?", system=last["prompt"], cache_prompt=False))
     assert server.files() == ["toy/keeper.headstart"]
+
+
+# As in Mistral's models: the last user message has the system text before it.
+LATE_SYSTEM = (
+    "{% set system = messages[0]['content'] + '\\n\\n' if messages[0]['role'] == 'system' else '' %}"
+    "{% for message in messages if message['role'] != 'system' %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if loop.last and message['role'] == 'user' %}{{ system }}{% endif %}"
+    "{{ message['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def _late_system(tmp_path: Path, model: str) -> dict[str, str]:
+    """The environment in which the model has this template."""
+    path = tmp_path / "late.jinja"
+    path.write_text(LATE_SYSTEM)
+    return {"HEADSTART_TEMPLATES": json.dumps({model: str(path)})}
+
+
+def _check_half(server: RunningServer, model: str) -> None:
+    """A cache that the template writes at the beginning is a hit. One that it moves behind other messages is
+    none, though its first tokens are those of the prompt; neither is one of which less than half is used."""
+    server.create("moved", PROMPT, model=model)
+    hit = server.chat("One?", model=model, use_cache="moved", explain_cache=True)
+    assert _usage(hit) == (True, None)
+    turns = [
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": said(hit)},
+        {"role": "user", "content": "Two?"},
+    ]
+    body = {"model": model, "temperature": 0, "max_tokens": 8, "explain_cache": True}
+    moved = server.post("/v1/chat/completions", messages=turns, use_cache="moved", **body).json()
+    assert _usage(moved) == (False, "prompt_differs")
+    assert moved["usage"]["cached_prompts"] == []
+    told = moved["cache_explanation"]
+    assert 0 < told["matched_tokens"] < told["cache_tokens"] // 2
+    assert "was not used" in told["reason"]
+    system = {"role": "system", "content": PROMPT}
+    cold = server.post("/v1/chat/completions", messages=[system, *turns], cache_prompt=False, **body).json()
+    assert said(moved) == said(cold)
+
+
+def test_less_than_half_of_a_named_cache_is_no_hit(start_server: StartServer, tmp_path: Path) -> None:
+    server = start_server("--model", "toy=toy:", env=_late_system(tmp_path, "toy"))
+    _check_half(server, "toy")
+
+
+@pytest.mark.parametrize(("n_same", "is_hit"), [(600, True), (200, False)])
+def test_from_half_of_a_named_cache_on_it_is_a_hit(
+    start_server: StartServer, tmp_path: Path, n_same: int, is_hit: bool
+) -> None:
+    # The second message of a chat is written into the system text.
+    source = (
+        "{{ '<|im_start|>system\n' }}{% if messages | length > 2 %}{{ messages[0]['content'][:"
+        + str(n_same)
+        + "] }}"
+        "{% else %}{{ messages[0]['content'] }}{% endif %}{{ '<|im_end|>\n' }}"
+        "{% for message in messages[1:] %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
+        "{{ '<|im_end|>\n' }}{% endfor %}{{ '<|im_start|>assistant\n' }}"
+    )
+    path = tmp_path / "short.jinja"
+    path.write_text(source)
+    server = start_server("--model", "toy=toy:", env={"HEADSTART_TEMPLATES": json.dumps({"toy": str(path)})})
+    letter = "".join(f"Line {i} of the letter. " for i in range(40))[:800]
+    tokens = server.create("letter", letter)["forms"]["chat"]["tokens"]
+    server.restart()
+    turns = [{"role": "user", "content": text} for text in ("One?", "Two?")]
+    body = {"model": "toy", "temperature": 0, "max_tokens": 8}
+    answer = server.post("/v1/chat/completions", messages=turns, use_cache="letter", **body).json()
+    assert _usage(answer) == ((True, None) if is_hit else (False, "prompt_differs"))
+    # Either way the tokens in common are reused, on a miss up to where their prefill was cut.
+    cached = answer["timings"]["cache_n"]
+    assert (cached >= tokens / 2) == is_hit
+    assert cached >= 64
+    assert answer["timings"]["cache_source"] == "file"
+    assert answer["timings"]["prefix_match_n"] >= cached
+
+
+@pytest.mark.real_model
+def test_less_than_half_of_a_real_models_cache_is_no_hit(start_server: StartServer, tmp_path: Path) -> None:
+    _check_half(start_server(*ONE_THREAD, env=_late_system(tmp_path, "smollm2")), "smollm2")

@@ -23,13 +23,14 @@ NO_TOKEN = -1
 @dataclass(frozen=True)
 class Start:
     """How a request starts. `restore`: the state to load; it covers `boundary` tokens. On a miss, `miss` is
-    the reason, and `restore` may be the state of another cache that has `shared` tokens in common with the
-    request."""
+    the reason, and `restore` may be a state of which the request has `shared` tokens in common. `needed`: the
+    number of tokens that a hit reuses at least, half of the cache's."""
 
     boundary: int
     restore: StateRef | None = None
     miss: MissReason | None = None
     shared: int | None = None
+    needed: int = 0
 
 
 async def decide_start(
@@ -75,7 +76,10 @@ async def decide_start(
         return Start(boundary, miss="corrupt")
     if state.tokens != expected:
         return Start(boundary, miss="template_changed")
-    return Start(boundary, restore=state.ref)
+    needed = (len(expected) + 1) // 2
+    if boundary < needed:
+        return Start(boundary, state.ref, "prompt_differs", shared=boundary)
+    return Start(boundary, restore=state.ref, needed=needed)
 
 
 def _most_bytes(model: TenantModel, n_tokens: int) -> int:

@@ -193,12 +193,9 @@ def _miss(prepared: Prepared, stats: Stats) -> MissReason | None:
         return None
     if prepared.start.miss:
         return prepared.start.miss
-    info, boundary = prepared.model.info, prepared.start.boundary
-    if not info.counts_reuse:
+    if not prepared.model.info.counts_reuse:
         return "not_counted"
-    # The runtime decides how much it reuses, but it must be at least half of the cache.
-    needed = (boundary + 1) // 2 if info.state_files else boundary
-    return None if stats.cached_tokens >= needed else "restore_failed"
+    return None if stats.cached_tokens >= prepared.start.needed else "restore_failed"
 
 
 def _explained(prepared: Prepared, miss: MissReason | None, stats: Stats) -> Explanation | None:

@@ -75,7 +75,9 @@ class PromptPlanner:
         if not options.reuse:
             return PlannedPrompt(tokens, Start(boundary), chat=chat)
         match = await self.automatic.look(model, prefix, tokens, boundary, expected)
-        base, start = None, Start(boundary, restore=match.restore if match else None)
+        base, start = None, Start(boundary)
+        if match and match.start:
+            start = replace(start, restore=match.start.restore, shared=match.start.shared)
         if match and match.entry is None:
             base, start = await self._from_shorter(model, chat, tokens, boundary)
             # A breakpoint's prefix is cached at once, not counted.

@@ -16,7 +16,7 @@ from headstart.caches.entry import DEFAULT_RETENTION, KEEPS_STATE, Content, Entr
 from headstart.config.settings import Settings
 from headstart.errors import HeadstartError
 from headstart.names import Namespace
-from headstart.protocol import StateRef, Stats
+from headstart.protocol import Stats
 from headstart.service.background import BackgroundTasks
 from headstart.service.caching.caching import Caching
 from headstart.service.caching.lookup import Start
@@ -35,10 +35,6 @@ class ImplicitMatch:
     boundary: int
     entry: Entry | None = None
     start: Start | None = None
-
-    @property
-    def restore(self) -> StateRef | None:
-        return self.start.restore if self.start else None
 
 
 class Automatic:
