@@ -20,6 +20,7 @@ from headstart.service.caching.catalog import NamespaceCatalog
 from headstart.service.caching.derived import check_own_name, composed
 from headstart.service.caching.lookup import Start, decide_start
 from headstart.service.caching.quota import Quota
+from headstart.service.interface.sameness import written_alike
 from headstart.service.models.tenant_model import TenantModel
 
 log = logging.getLogger(__name__)
@@ -58,10 +59,16 @@ class Caching:
         """For a chat that names no cache: the cache that begins with exactly these messages and tools, and
         how a request of `tokens` starts from it. Doesn't wait for builds. `expected` is as in
         `decide_start`."""
-        for entry in self.namespaces.known(model, "chat"):
-            if entry.tools == prefix.tools and entry.content.prefix_messages == prefix.messages:
-                return entry, await decide_start(self.store, model, entry, "chat", tokens, expected=expected)
-        return None
+        if (entry := self.holding(model, prefix)) is None:
+            return None
+        return entry, await decide_start(self.store, model, entry, "chat", tokens, expected=expected)
+
+    def holding(self, model: TenantModel, prefix: Content) -> Entry | None:
+        """The cache with exactly these messages and tools, written alike."""
+        written = [prefix.messages, prefix.tools]
+        known = self.namespaces.known(model, "chat")
+        found = (e for e in known if written_alike([e.content.prefix_messages, e.tools], written))
+        return next(found, None)
 
     def count_hit(self, entry: Entry, boundary: int, stats: Stats) -> None:
         """Counts the hit of a request that began with `boundary` tokens of the cache. Writes to the disk:

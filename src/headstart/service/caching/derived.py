@@ -12,6 +12,7 @@ from typing import Any
 from headstart.caches.entry import Content, Entry, Form
 from headstart.errors import BadRequest, InvalidName
 from headstart.names import check_name
+from headstart.service.interface.sameness import same_tools
 from headstart.service.models.tenant_model import TenantModel
 
 MOST_PARTS = 8
@@ -81,7 +82,7 @@ def _content(parts: Sequence[Entry], form: Form) -> Content:
         return Content("".join(map(text_of, parts)))
     tools: list[dict[str, Any]] = []
     for part in parts:
-        tools += [tool for tool in part.tools if tool not in tools]
+        tools += [tool for tool in part.tools if not any(same_tools([tool], [other]) for other in tools)]
     return Content(
         messages=[message for part in parts for message in part.content.prefix_messages], tools=tools
     )

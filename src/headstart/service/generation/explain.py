@@ -12,7 +12,7 @@ from headstart.protocol import Stats
 from headstart.service.caching.builder import prefix_tokens_if_any
 from headstart.service.interface.answer import Explanation
 from headstart.service.models.tenant_model import TenantModel
-from headstart.tokens import common_prefix
+from headstart.tokens import common_prefix, common_text
 
 # Number of characters shown before the first difference, and of each text after it.
 SHOWN = 40
@@ -81,19 +81,7 @@ def _text(entry: Entry) -> str:
 
 def _likeness(one: str, other: str) -> tuple[int, int]:
     """The second value decides if all differ at the first character, by leading white space or a capital."""
-    return _shared(one, other), _shared(one.lstrip().lower(), other.lstrip().lower())
-
-
-def _shared(one: str, other: str) -> int:
-    """The length of the common prefix, found by bisection: comparing texts is faster than counting."""
-    fits, least, most = 0, 0, min(len(one), len(other))
-    while least <= most:
-        middle = (least + most) // 2
-        if one[fits:middle] == other[fits:middle]:
-            fits, least = max(fits, middle), middle + 1
-        else:
-            most = middle - 1
-    return fits
+    return common_text(one, other), common_text(one.lstrip().lower(), other.lstrip().lower())
 
 
 def explained(

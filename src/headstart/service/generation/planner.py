@@ -14,12 +14,16 @@ from headstart.service.caching.lookup import Start
 from headstart.service.caching.prefix import prefix_of, prefix_request
 from headstart.service.interface.chat import Chat
 from headstart.service.interface.options import Options
+from headstart.service.interface.sameness import SameMessages
 from headstart.service.interface.text import Text
 from headstart.service.models.tenant_model import TenantModel
 from headstart.service.origins.automatic import Automatic, ImplicitMatch
 from headstart.service.origins.breakpoints import BreakpointPlan, Breakpoints, PlacedBreakpoint
 from headstart.service.origins.conversations import Conversations
 from headstart.tokens import common_prefix
+
+# Fewer tokens of a cache that a chat doesn't continue are not worth reading its file.
+LEAST = 64
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,16 @@ class PlannedPrompt:
     def base(self) -> str | None:
         """The name of the cache that the request names."""
         return self.entry.name if self.entry else None
+
+
+@dataclass(frozen=True)
+class Near:
+    """A cache that begins like a chat which names none. `cut`: the number of tokens in common. `is_longer`:
+    more messages are the same than those of the chat's cacheable prefix."""
+
+    entry: Entry
+    cut: int
+    is_longer: bool
 
 
 class PromptPlanner:
@@ -72,8 +86,11 @@ class PromptPlanner:
         if places:
             expected = None
             prefix, boundary = await self._cached_or_placed(model, chat, tokens, places[-1])
+        near = await self._near(model, chat, prefix, tokens)
+        # A cache that only differs in how it is written is cut like one with the chat's own messages.
+        cut = near.cut if near and near.is_longer and not places else boundary
         if not options.reuse:
-            return PlannedPrompt(tokens, Start(boundary), chat=chat)
+            return PlannedPrompt(tokens, Start(max(cut, boundary)), chat=chat)
         match = await self.automatic.look(model, prefix, tokens, boundary, expected)
         base, start = None, Start(boundary)
         if match and match.start:
@@ -82,6 +99,8 @@ class PromptPlanner:
             base, start = await self._from_shorter(model, chat, tokens, boundary)
             # A breakpoint's prefix is cached at once, not counted.
             match = None if prefix in [place.content for place in places] else match
+        if near:
+            base, start = await self._from_near(model, near, tokens, base, start, max(cut, boundary))
         plan = BreakpointPlan(places, base) if places else None
         return PlannedPrompt(tokens, start, match=match, breakpoints=plan, chat=chat)
 
@@ -120,13 +139,47 @@ class PromptPlanner:
         entry, start = found
         return entry, Start(boundary, restore=start.restore, shared=start.boundary)
 
+    async def _near(self, model: TenantModel, chat: Chat, prefix: Content, tokens: list[int]) -> Near | None:
+        """The cache that has more in common with the chat's beginning than `prefix`, or as much if no cache
+        holds that."""
+        if not model.info.can_cut:
+            return None
+        found = chat.nearest(self.caching.namespaces.known(model, "chat"), _same(model))
+        if found is None or found.entry is None:
+            return None
+        is_longer = found.n_messages > len(prefix.messages)
+        if not is_longer and self.caching.holding(model, prefix):
+            return None
+        cut = _cut(await prefix_tokens_if_any(model, "chat", found.entry.content), tokens)
+        return Near(found.entry, cut, is_longer) if cut >= LEAST else None
+
+    async def _from_near(
+        self,
+        model: TenantModel,
+        near: Near,
+        tokens: list[int],
+        base: Entry | None,
+        start: Start,
+        boundary: int,
+    ) -> tuple[Entry | None, Start]:
+        """How to start from `near`, or from `base` as `start` says if that has more of the prompt."""
+        usable = min(start.boundary if start.shared is None else start.shared, start.boundary)
+        if boundary > start.boundary:
+            start = replace(start, boundary=boundary, shared=usable)
+        if start.restore and usable >= min(near.cut, boundary):
+            return base, start
+        common = await prefix_of(self.caching.store, model, near.entry, "chat", tokens)
+        if common.restore is None:
+            return base, start
+        return near.entry, replace(start, restore=common.restore, shared=common.shared)
+
     async def _named_chat(
         self, model: TenantModel, own: Chat, names: Sequence[str], *, whole: bool
     ) -> PlannedPrompt:
         start = None
         while start is None:
             entry = await self._named(model, names, "chat")
-            chat = own if whole else own.after(entry.content)
+            chat = (own.worded_as if whole else own.after)(entry.content, _same(model))
             if chat.begins_with(entry.content):
                 request = chat.prompt, prefix_request("chat", entry.content)
                 tokens, expected = await model.prompts.with_prefix(*request)
@@ -151,7 +204,7 @@ class PromptPlanner:
         if names is None:
             chat = replace(own, messages=self.automatic.with_default(own.messages))
         else:
-            chat = own.after((await self._named(model, names, "chat")).content)
+            chat = own.after((await self._named(model, names, "chat")).content, _same(model))
         return len(await model.prompts.one(chat.prompt))
 
     async def text(self, model: TenantModel, prompt: Text, names: Sequence[str] | None) -> PlannedPrompt:
@@ -180,6 +233,10 @@ class PromptPlanner:
             await self.conversations.wait_saved(model, name)
             parts.append(await self.caching.find(model, name))
         return parts[0] if len(parts) == 1 else self.caching.derived(model, parts, form)
+
+
+def _same(model: TenantModel) -> SameMessages:
+    return SameMessages(model.vocabulary.call_format.parser, model.vocabulary.reasons)
 
 
 def _cut(prefix: list[int], tokens: list[int]) -> int:

@@ -79,7 +79,7 @@ class Breakpoints:
             if self.automatic.is_worth_keeping(content, boundary):
                 longest = max(each.ttl_seconds, found[boundary].ttl_seconds if boundary in found else 0)
                 found[boundary] = PlacedBreakpoint(
-                    content, boundary, longest, self._kept(model, content) is None
+                    content, boundary, longest, self.caching.holding(model, content) is None
                 )
         return [found[boundary] for boundary in sorted(found)]
 
@@ -88,7 +88,7 @@ class Breakpoints:
         the rest."""
         missing = []
         for place in reversed(plan.places):
-            entry = self._kept(model, place.content)
+            entry = self.caching.holding(model, place.content)
             if entry is None or _ends_early(entry, place):
                 missing.append(place)
             if entry:
@@ -103,21 +103,13 @@ class Breakpoints:
     ) -> None:
         """Stores the longest first, since its tokens are still in memory; the others are prefixes of it."""
         for place in missing:
-            if entry := self._kept(model, place.content):
+            if entry := self.caching.holding(model, place.content):
                 with suppress(HeadstartError):
                     given = {"ttl_seconds": place.ttl_seconds}
                     base = await self.caching.edit(model.for_owner(entry.owner), entry.name, given)
             else:
                 retention = Retention(ttl_seconds=place.ttl_seconds)
                 base = await self.automatic.build(model, place.content, retention, base) or base
-
-    def _kept(self, model: TenantModel, content: Content) -> Entry | None:
-        """The cache with exactly this content."""
-        known = self.caching.namespaces.known(model, "chat")
-        return next(
-            (e for e in known if e.tools == content.tools and e.content.prefix_messages == content.messages),
-            None,
-        )
 
 
 def _ends_early(entry: Entry, place: PlacedBreakpoint) -> bool:
