@@ -16,7 +16,7 @@ from conftest import StartServer
 from headstart.caches.entry import Content
 from headstart.caches.store import Store
 from headstart.service.origins.breakpoints import BreakpointPlan, PlacedBreakpoint
-from servers import Json, RunningServer, eventually, said
+from servers import ONE_THREAD, Json, RunningServer, eventually, said
 
 MARK: Any = {"type": "ephemeral"}
 HOUR: Any = {"type": "ephemeral", "ttl": "1h"}
@@ -171,6 +171,71 @@ def test_marked_tools_are_kept_with_the_system_prompt(start_server: StartServer)
     check_restart(server, user(block("Where?")), system="You look.", tools=tools, least=cache["tokens"])
     others = [{"name": "listen", "input_schema": schema}]
     assert counts(ask(server, user(block("Where?")), system="You look.", tools=others))[2] <= 64
+
+
+def _tools(*names: str, mark_at: int = -1) -> list[Any]:
+    schema = {"type": "object", "properties": {"where": {"type": "string", "description": "Where? " * 40}}}
+    tools: list[Any] = [
+        {"name": name, "description": "Eyes. " * 20, "input_schema": schema} for name in names
+    ]
+    tools[mark_at]["cache_control"] = MARK
+    return tools
+
+
+def _check_tools_alone(server: RunningServer, model: str, mark_at: int) -> None:
+    tools = _tools("look", "listen", mark_at=mark_at)
+    first = ask(server, user(block("Who?")), tools=tools, model=model)
+    (cache,) = kept(server, 1)
+    assert counts(first)[1:] == (cache["tokens"], 0)
+    assert cache["tokens"] > 64
+    body = {"tools": tools, "model": model}
+    check_restart(server, user(block("Where is it?")), **body, least=cache["tokens"])
+    # What follows the tools may be anything, and a request without marks starts from them too.
+    server.restart()
+    turns = [user(block("Who?")), assistant("Me."), user(block("Where?"))]
+    unmarked = [{key: value for key, value in tool.items() if key != "cache_control"} for tool in tools]
+    later = ask(server, *turns, tools=unmarked, model=model)
+    assert counts(later)[1:] == (0, cache["tokens"])
+    others = ask(server, *turns, tools=_tools("look", "smell"), model=model)
+    assert counts(others)[2] < cache["tokens"]
+
+
+@pytest.mark.parametrize("mark_at", [-1, 0])
+def test_marked_tools_are_kept_without_a_system_prompt(start_server: StartServer, mark_at: int) -> None:
+    _check_tools_alone(start_server(*TOOLS), "toy", mark_at)
+
+
+def test_marked_tools_are_kept_where_the_template_has_none(start_server: StartServer) -> None:
+    _check_tools_alone(start_server(*TOY), "toy", -1)
+
+
+def test_marked_tools_are_kept_with_a_system_turn_and_the_configured_message(
+    start_server: StartServer, tmp_path: Path
+) -> None:
+    server = start_server(*TOOLS)
+    tools = _tools("look")
+    system: Any = {"role": "system", "content": KEEPER}
+    ask(server, system, user(block("Who?")), tools=tools)
+    (cache,) = kept(server, 1)
+    check_restart(server, system, user(block("Where?")), tools=tools, least=cache["tokens"])
+    assert cache["tokens"] > len(KEEPER) // 2
+    config = tmp_path / "headstart.toml"
+    config.write_text(
+        'default_system = "You look."\nautomatic = false\nmodels = {toy = "toy:template=tools"}\n'
+    )
+    other = start_server("--config", str(config), cache_dir=tmp_path / "other")
+    ask(other, user(block("Who?")), tools=tools)
+    (cache,) = kept(other, 1)
+    assert cache["tokens"] > 64
+    check_restart(other, user(block("Where?")), tools=tools, least=cache["tokens"])
+
+
+def test_marked_tools_of_a_model_whose_states_are_used_whole(start_server: StartServer) -> None:
+    server = start_server("--model", "toy=toy:template=tools,can_cut=0")
+    tools = _tools("look")
+    ask(server, user(block("Who?")), tools=tools)
+    (cache,) = kept(server, 1)
+    check_restart(server, user(block("Where?")), tools=tools, least=cache["tokens"])
 
 
 def test_results_of_tools_may_be_marked(start_server: StartServer) -> None:
@@ -360,3 +425,8 @@ def test_a_real_model_reads_marks_after_a_restart_and_says_the_same(start_server
     check_restart(server, other, system=system, model="smollm2", least=long["tokens"])
     third = ask(server, user(block("Who are you?")), system=system, model="smollm2")
     assert short["tokens"] - 64 < counts(third)[2] <= short["tokens"]
+
+
+@pytest.mark.real_model
+def test_a_real_model_reads_marked_tools_without_a_system_prompt(start_server: StartServer) -> None:
+    _check_tools_alone(start_server("--ctx", "2048", *ONE_THREAD), "smollm2", -1)

@@ -164,19 +164,23 @@ class CountRequest(CachedRequest):
         many breakpoints."""
         turns = Turns()
         tools = self.tools or []
-        tools_ttl = tools[-1].ttl_seconds if tools else None
+        marks = [tool.ttl_seconds for tool in tools if tool.ttl_seconds is not None]
         if self.system:
             SystemTurn(role="system", content=self.system).add_to(turns)
-        turns.add_breakpoint(tools_ttl)
-        for turn in self.messages:
+        turns_left = list(self.messages)
+        if not self.system and turns_left[0].role == "system":
+            turns_left.pop(0).add_to(turns)
+        # Tools are always kept together, since templates write all of them at one place.
+        turns.add_breakpoint(max(marks, default=None))
+        for turn in turns_left:
             turn.add_to(turns)
         if self.cache_control:
             turns.add_breakpoint(self.cache_control.seconds)
-        n_breakpoints = len(turns.breakpoints) + sum(tool.ttl_seconds is not None for tool in tools[:-1])
+        n_breakpoints = len(turns.breakpoints) + len(marks[1:])
         if n_breakpoints > MAX_BREAKPOINTS:
             message = f"{n_breakpoints} blocks have cache_control; {MAX_BREAKPOINTS} is the most."
             raise BadRequest(message, param="cache_control")
-        return turns.messages, [tool.function() for tool in tools], turns.placed()
+        return turns.messages, [tool.function() for tool in tools], turns.breakpoints
 
 
 class MessagesRequest(CountRequest):

@@ -43,11 +43,8 @@ class Turns:
         self.messages.append({"role": "tool", "content": text, "tool_call_id": call_id, **name})
 
     def add_breakpoint(self, ttl_seconds: float | None) -> None:
-        """Adds a breakpoint after the messages so far, unless `ttl_seconds` is None."""
+        """Adds a breakpoint after the messages so far, unless `ttl_seconds` is None. Before all messages it
+        is one at the beginning of the first."""
         if ttl_seconds is not None:
             characters = len(self.messages[-1]["content"]) if self.messages else 0
-            self.breakpoints.append(Breakpoint(len(self.messages), characters, ttl_seconds))
-
-    def placed(self) -> list[Breakpoint]:
-        """The breakpoints, without those before the first message."""
-        return [each for each in self.breakpoints if each.messages]
+            self.breakpoints.append(Breakpoint(max(len(self.messages), 1), characters, ttl_seconds))

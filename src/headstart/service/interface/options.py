@@ -25,8 +25,8 @@ class Calling:
 @dataclass(frozen=True)
 class Breakpoint:
     """A position up to which the chat is cached, for `ttl_seconds` after the last use: the first `messages`
-    messages, with `characters` characters of the last one. Tools are always included, since templates write
-    them at the start."""
+    messages, with `characters` characters of the last one, 0 for none of its text. Tools are always included,
+    since templates write them at the start."""
 
     messages: int
     characters: int
