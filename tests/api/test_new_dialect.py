@@ -21,6 +21,7 @@ from headstart.api.dialects import DIALECTS
 from headstart.api.fields.generation import CachedRequest
 from headstart.api.fields.reply import Answer, Reply
 from headstart.api.sse import COMMENT, as_event
+from headstart.api.writer import Opens
 from headstart.caches.entry import Content
 from headstart.config.settings import Settings
 from headstart.errors import HeadstartError
@@ -41,7 +42,8 @@ class AskRequest(CachedRequest):
 
 
 class AskWriter:
-    done, keep_alive, opens_at_once = b"", COMMENT, False
+    done, keep_alive = b"", COMMENT
+    opens: Opens = "with_answer"
 
     def __init__(self, model: str) -> None:
         self.body: dict[str, Any] = {"model": model, "answer": "", "cache_hit": None}

@@ -105,14 +105,14 @@ class RunningServer:
         return response.json()
 
     def files(self) -> list[str]:
-        """Names of everything under the cache directory but the index, the lock, what was measured and the
-        copies of headers."""
+        """Names of everything under the cache directory but the index, the lock, what was measured, the
+        copies of headers and the state store's blocks."""
         return sorted(
             str(path.relative_to(self.cache_dir))
             for path in self.cache_dir.rglob("*")
             if path.is_file()
             and not path.name.startswith((".lock", "index.sqlite", "tuning.json"))
-            and path.suffix != ".header"
+            and path.suffix not in (".header", ".block")
         )
 
 

@@ -4,6 +4,7 @@ a restart, and gone when it isn't used for its time."""
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -265,7 +266,65 @@ def test_a_prompt_is_kept_without_an_answer(start_server: StartServer) -> None:
     check_restart(server, user(block("You?")), system=[block(KEEPER, MARK)], least=cache["tokens"])
 
 
-def test_streams_tell_what_was_written_and_read(start_server: StartServer) -> None:
+def _streamed_figures(server: RunningServer, **body: Any) -> tuple[Json, Json]:
+    """The figures of the prompt at the stream's start and at its end."""
+    fields = {"model": "toy", "max_tokens": 4, "stream": True, **body}
+    with server.http.stream("POST", "/v1/messages", json=fields) as response:
+        data = [line[6:] for line in response.iter_lines() if line.startswith("data: ")]
+    told = {event["type"]: event for event in map(json.loads, data)}
+    start, end = told["message_start"]["message"]["usage"], told["message_delta"]["usage"]
+    assert start.pop("output_tokens") == 0
+    assert end.pop("output_tokens") > 0
+    return start, {name: end[name] for name in start}
+
+
+def _check_streams(server: RunningServer, model: str) -> None:
+    """Start and end of each stream tell the same: of what is written, what is read from a slot, from a file,
+    from nowhere, and in part."""
+    body: Json = {"model": model, "system": [block(KEEPER, MARK)]}
+    seen = []
+    for step in ("written", "read from a slot", "read from a file", "computed", "a longer one"):
+        if step == "read from a file":
+            server.restart()
+        longer = step == "a longer one"
+        blocks = [block(LETTER, HOUR)] if longer else [block("Who?")]
+        start, end = _streamed_figures(
+            server, messages=[user(*blocks)], cache_prompt=step != "computed", **body
+        )
+        assert start == end, step
+        seen.append((end["cache_creation_input_tokens"], end["cache_read_input_tokens"]))
+        if step == "written":
+            tokens = kept(server, 1)[0]["tokens"]
+        if longer:
+            assert end["cache_creation"]["ephemeral_1h_input_tokens"] == seen[-1][0] > 0
+    assert seen[:3] == [(tokens, 0), (0, tokens), (0, tokens)]
+    assert seen[3][1] == 0
+    assert 0 < seen[4][1] <= tokens
+
+
+def test_streams_tell_what_was_written_and_read_from_their_start_on(start_server: StartServer) -> None:
+    _check_streams(start_server(*TOY), "toy")
+
+
+def test_a_stream_tells_at_its_start_what_the_engine_does_not_what_was_planned(
+    start_server: StartServer,
+) -> None:
+    server = start_server(*TOY)
+    body: Json = {"messages": [user(block("Who?"))], "system": [block(KEEPER, MARK)]}
+    _streamed_figures(server, **body)
+    kept(server, 1)
+    server.restart()
+    (path,) = (server.cache_dir / "toy").glob("*.headstart")
+    # The server checks the file's hashes, and so do its requests from then on.
+    damaged = bytearray(path.read_bytes())
+    damaged[-1] ^= 1
+    path.write_bytes(damaged)
+    start, end = _streamed_figures(server, **body)
+    assert start == end
+    assert end["cache_read_input_tokens"] == 0
+
+
+def test_the_client_reads_the_same_figures_from_a_stream(start_server: StartServer) -> None:
     server = start_server(*TOY)
     system = [block(KEEPER, MARK)]
     seen = []
@@ -430,3 +489,8 @@ def test_a_real_model_reads_marks_after_a_restart_and_says_the_same(start_server
 @pytest.mark.real_model
 def test_a_real_model_reads_marked_tools_without_a_system_prompt(start_server: StartServer) -> None:
     _check_tools_alone(start_server("--ctx", "2048", *ONE_THREAD), "smollm2", -1)
+
+
+@pytest.mark.real_model
+def test_a_real_models_stream_tells_the_same_at_its_start_and_end(start_server: StartServer) -> None:
+    _check_streams(start_server("--ctx", "2048", *ONE_THREAD), "smollm2")

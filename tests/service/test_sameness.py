@@ -121,7 +121,8 @@ def test_tools_written_in_another_order_are_those_of_the_stored_response(
 def test_a_request_that_names_nothing_has_its_tools_rendered_as_sent(
     start_server: StartServer, tools: list[Json]
 ) -> None:
-    server = start_server("--model", "toy=toy:template=tools")
+    without_store = {"HEADSTART_STATE_MEMORY_MB": "0", "HEADSTART_STATE_DISK_MB": "0"}
+    server = start_server("--model", "toy=toy:template=tools", env=without_store)
     cold = _ask(server, SYSTEM, QUESTION, tools=tools)
     of_the_cache = _ask(server, SYSTEM, QUESTION, tools=[LAMP, HORN])
     assert said(cold) != said(of_the_cache)

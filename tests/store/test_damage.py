@@ -17,9 +17,13 @@ FLIPS = 300
 CUTS = 60
 
 
+# What the state store keeps need not be read from the cache's file.
+WITHOUT_STORE = {"HEADSTART_STATE_MEMORY_MB": "0", "HEADSTART_STATE_DISK_MB": "0"}
+
+
 def _keeper(start_server: StartServer) -> tuple[RunningServer, Path, str]:
     """One slot, so that what another chat leaves in it makes the file be read."""
-    server = start_server("--model", "toy=toy:", "--slots", "1")
+    server = start_server("--model", "toy=toy:", "--slots", "1", env=WITHOUT_STORE)
     expected = said(server.chat("Who?", system=PROMPT, cache_prompt=False))
     server.create("keeper", PROMPT)
     return server, server.cache_dir / "toy" / "keeper.headstart", expected

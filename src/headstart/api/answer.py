@@ -49,35 +49,42 @@ async def body(events: Events, writer: AnswerWriter) -> Json:
 
 class AnswerStream:
     """The data of a stream, except its end. The opening is sent once: together with the first event, or
-    earlier to keep a silent stream alive."""
+    earlier to keep a silent stream alive if the writer allows that."""
 
     def __init__(self, events: Events, writer: AnswerWriter) -> None:
         self.events = events
         self.writer = writer
-        self._opening = b"".join(writer.opening())
+        # None: still unknown.
+        self._opening = None if writer.opens == "with_progress" else b"".join(writer.opening())
 
     async def writes(self) -> AsyncGenerator[bytes, None]:
         """Each item is to be sent in one write; the last one comes after `events` have ended, which may do
         work after their Result."""
         last = b""
-        if self.writer.opens_at_once:
+        if self.writer.opens == "at_once":
             yield self._opened()
         async with aclosing(self.events) as events:
             async for event in events:
                 if isinstance(event, Result):
                     last = b"".join(self.writer.closing(event))
-                elif data := b"".join(self._written(event)):
-                    yield self._opened() + data
+                    continue
+                data = b"".join(self._written(event))
+                if data or isinstance(event, PromptProgress):
+                    data = self._opened() + data
+                if data:
+                    yield data
         yield self._opened() + last
 
     def keep_alive(self) -> bytes:
         """Returns what to send now to a client that has heard nothing for long."""
-        return self._opened() or self.writer.keep_alive
+        opened = b"" if self._opening is None else self._opened()
+        return opened or self.writer.keep_alive
 
     def _written(self, event: PromptProgress | Delta | Ended) -> Iterable[bytes]:
         return self.writer.progress(event) if isinstance(event, PromptProgress) else self.writer.add(event)
 
     def _opened(self) -> bytes:
         """The opening, if it was not sent yet."""
-        opening, self._opening = self._opening, b""
+        opening = b"".join(self.writer.opening()) if self._opening is None else self._opening
+        self._opening = b""
         return opening

@@ -220,6 +220,8 @@ class MessagesRequest(CountRequest):
             given=given_parameters(self),
             breakpoints=breakpoints,
             calling=self.tool_choice.calling() if self.tool_choice else Calling(),
+            # The start of a stream tells how much of the prompt is reused.
+            progress=bool(self.stream),
         )
 
     def answer_grammar(self) -> AnswerGrammar | None:

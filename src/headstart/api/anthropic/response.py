@@ -10,7 +10,7 @@ import msgspec
 from headstart.api.anthropic.errors import anthropic_body
 from headstart.api.fields.usage import ending, usage
 from headstart.api.sse import as_named_event
-from headstart.api.writer import Json
+from headstart.api.writer import Json, Opens
 from headstart.errors import HeadstartError
 from headstart.json_scan import check_json
 from headstart.service.interface.answer import Delta, Ended, PromptProgress, Result
@@ -80,12 +80,12 @@ def _arguments(text: str) -> Json:
 
 
 class MessageWriter:
-    """Writes one message. `prompt_tokens`: reported as usage when the stream begins, before anything is
-    computed. `marked`: the states to be stored."""
+    """Writes one message. `prompt_tokens`: the number of the prompt's. `marked`: the states to be stored. A
+    stream begins with the figures of the prompt, which the engine knows when it begins to compute it."""
 
     done = b""
     keep_alive = PING
-    opens_at_once = False
+    opens: Opens = "with_progress"
 
     def __init__(
         self, model: str, prompt_tokens: int, marked: BreakpointPlan | None, *, with_reasoning: bool
@@ -96,17 +96,26 @@ class MessageWriter:
         self.blocks = Blocks(with_reasoning=with_reasoning)
         self._stop: Json = {"stop_reason": None, "stop_sequence": None}
         self._account: Json = {}
+        # Stays 0 in streams of engines that report no progress.
+        self._n_cached = 0
 
     @property
     def body(self) -> Json:
         return {**self.head, "content": self.blocks.content, **self._stop, **self._account}
 
     def opening(self) -> Iterable[bytes]:
-        usage = {"input_tokens": self.prompt_tokens, "output_tokens": 0}
-        start: Json = {"type": "message_start", "message": {**self.body, "usage": usage}}
-        return [as_named_event(start), PING]
+        usage = {**self._prompt_usage(self._n_cached), "output_tokens": 0}
+        message: Json = {
+            **self.head,
+            "content": [],
+            "stop_reason": None,
+            "stop_sequence": None,
+            "usage": usage,
+        }
+        return [as_named_event({"type": "message_start", "message": message}), PING]
 
-    def progress(self, _: PromptProgress) -> Iterable[bytes]:
+    def progress(self, event: PromptProgress) -> Iterable[bytes]:
+        self._n_cached = event.cached
         return ()
 
     def add(self, event: Delta | Ended) -> Iterable[bytes]:
@@ -128,19 +137,19 @@ class MessageWriter:
         return self.blocks.close()
 
     def _usage(self, result: Result) -> Json:
-        """Counts every prompt token once: as read from a cache, written to one, or neither."""
-        stats = result.stats
-        written = self.marked.written(stats.cached_tokens)
-        n_written = sum(written.values())
         ours = {k: v for k, v in usage(result).items() if k.startswith("cache")}
+        return {**self._prompt_usage(result.stats.cached_tokens), "output_tokens": result.n_tokens, **ours}
+
+    def _prompt_usage(self, n_cached: int) -> Json:
+        """Counts every prompt token once: as read from a cache, written to one, or neither."""
+        written = self.marked.written(n_cached)
+        n_written = sum(written.values())
         return {
-            "input_tokens": stats.evaluated_tokens - n_written,
+            "input_tokens": self.prompt_tokens - n_cached - n_written,
             "cache_creation_input_tokens": n_written,
-            "cache_read_input_tokens": stats.cached_tokens,
+            "cache_read_input_tokens": n_cached,
             "cache_creation": {
                 "ephemeral_5m_input_tokens": written.get(300.0, 0),
                 "ephemeral_1h_input_tokens": written.get(3600.0, 0),
             },
-            "output_tokens": result.n_tokens,
-            **ours,
         }

@@ -11,7 +11,7 @@ import msgspec
 from headstart.api import sse
 from headstart.api.fields.usage import ending, usage
 from headstart.api.sse import as_event
-from headstart.api.writer import Json
+from headstart.api.writer import Json, Opens
 from headstart.errors import HeadstartError
 from headstart.service.interface.answer import (
     Call,
@@ -33,7 +33,7 @@ class ChatWriter:
 
     done = sse.DONE
     keep_alive = sse.COMMENT
-    opens_at_once = False
+    opens: Opens = "with_answer"
     prefix, object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
     def __init__(self, model: str, n: int = 1, *, include_usage: bool = False) -> None:

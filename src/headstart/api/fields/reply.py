@@ -39,7 +39,9 @@ class PromptDetails(Reply):
 class CacheAccount(Reply):
     """Fields of `usage` about the named cache."""
 
-    cache_hit: bool | None = Field(None, description="Whether the engine started from the cache's state.")
+    cache_hit: bool | None = Field(
+        None, description="Whether the engine took at least half of the cache's tokens from its state."
+    )
     cached_prompts: list[str] | None = Field(None, description="The names of the caches on a hit, else [].")
     cache_miss_reason: MissReason | None = None
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from headstart.api.fields import usage as fields_usage
 from headstart.api.sse import COMMENT, as_named_event
-from headstart.api.writer import Json
+from headstart.api.writer import Json, Opens
 from headstart.errors import HeadstartError
 from headstart.service.interface.answer import Delta, Ended, PromptProgress, Result
 
@@ -118,7 +118,7 @@ class ResponseWriter:
 
     done = b""
     keep_alive = COMMENT
-    opens_at_once = True
+    opens: Opens = "at_once"
 
     def __init__(self, response_id: str, echoed: Json) -> None:
         self.body: Json = {

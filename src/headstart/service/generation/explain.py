@@ -18,8 +18,6 @@ from headstart.tokens import common_prefix, common_text
 SHOWN = 40
 # So many tokens surely make SHOWN characters: a character has at most four bytes.
 ENOUGH = 4 * SHOWN
-# Where a state lay, if not in memory.
-PLACES: dict[Source, str] = {"disk": "read from disk", "file": "read from its file"}
 
 WORDS: dict[MissReason, str] = {
     "first_use": "its state had not been computed yet; it is now",
@@ -32,10 +30,23 @@ WORDS: dict[MissReason, str] = {
     "restore_failed": "the engine could not read its state; it is computed again",
     "too_short": "its prompt has too few tokens to keep any",
     "form_not_built": "it was created for the other endpoint only",
-    "prompt_differs": "the prompt differs from it too early to use anything of it",
+    "prompt_differs": "the prompt is another, or differs from it too early",
     "cache_prompt_false": "the request says cache_prompt: false",
     "not_counted": "the NPU's runtime doesn't tell whether it used its state",
 }
+
+
+# Where the tokens that were not computed came from.
+PLACES: dict[Source, str] = {
+    "slot": "were still in memory",
+    "memory": "were read from memory",
+    "disk": "were read from the disk",
+    "file": "were read from a cache's file",
+}
+# So many caches with the likeliest texts are compared by their tokens.
+MOST_COMPARED = 4
+
+Written = Callable[[int], bytes]
 
 
 @dataclass(frozen=True)
@@ -46,7 +57,6 @@ class Closest:
     entry: Entry
     tokens: list[int]
     changes: str
-    written: Callable[[int], bytes]
 
 
 def longest_match(known: Iterable[Sequence[int]], tokens: Sequence[int]) -> int:
@@ -60,17 +70,20 @@ def longest_match(known: Iterable[Sequence[int]], tokens: Sequence[int]) -> int:
 
 
 async def closest(
-    model: TenantModel, form: Form, known: Iterable[Entry], texts: Iterable[str]
+    model: TenantModel, form: Form, known: Iterable[Entry], texts: Iterable[str], prompt: list[int]
 ) -> Closest | None:
-    """The known cache with the longest common prefix with the request's texts; None if there is none."""
+    """The known cache with the longest common prefix with the prompt, whose texts are given, too: caches with
+    other texts are not rendered. None if there is none."""
     text = "".join(texts)
     candidates = [entry for entry in known if form in entry.content.forms]
-    if not candidates:
-        return None
-    entry = max(candidates, key=lambda entry: (*_likeness(_text(entry), text), entry.updated))
-    tokens = await prefix_tokens_if_any(model, form, entry.content)
-    changes = model.fingerprint.differences(entry.fingerprint)
-    return Closest(entry, tokens, changes, model.vocabulary.written)
+    ranks = {id(entry): (*_likeness(_text(entry), text), entry.updated) for entry in candidates}
+    candidates.sort(key=lambda entry: ranks[id(entry)], reverse=True)
+    best, most = None, -1
+    for entry in candidates[:MOST_COMPARED]:
+        tokens = await prefix_tokens_if_any(model, form, entry.content)
+        if (n := common_prefix(tokens, prompt)) > most:
+            best, most = Closest(entry, tokens, model.fingerprint.differences(entry.fingerprint)), n
+    return best
 
 
 def texts_of(messages: Iterable[Message]) -> list[str]:
@@ -87,12 +100,20 @@ def _likeness(one: str, other: str) -> tuple[int, int]:
 
 
 def explained(
-    found: Closest | None, tokens: Sequence[int], *, named: bool, miss: MissReason | None, stats: Stats
+    found: Closest | None,
+    tokens: Sequence[int],
+    written: Written,
+    *,
+    named: bool,
+    miss: MissReason | None,
+    stats: Stats,
 ) -> Explanation:
-    """`named`: the request named the cache; `miss`: then, why the cache was not used."""
+    """`named`: the request named the cache; `miss`: then, why the cache was not used. `written`: the bytes of
+    a token."""
     if found is None:
         reason = "The request names no cache, and there is none it could be compared with."
-        return Explanation(None, 0, 0, len(tokens), None, "", "", "", reason + _from_memory(stats))
+        reason += _reused(tokens, written, stats)
+        return Explanation(None, 0, 0, len(tokens), None, "", "", "", reason)
     name, at = found.entry.name, common_prefix(found.tokens, list(tokens))
     differs = at < len(found.tokens)
     return Explanation(
@@ -101,39 +122,51 @@ def explained(
         cache_tokens=len(found.tokens),
         prompt_tokens=len(tokens),
         first_difference=at if differs else None,
-        text_before=_read(tokens[max(at - ENOUGH, 0) : at], found)[-SHOWN:] if differs else "",
-        cache_text=_read(found.tokens[at : at + ENOUGH], found)[:SHOWN] if differs else "",
-        prompt_text=_read(tokens[at : at + ENOUGH], found)[:SHOWN] if differs else "",
-        reason=_named(found, miss, stats) if named else _unnamed(found, at, stats),
+        text_before=_read(tokens[max(at - ENOUGH, 0) : at], written)[-SHOWN:] if differs else "",
+        cache_text=_read(found.tokens[at : at + ENOUGH], written)[:SHOWN] if differs else "",
+        prompt_text=_read(tokens[at : at + ENOUGH], written)[:SHOWN] if differs else "",
+        reason=(_named(found, miss, stats) if named else _unnamed(found, at))
+        + (_difference(found, at, tokens, written) if differs else "")
+        + ("" if named and miss is None else _reused(tokens, written, stats)),
     )
 
 
-def _read(tokens: Sequence[int], found: Closest) -> str:
-    return b"".join(map(found.written, tokens)).decode(errors="replace")
+def _read(tokens: Sequence[int], written: Written) -> str:
+    return b"".join(map(written, tokens)).decode(errors="replace")
 
 
 def _named(found: Closest, miss: MissReason | None, stats: Stats) -> str:
     name = found.entry.name
     if miss is None:
-        where = PLACES.get(stats.source, "in memory already")
-        used = f"{stats.cached_tokens} of {stats.prompt_tokens} tokens were not computed."
-        return f"The request started from the state of {name!r}, {where}: {used}"
+        used = (
+            f"{stats.cached_tokens} of {stats.prompt_tokens} tokens {PLACES.get(stats.source, 'were used')}."
+        )
+        return f"The request started from the state of {name!r}: {used}"
     words = WORDS.get(miss, miss.replace("_", " "))
     changes = f" ({found.changes})" if found.changes else ""
-    return f"The state of {name!r} was not used: {words}{changes}.{_from_memory(stats)}"
+    return f"The state of {name!r} was not used: {words}{changes}."
 
 
-def _unnamed(found: Closest, at: int, stats: Stats) -> str:
+def _unnamed(found: Closest, at: int) -> str:
     name = found.entry.name
     if at == len(found.tokens) > 0:
-        text = f"The request names no cache, but begins with all of {name!r}: use_cache would start from it."
-    else:
-        text = f"The request names no cache. It begins like {name!r} for {at} tokens and then differs."
-    return text + _from_memory(stats)
+        return f"The request names no cache, but begins with all of {name!r}: use_cache would start from it."
+    return f"The request names no cache. It begins like {name!r} for {at} tokens and then differs."
 
 
-def _from_memory(stats: Stats) -> str:
-    if not stats.cached_tokens:
+def _difference(found: Closest, at: int, tokens: Sequence[int], written: Written) -> str:
+    """The first token that differs."""
+    cached = _read(found.tokens[at : at + 1], written)
+    if at == len(tokens):
+        return f" The prompt ends before token {at} of the cache, {cached!r}."
+    return f" Token {at} is {_read(tokens[at : at + 1], written)!r}, in the cache {cached!r}."
+
+
+def _reused(tokens: Sequence[int], written: Written, stats: Stats) -> str:
+    """How much of the prompt was not computed, and the first token that was."""
+    if not 0 < stats.cached_tokens < len(tokens):
         return ""
-    where = "on disk" if stats.source == "disk" else "in memory"
-    return f" {stats.cached_tokens} tokens were still {where} from earlier requests."
+    n = stats.cached_tokens
+    first = _read(tokens[n : n + 1], written)
+    place = PLACES.get(stats.source, "were used again")
+    return f" {n} tokens {place}; the first that was computed is token {n}, {first!r}."

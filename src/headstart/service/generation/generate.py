@@ -202,4 +202,5 @@ def _explained(prepared: Prepared, miss: MissReason | None, stats: Stats) -> Exp
     if not prepared.options.explain:
         return None
     named = prepared.plan.entry is not None
-    return explained(prepared.closest, prepared.submit.tokens, named=named, miss=miss, stats=stats)
+    written, tokens = prepared.model.vocabulary.written, prepared.submit.tokens
+    return explained(prepared.closest, tokens, written, named=named, miss=miss, stats=stats)

@@ -85,7 +85,8 @@ class Preparation:
         if how.grammar:
             engine_support.check(model, ["grammar"], because="tool_choice")
             await self.grammars.check(how.grammar, param="tools", owner=model.owner)
-        near = await self._closest(model, plan, "chat", texts_of(messages)) if options.explain else None
+        texts = texts_of(plan.chat.messages) if options.explain else []
+        near = await self._closest(model, plan, "chat", texts) if options.explain else None
         return self._prepared(model, options, plan, how, "chat", near, warning, received)
 
     async def _with_grammar(self, model: TenantModel, options: Options) -> Options:
@@ -148,8 +149,9 @@ class Preparation:
     async def _closest(
         self, model: TenantModel, plan: PlannedPrompt, form: Form, texts: Sequence[str]
     ) -> Closest | None:
-        known: Iterable[Entry] = [plan.entry] if plan.entry else self.store.entries(model.namespace)
-        return await closest(model, form, known, texts)
+        visible = (entry for each in model.namespace.visible for entry in self.store.entries(each))
+        known: Iterable[Entry] = [plan.entry] if plan.entry else visible
+        return await closest(model, form, known, texts, plan.tokens)
 
     def _prepared(
         self,
