@@ -1,5 +1,5 @@
-"""What was computed once stays computed, as a client sees it on the default settings: a turn evaluates what is
-new in it and at most one chunk, whoever asked meanwhile, and says what it would say if nothing was reused."""
+"""Conversations on the default settings, as a client sees them: a turn evaluates what is new in it and at most
+one chunk, whoever asked meanwhile, and says what it would say if nothing was reused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from chats import STEP, Chat, Turn
 from conftest import StartServer
-from servers import RunningServer, eventually, events, running_server
+from servers import RunningServer, events, eventually
 
 pytestmark = pytest.mark.slow
 
