@@ -239,3 +239,16 @@ def test_an_idle_engine_parks_and_writes_by_itself(model: str, tmp_path: Path) -
     assert list(tmp_path.rglob("*.block"))
     assert driver.engine.pause is None
     assert driver.engine.report()
+
+
+def test_what_is_about_to_be_used_is_not_dropped_for_what_it_replaces(model: str, tmp_path: Path) -> None:
+    driver = Kept(model, slots=1, path=tmp_path)
+    said = driver.chat(LONG)
+    driver.chat(PROMPT)
+    assert driver.store.disk
+    driver.store.write_behind()
+    driver.store.disk.wait_written()
+    driver.store.memory_limit = driver.store.memory_bytes
+    answer, end = driver.run([*said, 5, 6])
+    assert end.stats.evaluated_tokens <= 3
+    assert answer == Driver(small_model(model, 1)).run([*said, 5, 6])[0]

@@ -1,5 +1,6 @@
-"""Conversations on the default settings, as a client sees them: a turn evaluates what is new in it and at most
-one chunk, whoever asked meanwhile, and says what it would say if nothing was reused."""
+"""What was computed once stays computed, as a client sees it on the default settings: a turn evaluates what
+is new in it and at most one chunk, whoever asked meanwhile, and says what it would say if nothing was reused.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +13,6 @@ import pytest
 from chats import STEP, Chat, Turn
 from conftest import StartServer
 from servers import RunningServer, events, eventually
-
-pytestmark = pytest.mark.slow
 
 # Longer than from one checkpoint to the next.
 SYSTEM = "You keep the lighthouse. " * 56

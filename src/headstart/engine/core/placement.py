@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from headstart.engine.core.actions import StateOrigin
@@ -57,6 +58,20 @@ class Placement:
         if sequence.lookup is None:
             sequence.lookup = self._lookup(sequence.request)
         return self.store.find(sequence.lookup)
+
+    @contextmanager
+    def pinned(self, sequence: Sequence) -> Iterator[None]:
+        """Keeps in memory what the store has of the sequence's prompt: the slot that it starts in is parked
+        first, which takes room."""
+        match = self.stored(sequence)
+        if self.store is None or match is None:
+            yield
+            return
+        self.store.pin(match, 1)
+        try:
+            yield
+        finally:
+            self.store.pin(match, -1)
 
     def _lookup(self, request: Submit) -> Lookup:
         return Lookup(

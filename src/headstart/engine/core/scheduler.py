@@ -84,10 +84,11 @@ class Scheduler:
                 continue
             self.waiting.remove(sequence)
             own = StartSequence(sequence, place.slot, place.keep, place.origin)
-            for action in actions or [own]:
-                yield action
-                if isinstance(action, StartSequence):
-                    self._take(sequence, action.slot)
+            with self.placement.pinned(sequence):
+                for action in actions or [own]:
+                    yield action
+                    if isinstance(action, StartSequence):
+                        self._take(sequence, action.slot)
 
     def _take(self, sequence: Sequence, slot: Slot) -> None:
         slot.sequence = sequence

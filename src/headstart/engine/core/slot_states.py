@@ -152,9 +152,10 @@ class SlotStates:
         self.store.disk.read(read.sequence, missing)
 
     def finish_transfers(self) -> None:
-        """Takes what has been read, whose sequences may start, and notes what has been written."""
+        """Takes what has been read, whose sequences may start, notes what has been written, and drops from
+        memory what sequences that have started no longer need."""
         if self.store:
-            self.store.settle()
+            self.store.shrink()
         for loaded in self.store.disk.finished() if self.store and self.store.disk else ():
             assert self.store
             self.store.accept(loaded)
