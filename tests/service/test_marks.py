@@ -16,7 +16,7 @@ from conftest import StartServer
 from headstart.caches.entry import Content
 from headstart.caches.store import Store
 from headstart.service.origins.breakpoints import BreakpointPlan, PlacedBreakpoint
-from servers import ONE_THREAD, Json, RunningServer, eventually, said
+from servers import Json, RunningServer, eventually, said
 
 MARK: Any = {"type": "ephemeral"}
 HOUR: Any = {"type": "ephemeral", "ttl": "1h"}
@@ -429,4 +429,4 @@ def test_a_real_model_reads_marks_after_a_restart_and_says_the_same(start_server
 
 @pytest.mark.real_model
 def test_a_real_model_reads_marked_tools_without_a_system_prompt(start_server: StartServer) -> None:
-    _check_tools_alone(start_server("--ctx", "2048", *ONE_THREAD), "smollm2", -1)
+    _check_tools_alone(start_server("--ctx", "2048"), "smollm2", -1)
