@@ -18,7 +18,7 @@ Json = dict[str, Any]
 # Some of the guide's chats set no limit to their answers: the context does. The toy always has one.
 MODELS = {
     "toy": ("--model", "toy=toy:eos=0", "--alias", "qwen3-0.6b=toy", "--ctx", "1024"),
-    "smollm2": (*ONE_THREAD, "--alias", "qwen3-0.6b=smollm2", "--ctx", "256"),
+    "smollm2": (*ONE_THREAD, "--alias", "qwen3-0.6b=smollm2", "--ctx", "192"),
 }
 both_models = pytest.mark.parametrize(
     "guide",

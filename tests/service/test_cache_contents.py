@@ -273,7 +273,7 @@ def test_a_real_model_says_the_same_with_cached_examples_and_tools(
     template = tmp_path / "hermes.jinja"
     template.write_text(HERMES)
     server = start_server(env={"HEADSTART_TEMPLATES": json.dumps({"smollm2": str(template)})})
-    body = {"model": "smollm2", "max_tokens": 48}
+    body = {"model": "smollm2", "max_tokens": 24}
     response = server.post("/v1/cache/smollm2", cache_name="tooled", messages=EXAMPLES, tools=[LAMP, HORN])
     assert response.status_code == 200, response.text
     cold = _ask(server, *EXAMPLES, QUESTION, tools=[LAMP, HORN], cache_prompt=False, **body)

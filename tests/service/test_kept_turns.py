@@ -14,6 +14,8 @@ from chats import STEP, Chat, Turn
 from conftest import StartServer
 from servers import RunningServer, events, eventually
 
+pytestmark = pytest.mark.slow
+
 # Longer than from one checkpoint to the next.
 SYSTEM = "You keep the lighthouse. " * 56
 PILOT = "You bring ships into the harbour. " * 30

@@ -17,7 +17,7 @@ from conftest import StartServer
 from headstart.caches.entry import Content
 from headstart.caches.store import Store
 from headstart.service.origins.breakpoints import BreakpointPlan, PlacedBreakpoint
-from servers import ONE_THREAD, Json, RunningServer, eventually, said
+from servers import Json, RunningServer, eventually, said
 
 MARK: Any = {"type": "ephemeral"}
 HOUR: Any = {"type": "ephemeral", "ttl": "1h"}
@@ -488,9 +488,9 @@ def test_a_real_model_reads_marks_after_a_restart_and_says_the_same(start_server
 
 @pytest.mark.real_model
 def test_a_real_model_reads_marked_tools_without_a_system_prompt(start_server: StartServer) -> None:
-    _check_tools_alone(start_server("--ctx", "2048", *ONE_THREAD), "smollm2", -1)
+    _check_tools_alone(start_server("--ctx", "2048"), "smollm2", -1)
 
 
 @pytest.mark.real_model
 def test_a_real_models_stream_tells_the_same_at_its_start_and_end(start_server: StartServer) -> None:
-    _check_streams(start_server("--ctx", "2048", *ONE_THREAD), "smollm2")
+    _check_streams(start_server("--ctx", "2048"), "smollm2")

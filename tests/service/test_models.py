@@ -283,7 +283,7 @@ def test_real_models_from_a_folder_swap_and_their_caches_hit(
     assert _states(server) == {"ada": "ready", "bob": "available"}
     texts = set()
     for name in ("ada", "bob"):
-        server.create("keeper", PROMPT, model=name)
+        server.create("keeper", PROMPT[:500], model=name, **{"for": ["chat"]})
     for name in ("ada", "bob", "ada"):
         warm = server.chat("What do you watch?", model=name, use_cache="keeper")
         assert warm["usage"]["cache_hit"] is True

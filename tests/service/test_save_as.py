@@ -379,8 +379,8 @@ def test_a_chat_too_long_to_go_on_is_kept_and_says_so_when_it_is_used(start_serv
 @pytest.mark.timeout(600)
 def test_a_real_model_goes_on_from_a_saved_chat_as_from_the_whole_history(start_server: StartServer) -> None:
     server = start_server()
-    body = {"model": "smollm2", "max_tokens": 40}
-    server.create("keeper", KEEPER, model="smollm2")
+    body = {"model": "smollm2", "max_tokens": 24}
+    server.create("keeper", KEEPER, model="smollm2", **{"for": ["chat"]})
     first = _ask(server, _user("What do you see?"), use_cache="keeper", save_as="talk", **body)
     second = _ask(server, _user("Tell me more."), use_cache="talk", **body)
     server.restart()
