@@ -102,6 +102,8 @@ class Headstart:
         if load.clients > 1:
             command += ["--slots", str(load.clients), "--ctx", str(load.ctx)]
         env = {"HEADSTART_THREADS": str(host.threads)}
+        # The arms tell hits of cache files from computing, so nothing else is kept.
+        env |= {"HEADSTART_STATE_MEMORY_MB": "0", "HEADSTART_STATE_DISK_MB": "0"}
         if host.weights:
             env["HEADSTART_WEIGHTS"] = host.weights
         self.process = ServerProcess(command, port, host.directory / "headstart.log", env)

@@ -21,6 +21,7 @@ from headstart.cli.examples import GUIDE_EXAMPLES, long_example
 from headstart.cli.local import own_server
 from headstart.cli.main import app
 from headstart.cli.measure import BenchRun
+from servers import WITHOUT_STORE
 
 NOBODY = "http://127.0.0.1:1"
 STEPS = [
@@ -60,13 +61,13 @@ def processes() -> set[psutil.Process]:
 def test_the_demo_uses_a_running_server_and_leaves_it_as_it_was(start_server: StartServer) -> None:
     server = start_server("--model", "toy=toy:ctx=8192", "--alias", "other=toy")
     server.create("coding_assistant", "The user's own cache of this name.")
-    before = server.http.get("/v1/cache").json()
+    before = server.http.get("/v1/cache").json() | {"store": None}
     known = processes()
     result = CliRunner().invoke(app, ["demo", "--url", server.url, "--model", "other"], env={"COLUMNS": "80"})
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith(f"Headstart demo: other at {server.url}, which was running\n")
     check_story(result.stdout)
-    assert server.http.get("/v1/cache").json() == before
+    assert server.http.get("/v1/cache").json() | {"store": None} == before
     assert processes() <= known
 
 
@@ -129,7 +130,7 @@ def test_an_interrupted_demo_leaves_nothing_behind(number: signal.Signals, tmp_p
 
 
 def test_runs_with_a_cache_load_it_from_its_file(start_server: StartServer) -> None:
-    server = start_server("--model", "toy=toy:")
+    server = start_server("--model", "toy=toy:", env=WITHOUT_STORE)
     with Client(server.url) as client, BenchRun(client) as bench:
         comparison = bench.compare(GUIDE_EXAMPLES[0], 3)
         bench.fill_slots()

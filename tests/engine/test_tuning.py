@@ -28,7 +28,7 @@ from headstart.protocol import EngineSettings
 from headstart.service.models.cache_fit import numerics_of
 from headstart.service.models.tuning_store import Doubted, Key, Remembered, Tunings
 from headstart.service.service import Service
-from servers import RunningServer, running_server
+from servers import WITHOUT_STORE, RunningServer, running_server
 
 PROMPT = "You keep the lighthouse. " * 20
 TUNED = {"HEADSTART_TUNE": "true"}
@@ -303,7 +303,7 @@ def snapshot(directory: Path) -> dict[str, tuple[int, int]]:
 
 
 def test_the_doctor_changes_nothing_and_works_beside_a_server(start_server: StartServer) -> None:
-    server = start_server("--model", "toy=toy:", env=TUNED)
+    server = start_server("--model", "toy=toy:", env=TUNED | WITHOUT_STORE)
     server.create("keeper", PROMPT)
     before = snapshot(server.cache_dir)
     result = doctor(server.cache_dir)

@@ -23,6 +23,8 @@ Json = dict[str, Any]
 READY_SECONDS = 60.0
 # For servers with the real model: with two threads, tests in parallel take 1.6 times the processor time.
 ONE_THREAD = ("--threads", "1")
+# Tests of cache files: what the state store keeps need not be read from them.
+WITHOUT_STORE = {"HEADSTART_STATE_MEMORY_MB": "0", "HEADSTART_STATE_DISK_MB": "0"}
 
 
 class RunningServer:

@@ -190,7 +190,7 @@ def test_one_that_no_longer_fits_is_built_again(start_server: StartServer, tmp_p
 
 
 def test_a_damaged_one_is_not_used_and_built_again(start_server: StartServer, tmp_path: Path) -> None:
-    server = started(start_server, tmp_path, "automatic_after = 1")
+    server = started(start_server, tmp_path, "automatic_after = 1\nstate_memory_mb = 0\nstate_disk_mb = 0")
     right = said(server.chat("One?", system=KEEPER))
     made(server)
     server.stop()

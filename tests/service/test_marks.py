@@ -17,7 +17,7 @@ from conftest import StartServer
 from headstart.caches.entry import Content
 from headstart.caches.store import Store
 from headstart.service.origins.breakpoints import BreakpointPlan, PlacedBreakpoint
-from servers import Json, RunningServer, eventually, said
+from servers import WITHOUT_STORE, Json, RunningServer, eventually, said
 
 MARK: Any = {"type": "ephemeral"}
 HOUR: Any = {"type": "ephemeral", "ttl": "1h"}
@@ -309,7 +309,7 @@ def test_streams_tell_what_was_written_and_read_from_their_start_on(start_server
 def test_a_stream_tells_at_its_start_what_the_engine_does_not_what_was_planned(
     start_server: StartServer,
 ) -> None:
-    server = start_server(*TOY)
+    server = start_server(*TOY, env=WITHOUT_STORE)
     body: Json = {"messages": [user(block("Who?"))], "system": [block(KEEPER, MARK)]}
     _streamed_figures(server, **body)
     kept(server, 1)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from conftest import StartServer
-from servers import ONE_THREAD, Json, RunningServer, eventually, running_server, said
+from servers import ONE_THREAD, WITHOUT_STORE, Json, RunningServer, eventually, running_server, said
 
 KEEPER = "You keep the lighthouse and tell what you see in one line. " * 9
 SYSTEM = {"role": "system", "content": KEEPER}
@@ -121,8 +121,7 @@ def test_tools_written_in_another_order_are_those_of_the_stored_response(
 def test_a_request_that_names_nothing_has_its_tools_rendered_as_sent(
     start_server: StartServer, tools: list[Json]
 ) -> None:
-    without_store = {"HEADSTART_STATE_MEMORY_MB": "0", "HEADSTART_STATE_DISK_MB": "0"}
-    server = start_server("--model", "toy=toy:template=tools", env=without_store)
+    server = start_server("--model", "toy=toy:template=tools", env=WITHOUT_STORE)
     cold = _ask(server, SYSTEM, QUESTION, tools=tools)
     of_the_cache = _ask(server, SYSTEM, QUESTION, tools=[LAMP, HORN])
     assert said(cold) != said(of_the_cache)

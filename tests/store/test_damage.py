@@ -10,15 +10,11 @@ from pathlib import Path
 import pytest
 
 from conftest import Report, StartServer
-from servers import RunningServer, said
+from servers import WITHOUT_STORE, RunningServer, said
 
 PROMPT = "You keep the lighthouse.\n\n" + "Each evening you light the lamp. " * 6
 FLIPS = 300
 CUTS = 60
-
-
-# What the state store keeps need not be read from the cache's file.
-WITHOUT_STORE = {"HEADSTART_STATE_MEMORY_MB": "0", "HEADSTART_STATE_DISK_MB": "0"}
 
 
 def _keeper(start_server: StartServer) -> tuple[RunningServer, Path, str]:
