@@ -274,11 +274,15 @@ class Scheduler:
         sequence.slot.sequence = None
         sequence.slot.last_used = self.step
 
+    @property
+    def places(self) -> list[Slot]:
+        """All slots of sequences, also those of the pool."""
+        return [*self.slots, *(self.pool.slots if self.pool else ())]
+
     def check_integrity(self) -> None:
         """Asserts invariants that hold between steps. Tests call it after each step, as does an engine that
         logs at level DEBUG."""
-        places = [*self.slots, *(self.pool.slots if self.pool else ())]
-        assert {id(s.slot) for s in self.running} == {id(s) for s in places if s.sequence}
+        assert {id(s.slot) for s in self.running} == {id(s) for s in self.places if s.sequence}
         assert sum(len(sequence.ids) for sequence in self.running) <= len(self.slots)
         for sequence in self.running:
             slot = sequence.slot

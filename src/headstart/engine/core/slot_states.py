@@ -154,10 +154,10 @@ class SlotStates:
     def finish_transfers(self) -> None:
         """Takes what has been read, whose sequences may start, notes what has been written, and drops from
         memory what sequences that have started no longer need."""
-        if self.store:
-            self.store.shrink()
-        for loaded in self.store.disk.finished() if self.store and self.store.disk else ():
-            assert self.store
+        if self.store is None:
+            return
+        self.store.shrink()
+        for loaded in self.store.disk.finished() if self.store.disk else ():
             self.store.accept(loaded)
             if isinstance(loaded.reader, Sequence):
                 loaded.reader.reading = False
@@ -247,8 +247,7 @@ class SlotStates:
             return
         ends = monotonic() + seconds
         self.scheduler.running.clear()
-        pool_slots = self.scheduler.pool.slots if self.scheduler.pool else []
-        for slot in sorted((*self.scheduler.slots, *pool_slots), key=lambda slot: -slot.last_used):
+        for slot in sorted(self.scheduler.places, key=lambda slot: -slot.last_used):
             if self._is_unparked(slot) and monotonic() < ends:
                 self.park(slot)
         self.store.close(max(ends - monotonic(), 0.0))
@@ -266,7 +265,7 @@ class SlotStates:
     def forget(self, command: Forget) -> int:
         """Removes the states of a prompt and of what continues it from slots and store; returns the number of
         blocks removed. What a running sequence continues is removed when it ends."""
-        for slot in (*self.scheduler.slots, *(self.scheduler.pool.slots if self.scheduler.pool else ())):
+        for slot in self.scheduler.places:
             if command.owner not in (None, slot.owner) or not continues(slot.tokens, command):
                 continue
             if slot.sequence:
@@ -276,7 +275,7 @@ class SlotStates:
         return self.store.forget(command.owner, command.tokens, command.kept) if self.store else 0
 
     def _idle_slots(self) -> list[Slot]:
-        return [*self.placement.idle(), *(self.scheduler.pool.idle() if self.scheduler.pool else [])]
+        return [slot for slot in self.scheduler.places if slot.sequence is None]
 
     def _is_unparked(self, slot: Slot) -> bool:
         return slot.keeps and len(slot.tokens) - slot.n_parked >= LEAST_PARKED

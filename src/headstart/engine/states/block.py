@@ -57,6 +57,11 @@ class Block:
         return self.start + len(self.tokens)
 
     @property
+    def parent_address(self) -> str:
+        """The address of the block before; "" for a first block."""
+        return self.parent.address if self.parent and self.parent.parent else ""
+
+    @property
     def in_memory(self) -> bool:
         return self.data is not None
 

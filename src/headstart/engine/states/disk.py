@@ -50,7 +50,6 @@ class DiskTier:
         # Blocks used since their files' times were set.
         self.used: set[Block] = set()
         self._stored = 0
-        self._removed: set[Block] = set()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="block-writer")
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="block-reader")
         self._written: SimpleQueue[tuple[Block, BlockFile | Exception]] = SimpleQueue()
@@ -87,13 +86,12 @@ class DiskTier:
 
     def write(self, block: Block) -> None:
         """Begins to write a block; those before it were written or are being written."""
-        assert block.parent
         assert block.data is not None
         block.address = block.address or self._address(block)
         checkpoint = block.checkpoint if block.lasting else None
         header = BlockHeader(
             address=block.address,
-            parent=block.parent.address if block.parent.parent else "",
+            parent=block.parent_address,
             root=self.root,
             start=block.start,
             owner=block.owner,
@@ -110,10 +108,9 @@ class DiskTier:
         future.add_done_callback(self._pending.discard)
 
     def _address(self, block: Block) -> str:
-        assert block.parent
-        parent = block.parent.address if block.parent.parent else ""
+        before = block.parent_address
         return block_file.address_of(
-            parent, self.root, block.owner, block.start, block.tokens, block.cuts, block.run
+            before, self.root, block.owner, block.start, block.tokens, block.cuts, block.run
         )
 
     def _write(self, block: Block, header: BlockHeader, data: memoryview, checkpoint: memoryview) -> None:

@@ -56,10 +56,6 @@ class StateStore:
         if disk:
             self._adopt(disk.open())
 
-    @property
-    def is_on(self) -> bool:
-        return self.memory_limit > 0 or (self.disk is not None and self.disk.limit > 0)
-
     def blocks(self) -> Iterator[Block]:
         """All blocks, each after its parent."""
         return (block for child in self.root.children for block in child.subtree())
@@ -125,16 +121,15 @@ class StateStore:
         state, first = save_from(left[0].start)
         self.parked_bytes += len(state)
         run = os.urandom(8).hex()
-        block = parent
         for segment in left:
             block = Block(
-                parent=block,
+                parent=parent,
                 start=segment.start,
                 tokens=tokens[segment.start : segment.end],
                 owner=segment.owner,
                 cuts=segment.cuts,
                 run="" if segment.cuts else run,
-                to_disk=held.to_disk and block.to_disk,
+                to_disk=held.to_disk and parent.to_disk,
                 cost_ms=self.cost_ms(segment.start, segment.end),
             )
             taken = held.checkpoints.get(segment.end)
@@ -142,12 +137,12 @@ class StateStore:
             if segment.end == len(tokens) and self.slices.has_checkpoint:
                 part = self.slices.checkpoint(state)
             block.lasting = taken is None or taken.lasting
-            assert block.parent
-            block.parent.children.append(block)
+            parent.children.append(block)
             self._put(block, self.slices.cut(state, segment.start - first, segment.end - first), part)
+            parent = block
         if self.slices.has_checkpoint:
-            self._thin(block)
-        return block
+            self._thin(parent)
+        return parent
 
     def _put(self, block: Block, data: memoryview, checkpoint: memoryview | None) -> None:
         self.memory_bytes -= block.memory_bytes
