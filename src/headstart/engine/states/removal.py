@@ -3,9 +3,9 @@ all that continue it, and after them, so that no block on a disk ever lacks its 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from heapq import heapify, heappop, heappush
-from itertools import islice
+from itertools import count
 from typing import Protocol, Self, TypeVar
 
 
@@ -22,16 +22,22 @@ class Node(Protocol):
     def children(self) -> Iterable[Self]: ...
 
 
-class UsedNode(Node, Protocol):
-    """A block with its last use, in seconds."""
+class LinkedNode(Protocol):
+    """A block that knows the one it continues."""
 
     @property
     def parent(self) -> Self | None: ...
+
+
+class UsedNode(LinkedNode, Protocol):
+    """A block with its last use, in seconds."""
+
     @property
     def used(self) -> float: ...
 
 
 N = TypeVar("N", bound=Node)
+L = TypeVar("L", bound=LinkedNode)
 U = TypeVar("U", bound=UsedNode)
 
 
@@ -81,7 +87,7 @@ def _beyond(firsts: Iterable[N], owner: str | None, kept: Sequence[Sequence[int]
 def _n_common(some: Sequence[int], others: Sequence[int], start: int) -> int:
     """The number of tokens that `some` has in common with `others` from `start` on."""
     n = 0
-    for one, other in zip(some, islice(others, start, None), strict=False):
+    for one, other in zip(some, others[start : start + len(some)], strict=False):
         if one != other:
             break
         n += 1
@@ -97,16 +103,26 @@ def leaves_first(top: N) -> list[N]:
 
 
 def oldest_first(nodes: Sequence[U]) -> Iterator[U]:
-    """Whole trees of nodes, each after those that continue it; among those that could be next, the one whose
-    last use is the longest ago."""
-    children = {id(node): len(list(node.children)) for node in nodes}
-    # The number makes equal times comparable.
-    leaves = [(node.used, number, node) for number, node in enumerate(nodes) if children[id(node)] == 0]
-    heapify(leaves)
-    while leaves:
-        _, number, node = heappop(leaves)
+    """Whole trees of nodes as `ends_first` orders them, by their last use."""
+    return ends_first(nodes, lambda node: node.used)
+
+
+def ends_first(nodes: Sequence[L], rank: Callable[[L], float]) -> Iterator[L]:
+    """The nodes, each after those of them that continue it; among those that could be next, the one of lowest
+    rank."""
+    n_after = {id(node): 0 for node in nodes}
+    for node in nodes:
+        if id(node.parent) in n_after:
+            n_after[id(node.parent)] += 1
+    # The number makes equal ranks comparable.
+    numbers = count()
+    ends = [(rank(node), next(numbers), node) for node in nodes if n_after[id(node)] == 0]
+    heapify(ends)
+    while ends:
+        node = heappop(ends)[2]
         yield node
-        if node.parent is not None:
-            children[id(node.parent)] -= 1
-            if children[id(node.parent)] == 0:
-                heappush(leaves, (node.parent.used, number, node.parent))
+        parent = node.parent
+        if parent is not None and id(parent) in n_after:
+            n_after[id(parent)] -= 1
+            if n_after[id(parent)] == 0:
+                heappush(ends, (rank(parent), next(numbers), parent))

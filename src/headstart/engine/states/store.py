@@ -11,9 +11,8 @@ from time import monotonic, time
 from headstart.engine.model import StateSlices
 from headstart.engine.states.block import Block
 from headstart.engine.states.disk import DiskTier, ReadBlocks
-from headstart.engine.states.eviction_order import least_worth
 from headstart.engine.states.held import Held, Segment, segments
-from headstart.engine.states.removal import forgotten
+from headstart.engine.states.removal import ends_first, forgotten
 from headstart.engine.states.tree import Lookup, Match, longest, same_block
 from headstart.engine.states.write_behind import WriteBehind
 
@@ -186,7 +185,7 @@ class StateStore:
             return
         if self.disk:
             excess -= self.disk.writing_bytes
-        for block in least_worth(list(self.blocks()), lambda block: block.in_memory):
+        for block in self.least_worth(lambda block: block.in_memory):
             if excess <= 0:
                 return
             is_needed = block.pins or any(child.in_memory for child in block.children)
@@ -198,6 +197,11 @@ class StateStore:
             elif not (self.writes and self.writes.write(block)):
                 self.remove(block)
                 self.evictions += 1
+
+    def least_worth(self, holds: Callable[[Block], bool]) -> Iterator[Block]:
+        """The blocks that a tier holds, those of least worth first, each after all that continue it there."""
+        now = time()
+        return ends_first([block for block in self.blocks() if holds(block)], lambda block: block.worth(now))
 
     def _drop(self, block: Block) -> None:
         """Removes a block that is on the disk from memory."""

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from headstart.engine.states.block import Block
 from headstart.engine.states.disk import DiskTier
-from headstart.engine.states.eviction_order import least_worth
 
 if TYPE_CHECKING:
     from headstart.engine.states.store import StateStore
@@ -50,7 +49,7 @@ class WriteBehind:
         if missing <= 0:
             return True
         spared = set(kept)
-        for block in list(least_worth(list(self.store.blocks()), lambda block: block.file is not None)):
+        for block in self.store.least_worth(lambda block: block.file is not None):
             if missing <= 0:
                 break
             if block.file is None or block in spared or block.pins or any(c.file for c in block.children):
