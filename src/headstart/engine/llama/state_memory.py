@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import mmap
 import weakref
-from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
+
+from headstart.engine.states.huge_pages import new_memory
 
 # Less is left to the usual allocator.
 LEAST_BYTES = 1 << 20
 # One for a state that is saved, and one for a state that is restored.
 MOST_KEPT = 2
-PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
 _kept: list[mmap.mmap] = []
 
@@ -52,13 +52,9 @@ def _again(size: int) -> mmap.mmap | None:
 
 def _new(size: int) -> mmap.mmap:
     try:
-        mapping = mmap.mmap(-1, size, flags=PRIVATE)
+        return new_memory(size)
     except OSError as error:
         raise MemoryError(f"no memory for {size} bytes") from error
-    with suppress(OSError):
-        # Some kernels have no such pages.
-        mapping.madvise(mmap.MADV_HUGEPAGE)
-    return mapping
 
 
 def _keep(mapping: mmap.mmap) -> None:

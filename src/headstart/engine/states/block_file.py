@@ -10,7 +10,6 @@ hashes: they find damage, and nothing that is read is used before its type and r
 
 from __future__ import annotations
 
-import mmap
 import os
 import secrets
 import time
@@ -32,6 +31,7 @@ from headstart.engine.states.block_header import (
     encoded,
     problem_of,
 )
+from headstart.engine.states.huge_pages import new_memory
 from headstart.regular_files import NotAFile, check_written, open_file, shown
 
 __all__ = ["BlockFile", "BlockHeader", "DamagedBlock", "address_of"]
@@ -170,14 +170,7 @@ def _opened(path: Path) -> BufferedReader:
 
 def _memory(size: int) -> memoryview:
     """New memory. Raises OSError if there is too little."""
-    if size < MAPPED_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return memoryview(bytearray(size))
-    # Most of the time for filling it goes into new pages, so huge ones make that three times as fast as in a
-    # bytearray. It is given back as soon as nothing refers to it.
-    mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):
-        mapping.madvise(mmap.MADV_HUGEPAGE)
-    return memoryview(mapping)
+    return memoryview(bytearray(size) if size < MAPPED_BYTES else new_memory(size))
 
 
 def _fill(file: BufferedReader, at: int, memory: memoryview) -> None:
