@@ -51,12 +51,28 @@ class Placement:
         )
         return max(choices, key=lambda choice: (choice[0], -self.n_lost(choice[1], choice[0])))
 
+    def prepare(self, sequence: Sequence) -> None:
+        """Plans the sequence's prefill; call it once, before it may start."""
+        request = sequence.request
+        cuts = self.chunking.cuts(request.boundary, sequence.n_prompt)
+        if not self.can_cut:
+            sequence.checkpoints = checkpoints(cuts, request.boundary, generates=bool(request.max_tokens))
+        sequence.cuts = [-cut if cut in sequence.checkpoints else cut for cut in cuts]
+        if self.store and request.reuse:
+            sequence.lookup = Lookup(
+                array("i", request.tokens),
+                sequence.n_prompt - 1,
+                request.owner,
+                request.public,
+                sequence.cuts,
+                exact=bool(request.save_to),
+                whole=not self.can_cut,
+            )
+
     def stored(self, sequence: Sequence) -> Match | None:
         """The longest prefix of the sequence's prompt in the state store."""
-        if self.store is None or not sequence.request.reuse:
+        if self.store is None or sequence.lookup is None:
             return None
-        if sequence.lookup is None:
-            sequence.lookup = self._lookup(sequence.request)
         return self.store.find(sequence.lookup)
 
     @contextmanager
@@ -72,30 +88,6 @@ class Placement:
             yield
         finally:
             self.store.pin(match, -1)
-
-    def _lookup(self, request: Submit) -> Lookup:
-        return Lookup(
-            array("i", request.tokens),
-            len(request.tokens) - 1,
-            request.owner,
-            request.public,
-            self.cuts(request),
-            exact=bool(request.save_to),
-            whole=not self.can_cut,
-        )
-
-    def cuts(self, request: Submit) -> list[int]:
-        """The positions where the request's own prefill is cut, as in Block."""
-        cuts = self.chunking.cuts(request.boundary, len(request.tokens))
-        places = self.checkpoints(request)
-        return [-cut if cut in places else cut for cut in cuts]
-
-    def checkpoints(self, request: Submit) -> dict[int, bool]:
-        """The positions where the request's prefill makes checkpoints, as in `chunking.checkpoints`."""
-        if self.can_cut:
-            return {}
-        cuts = self.chunking.cuts(request.boundary, len(request.tokens))
-        return checkpoints(cuts, request.boundary, generates=bool(request.max_tokens))
 
     def n_lost(self, slot: Slot, keep: int) -> int:
         """The number of tokens whose values would be lost if the slot kept only the first `keep`; 0 if they

@@ -55,6 +55,7 @@ class Scheduler:
         return bool(self.running) or any(sequence.may_start for sequence in self.waiting)
 
     def add(self, sequence: Sequence) -> None:
+        self.placement.prepare(sequence)
         self.waiting.append(sequence)
 
     def find(self, request_id: int) -> Sequence | None:
@@ -83,9 +84,8 @@ class Scheduler:
                 yield Read(sequence, place.origin)
                 continue
             self.waiting.remove(sequence)
-            own = StartSequence(sequence, place.slot, place.keep, place.origin)
             with self.placement.pinned(sequence):
-                for action in actions or [own]:
+                for action in actions or [StartSequence(sequence, place.slot, place.keep, place.origin)]:
                     yield action
                     if isinstance(action, StartSequence):
                         self._take(sequence, action.slot)

@@ -87,9 +87,9 @@ class Slot:
 class Sequence:
     """Prompt and generated tokens; evaluation catches up with their number. `reading`: its state is being
     read into memory; `awaited`: the match whose blocks are, or were; `compiling`: its grammar is being
-    compiled. `lookup`: its prompt, as the state store is asked for it. `checkpoints`: where prefill makes
-    checkpoints, as in `chunking`. Times are monotonic seconds, 0 until they happen. During prefill it stands
-    for all answers of its request."""
+    compiled. `lookup`: its prompt, as the state store is asked for it. `cuts`: where its prefill is cut, as
+    in Block; `checkpoints`: where that makes checkpoints, as in `chunking`. Times are monotonic seconds, 0
+    until they happen. During prefill it stands for all answers of its request."""
 
     request: Submit
     tokens: list[int]
@@ -106,6 +106,7 @@ class Sequence:
     evaluated: int = 0
     source: Source = "none"
     restored_bytes: int = 0
+    cuts: list[int] = field(default_factory=list)
     checkpoints: dict[int, bool] = field(default_factory=dict)
     last_step: int = 0
     placed: float = 0.0

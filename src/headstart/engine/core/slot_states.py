@@ -53,15 +53,13 @@ class SlotStates:
         self.keep_lost(slot, start.keep if origin is None else 0)
         before = origin if isinstance(origin, Slot) else slot if origin is None and start.keep else None
         to_disk = request.to_disk and (before is None or before.to_disk)
-        cuts = self.placement.cuts(request)
-        if start.keep and self._load(slot, origin, sequence.tokens[: start.keep], cuts):
+        if start.keep and self._load(slot, origin, sequence.tokens[: start.keep], sequence.cuts):
             sequence.source = _source(sequence, origin)
             sequence.restored_bytes = _restored_bytes(origin)
         else:
             self.clear(slot)
-        slot.begin(request, cuts)
+        slot.begin(request, sequence.cuts)
         slot.to_disk = to_disk
-        sequence.checkpoints = self.placement.checkpoints(request)
         sequence.computed = sequence.cached = len(slot.tokens)
         sequence.restored = monotonic()
         self.release(sequence)
