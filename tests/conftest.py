@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from chats import CUT, WHOLE, Kind
 from driver import Driver, small_model
 from headstart.engine.model import Model
 from headstart.model_files import embedded_model
@@ -18,6 +19,7 @@ os.environ["HEADSTART_TUNE"] = "false"
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 StartServer = Callable[..., RunningServer]
+Serve = Callable[..., RunningServer]
 Report = Callable[[str], None]
 
 ENGINES = ("toy", pytest.param("llama", marks=pytest.mark.real_model))
@@ -109,3 +111,20 @@ def report(capsys: pytest.CaptureFixture[str]) -> Report:
             print(f"\n    {line}")
 
     return show
+
+
+@pytest.fixture(params=[CUT, WHOLE], ids=["cut", "whole"])
+def kind(request: pytest.FixtureRequest) -> Kind:
+    """A toy model whose states can be cut, and one whose states can't."""
+    found: Kind = request.param
+    return found
+
+
+@pytest.fixture
+def serve(start_server: StartServer, kind: Kind) -> Serve:
+    """Starts servers of that model."""
+
+    def start(*flags: str, cache_dir: Path | None = None, env: dict[str, str] | None = None) -> RunningServer:
+        return start_server("--model", f"toy={kind[0]}", *flags, cache_dir=cache_dir, env=env)
+
+    return start

@@ -183,7 +183,7 @@ async def test_a_request_that_comes_as_its_connection_has_been_idle_for_too_long
 
 
 async def test_a_client_that_goes_on_sending_gets_the_whole_last_answer() -> None:
-    """Which no buffer of the system holds."""
+    """The answer is larger than any buffer of the system."""
     content = b"x" * 8_000_000
     async with serving(Settings(), content) as (client, connection):
         client.sendall(ASKED)

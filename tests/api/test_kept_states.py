@@ -1,4 +1,4 @@
-"""What the state store holds is told to admins, and emptied by whom it belongs to; named caches stay."""
+"""The state store's content is told to admins, and emptied by whom it belongs to; named caches stay."""
 
 from __future__ import annotations
 

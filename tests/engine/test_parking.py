@@ -1,4 +1,4 @@
-"""What slots held is found again: in memory, on the disk, and after a restart, with the text it had."""
+"""States that slots held are found again: in memory, on the disk, after a restart, with the same text."""
 
 from __future__ import annotations
 

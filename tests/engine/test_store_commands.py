@@ -1,4 +1,4 @@
-"""What the server tells a worker about its state store, and how long a worker may write at its end."""
+"""The server tells a worker what its state store may hold and must forget, and lets it write at its end."""
 
 from __future__ import annotations
 

@@ -445,7 +445,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer
 
 
 def only(server: RunningServer) -> Remembered | Doubted:
-    """What was measured; beside other tests it may be in doubt."""
+    """The one measurement that is remembered; beside other tests it may be in doubt."""
     content = Tunings(server.cache_dir)._read()
     known: list[Remembered | Doubted] = [*content.tunings, *content.doubted]
     assert len(known) == 1

@@ -5,12 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from headstart.tokens import common_prefix
 from servers import Json, RunningServer, said
 
 # What the engine evaluates in one step at most, unless it was measured.
 CHUNK = 64
 # Between checkpoints, where states can't be cut.
 STEP = 1024
+# Longer than from one checkpoint to the next.
+SYSTEM = "You keep the lighthouse. " * 56
+LONG = "And which of the ships that you saw is the one I asked for? " * 20
+# A toy model, and what may be evaluated again if a turn doesn't go on from where the last one ended.
+Kind = tuple[str, int]
+CUT: Kind = ("toy:eos=0", 0)
+# A model whose states can't be cut, as those of recurrent layers.
+WHOLE: Kind = ("toy:eos=0,can_cut=0", STEP)
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,7 @@ class Chat:
         assert response.status_code == 200, response.text
         reply = response.json()
         tokens = self.tokens(body["messages"])
-        shared, held = common(self.known, tokens), len(self.known)
+        shared, held = common_prefix(self.known, tokens), len(self.known)
         allowed = CHUNK + (self.back if shared < held or not self.ends_known else 0)
         self.said(said(reply), reply["usage"]["completion_tokens"])
         timings = reply["timings"]
@@ -74,7 +83,7 @@ class Chat:
         sent = self.sent
         self.messages.append({"role": "assistant", "content": text})
         asked, now = self.tokens(sent), self.tokens(self.sent)
-        shared = common(asked, now)
+        shared = common_prefix(asked, now)
         written = self._tokens(text)
         self.ends_known = n_tokens == len(written) and now[shared : shared + len(written)] == written
         self.known = now[: shared + len(written)] if self.ends_known else asked
@@ -124,7 +133,7 @@ class Chat:
         return answer
 
 
-def common(some: list[int], others: list[int]) -> int:
-    """The number of tokens with which both begin."""
-    pairs = enumerate(zip(some, others, strict=False))
-    return next((n for n, (one, other) in pairs if one != other), min(len(some), len(others)))
+def right(chat: Chat, turn: Turn) -> None:
+    """Requires that a turn, the last of the chat, was small, and that its text is right."""
+    assert turn.is_small, turn
+    assert turn.text == chat.alone(), turn

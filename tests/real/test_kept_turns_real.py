@@ -1,4 +1,4 @@
-"""What was computed stays computed, with models that compute: one of each kind of memory, and SmolLM2."""
+"""Turns stay small with models that compute: one of each kind of memory, and SmolLM2."""
 
 from __future__ import annotations
 

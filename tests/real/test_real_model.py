@@ -1,4 +1,4 @@
-"""What the server promises, with a model that computes: SmolLM2 and a system prompt of some 500 tokens."""
+"""The server keeps its promises with SmolLM2 and a system prompt of some 500 tokens."""
 
 from __future__ import annotations
 

@@ -1,54 +1,21 @@
-"""What keeps states stays within its limits, is nobody else's, and never changes a text: not on a full disk,
+"""The state store stays within its limits, serves nobody else, and never changes a text: not on a full disk,
 and not where it is damaged."""
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
 from pathlib import Path
 from threading import Event, Thread
 
 import pytest
 
-from chats import STEP, Chat, Turn
-from conftest import StartServer
+from chats import LONG, SYSTEM, Chat, Kind, right
+from conftest import Serve, StartServer
 from headstart.service.models.state_limits import states_directory
 from mounts import mounted
 from servers import Json, RunningServer, events, eventually
 
 pytestmark = pytest.mark.slow
-
-# Longer than from one checkpoint to the next.
-SYSTEM = "You keep the lighthouse. " * 56
-LONG = "And which of the ships that you saw is the one I asked for? " * 20
-CUT = ("toy:eos=0", 0)
-# A model whose states can't be cut, as those of recurrent layers.
-WHOLE = ("toy:eos=0,can_cut=0", STEP)
-
-Kind = tuple[str, int]
-
-
-@pytest.fixture(params=[CUT, WHOLE], ids=["cut", "whole"])
-def kind(request: pytest.FixtureRequest) -> Kind:
-    found: Kind = request.param
-    return found
-
-
-Serve = Callable[..., RunningServer]
-
-
-@pytest.fixture
-def serve(start_server: StartServer, kind: Kind) -> Serve:
-    def start(*flags: str, cache_dir: Path | None = None, env: dict[str, str] | None = None) -> RunningServer:
-        return start_server("--model", f"toy={kind[0]}", *flags, cache_dir=cache_dir, env=env)
-
-    return start
-
-
-def right(chat: Chat, turn: Turn) -> None:
-    """Requires that a turn, the last of the chat, was small, and that its text is right."""
-    assert turn.is_small, turn
-    assert turn.text == chat.alone(), turn
 
 
 def unload(server: RunningServer) -> None:

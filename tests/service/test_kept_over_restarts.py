@@ -1,4 +1,4 @@
-"""What was computed stays computed when a model is unloaded, and when processes end or are killed."""
+"""Turns stay small when a model is unloaded, and when processes end or are killed."""
 
 from __future__ import annotations
 
@@ -8,46 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from chats import STEP, Chat, Turn, common
-from conftest import StartServer
+from chats import LONG, SYSTEM, Chat, Kind, right
+from conftest import Serve
 from headstart.engine.states.block_file import DamagedBlock, read_header
 from headstart.service.models.state_limits import states_directory
+from headstart.tokens import common_prefix
 from servers import RunningServer, events, eventually
 
 pytestmark = pytest.mark.slow
 
-# Longer than from one checkpoint to the next.
-SYSTEM = "You keep the lighthouse. " * 56
-LONG = "And which of the ships that you saw is the one I asked for? " * 20
-CUT = ("toy:eos=0", 0)
-# A model whose states can't be cut, as those of recurrent layers.
-WHOLE = ("toy:eos=0,can_cut=0", STEP)
 OTHER = ("--model", "other=toy:weights=other")
-
-Kind = tuple[str, int]
-
-
-@pytest.fixture(params=[CUT, WHOLE], ids=["cut", "whole"])
-def kind(request: pytest.FixtureRequest) -> Kind:
-    found: Kind = request.param
-    return found
-
-
-Serve = Callable[..., RunningServer]
-
-
-@pytest.fixture
-def serve(start_server: StartServer, kind: Kind) -> Serve:
-    def start(*flags: str, cache_dir: Path | None = None, env: dict[str, str] | None = None) -> RunningServer:
-        return start_server("--model", f"toy={kind[0]}", *flags, cache_dir=cache_dir, env=env)
-
-    return start
-
-
-def right(chat: Chat, turn: Turn) -> None:
-    """Requires that a turn, the last of the chat, was small, and that its text is right."""
-    assert turn.is_small, turn
-    assert turn.text == chat.alone(), turn
 
 
 def stored(server: RunningServer) -> list[Path]:
@@ -65,7 +35,7 @@ def on_disk(server: RunningServer, tokens: list[int]) -> int:
             except (OSError, DamagedBlock):
                 continue
             if ends.get(header.parent) == header.start:
-                shared = common(list(header.tokens), tokens[header.start :])
+                shared = common_prefix(list(header.tokens), tokens[header.start :])
                 if shared == len(header.tokens):
                     ends[header.address] = header.end
         if len(ends) == before:

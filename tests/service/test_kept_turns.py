@@ -1,5 +1,5 @@
-"""What was computed once stays computed, as a client sees it on the default settings: a turn evaluates what
-is new in it and at most one chunk, whoever asked meanwhile, and says what it would say if nothing was reused.
+"""A turn evaluates what is new in it and at most one chunk, whoever asked meanwhile, on the default settings,
+and says what it would say if nothing was reused.
 """
 
 from __future__ import annotations
@@ -10,44 +10,13 @@ from threading import Barrier
 
 import pytest
 
-from chats import STEP, Chat, Turn
-from conftest import StartServer
+from chats import LONG, SYSTEM, Chat, Kind, Turn, right
+from conftest import Serve
 from servers import RunningServer, events, eventually
 
 pytestmark = pytest.mark.slow
 
-# Longer than from one checkpoint to the next.
-SYSTEM = "You keep the lighthouse. " * 56
 PILOT = "You bring ships into the harbour. " * 30
-LONG = "And which of the ships that you saw is the one I asked for? " * 20
-CUT = ("toy:eos=0", 0)
-# A model whose states can't be cut, as those of recurrent layers.
-WHOLE = ("toy:eos=0,can_cut=0", STEP)
-
-Kind = tuple[str, int]
-
-
-@pytest.fixture(params=[CUT, WHOLE], ids=["cut", "whole"])
-def kind(request: pytest.FixtureRequest) -> Kind:
-    found: Kind = request.param
-    return found
-
-
-Serve = Callable[..., RunningServer]
-
-
-@pytest.fixture
-def serve(start_server: StartServer, kind: Kind) -> Serve:
-    def start(*flags: str, env: dict[str, str] | None = None) -> RunningServer:
-        return start_server("--model", f"toy={kind[0]}", *flags, env=env)
-
-    return start
-
-
-def right(chat: Chat, turn: Turn) -> None:
-    """Requires that a turn, the last of the chat, was small, and that its text is right."""
-    assert turn.is_small, turn
-    assert turn.text == chat.alone(), turn
 
 
 @pytest.mark.parametrize("slots", ["1", "4"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import stat
 import subprocess
 import sys
@@ -19,19 +18,10 @@ from forkserver import headstart
 from headers import changed, header_of, with_entry
 from headstart.regular_files import NotAFile, open_file
 from servers import Json, RunningServer, eventually, said
+from socket_files import make_socket
 
 PROMPT = "You keep the lighthouse and never sleep. " * 8
 TERA = 1 << 40
-
-
-def _socket(path: Path) -> None:
-    # Addresses of sockets are short.
-    here = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with socket.socket(socket.AF_UNIX) as made:
-            made.bind(f"/proc/self/fd/{here}/{path.name}")
-    finally:
-        os.close(here)
 
 
 def _device(path: Path) -> None:
@@ -58,7 +48,7 @@ def _unreadable(path: Path) -> None:
 KINDS: dict[str, Callable[[Path], None]] = {
     "pipe": os.mkfifo,
     "folder": Path.mkdir,
-    "socket": _socket,
+    "socket": make_socket,
     "device": _device,
     "link-to-a-device": lambda path: path.symlink_to("/dev/zero"),
     "link-to-nothing": lambda path: path.symlink_to("/no/such/file"),

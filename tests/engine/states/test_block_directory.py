@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from headstart.engine.states import block_file
 from headstart.engine.states.block_directory import BlockDirectory
 from headstart.engine.states.block_file import BlockFile, BlockHeader
 from mounts import mounted
+from socket_files import make_socket
 
 
 @pytest.fixture
@@ -160,16 +160,6 @@ def test_damage_anywhere_in_a_directory_never_gives_other_bytes(own: BlockDirect
         assert failed in ({victim.address}, expected)
 
 
-def _socket(path: Path) -> None:
-    here = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with socket.socket(socket.AF_UNIX) as made:
-            made.bind(f"/proc/self/fd/{here}/{path.name[-20:]}")
-    finally:
-        os.close(here)
-    path.with_name(path.name[-20:]).rename(path)
-
-
 def _sparse(path: Path) -> None:
     with path.open("wb") as file:
         file.truncate(1 << 40)
@@ -177,7 +167,7 @@ def _sparse(path: Path) -> None:
 
 HOSTILE: dict[str, Callable[[Path], None]] = {
     "pipe": os.mkfifo,
-    "socket": _socket,
+    "socket": make_socket,
     "device": lambda path: path.symlink_to("/dev/zero"),
     "nowhere": lambda path: path.symlink_to("/no/such/file"),
     "loop": lambda path: path.symlink_to(path.name),
