@@ -17,7 +17,7 @@ import pytest
 import tiny_models
 from conftest import StartServer
 from headstart.prompt.tokenizer import load_tokenizer
-from servers import ONE_THREAD, Json, RunningServer, running_server, said
+from servers import ONE_THREAD, WITHOUT_STORE, Json, RunningServer, running_server, said
 
 pytestmark = pytest.mark.real_model
 
@@ -201,10 +201,13 @@ def test_what_shares_only_a_part_with_what_is_held_is_computed_anew(tiny: Tiny) 
     assert said(forked) == said(tiny.chat("Which rule is the third?", system=HARBOUR, **COLD))
 
 
+@pytest.mark.parametrize("kind", tiny_models.ARCHITECTURES)
 def test_a_text_whose_tokens_differ_early_from_the_states_misses_or_is_cut(
-    tiny: Tiny, files: dict[str, Path]
+    start_server: StartServer, files: dict[str, Path], kind: str
 ) -> None:
-    """A word that the text completes is other tokens, and more of them than the last one of the prompt."""
+    """A word that the text completes is other tokens, and more of them than the last one of the prompt. The
+    state store would have the whole prompt from the request without the cache."""
+    tiny = Tiny(kind, start_server("--model", f"tiny={files[kind]}", env=WITHOUT_STORE))
     prompt, text = LIBRARY + "It is abou", "t the ship"
     encode = load_tokenizer(str(files[tiny.kind])).encode
     kept = len(encode(prompt)) - 1
