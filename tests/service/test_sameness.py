@@ -251,12 +251,12 @@ def _check_loop(server: RunningServer, model: str, **body: Any) -> None:
 
 
 def test_a_tool_loop_goes_on_from_the_saved_call(start_server: StartServer) -> None:
-    _check_loop(start_server("--model", "toy=toy:template=tools"), "toy")
+    _check_loop(start_server("--model", "toy=toy:template=tools", env=WITHOUT_STORE), "toy")
 
 
 @pytest.mark.real_model
 def test_a_real_models_tool_loop_goes_on_from_the_saved_call(start_server: StartServer) -> None:
-    _check_loop(start_server(*ONE_THREAD), "smollm2")
+    _check_loop(start_server(*ONE_THREAD, env=WITHOUT_STORE), "smollm2")
 
 
 @pytest.mark.real_model
